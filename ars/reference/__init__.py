@@ -1,0 +1,36 @@
+"""The definition of every operation, in plain torch: the oracle each kernel is compared with.
+
+Nothing here needs Triton or a GPU, and every function runs in the precision of what it is given,
+so a float64 call is the closed form to compare against. Scalars may be Python floats or 0-d
+tensors; 0-d tensors keep a step free of host synchronisation.
+
+The equations are numbered as the kernels cite them: controller (1) rho, (2) Psi, (3) Phi, (4) chi;
+Adam (5) moments, (6) bias-correction product, (7) update; penalties (8) EWC coupled, (9) EWC
+proximal, (10) subspace.
+"""
+
+from ars.reference.adam import AdamResult, adam_step, clip_coefficient, grad_norm
+from ars.reference.controller import Signals, controller_step_
+from ars.reference.penalties import (
+    ewc_gradient,
+    ewc_proximal,
+    ewc_value,
+    subspace_gradient,
+    subspace_value,
+)
+from ars.reference.philox import philox_uniform
+
+__all__ = [
+    "AdamResult",
+    "Signals",
+    "adam_step",
+    "clip_coefficient",
+    "controller_step_",
+    "ewc_gradient",
+    "ewc_proximal",
+    "ewc_value",
+    "grad_norm",
+    "philox_uniform",
+    "subspace_gradient",
+    "subspace_value",
+]

@@ -1,0 +1,116 @@
+r"""Adam and AdamW with betas that change from step to step, eqs. (5) to (7), penalty included."""
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ars.reference.penalties import ewc_gradient, ewc_proximal
+
+Scalar: TypeAlias = float | Tensor
+
+
+class AdamResult(NamedTuple):
+    """What one Adam step produces for one tensor; ``max_exp_avg_sq`` is None without amsgrad."""
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+
+
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients as one vector, 0-d float64 on the first one's device."""
+    device = grads[0].device
+    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square().to(device) for g in grads]
+    return torch.stack(squares).sum().sqrt()
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """Factor that clips a gradient of this norm as torch does, ``min(1, max / (norm + 1e-6))``."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def adam_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    correction1: Scalar,
+    correction2: Scalar,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool = True,
+    maximize: bool = False,
+    clip: Scalar = 1.0,
+    anchor: Tensor | None = None,
+    importance: Tensor | None = None,
+    strength: Scalar = 0.0,
+    proximal: bool = False,
+) -> AdamResult:
+    r"""One AdamW step, with the EWC penalty in it, for one tensor.
+
+    .. math::
+        g &\leftarrow c\, g + \lambda \Omega (\theta - \theta^*)
+                                                        \quad\text{(coupled EWC, 8)} \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2                          \quad (5) \\
+        \theta &\leftarrow (1 - \eta w) \theta
+            - \eta \frac{m / c_1}{\sqrt{v / c_2} + \epsilon}                \quad (7) \\
+        \theta &\leftarrow \theta^* + \frac{\theta - \theta^*}
+            {1 + \eta \lambda \Omega / (\sqrt{v / c_2} + \epsilon)}
+                                                        \quad\text{(proximal EWC, 9)}
+
+    with :math:`c_i = 1 - B_i`. For betas that change, :math:`B_i \leftarrow B_i \beta_i` from 1 on
+    (6): the product, which is the power :math:`\beta_i^t` when they do not.
+
+    Args:
+        param: Parameter, any shape; computed in the moments' dtype and rounded once.
+        grad: Its gradient, same shape.
+        exp_avg: First moment m, same shape, float32 or float64.
+        exp_avg_sq: Second moment v, likewise.
+        max_exp_avg_sq: Running maximum of v (amsgrad), or None.
+        lr: Learning rate, >= 0.
+        beta1: Decay of m, in [0, 1).
+        beta2: Decay of v, in [0, 1).
+        correction1: Bias correction c1 of m, after this step's beta, in (0, 1].
+        correction2: Bias correction c2 of v, likewise.
+        eps: Added to the root, >= 0.
+        weight_decay: w, >= 0.
+        decoupled: AdamW's decay; otherwise w theta joins the gradient (Adam).
+        maximize: Ascend the task's objective. The penalty still pulls towards the anchor.
+        clip: Factor c on the task's gradient.
+        anchor: EWC anchor, same shape, or None for no penalty.
+        importance: EWC importance Omega >= 0, same shape.
+        strength: EWC strength lambda >= 0.
+        proximal: Apply EWC as the proximal step (9) instead of as a gradient (8).
+
+    Returns:
+        The new values; the arguments are not changed.
+
+    References:
+        Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101.
+    """
+    dtype = exp_avg.dtype
+    theta = param.to(dtype)
+    g = grad.to(dtype) * (-clip if maximize else clip)
+    if anchor is not None and importance is not None and not proximal:
+        g = g + ewc_gradient(theta, anchor.to(dtype), importance.to(dtype), strength)
+    if decoupled:
+        theta = theta * (1 - lr * weight_decay)
+    else:
+        g = g + weight_decay * theta
+    m = beta1 * exp_avg + (1 - beta1) * g
+    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    largest = None if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq, v)
+    denominator = (v if largest is None else largest).sqrt() / correction2**0.5 + eps
+    theta = theta - (lr / correction1) * (m / denominator)
+    if anchor is not None and importance is not None and proximal:
+        metric = lr * strength / denominator
+        theta = ewc_proximal(theta, anchor.to(dtype), importance.to(dtype), metric)
+    return AdamResult(theta.to(param.dtype), m, v, largest)

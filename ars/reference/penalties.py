@@ -1,0 +1,72 @@
+r"""The quadratic penalties towards an anchor, eqs. (8) to (10): values and gradients."""
+
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+Scalar: TypeAlias = float | Tensor
+Side: TypeAlias = Literal["output", "input"]
+Protect: TypeAlias = Literal["inside", "outside"]
+
+
+def ewc_value(param: Tensor, anchor: Tensor, importance: Tensor, strength: Scalar) -> Tensor:
+    r"""EWC penalty of one tensor, 0-d: :math:`\frac{\lambda}{2} \sum \Omega (\theta - \theta^*)^2`.
+
+    Computed in the promoted dtype of its arguments (fp32 for a bf16 parameter with fp32 anchor).
+
+    References:
+        Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks",
+        arXiv:1612.00796.
+    """
+    delta = param - anchor
+    return 0.5 * strength * (importance * delta * delta).sum()
+
+
+def ewc_gradient(param: Tensor, anchor: Tensor, importance: Tensor, strength: Scalar) -> Tensor:
+    r"""Gradient of :func:`ewc_value`, :math:`\lambda \Omega (\theta - \theta^*)` (8)."""
+    return strength * importance * (param - anchor)
+
+
+def ewc_proximal(param: Tensor, anchor: Tensor, importance: Tensor, metric: Scalar) -> Tensor:
+    r"""Proximal EWC step :math:`\theta^* + (\theta - \theta^*) / (1 + \text{metric}\, \Omega)` (9).
+
+    ``metric`` is :math:`\eta \lambda / (\sqrt{\hat v} + \epsilon)`, a scalar or of the parameter's
+    shape. The factor lies in (0, 1], so the step is stable for every strength.
+    """
+    return anchor + (param - anchor) / (1 + metric * importance)
+
+
+def _penalized_part(delta: Tensor, basis: Tensor, side: Side, protect: Protect) -> Tensor:
+    """Return the part of ``delta`` that the penalty restrains, without forming a d x d matrix."""
+    inside = basis @ (basis.T @ delta) if side == "output" else (delta @ basis) @ basis.T
+    return inside if protect == "inside" else delta - inside
+
+
+def subspace_value(
+    delta: Tensor, basis: Tensor, strength: Scalar, *, side: Side, protect: Protect
+) -> Tensor:
+    r"""Subspace penalty :math:`R = \gamma \|Q \Delta W\|_F^2` (10), 0-d.
+
+    With :math:`P = U U^T`: ``protect="inside"`` restrains :math:`Q = P`, ``"outside"``
+    :math:`Q = I - P`; ``side="output"`` multiplies from the left (rows of W), ``"input"`` from the
+    right (columns).
+
+    Args:
+        delta: Weight minus anchor, shape (rows, columns).
+        basis: U with orthonormal columns, shape (rows, k) or (columns, k) by ``side``.
+        strength: gamma >= 0.
+        side: Which side of the weight the subspace lies on.
+        protect: Which part of the change is penalised.
+
+    Returns:
+        The penalty, 0-d.
+    """
+    part = _penalized_part(delta, basis, side, protect)
+    return strength * (part * part).sum()
+
+
+def subspace_gradient(
+    delta: Tensor, basis: Tensor, strength: Scalar, *, side: Side, protect: Protect
+) -> Tensor:
+    r"""Gradient of :func:`subspace_value`, :math:`2 \gamma Q \Delta W` as Q is a projector."""
+    return 2 * strength * _penalized_part(delta, basis, side, protect)
