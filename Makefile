@@ -1,0 +1,59 @@
+# `make help` lists the targets. They need Python 3.10 or newer, and nothing else installed.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A stamp for each set of extras and interpreter, so that PYTHON=... is never ignored.
+READY := $(VENV)/.ready-$(notdir $(PYTHON))
+
+IS_SUPPORTED = { $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10)'; } 2>/dev/null && echo yes
+require_python = $(if $(shell $(IS_SUPPORTED)),,$(error $(PYTHON) is not a Python of version 3.10 or newer: name one, as in `make $(MAKECMDGOALS) PYTHON=python3.12`))
+VERSION_OF = -c 'import sys; print(sys.version_info[:2])' 2>/dev/null
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint bench gpu clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY)-examples ## grow and train the miniseries (ARGS="--help" lists its options)
+	$(RUN) examples/miniseries.py $(ARGS)
+
+test: lint ## lint, then run every test that needs no GPU (ARGS="-k fisher" selects)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+
+lint: $(READY)-test ## ruff check, ruff format --check and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(READY)-bench ## run the benchmarks (ARGS="--benchmark-json=FILE" saves them)
+	$(RUN) -m pytest benchmarks $(ARGS)
+
+gpu: ## run the GPU tests and all benchmarks with PYTHON as it is: no environment, no network
+	$(call require_python)
+	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch finds no CUDA device")'
+	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m pytest -m "" benchmarks $(ARGS)
+
+clean: ## remove the environment, the caches and the builds (results in out/ stay)
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment whose last set-up did not finish, or of another Python, is made anew. setuptools
+# comes first because the package is then built with it, and not with whatever is newest.
+$(READY)-%: pyproject.toml constraints.txt
+	$(call require_python)
+	@if [ -e $(VENV)/.unfinished ] || [ "$$($(RUN) $(VERSION_OF))" != "$$($(PYTHON) $(VERSION_OF))" ]; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(VENV)/.unfinished && rm -f $(VENV)/.ready-*
+	@echo "Installing the package and its extras [$*] in $(VENV)/; the first time takes some minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation --editable '.[$*]'
+	@rm $(VENV)/.unfinished
+	@touch $@ $(if $(filter test,$*),$(READY)-examples $(READY)-bench)
