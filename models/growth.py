@@ -1,0 +1,300 @@
+r"""Growing a GPT into a larger one that computes the same function.
+
+Let s = sqrt(D'/D), with the head width fixed. New heads, channels, hidden units and blocks are
+appended, every old weight is multiplied by a constant c, and the residual stream becomes s [x; 0]:
+
+    tensor                 old block   new rows         new columns
+    wte                    1           -                0
+    q, k, v, mlp.fc        1           initial law      initial law     (their inputs are 0)
+    attn.proj              1           0                0
+    mlp.proj               1/s         0                0               (relu^2 makes s^2 of s)
+    lm_head                1/s         -                initial law     (their inputs are 0)
+    appended blocks        -           initial law; attn.proj and mlp.proj 0
+
+What writes into the new channels starts at 0 and what reads them starts at random, so the logits do
+not change, the gradient of every new write is non-zero at once, and that of every new read after
+one step. The function is preserved up to rounding for every ``norm_eps`` (see
+:class:`ars.models.GPT`); zero padding without s is not exact, because RMSNorm divides by the width.
+
+Equal functions of theta and theta' = c theta have gradients g' = g / c, hence
+
+    exp_avg' = exp_avg / c,   exp_avg_sq' = exp_avg_sq / c^2,
+    Omega' = Omega / c^2,     anchor' = c anchor
+
+and an EWC penalty 1/2 sum Omega (theta - anchor)^2 has the same value before and after.
+"""
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ars.models.config import GPTConfig
+from ars.models.gpt import GPT
+
+__all__ = ["Growth", "grow"]
+
+# Power of 1/c by which each optimizer state of a parameter's shape transforms, after g' = g / c.
+_STATE_POWER = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+_PACKED = ("state", "param_groups")  # the entries of every optimizer's state_dict
+
+
+def _embed(old: Tensor, rest: Tensor) -> Tensor:
+    """Return a copy of ``rest`` (R', C') with its leading block replaced by ``old`` (R, C)."""
+    grown = rest.clone()
+    grown[: old.size(0), : old.size(1)] = old
+    return grown
+
+
+def _scale(name: str, stretch: float) -> float:
+    return 1.0 / stretch if name.endswith("mlp.proj.weight") or name == "lm_head.weight" else 1.0
+
+
+def _check_growth(old: GPTConfig, new: GPTConfig) -> None:
+    kept = {"vocab_size": "tokens", "norm_eps": "the norms", "rope_base": "positions"}
+    for name, meaning in kept.items():
+        if getattr(old, name) != getattr(new, name):
+            raise ValueError(
+                f"{name} changes from {getattr(old, name)} to {getattr(new, name)}; growth keeps "
+                f"{meaning}, so set {name}={getattr(old, name)}"
+            )
+    for field in fields(GPTConfig):
+        if field.name not in kept and getattr(new, field.name) < getattr(old, field.name):
+            raise ValueError(
+                f"{field.name} shrinks from {getattr(old, field.name)} to "
+                f"{getattr(new, field.name)}; growth cannot drop capacity, so set it to at least "
+                f"{getattr(old, field.name)}"
+            )
+    if old.head_dim != new.head_dim:
+        raise ValueError(
+            f"head_dim = n_embd / n_head changes from {old.head_dim} to {new.head_dim}; rotary "
+            f"and softmax scales depend on it, so set n_embd = {old.head_dim} * n_head"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    r"""A grown model and the map that carries everything measured on its parent.
+
+    Made by :func:`grow`. Names are those of ``named_parameters()``; an old parameter keeps its
+    name, and its old coordinates are the leading block of the new tensor.
+
+    Args:
+        parent: the model that was grown; read, never modified.
+        model: the grown model, on the parent's device and in its dtype.
+        scales: name -> c for every parameter of the parent: new = c old on the old block.
+        initial: name -> copy of the grown model's values at growth, the anchors of new coordinates.
+    """
+
+    parent: GPT
+    model: GPT
+    scales: Mapping[str, float]
+    initial: Mapping[str, Tensor]
+
+    def importance(self, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Map the parent's importance, Omega' = Omega / c^2, with 0 on every new coordinate.
+
+        Args:
+            importance: name -> tensor of the parameter's shape, any floating dtype. Parameters of
+                the parent that it leaves out are left out of the result.
+
+        Returns:
+            Name -> tensor of the grown parameter's shape, in the dtype and on the device given;
+            fp32 zeros on the parameter's device for parameters that the parent did not have.
+
+        Raises:
+            ValueError: a name or a shape is not the parent's.
+        """  # noqa: DOC502 - raised by _check_named
+        self._check_named(importance)
+        mapped = {}
+        for name, weight in self.initial.items():
+            if name in importance:
+                old = importance[name].detach()
+                mapped[name] = _embed(old / self.scales[name] ** 2, old.new_zeros(weight.shape))
+            elif name not in self.scales:
+                mapped[name] = torch.zeros_like(weight, dtype=torch.float32)
+        return mapped
+
+    def anchor(self, anchor: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Map the parent's anchor, c anchor, with the initial values on every new coordinate.
+
+        The initial values are those at growth, also if the grown model was trained meanwhile.
+
+        Args:
+            anchor: like the argument of :meth:`importance`.
+
+        Returns:
+            Name -> tensor of the grown parameter's shape, in the dtype and on the device given; the
+            initial values of parameters that the parent did not have.
+
+        Raises:
+            ValueError: a name or a shape is not the parent's.
+        """  # noqa: DOC502 - raised by _check_named
+        self._check_named(anchor)
+        mapped = {}
+        for name, weight in self.initial.items():
+            if name in anchor:
+                old = anchor[name].detach()
+                mapped[name] = _embed(self.scales[name] * old, weight.to(old))
+            elif name not in self.scales:
+                mapped[name] = weight.clone()
+        return mapped
+
+    def optimizer_state(
+        self, old_optimizer: torch.optim.Optimizer, new_optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:
+        """Map the state of an Adam-like optimizer of the parent to one of the grown model.
+
+        On old blocks exp_avg / c and exp_avg_sq / c^2 (max_exp_avg_sq alike), so that an Adam step
+        moves an old block as far as in the parent. On new coordinates of an old tensor exp_avg is 0
+        and exp_avg_sq the mean of the tensor's mapped exp_avg_sq: the tensor keeps its step count,
+        and after 0 the first update would be (1 - beta1) / sqrt(1 - beta2) lr, 3.2 lr for the usual
+        betas. Scalars and vectors (step, products of betas) are per tensor and copied. A parameter
+        that the parent did not have gets no state and starts at step 0. Hyperparameters are those
+        of ``new_optimizer``; other top-level entries of the old state_dict are copied.
+
+        Args:
+            old_optimizer: optimizer of (some of) the parent's parameters; its state may be empty.
+            new_optimizer: optimizer of the grown model's parameters, grouped in any way.
+
+        Returns:
+            A dictionary for ``new_optimizer.load_state_dict``.
+
+        Raises:
+            ValueError: an optimizer holds a parameter that is not its model's, ``new_optimizer``
+                lacks a parameter that has state, or a matrix-shaped state entry is unknown.
+
+        Example:
+            >>> parent = GPT(GPTConfig(9, 8, n_layer=1, n_head=1, n_embd=8))
+            >>> growth = grow(parent, GPTConfig(9, 8, n_layer=2, n_head=2, n_embd=16))
+            >>> old = torch.optim.AdamW(parent.parameters())
+            >>> parent(torch.zeros(1, 8, dtype=torch.int64)).logsumexp(-1).sum().backward()
+            >>> old.step()
+            >>> new = torch.optim.AdamW(growth.model.parameters())
+            >>> new.load_state_dict(growth.optimizer_state(old, new))
+            >>> new.state[growth.model.wte.weight]["exp_avg"].shape
+            torch.Size([9, 16])
+        """
+        old_state = old_optimizer.state_dict()
+        new_state = new_optimizer.state_dict()
+        old_names = _parameter_names(old_optimizer, old_state, self.parent, "old_optimizer")
+        new_names = _parameter_names(new_optimizer, new_state, self.model, "new_optimizer")
+        new_index = {name: index for index, name in new_names.items()}
+        mapped = {}
+        for index, state in old_state["state"].items():
+            name = old_names[index]
+            if name not in new_index:
+                raise ValueError(
+                    f"new_optimizer does not hold {name!r}, whose state old_optimizer has; "
+                    "build it over growth.model.parameters()"
+                )
+            mapped[new_index[name]] = {
+                key: self._map_entry(name, key, value) for key, value in state.items()
+            }
+        extra = {key: deepcopy(value) for key, value in old_state.items() if key not in _PACKED}
+        return {**new_state, **extra, "state": mapped}
+
+    def _map_entry(self, name: str, key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim <= 1:
+            return deepcopy(value)
+        if key not in _STATE_POWER:
+            raise ValueError(
+                f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)} and no known "
+                f"rule of growth; only {sorted(_STATE_POWER)} can be mapped"
+            )
+        self._check_shape(name, value)
+        old = value / self.scales[name] ** _STATE_POWER[key]
+        shape = self.initial[name].shape
+        if _STATE_POWER[key] == 1:
+            return _embed(old, old.new_zeros(shape))
+        # The mean in fp64: a sum of many small squares loses them in bf16.
+        return _embed(old, old.double().mean().to(old.dtype).expand(shape))
+
+    def _check_named(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, value in tensors.items():
+            if name not in self.scales:
+                raise ValueError(
+                    f"{name!r} is not a parameter of the parent; pass tensors named by its "
+                    "named_parameters()"
+                )
+            self._check_shape(name, value)
+
+    def _check_shape(self, name: str, value: Tensor) -> None:
+        expected = self.parent.get_parameter(name).shape
+        if value.shape != expected:
+            raise ValueError(
+                f"{name!r} has shape {tuple(value.shape)}, but the parent's parameter has "
+                f"{tuple(expected)}"
+            )
+
+
+def _parameter_names(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], model: GPT, role: str
+) -> dict[int, str]:
+    # Parameters are matched by identity, whatever the groups and their order.
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    indices = {}
+    for group, packed in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for weight, index in zip(group["params"], packed["params"], strict=True):
+            if id(weight) not in names:
+                raise ValueError(
+                    f"{role} holds a parameter of shape {tuple(weight.shape)} that is not in its "
+                    "model; pass the optimizers of growth.parent and of growth.model, in this order"
+                )
+            indices[index] = names[id(weight)]
+    return indices
+
+
+@torch.no_grad()
+def grow(model: GPT, config: GPTConfig, generator: torch.Generator | None = None) -> Growth:
+    r"""Grow a model to a larger configuration without changing its function.
+
+    The rule is the table at the top of :mod:`ars.models.growth`. Random entries follow the initial
+    law of a new model of the larger size, 1/sqrt(D') and not 1/sqrt(D).
+
+    Args:
+        model: the parent; not modified.
+        config: the larger sizes. ``n_layer``, ``n_head``, ``n_embd`` and ``sequence_len`` may grow;
+            the head width, ``vocab_size``, ``norm_eps`` and ``rope_base`` must be the parent's.
+        generator: source of the new random weights, on any device; ``None`` uses torch's default
+            generator of the CPU.
+
+    Returns:
+        The grown model with the maps for importance, anchor and optimizer state.
+
+    Raises:
+        TypeError: ``model`` is not a :class:`ars.models.GPT` or ``config`` not a ``GPTConfig``.
+        ValueError: a size shrinks, or a value that must stay changes.
+
+    Example:
+        >>> parent = GPT(GPTConfig(9, 8, n_layer=1, n_head=1, n_embd=8)).double()
+        >>> growth = grow(parent, GPTConfig(9, 8, n_layer=2, n_head=2, n_embd=16))
+        >>> tokens = torch.arange(8)[None]
+        >>> torch.allclose(growth.model(tokens), parent(tokens), rtol=0, atol=1e-12)
+        True
+
+    References:
+        Shen et al., "Staged Training for Transformer Language Models", arXiv:2203.06211.
+        Chen et al., "Net2Net", arXiv:1511.05641. Samragh et al., "Scaling Smart", arXiv:2409.12903.
+    """  # noqa: DOC502 - raised by _check_growth
+    if not isinstance(model, GPT):
+        raise TypeError(f"model must be a GPT itself, unwrapped; got {type(model).__name__}")
+    if not isinstance(config, GPTConfig):
+        raise TypeError(f"config must be a GPTConfig, got {type(config).__name__}")
+    _check_growth(model.config, config)
+    stretch = math.sqrt(config.n_embd / model.config.n_embd)
+    grown = GPT(config, generator)
+    # Before the old values come in: a parent in fp64 must not pass through the default dtype.
+    grown.to(device=model.wte.weight.device, dtype=model.wte.weight.dtype).train(model.training)
+    grown.wte.weight.zero_()
+    scales = {name: _scale(name, stretch) for name, _ in model.named_parameters()}
+    for name, old in model.named_parameters():
+        weight = grown.get_parameter(name)
+        weight.copy_(_embed(scales[name] * old, weight))
+        weight.requires_grad_(old.requires_grad)
+    initial = {name: weight.detach().clone() for name, weight in grown.named_parameters()}
+    return Growth(parent=model, model=grown, scales=scales, initial=initial)
