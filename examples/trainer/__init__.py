@@ -1,0 +1,1 @@
+"""The parts of the reference trainer behind ``examples/miniseries.py``."""

@@ -1,0 +1,93 @@
+"""Checkpoints that are whole or absent, and that notice damage.
+
+A file is written beside its destination, flushed to the disk and then renamed over it, so a kill
+at any moment leaves the old file or the new one. A digest of the whole content travels inside.
+Files hold only tensors, numbers, strings and containers of these: loading runs no code.
+"""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.errors import UsageError
+
+__all__ = ["load_checkpoint", "save_checkpoint", "write_atomically"]
+
+_DIGEST = "sha256"
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` and its digest to ``path`` in one atomic step.
+
+    Args:
+        path: destination; its folder exists.
+        content: nested dicts, lists and tuples of tensors, numbers, strings, bools and ``None``.
+    """
+    archive = io.BytesIO()  # so that a full disk is an OSError of ours and not one of torch's own
+    torch.save({**content, _DIGEST: _digest(content)}, archive)
+    _replace(path, archive.getbuffer())
+
+
+def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
+    """Read a checkpoint back, on the CPU.
+
+    Args:
+        path: a file that `save_checkpoint` wrote.
+        remedy: what the user should do if it is damaged; ends the error message.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        expected = content.pop(_DIGEST)
+    except Exception as error:  # a damaged archive can raise nearly anything while it is parsed
+        reason = f"{type(error).__name__} while reading it"
+        raise UsageError(f"{path} is damaged ({reason}): {remedy}") from None
+    if _digest(content) != expected:
+        raise UsageError(f"{path} is damaged (its checksum does not match): {remedy}")
+    return content
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    _replace(path, text.encode())
+
+
+def _replace(path: Path, content: bytes | memoryview) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        # Without this a power cut can keep the rename and lose the bytes.
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _digest(content: Any) -> str:
+    state = hashlib.sha256()
+    _update(state, content)
+    return state.hexdigest()
+
+
+def _update(state: "hashlib._Hash", value: Any) -> None:
+    if isinstance(value, Tensor):
+        state.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
+        # Bytes, not values: the digest then covers every dtype, and NaN equals itself.
+        state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, dict):
+        state.update(f"dict {len(value)}".encode())
+        for key, item in value.items():
+            state.update(f"key {key!r}".encode())
+            _update(state, item)
+    elif isinstance(value, (list, tuple)):
+        state.update(f"{type(value).__name__} {len(value)}".encode())
+        for item in value:
+            _update(state, item)
+    else:
+        state.update(f"{type(value).__name__} {value!r}".encode())
