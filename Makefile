@@ -9,6 +9,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # A stamp for each set of extras and interpreter, so that PYTHON=... is never ignored.
 READY := $(VENV)/.ready-$(notdir $(PYTHON))
+UNFINISHED := $(VENV).unfinished
 
 IS_SUPPORTED = { $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10)'; } 2>/dev/null && echo yes
 require_python = $(if $(shell $(IS_SUPPORTED)),,$(error $(PYTHON) is not a Python of version 3.10 or newer: name one, as in `make $(MAKECMDGOALS) PYTHON=python3.12`))
@@ -42,18 +43,21 @@ gpu: ## run the GPU tests and all benchmarks with PYTHON as it is: no environmen
 	$(PYTHON) -m pytest -m "" benchmarks $(ARGS)
 
 clean: ## remove the environment, the caches and the builds (results in out/ stay)
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(UNFINISHED) build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# An environment whose last set-up did not finish, or of another Python, is made anew. setuptools
-# comes first because the package is then built with it, and not with whatever is newest.
+# UNFINISHED exists while an environment is being changed: one found unfinished, or of another
+# Python, is made anew. setuptools comes first because the package is then built with it, and not
+# with whatever is newest.
 $(READY)-%: pyproject.toml constraints.txt
 	$(call require_python)
-	@if [ -e $(VENV)/.unfinished ] || [ "$$($(RUN) $(VERSION_OF))" != "$$($(PYTHON) $(VERSION_OF))" ]; then rm -rf $(VENV); fi
-	@mkdir -p $(VENV) && touch $(VENV)/.unfinished && rm -f $(VENV)/.ready-*
+	@mkdir -p $(VENV)
+	@if [ -e $(UNFINISHED) ] || [ "$$($(RUN) $(VERSION_OF))" != "$$($(PYTHON) $(VERSION_OF))" ]; then touch $(UNFINISHED); rm -rf $(VENV); fi
+	@touch $(UNFINISHED)
+	@rm -f $(VENV)/.ready-*
 	@echo "Installing the package and its extras [$*] in $(VENV)/; the first time takes some minutes."
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) setuptools
 	@$(INSTALL) --no-build-isolation --editable '.[$*]'
-	@rm $(VENV)/.unfinished
 	@touch $@ $(if $(filter test,$*),$(READY)-examples $(READY)-bench)
+	@rm $(UNFINISHED)

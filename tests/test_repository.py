@@ -1,0 +1,196 @@
+"""Facts that keep the architecture true: who imports whom, file sizes, docstrings and doctests."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKED = ("csrc_triton", "models", "regularizers")
+CODE = ("ars", *LINKED, "examples", "benchmarks", "tests")
+MAX_LINES = 300
+
+# Layer -> what its modules may import of this project (a prefix allows what is below it).
+# The longest layer name that matches a module decides.
+ALLOWED = {
+    "ars": ("ars",),
+    "ars.functional": ("ars.functional", "ars.reference", "ars.csrc_triton"),
+    "ars.reference": ("ars.reference",),
+    "ars.csrc_triton": ("ars.csrc_triton",),
+    "ars.models": ("ars.models",),
+    "ars.regularizers": ("ars.regularizers", "ars.functional", "ars.reference"),
+    "trainer": ("trainer", "ars"),
+}
+FORBIDDEN = {"ars": ("ars.models", "ars.regularizers", "ars.csrc_triton")}
+
+
+def python_files(*folders: str) -> list[Path]:
+    """The Python files of the given top-level folders, each real file once."""
+    return sorted(
+        Path(parent) / file
+        for folder in folders
+        for parent, _, files in os.walk(ROOT / folder)  # does not follow links
+        for file in files
+        if file.endswith(".py")
+    )
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] in LINKED:
+        parts = ("ars", *parts)
+    elif parts[0] == "examples":
+        parts = parts[1:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_below(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def imports(source: str, module: str, *, is_package: bool) -> Iterator[str]:
+    """Yield the dotted name of everything a module imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")
+            keep = len(parents) - node.level + is_package
+            base = (
+                ".".join([*parents[:keep], *filter(None, [node.module])])
+                if node.level
+                else node.module
+            )
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = ast.unparse(node.func)
+            if function.split(".")[-1] in {"import_module", "__import__"}:
+                yield str(node.args[0].value)
+
+
+def imports_of(path: Path) -> set[str]:
+    is_package = path.name == "__init__.py"
+    return set(imports(path.read_text(), module_name(path), is_package=is_package))
+
+
+def layer_of(module: str) -> str:
+    return max((name for name in ALLOWED if is_below(module, (name,))), key=len, default="")
+
+
+ARS_FILES = python_files("ars", *LINKED)
+MODULES = [module_name(path) for path in ARS_FILES]
+
+
+def test_imports_are_found_in_every_form() -> None:
+    source = """
+import a.b, triton as t
+def lazy():
+    from triton.language import load
+    from .sibling import x
+    from .. import y
+    importlib.import_module("triton.runtime")
+"""
+    expected = {"a.b", "triton", "triton.language.load", "triton.runtime"}
+    found = set(imports(source, "ars.models.gpt", is_package=False))
+    assert found == expected | {"ars.models.sibling.x", "ars.y"}
+    found = set(imports(source, "ars.models", is_package=True))
+    assert found == expected | {"ars.models.sibling.x", "ars.y"}
+
+
+@pytest.mark.parametrize("path", python_files("ars", *LINKED, "examples"), ids=module_name)
+def test_only_the_kernels_import_triton(path: Path) -> None:
+    if not is_below(module_name(path), ("ars.csrc_triton",)):
+        assert not [name for name in imports_of(path) if is_below(name, ("triton",))]
+
+
+@pytest.mark.parametrize("path", python_files("ars", *LINKED, "examples"), ids=module_name)
+def test_imports_go_down_only(path: Path) -> None:
+    module = module_name(path)
+    layer = layer_of(module)
+    ours = {name for name in imports_of(path) if is_below(name, ("ars", "trainer", *LINKED))}
+    assert not [name for name in ours if is_below(name, LINKED)], "import it as ars.<name>"
+    if layer:
+        assert not [name for name in ours if not is_below(name, ALLOWED[layer])]
+        assert not [name for name in ours if is_below(name, FORBIDDEN.get(layer, ()))]
+
+
+def test_no_python_file_is_long() -> None:
+    files = python_files(*CODE)
+    assert len(files) > len(ARS_FILES) > 0
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert not {path: n for path, n in lengths.items() if n > MAX_LINES}
+
+
+def test_links_of_the_package_resolve_to_the_folders_beside_it() -> None:
+    links = {path.name: os.readlink(path) for path in (ROOT / "ars").iterdir() if path.is_symlink()}
+    assert links == {name: f"../{name}" for name in LINKED}
+    assert all((ROOT / name / "__init__.py").is_file() for name in LINKED)
+
+
+def test_contributing_is_short() -> None:
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 40
+
+
+def test_documents_agree_on_the_version() -> None:
+    found = {
+        name: re.search(pattern, (ROOT / name).read_text(), re.MULTILINE)
+        for name, pattern in {
+            "pyproject.toml": r'^version = "([^"]+)"',
+            "CITATION.cff": r"^version: (\S+)",
+            "CHANGELOG.md": r"^## \[(\d[^\]]*)\]",
+        }.items()
+    }
+    assert len({match and match[1] for match in found.values()}) == 1, found
+
+
+def test_constraints_pin_every_requirement_exactly() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(
+        re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][^\s;]*(; python_version .+)?", p) for p in pins
+    )
+    pinned = {pin.split("==")[0].lower() for pin in pins}
+    # ... of pyproject.toml: the quoted strings of its requirement lists.
+    text = (ROOT / "pyproject.toml").read_text()
+    lists = re.findall(r"^(?:dependencies|examples|bench|test) = \[(.*?)\]$", text, re.S | re.M)
+    names = {name for body in lists for name in re.findall(r'"([A-Za-z0-9-]+)(?=[">=])', body)}
+    assert {"torch", "triton", "numpy", "pytest", "ruff"} <= names
+    assert names <= pinned
+
+
+@pytest.mark.parametrize("package", ["ars", "ars.models", "ars.regularizers"])
+def test_every_public_name_has_a_docstring(package: str) -> None:
+    module = importlib.import_module(package)
+    assert module.__all__
+    assert module.__doc__
+    public = {name: getattr(module, name) for name in module.__all__}
+    documented = {n: o for n, o in public.items() if inspect.isclass(o) or inspect.isroutine(o)}
+    assert documented
+    assert not [name for name, value in documented.items() if not value.__doc__]
+
+
+def doctests(module: str) -> list[doctest.DocTest]:
+    return doctest.DocTestFinder().find(importlib.import_module(module), module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings_run(module: str) -> None:
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
+    report: list[str] = []
+    for test in doctests(module):
+        runner.run(test, out=report.append)
+    assert not report, "".join(report)
+
+
+@pytest.mark.parametrize("package", ["ars", "ars.models", "ars.regularizers"])
+def test_docstrings_have_examples(package: str) -> None:
+    assert sum(
+        len(test.examples) for m in MODULES if is_below(m, (package,)) for test in doctests(m)
+    )
