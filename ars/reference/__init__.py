@@ -9,7 +9,7 @@ Adam (5) moments, (6) bias-correction product, (7) update; penalties (8) EWC cou
 proximal, (10) subspace.
 """
 
-from ars.reference.adam import AdamResult, adam_step, clip_coefficient, grad_norm
+from ars.reference.adam import AdamResult, adam_denominator, adam_step, clip_coefficient, grad_norm
 from ars.reference.controller import Signals, controller_step_
 from ars.reference.penalties import (
     ewc_gradient,
@@ -23,6 +23,7 @@ from ars.reference.philox import philox_uniform
 __all__ = [
     "AdamResult",
     "Signals",
+    "adam_denominator",
     "adam_step",
     "clip_coefficient",
     "controller_step_",

@@ -31,6 +31,11 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+def adam_denominator(exp_avg_sq: Tensor, correction2: Scalar, eps: float) -> Tensor:
+    r"""Return :math:`\sqrt{v / c_2} + \epsilon`, Adam's metric (7), also the proximal step's (9)."""
+    return exp_avg_sq.sqrt() / correction2**0.5 + eps
+
+
 def adam_step(
     param: Tensor,
     grad: Tensor,
@@ -108,7 +113,7 @@ def adam_step(
     m = beta1 * exp_avg + (1 - beta1) * g
     v = beta2 * exp_avg_sq + (1 - beta2) * g * g
     largest = None if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq, v)
-    denominator = (v if largest is None else largest).sqrt() / correction2**0.5 + eps
+    denominator = adam_denominator(v if largest is None else largest, correction2, eps)
     theta = theta - (lr / correction1) * (m / denominator)
     if anchor is not None and importance is not None and proximal:
         metric = lr * strength / denominator

@@ -1,0 +1,296 @@
+"""Adam with the controller, the clipping and the penalty inside the step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+
+from ars import functional
+from ars.batch import DIAGNOSTICS, Batch, Hyper, Options
+from ars.controller import ARSConfig, ARSController
+from ars.penalty import Penalty, Term, read_terms
+from ars.state import complete_state, restore_dtypes
+
+__all__ = ["CONDITIONED", "ARSAdam"]
+
+# The default controller. Settings are immutable, so all optimizers may share them.
+CONDITIONED = ARSConfig()
+
+
+class ARSAdam(torch.optim.Adam):
+    r"""Adam with an on-device stability controller and an inheritance penalty in the same pass.
+
+    As :class:`ars.ARSAdamW`, with L2 weight decay (``weight_decay * param`` joins the gradient)
+    that defaults to 0. See there for the equations and the arguments.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> opt = ARSAdam([weight], lr=0.1)
+        >>> weight.sum().backward()
+        >>> opt.step()
+        >>> weight.detach()
+        tensor([0.9000, 0.9000])
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        ars: ARSConfig | None = CONDITIONED,
+        penalty: Penalty | None = None,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        if ars is not None and not isinstance(ars, ARSConfig):
+            raise TypeError(f"ars must be an ARSConfig or None, got {ars!r}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be > 0, or None not to clip, got {max_grad_norm}")
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=self._decoupled,
+        )
+        # A GradScaler must unscale the gradients itself, and skip the step on inf.
+        self._step_supports_amp_scaling = False
+        params = self._parameters()
+        self._implementation = functional.choose(
+            params, foreach=foreach, fused=fused, differentiable=differentiable
+        )
+        device = params[0].device
+        self._controller = None if ars is None else ARSController(ars, device)
+        self._watches: str | None = None
+        self._max_grad_norm = max_grad_norm
+        self._buffer = torch.zeros(len(DIAGNOSTICS), dtype=torch.float64, device=device)
+        self._triton = functional.TritonStep()
+        self.penalty = penalty
+
+    def _parameters(self) -> list[Tensor]:
+        """Return the parameters of all groups, in order."""
+        return [param for group in self.param_groups for param in group["params"]]
+
+    @property
+    def penalty(self) -> Penalty | None:
+        """The penalty towards what an earlier model knew; may be replaced between steps."""
+        return self._penalty
+
+    @penalty.setter
+    def penalty(self, penalty: Penalty | None) -> None:
+        names = {}
+        for g, group in enumerate(self.param_groups):
+            known = group.get("param_names", [])
+            for i, param in enumerate(group["params"]):
+                names[param] = known[i] if i < len(known) else f"parameter {i} of group {g}"
+        self._terms: dict[Tensor, Term] = {} if penalty is None else read_terms(penalty, names)
+        self._penalty = penalty
+
+    @property
+    def controller(self) -> ARSController | None:
+        """The controller, or None with ``ars=None``."""
+        return self._controller
+
+    @property
+    def diagnostics(self) -> Mapping[str, Tensor]:
+        """What the last step saw and did, as 0-d float64 tensors on the device.
+
+        ``surprise``, ``rho``, ``psi``, ``phi``, ``chi`` of the controller (eqs. 1 to 4); ``lr``,
+        ``beta1``, ``beta2`` of the first group, as gated; ``grad_norm``, NaN when the step did not
+        need it; ``penalty``, its value before the step. The tensors are overwritten by each step;
+        reading one (``float(...)``) waits for the device, so read what you log, when you log it.
+        """
+        return dict(zip(DIAGNOSTICS, self._buffer.unbind(), strict=True))
+
+    @_use_grad_for_differentiable
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        loss: Tensor | float | None = None,
+    ) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss, as for every torch optimizer.
+            loss: The loss, 0-d: the surprise that the controller watches. Without it (and without
+                a closure that returns one) the controller watches the gradient norm.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            TypeError: The loss is neither a tensor nor a number.
+            ValueError: The loss is not a scalar, or the surprise changed its kind between steps.
+            RuntimeError: A gradient is sparse.
+        """
+        self._accelerator_graph_capture_health_check()
+        returned = None
+        if closure is not None:
+            with torch.enable_grad():
+                returned = closure()
+        surprise = _surprise(returned if loss is None else loss)
+        watches = "grad_norm" if surprise is None else "loss"
+        if self._controller is not None and self._watches not in (None, watches):
+            raise ValueError(
+                f"the controller has watched the {self._watches} and now gets the {watches}: "
+                "pass loss= to every step, or to none"
+            )
+        batch, hypers = self._collect()
+        if not batch.params:
+            return returned
+        self._watches = watches
+        options = Options(
+            decoupled=self._decoupled,
+            controller=self._controller,
+            surprise=surprise,
+            max_norm=self._max_grad_norm,
+            strength=0.0 if self._penalty is None else self._penalty.strength,
+            proximal=self._penalty is not None and self._penalty.mode == "proximal",
+            diagnostics=self._buffer,
+        )
+        if self._implementation == "triton":
+            self._triton.step_(batch, hypers, options)
+        else:
+            functional.step_(self._implementation, batch, hypers, options)
+        return returned
+
+    def _collect(self) -> tuple[Batch, list[Hyper]]:
+        """Gather every parameter that has a gradient, and start the state of new ones.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        batch, hypers = Batch(), []
+        for index, group in enumerate(self.param_groups):
+            beta1, beta2 = group["betas"]
+            hyper = Hyper(
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+            )
+            hypers.append(hyper)
+            active = [param for param in group["params"] if param.grad is not None]
+            if any(param.grad.is_sparse for param in active):
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients: use "
+                    "torch.optim.SparseAdam, or an embedding with sparse=False"
+                )
+            for param in active:
+                state = self.state[param]
+                complete_state(
+                    state,
+                    param,
+                    betas=group["betas"],
+                    amsgrad=group["amsgrad"],
+                    step_device=self._step_device(group, param),
+                    gated=self._controller is not None,
+                )
+                batch.append(
+                    param,
+                    index,
+                    state,
+                    amsgrad=group["amsgrad"],
+                    gated=self._controller is not None,
+                    term=self._terms.get(param),
+                )
+        return batch, hypers
+
+    def _step_device(self, group: dict[str, Any], param: Tensor) -> torch.device:
+        """Return where torch, or our kernel, wants the step counter."""
+        on_device = self._implementation == "triton" or group["capturable"] or group["fused"]
+        return param.device if on_device else torch.device("cpu")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict; with a controller, its tensors under ``"controller"`` too."""
+        state_dict = super().state_dict()
+        if self._controller is not None:
+            state_dict["controller"] = {**self._controller.state_dict(), "watches": self._watches}
+        return state_dict
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by this class or by torch's Adam and AdamW.
+
+        Moments stay float32 under half-precision parameters. A state without a controller starts
+        this optimizer's controller afresh.
+
+        Args:
+            state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            ValueError: The state is of other parameters or of another controller; nothing has
+                been changed then.
+        """
+        saved = state_dict.get("controller")
+        if self._controller is not None and saved is not None:
+            self._controller.check_state_dict(saved)
+        super().load_state_dict(state_dict)
+        for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, key in zip(group["params"], old["params"], strict=True):
+                if key in state_dict["state"]:
+                    device = self._step_device(group, param)
+                    restore_dtypes(self.state[param], param, state_dict["state"][key], device)
+        if self._controller is not None:
+            fresh = ARSController(self._controller.config).state_dict()
+            self._controller.load_state_dict(fresh if saved is None else saved)
+            self._watches = None if saved is None else saved.get("watches")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the controller and the penalty too; the kernel's tables are made anew."""
+        state: dict[str, Any] = super().__getstate__()
+        for name in (
+            "_controller", "_watches", "_penalty", "_terms", "_max_grad_norm", "_buffer",
+            "_implementation", "_step_supports_amp_scaling",
+        ):  # fmt: skip
+            state[name] = self.__dict__[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; whatever a saved group says, the class decides which weight decay it is."""
+        super().__setstate__(state)
+        self._triton = functional.TritonStep()
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = self._decoupled
+
+
+def _surprise(loss: Any) -> Tensor | None:
+    """Return the loss as a detached 0-d tensor, or None if there is none.
+
+    Raises:
+        TypeError: It is neither a tensor nor a number.
+        ValueError: It is not a scalar.
+    """
+    if loss is None:
+        return None
+    if isinstance(loss, (int, float)):
+        return torch.tensor(float(loss), dtype=torch.float64)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss must be a 0-d tensor or a number, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the loss must be a scalar, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean()"
+        )
+    return loss.detach().reshape(())

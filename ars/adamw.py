@@ -1,0 +1,104 @@
+"""AdamW with the controller, the clipping and the penalty inside the step."""
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ars.adam import CONDITIONED, ARSAdam
+from ars.controller import ARSConfig
+from ars.penalty import Penalty
+
+__all__ = ["ARSAdamW"]
+
+
+class ARSAdamW(ARSAdam):
+    r"""AdamW with an on-device stability controller and an inheritance penalty in the same pass.
+
+    .. math::
+        \Phi, \chi &= \text{controller}(S), \quad
+        \beta_i^{\text{eff}} = \beta_i \Phi, \quad \eta^{\text{eff}} = \eta (1 + \chi) \\
+        g &\leftarrow \text{clip}(g) + \lambda \Omega (\theta - \theta^*) \\
+        m &\leftarrow \beta_1^{\text{eff}} m + (1 - \beta_1^{\text{eff}}) g, \quad
+        v \leftarrow \beta_2^{\text{eff}} v + (1 - \beta_2^{\text{eff}}) g^2, \quad
+        B_i \leftarrow B_i \beta_i^{\text{eff}} \\
+        \theta &\leftarrow (1 - \eta^{\text{eff}} w) \theta
+            - \eta^{\text{eff}} \frac{m / (1 - B_1)}{\sqrt{v / (1 - B_2)} + \epsilon}
+
+    With ``ars=None, penalty=None, max_grad_norm=None`` it is :class:`torch.optim.AdamW`. Moments
+    are float32 (float64 for float64 parameters), also under half-precision parameters.
+
+    Args:
+        params: Parameters, named parameters or parameter groups.
+        lr: Learning rate, >= 0; a 1-element tensor stays on its device.
+        betas: Decays of the moments, in [0, 1).
+        eps: Added to the root, >= 0.
+        weight_decay: Decoupled weight decay w, >= 0.
+        amsgrad: Use the running maximum of the second moment.
+        ars: The controller's settings; None for plain AdamW.
+        penalty: A penalty such as :class:`ars.regularizers.EWC`; see :class:`ars.penalty.Penalty`.
+        max_grad_norm: Clip the norm of the task's gradient, over all groups, to this value.
+        maximize: Ascend the objective.
+        foreach: True: torch's foreach kernels (CPU). False with ``fused`` not True: a plain loop.
+        capturable: The step may be captured in a CUDA graph.
+        differentiable: Autograd may run through the step.
+        fused: True: one fused kernel, Triton on a GPU and torch's on a CPU. None: the fastest.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range, or the penalty belongs to another model.
+        RuntimeError: ``foreach`` or ``fused`` was forced where it cannot be had.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> torch.nn.init.ones_(model.weight).sum().item()
+        2.0
+        >>> opt = ARSAdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+        >>> loss = model(torch.ones(4, 2)).square().mean()
+        >>> loss.backward()
+        >>> opt.step(loss=loss)
+        >>> model.weight.detach()
+        tensor([[0.9000, 0.9000]])
+        >>> float(opt.diagnostics["surprise"]), float(opt.diagnostics["phi"])
+        (4.0, 1.0)
+
+    References:
+        Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101.
+        Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks",
+        arXiv:1612.00796.
+    """
+
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        ars: ARSConfig | None = CONDITIONED,
+        penalty: Penalty | None = None,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            ars=ars,
+            penalty=penalty,
+            max_grad_norm=max_grad_norm,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )

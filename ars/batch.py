@@ -1,0 +1,126 @@
+"""What one optimizer step works on, as every implementation receives it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ars.controller import ARSController
+from ars.penalty import Term
+
+__all__ = ["DIAGNOSTICS", "Batch", "Hyper", "Options"]
+
+Scalar: TypeAlias = float | Tensor
+
+# The order of the entries of an optimizer's diagnostics buffer, shape (10,), float64.
+DIAGNOSTICS = (
+    "surprise", "rho", "psi", "phi", "chi", "lr", "beta1", "beta2", "grad_norm", "penalty",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Batch:
+    """The tensors of one step: entry i of every list belongs to parameter i.
+
+    Args:
+        params: Parameters that have a gradient; complex ones as their real view.
+        grads: Their gradients.
+        exp_avgs: First moments, float32, or float64 for float64 parameters.
+        exp_avg_sqs: Second moments, likewise.
+        max_exp_avg_sqs: Running maxima of the second moments, None where amsgrad is off.
+        steps: Steps taken, 0-d float32.
+        products: Products of the betas of all steps, (2,) float64; empty without a controller.
+        groups: Index of the parameter's group in the list of :class:`Hyper`.
+        anchors: Where the penalty pulls, None where it does not.
+        importances: How hard, None where it does not.
+    """
+
+    params: list[Tensor] = dataclasses.field(default_factory=list)
+    grads: list[Tensor] = dataclasses.field(default_factory=list)
+    exp_avgs: list[Tensor] = dataclasses.field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = dataclasses.field(default_factory=list)
+    max_exp_avg_sqs: list[Tensor | None] = dataclasses.field(default_factory=list)
+    steps: list[Tensor] = dataclasses.field(default_factory=list)
+    products: list[Tensor] = dataclasses.field(default_factory=list)
+    groups: list[int] = dataclasses.field(default_factory=list)
+    anchors: list[Tensor | None] = dataclasses.field(default_factory=list)
+    importances: list[Tensor | None] = dataclasses.field(default_factory=list)
+
+    def append(
+        self,
+        param: Tensor,
+        group: int,
+        state: dict[str, Any],
+        *,
+        amsgrad: bool,
+        gated: bool,
+        term: Term | None,
+    ) -> None:
+        """Add a parameter that has a gradient; complex tensors enter as their real view.
+
+        Args:
+            param: The parameter.
+            group: Index of its group.
+            state: Its optimizer state, complete.
+            amsgrad: Whether the running maximum of the second moment is used.
+            gated: Whether a controller makes the betas vary.
+            term: Its penalty, or None.
+        """
+        view: Callable[[Any], Any] = torch.view_as_real if param.is_complex() else lambda t: t
+        self.params.append(view(param))
+        self.grads.append(view(param.grad))
+        self.exp_avgs.append(view(state["exp_avg"]))
+        self.exp_avg_sqs.append(view(state["exp_avg_sq"]))
+        self.max_exp_avg_sqs.append(view(state["max_exp_avg_sq"]) if amsgrad else None)
+        self.steps.append(state["step"])
+        if gated:
+            self.products.append(state["beta_products"])
+        self.groups.append(group)
+        self.anchors.append(None if term is None else view(term.anchor))
+        self.importances.append(None if term is None else view(term.importance))
+
+
+class Hyper(NamedTuple):
+    """Hyperparameters of one group; lr and betas may be 0-d tensors on the device."""
+
+    lr: Scalar
+    beta1: Scalar
+    beta2: Scalar
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+
+class Options(NamedTuple):
+    """What holds for all groups of one step."""
+
+    decoupled: bool  # AdamW's weight decay rather than Adam's
+    controller: ARSController | None
+    surprise: Tensor | None  # None: the gradient norm
+    max_norm: float | None
+    strength: float  # of the penalty
+    proximal: bool
+    diagnostics: Tensor  # (10,) float64, written by the step; see DIAGNOSTICS
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether the step needs the gradient norm: as its surprise, or to clip."""
+        return self.max_norm is not None or (self.controller is not None and self.surprise is None)
+
+
+def gated(hyper: Hyper, phi: Scalar, chi: Scalar) -> Hyper:
+    """Apply the controller's gate: ``beta_i Phi`` and ``lr (1 + chi)``."""
+    return hyper._replace(lr=hyper.lr * (1 + chi), beta1=hyper.beta1 * phi, beta2=hyper.beta2 * phi)
+
+
+def write_diagnostics(buffer: Tensor, values: dict[str, Scalar]) -> None:
+    """Write all ten diagnostics to ``buffer``, without a host synchronisation."""
+    row = [
+        torch.as_tensor(values[name], dtype=torch.float64, device=buffer.device)
+        .detach()
+        .reshape(())
+        for name in DIAGNOSTICS
+    ]
+    buffer.copy_(torch.stack(row))

@@ -1,0 +1,91 @@
+"""Which implementation takes the step, and the check that it can."""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+from ars import host, loop
+from ars.batch import Batch, Hyper, Options
+
+__all__ = ["Implementation", "choose", "step_"]
+
+Implementation: TypeAlias = Literal["loop", "foreach", "fused", "triton"]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether Triton is installed; it is imported only when a kernel is launched."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose(
+    params: Sequence[Tensor], *, foreach: bool | None, fused: bool | None, differentiable: bool
+) -> Implementation:
+    """Choose the implementation as torch's arguments ask; with neither, the fastest there is.
+
+    Args:
+        params: The parameters to be optimized.
+        foreach: True forces torch's foreach kernels (CPU); False with ``fused`` not True, the loop.
+        fused: True forces the fused kernels: Triton on a GPU, torch's on a CPU.
+        differentiable: Forces the loop.
+
+    Returns:
+        ``loop``, ``foreach``, ``fused`` (torch's on a CPU) or ``triton``.
+
+    Raises:
+        RuntimeError: An explicit choice cannot be had here; names the remedy.
+    """
+    devices = {p.device.type for p in params}
+    if differentiable:
+        return "loop"
+    if foreach:
+        if devices != {"cpu"}:
+            raise RuntimeError(
+                f"foreach=True works on CPU parameters, these are on {sorted(devices)}: torch's "
+                "foreach kernels take the gate from the host, which would wait for the device at "
+                "every step. Use fused=True, or leave both None"
+            )
+        return "foreach"
+    if not fused and (foreach is False or fused is False):
+        return "loop"
+    if devices == {"cpu"}:
+        return "fused"
+    if devices == {"cuda"} and _has_triton() and len({p.device for p in params}) == 1:
+        return "triton"
+    if fused:
+        raise RuntimeError(
+            "fused=True needs all parameters on the CPU, or on one GPU with Triton installed; they "
+            f"are on {sorted({str(p.device) for p in params})} and Triton is "
+            f"{'installed' if _has_triton() else 'missing'}. Leave fused=None for the loop"
+        )
+    return "loop"
+
+
+def step_(
+    implementation: Implementation, batch: Batch, hypers: list[Hyper], options: Options
+) -> None:
+    """Take one step in place with a torch implementation; all of them compute the same step.
+
+    Args:
+        implementation: ``loop``, ``foreach`` or ``fused``.
+        batch: The tensors.
+        hypers: Each group's hyperparameters.
+        options: What holds for all groups.
+    """
+    if implementation == "loop":
+        loop.step_(batch, hypers, options)
+    else:
+        host.step_(batch, hypers, options, foreach=implementation == "foreach")
+
+
+class TritonStep:
+    """The step by the Triton kernels, whose tables are kept from step to step."""
+
+    def __init__(self) -> None:
+        self._tables: Any = None
+
+    def step_(self, batch: Batch, hypers: list[Hyper], options: Options) -> None:
+        """Take one step."""
