@@ -1,0 +1,223 @@
+r"""The control kernel: gradient norm, controller, and every number that the step needs.
+
+One launch: each program of the grid writes the sum of squares of one tile of gradients; the last
+one to arrive adds these up in a fixed order and goes on alone (without a norm to compute there is
+only one program). It observes the surprise, gates (:mod:`ars.csrc_triton.controller`), and forms
+in float64, rounding once, what :mod:`ars.csrc_triton.adam` reads. All inputs that change between
+steps lie in device memory: nothing here waits for the host, and a CUDA graph replays it with live
+numbers.
+
+Bytes: one read of the gradients if the norm is needed, else only the tables. The squares are
+fp32 unless the gradients are fp64: an element beyond 1.8e19 makes the norm infinite.
+
+Oracle: :func:`ars.reference.grad_norm` and :func:`ars.reference.clip_coefficient`.
+"""
+
+import triton
+import triton.language as tl
+
+from ars.csrc_triton import layout
+from ars.csrc_triton.controller import observe
+from ars.csrc_triton.device import pointer, sum_in_order
+
+__all__ = ["control_kernel"]
+
+# The layout's columns, in its order.
+_LR, _BETA1, _BETA2, _EPS, _WEIGHT_DECAY, _STRENGTH, _MAX_NORM, _SIGN = (
+    tl.constexpr(column.value) for column in layout.Hyper
+)
+(
+    _TO_BETA1, _TO_ONE_MINUS_BETA1, _TO_BETA2, _TO_ONE_MINUS_BETA2, _TO_DECAY, _TO_EPS,
+    _TO_STRENGTH, _TO_CLIP, _TO_METRIC,
+) = (tl.constexpr(column.value) for column in layout.Scalar)  # fmt: skip
+_STEP_SIZE, _INVERSE_ROOT = (tl.constexpr(column.value) for column in layout.Correction)
+_SAY_LR = tl.constexpr(layout.Diagnostic.LR.value)
+_SAY_BETA1 = tl.constexpr(layout.Diagnostic.BETA1.value)
+_SAY_BETA2 = tl.constexpr(layout.Diagnostic.BETA2.value)
+_SAY_GRAD_NORM = tl.constexpr(layout.Diagnostic.GRAD_NORM.value)
+_STEP = tl.constexpr(layout.Table.STEP.value)
+_PRODUCTS = tl.constexpr(layout.Table.PRODUCTS.value)
+_NUMEL = tl.constexpr(layout.Table.NUMEL.value)
+_GROUP = tl.constexpr(layout.Table.GROUP.value)
+_TABLE_WIDTH = tl.constexpr(len(layout.Table))
+_HYPER_WIDTH = tl.constexpr(len(layout.Hyper))
+_SCALAR_WIDTH = tl.constexpr(len(layout.Scalar))
+_CORRECTION_WIDTH = tl.constexpr(len(layout.Correction))
+
+
+@triton.jit
+def _square_norm(table, grad_table, tiles, program, GRAD: tl.constexpr, TILE: tl.constexpr):
+    """Sum of squares of one tile of gradients."""
+    tensor = tl.load(tiles + 2 * program).to(tl.int64)
+    first = tl.load(tiles + 2 * program + 1).to(tl.int64) * TILE
+    numel = tl.load(table + tensor * _TABLE_WIDTH + _NUMEL)
+    address = tl.load(grad_table + tensor)
+    offs = first + tl.arange(0, TILE)
+    # Two loads, as in the step: one wide, and one for tails and misaligned views.
+    if (address & 15) == 0 and first + TILE <= numel:
+        g = tl.load(pointer(address, GRAD, True) + offs)
+    else:
+        g = tl.load(pointer(address, GRAD, False) + offs, mask=offs < numel, other=0.0)
+    if GRAD != tl.float64:
+        g = g.to(tl.float32)
+    return tl.sum(g * g).to(tl.float64)
+
+
+@triton.jit
+def _write_scalars(
+    hyper, scalars, diagnostics, norm, phi, chi, group_count,
+    NORM: tl.constexpr, DECOUPLED: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Form what the step reads of each group."""
+    group = tl.arange(0, GROUP_BLOCK)
+    mask = group < group_count
+    source = hyper + group * _HYPER_WIDTH
+    target = scalars + group * _SCALAR_WIDTH
+    NUMBER: tl.constexpr = scalars.dtype.element_ty
+
+    lr = tl.load(source + _LR, mask=mask, other=0.0) * (1 + chi)
+    beta1 = tl.load(source + _BETA1, mask=mask, other=0.0) * phi
+    beta2 = tl.load(source + _BETA2, mask=mask, other=0.0) * phi
+    decay = tl.load(source + _WEIGHT_DECAY, mask=mask, other=0.0)
+    strength = tl.load(source + _STRENGTH, mask=mask, other=0.0)
+    clip = tl.load(source + _SIGN, mask=mask, other=1.0)
+    if NORM:
+        max_norm = tl.load(source + _MAX_NORM, mask=mask, other=float("inf"))
+        clips = max_norm < float("inf")
+        coefficient = tl.where(clips, max_norm, 0.0) / (norm + 1e-6)
+        # The comparison is this way round to let a NaN through, as torch's clamp does.
+        clip *= tl.where(clips, tl.where(coefficient > 1, 1.0, coefficient), 1.0)
+    if DECOUPLED:
+        decay = 1 - lr * decay
+    tl.store(target + _TO_BETA1, beta1.to(NUMBER), mask=mask)
+    tl.store(target + _TO_ONE_MINUS_BETA1, (1 - beta1).to(NUMBER), mask=mask)
+    tl.store(target + _TO_BETA2, beta2.to(NUMBER), mask=mask)
+    tl.store(target + _TO_ONE_MINUS_BETA2, (1 - beta2).to(NUMBER), mask=mask)
+    tl.store(target + _TO_DECAY, decay.to(NUMBER), mask=mask)
+    tl.store(target + _TO_EPS, tl.load(source + _EPS, mask=mask).to(NUMBER), mask=mask)
+    tl.store(target + _TO_STRENGTH, strength.to(NUMBER), mask=mask)
+    tl.store(target + _TO_CLIP, clip.to(NUMBER), mask=mask)
+    tl.store(target + _TO_METRIC, (lr * strength).to(NUMBER), mask=mask)
+    reported = group == 0
+    here = tl.zeros((GROUP_BLOCK,), tl.int32)
+    tl.store(diagnostics + _SAY_LR + here, lr, mask=reported)
+    tl.store(diagnostics + _SAY_BETA1 + here, beta1, mask=reported)
+    tl.store(diagnostics + _SAY_BETA2 + here, beta2, mask=reported)
+
+
+@triton.jit
+def _power(beta, step):
+    """Return ``beta ** step`` in float64, for beta in [0, 1) and step >= 1."""
+    positive = beta > 0
+    return tl.where(positive, tl.exp(step * tl.log(tl.where(positive, beta, 1.0))), 0.0)
+
+
+@triton.jit
+def _write_corrections(
+    table, hyper, corrections, phi, chi, tensor_count, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Advance every tensor's step, and the products if gated; form its bias corrections."""
+    NUMBER: tl.constexpr = corrections.dtype.element_ty
+    start = 0
+    while start < tensor_count:
+        tensor = start + tl.arange(0, BLOCK)
+        mask = tensor < tensor_count
+        row = table + tensor.to(tl.int64) * _TABLE_WIDTH
+        source = hyper + tl.load(row + _GROUP, mask=mask, other=0) * _HYPER_WIDTH
+        lr = tl.load(source + _LR, mask=mask, other=0.0) * (1 + chi)
+        beta1 = tl.load(source + _BETA1, mask=mask, other=0.0) * phi
+        beta2 = tl.load(source + _BETA2, mask=mask, other=0.0) * phi
+        step_ptr = tl.load(row + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+        step = tl.load(step_ptr, mask=mask, other=0.0) + 1
+        if GATED:
+            products = tl.load(row + _PRODUCTS, mask=mask, other=0)
+            products = products.to(tl.pointer_type(tl.float64))
+            product1 = tl.load(products, mask=mask, other=0.0) * beta1  # eq. 6
+            product2 = tl.load(products + 1, mask=mask, other=0.0) * beta2
+        else:
+            product1 = _power(beta1, step.to(tl.float64))
+            product2 = _power(beta2, step.to(tl.float64))
+        tl.debug_barrier()  # a small block is replicated: every thread has read what is replaced
+        tl.store(step_ptr, step, mask=mask)
+        if GATED:
+            tl.store(products, product1, mask=mask)
+            tl.store(products + 1, product2, mask=mask)
+        target = corrections + tensor * _CORRECTION_WIDTH
+        tl.store(target + _STEP_SIZE, (lr / (1 - product1)).to(NUMBER), mask=mask)
+        tl.store(target + _INVERSE_ROOT, (1 / tl.sqrt(1 - product2)).to(NUMBER), mask=mask)
+        start += BLOCK
+
+
+@triton.jit
+def _control(
+    table, hyper, scalars, corrections, window, counts, config, seed, loss, diagnostics, norm,
+    tensor_count, group_count,
+    NORM: tl.constexpr, GATED: tl.constexpr, STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
+    DECOUPLED: tl.constexpr, WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, TENSOR_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the last program does alone."""
+    phi = tl.full((), 1.0, tl.float64)
+    chi = tl.full((), 0.0, tl.float64)
+    if GATED:
+        if loss is None:
+            observed = norm
+        else:
+            observed = tl.load(loss)
+            if loss.dtype.element_ty == tl.bfloat16:
+                observed = observed.to(tl.float32)  # the interpreter's only way out of bf16
+            observed = observed.to(tl.float64)
+        phi, chi = observe(
+            observed, window, counts, config, seed, diagnostics,
+            STANDARDIZE, DETREND, WINDOW, WINDOW_BLOCK,
+        )  # fmt: skip
+    _write_scalars(
+        hyper, scalars, diagnostics, norm, phi, chi, group_count, NORM, DECOUPLED, GROUP_BLOCK
+    )
+    tl.store(diagnostics + _SAY_GRAD_NORM, norm)
+    _write_corrections(table, hyper, corrections, phi, chi, tensor_count, GATED, TENSOR_BLOCK)
+
+
+@triton.jit(
+    do_not_specialize=["first_partial", "partial_count", "tensor_count", "group_count"],
+    # A loss may be any entry of a larger tensor: its alignment must not cost a compilation.
+    do_not_specialize_on_alignment=["loss"],
+)
+def control_kernel(
+    table, grad_table, tiles,  # see tiles.py
+    hyper, scalars, corrections,  # (G, 8) float64; (G, 9) and (T, 2), see layout.py
+    window, counts, config, seed,  # (W,) float64, (2,) int64, (6,) float64, (1,) int64; or None
+    loss,  # 0-d, floating; None: the surprise is the gradient norm
+    partials, ticket, diagnostics,  # (partial_count,) float64, (1,) int32 at 0, (10,) float64
+    first_partial, partial_count, tensor_count, group_count,
+    GRAD: tl.constexpr,
+    NORM: tl.constexpr,  # the gradient norm is needed
+    LAST: tl.constexpr,  # of the step's launches of this kernel
+    GATED: tl.constexpr, STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
+    DECOUPLED: tl.constexpr, WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, TENSOR_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of gradients; the last one to arrive controls."""
+    if NORM:
+        program = tl.program_id(0).to(tl.int64)
+        partial = _square_norm(table, grad_table, tiles, program, GRAD, TILE)
+        tl.store(partials + first_partial + program, partial)
+        if LAST:
+            arrived = tl.atomic_add(ticket, 1, sem="acq_rel")
+            if arrived == tl.num_programs(0) - 1:
+                tl.store(ticket, 0)  # for the next launch
+                norm = tl.sqrt(sum_in_order(partials, partial_count, SUM_BLOCK))
+                _control(
+                    table, hyper, scalars, corrections, window, counts, config, seed, loss,
+                    diagnostics, norm, tensor_count, group_count,
+                    NORM, GATED, STANDARDIZE, DETREND, DECOUPLED, WINDOW, WINDOW_BLOCK,
+                    GROUP_BLOCK, TENSOR_BLOCK,
+                )  # fmt: skip
+    else:
+        _control(
+            table, hyper, scalars, corrections, window, counts, config, seed, loss,
+            diagnostics, float("nan"), tensor_count, group_count,
+            NORM, GATED, STANDARDIZE, DETREND, DECOUPLED, WINDOW, WINDOW_BLOCK,
+            GROUP_BLOCK, TENSOR_BLOCK,
+        )  # fmt: skip

@@ -1,0 +1,168 @@
+r"""The controller, eqs. (1) to (4), as device functions of one program, all in float64.
+
+The ring buffer is read in the order of age straight from memory, so its length is all that a
+compilation depends on.
+
+Oracle: :func:`ars.reference.controller_step_`.
+"""
+
+import triton
+import triton.language as tl
+
+from ars.csrc_triton import layout
+from ars.reference import controller as reference
+
+__all__ = ["observe"]
+
+# The layout's entries, in its order.
+_ALPHA, _PHI_MIN, _EPS, _JITTER, _THRESHOLD, _SIGNIFICANCE = (
+    tl.constexpr(entry.value) for entry in layout.Config
+)
+_SAY_SURPRISE, _SAY_RHO, _SAY_PSI, _SAY_PHI, _SAY_CHI = (
+    tl.constexpr(entry.value) for entry in list(layout.Diagnostic)[:5]
+)
+_RELATIVE_NOISE_FLOOR = tl.constexpr(reference.RELATIVE_NOISE_FLOOR)
+_MIN_HISTORY = tl.constexpr(reference.MIN_HISTORY)
+
+
+@triton.jit
+def _fit(shifted, age, n, LINEAR: tl.constexpr):
+    """Least-squares mean, slope and spread of ages; both arguments are 0 from the n-th entry on."""
+    mean = tl.sum(shifted) / n
+    if LINEAR:
+        spread = tl.maximum(tl.sum(age * age), 0.5)
+        slope = tl.sum(age * shifted) / spread
+    else:
+        spread = n * 0.0 + 0.5
+        slope = n * 0.0
+    return mean, slope, spread
+
+
+@triton.jit
+def _standardized_surprise(
+    surprise, window, count, threshold, eps,
+    LINEAR: tl.constexpr, WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One-sided deviation from the trend of the window as it was, in standard errors."""
+    valid = tl.minimum(count, WINDOW)
+    oldest = (count - valid) % WINDOW
+    index = tl.arange(0, WINDOW_BLOCK)
+    used = index < valid
+    values = tl.load(window + (oldest + index) % WINDOW, mask=used, other=0.0)
+    start = tl.load(window + oldest)
+    n = tl.maximum(valid, 1).to(tl.float64)
+    # Subtracting the first value makes a constant window vary by exactly 0, whatever its level.
+    shifted = tl.where(used, values - start, 0.0)
+    age = tl.where(used, index.to(tl.float64) - (n - 1) / 2, 0.0)
+    mean, slope, spread = _fit(shifted, age, n, LINEAR)
+    residuals = tl.where(used, shifted - mean - slope * age, 0.0)
+    ahead = (n + 1) / 2
+    leverage = 1 + 1 / n
+    freedom = n - 1
+    if LINEAR:
+        leverage += ahead * ahead / spread
+        freedom -= 1
+    error = tl.sqrt(tl.sum(residuals * residuals) / tl.maximum(freedom, 1.0) * leverage)
+    predicted = start + mean + slope * ahead
+    scale = error + eps * tl.abs(predicted)
+    deviations = (surprise - predicted) / tl.where(scale > 0, scale, 1.0)
+    return tl.where(valid >= _MIN_HISTORY, tl.maximum(deviations - threshold, 0.0), 0.0)
+
+
+@triton.jit
+def _autocorrelation(
+    surprise, finite, window, count,  # the new value and whether it counts; the window before it
+    DETREND: tl.constexpr, WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Lag-1 autocorrelation of the window with the new value in it, and how many are valid."""
+    slot = tl.where(finite, count % WINDOW, -1)  # where the new value goes, if it does
+    after = count + finite.to(tl.int64)
+    valid = tl.minimum(after, WINDOW)
+    oldest = (after - valid) % WINDOW
+    index = tl.arange(0, WINDOW_BLOCK)
+    used = index < valid
+    paired = index + 1 < valid
+    here = (oldest + index) % WINDOW
+    there = (oldest + index + 1) % WINDOW
+    x = tl.load(window + here, mask=used, other=0.0)
+    y = tl.load(window + there, mask=paired, other=0.0)
+    start = tl.load(window + oldest)
+    # The new value is not in memory yet, so that no thread can miss it or see it too early.
+    x = tl.where(used & (here == slot), surprise, x)
+    y = tl.where(paired & (there == slot), surprise, y)
+    start = tl.where(oldest == slot, surprise, start)
+    scale = tl.max(tl.abs(x))
+
+    x = tl.where(used, x - start, 0.0)
+    y = tl.where(paired, y - start, 0.0)
+    if DETREND:
+        n = tl.maximum(valid, 1).to(tl.float64)
+        middle = (n - 1) / 2
+        age = tl.where(used, index.to(tl.float64) - middle, 0.0)
+        mean, slope, _ = _fit(x, age, n, True)
+        # Residuals, again relative to the first one.
+        first = 0.0 - mean + slope * middle
+        x = x - mean - slope * age - first
+        y = y - mean - slope * (age + 1) - first
+    pairs = tl.maximum(valid - 1, 1).to(tl.float64)
+    x = tl.where(paired, x, 0.0)
+    y = tl.where(paired, y, 0.0)
+    x = tl.where(paired, x - tl.sum(x) / pairs, 0.0)
+    y = tl.where(paired, y - tl.sum(y) / pairs, 0.0)
+    xx = tl.sum(x * x)
+    yy = tl.sum(y * y)
+    noise = _RELATIVE_NOISE_FLOOR * scale
+    floor = pairs * (noise * noise)
+    defined = (valid >= 3) & (xx > floor) & (yy > floor)
+    rho = tl.sum(x * y) / tl.where(defined, tl.sqrt(xx) * tl.sqrt(yy), 1.0)
+    return tl.where(defined, tl.minimum(tl.maximum(rho, -1.0), 1.0), 0.0), valid
+
+
+@triton.jit
+def observe(
+    observed, window, counts, config, seed, diagnostics,
+    STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
+    WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Observe one surprise; return Phi and chi, float64."""
+    eps = tl.load(config + _EPS)
+    phi_min = tl.load(config + _PHI_MIN)
+    count = tl.load(counts)
+    steps = tl.load(counts + 1)
+    finite = tl.abs(observed) < float("inf")
+    surprise = tl.where(finite, observed, 0.0)
+
+    gated = surprise
+    if STANDARDIZE:
+        threshold = tl.load(config + _THRESHOLD)
+        gated = _standardized_surprise(
+            surprise, window, count, threshold, eps, DETREND, WINDOW, WINDOW_BLOCK
+        )
+    rho, valid = _autocorrelation(
+        surprise, finite, window, count, DETREND, WINDOW, WINDOW_BLOCK
+    )  # eq. 1
+    significance = tl.load(config + _SIGNIFICANCE)
+    noise = significance / tl.sqrt(tl.maximum(valid, 1).to(tl.float64))
+    strength = tl.maximum(tl.abs(rho) - noise, 0.0)
+    rho = tl.where(rho < 0, -strength, tl.where(rho > 0, strength, 0.0))
+
+    psi = tl.maximum(1 - rho * rho, eps)  # eq. 2
+    phi = phi_min + (1 - phi_min) * tl.exp(-tl.load(config + _ALPHA) * (gated / psi))  # eq. 3
+    phi = tl.where(finite, phi, phi_min)
+    # The same counter and key as ars.reference.philox_uniform: the same number, bit for bit.
+    counter = (steps & 0xFFFFFFFF).to(tl.uint32)
+    zero = counter * 0
+    word, _, _, _ = tl.philox(tl.load(seed), counter, zero, zero, zero)
+    uniform = word.to(tl.float64) * 2.0**-32
+    chi = tl.load(config + _JITTER) * (2 * uniform - 1) * (1 - psi)  # eq. 4
+
+    tl.debug_barrier()  # every thread has read the window and the counts
+    tl.store(window + count % WINDOW, surprise, mask=finite)
+    tl.store(counts, count + finite.to(tl.int64))
+    tl.store(counts + 1, steps + 1)
+    tl.store(diagnostics + _SAY_SURPRISE, observed)
+    tl.store(diagnostics + _SAY_RHO, rho)
+    tl.store(diagnostics + _SAY_PSI, psi)
+    tl.store(diagnostics + _SAY_PHI, phi)
+    tl.store(diagnostics + _SAY_CHI, chi)
+    return phi, chi

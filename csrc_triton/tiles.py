@@ -1,0 +1,103 @@
+"""Host tables that let one launch cover any number of tensors.
+
+A kernel finds its work in two steps: program -> (tensor, tile), then tensor -> addresses. Both
+tables are built once. Gradients move after ``zero_grad(set_to_none=True)``, so their addresses are
+a table of their own that is uploaded again when, and only when, one of them changed.
+"""
+
+import torch
+from torch import Tensor
+
+from ars.csrc_triton.layout import Table
+
+# Elements per program. One program's table look-ups, ticket and partial sum serve 4096 elements
+# (112 kB of fp32 traffic), and a million elements still make 256 programs.
+TILE = 4096
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device without making the host wait for it."""
+    if device.type == "cpu":
+        return values
+    # The pinned copy may be dropped at once: torch keeps its block until the transfer is done.
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def tile_map(numels: list[int], tensors: list[int], device: torch.device) -> Tensor:
+    """Map each program to its (tensor, tile), shape (programs, 2), int32.
+
+    Args:
+        numels: Elements of each of the launch's tensors, in order.
+        tensors: Row of each of them in the address table.
+        device: Where the map goes.
+
+    Returns:
+        The map. A launch of empty tensors has one program, which finds nothing to do.
+    """
+    counts = (torch.tensor(numels) + TILE - 1) // TILE
+    if not counts.any():
+        counts[0] = 1
+    ends = counts.cumsum(0)
+    tensor = torch.tensor(tensors).repeat_interleave(counts)
+    tile = torch.arange(int(ends[-1])) - (ends - counts).repeat_interleave(counts)
+    return upload(torch.stack((tensor, tile), 1).to(torch.int32), device)
+
+
+def addresses(tensors: list[Tensor | None] | None, count: int) -> list[int]:
+    """Return the address of each tensor, 0 for an absent one."""
+    if tensors is None:
+        return [0] * count
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def address_table(columns: dict[Table, list[int]], device: torch.device) -> Tensor:
+    """Stack the columns of :class:`~ars.csrc_triton.layout.Table`, shape (tensors, columns)."""
+    ordered = [columns[column] for column in Table]
+    return upload(torch.tensor(ordered, dtype=torch.int64).T.contiguous(), device)
+
+
+class GradientTable:
+    """Device addresses of the gradients, shape (tensors,), int64, refreshed when they moved.
+
+    A CUDA graph keeps reading the addresses it was captured with, whatever is uploaded afterwards,
+    so a capture gets a table of its own, filled by a copy that is part of the graph. Its pinned
+    source is set aside beforehand, because pinned memory cannot be had during a capture.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.uploads = 0  # uploads so far, captures not counted
+        self._addresses: list[int] | None = None
+        self._table = torch.empty(count, dtype=torch.int64, device=device)
+        self._captured: list[tuple[Tensor, Tensor]] = []
+        self._spare: Tensor | None = self._pinned()
+
+    def _pinned(self) -> Tensor:
+        return torch.empty(self._table.shape, dtype=torch.int64, pin_memory=self._table.is_cuda)
+
+    def moved(self, addresses: list[int]) -> bool:
+        """Whether any gradient is elsewhere than in the last uploaded table."""
+        return addresses != self._addresses
+
+    def refresh(self, addresses: list[int]) -> Tensor:
+        """Return a table of these addresses, for the launches of one step.
+
+        Raises:
+            RuntimeError: During a second CUDA-graph capture without an eager step before it.
+        """
+        if self._table.is_cuda and torch.cuda.is_current_stream_capturing():
+            if self._spare is None:
+                raise RuntimeError("take one step outside of a capture before capturing another")
+            source, self._spare = self._spare, None
+            source.copy_(torch.tensor(addresses, dtype=torch.int64))
+            table = torch.empty_like(self._table)
+            table.copy_(source, non_blocking=True)
+            self._captured.append((source, table))
+            return table
+        if self._spare is None:
+            self._spare = self._pinned()
+        if self.moved(addresses):
+            values = torch.tensor(addresses, dtype=torch.int64)
+            self._table.copy_(upload(values, self._table.device), non_blocking=True)
+            self._addresses = addresses
+            self.uploads += 1
+        return self._table
