@@ -16,18 +16,16 @@ LINKED = ("csrc_triton", "models", "regularizers")
 CODE = ("ars", *LINKED, "examples", "benchmarks", "tests")
 MAX_LINES = 300
 
-# Layer -> what its modules may import of this project (a prefix allows what is below it).
-# The longest layer name that matches a module decides.
-ALLOWED = {
-    "ars": ("ars",),
-    "ars.functional": ("ars.functional", "ars.reference", "ars.csrc_triton"),
-    "ars.reference": ("ars.reference",),
-    "ars.csrc_triton": ("ars.csrc_triton",),
-    "ars.models": ("ars.models",),
-    "ars.regularizers": ("ars.regularizers", "ars.functional", "ars.reference"),
-    "trainer": ("trainer", "ars"),
+# Layer -> what of this project its modules may import, and what of that they may not. The longest
+# layer name that a module is below decides; a name stands for what is below it too.
+LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "ars": (("ars",), ("ars.models", "ars.regularizers")),
+    "ars.reference": (("ars.reference",), ()),
+    "ars.csrc_triton": (("ars.csrc_triton",), ()),
+    "ars.models": (("ars.models",), ()),
+    "ars.regularizers": (("ars.regularizers", "ars.functional", "ars.reference"), ()),
+    "": (("ars", "trainer"), ("ars.csrc_triton",)),  # examples
 }
-FORBIDDEN = {"ars": ("ars.models", "ars.regularizers", "ars.csrc_triton")}
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -51,7 +49,7 @@ def module_name(path: Path) -> str:
 
 
 def is_below(name: str, prefixes: tuple[str, ...]) -> bool:
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+    return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def imports(source: str, module: str, *, is_package: bool) -> Iterator[str]:
@@ -77,10 +75,6 @@ def imports(source: str, module: str, *, is_package: bool) -> Iterator[str]:
 def imports_of(path: Path) -> set[str]:
     is_package = path.name == "__init__.py"
     return set(imports(path.read_text(), module_name(path), is_package=is_package))
-
-
-def layer_of(module: str) -> str:
-    return max((name for name in ALLOWED if is_below(module, (name,))), key=len, default="")
 
 
 ARS_FILES = python_files("ars", *LINKED)
@@ -110,14 +104,43 @@ def test_only_the_kernels_import_triton(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", python_files("ars", *LINKED, "examples"), ids=module_name)
-def test_imports_go_down_only(path: Path) -> None:
-    module = module_name(path)
-    layer = layer_of(module)
-    ours = {name for name in imports_of(path) if is_below(name, ("ars", "trainer", *LINKED))}
-    assert not [name for name in ours if is_below(name, LINKED)], "import it as ars.<name>"
-    if layer:
-        assert not [name for name in ours if not is_below(name, ALLOWED[layer])]
-        assert not [name for name in ours if is_below(name, FORBIDDEN.get(layer, ()))]
+def test_a_layer_imports_only_what_it_may(path: Path) -> None:
+    inside = [layer for layer in LAYERS if is_below(module_name(path), (layer,))]
+    allowed, forbidden = LAYERS[max(inside, key=len, default="")]
+    found = imports_of(path)
+    assert not [name for name in found if is_below(name, LINKED)], "import them below ars"
+    ours = [name for name in found if is_below(name, ("ars", "trainer"))]
+    assert not [n for n in ours if not is_below(n, allowed) or is_below(n, forbidden)]
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module of the package -> the modules of the package it imports."""
+    graph = {}
+    for path in ARS_FILES:
+        targets = (
+            max((m for m in MODULES if is_below(name, (m,))), key=len, default="")
+            for name in imports_of(path)
+        )
+        graph[module_name(path)] = {target for target in targets if target}
+    return graph
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = import_graph()
+    assert any(graph.values())
+    while leaves := {module for module, targets in graph.items() if not targets}:
+        graph = {module: graph[module] - leaves for module in graph.keys() - leaves}
+    assert not graph, "these modules import each other, or import one that does"
+
+
+def test_only_the_dispatch_and_what_is_below_it_reach_the_kernels() -> None:
+    graph = import_graph()
+    below = {"ars.functional"}
+    while more := set().union(*(graph[module] for module in below)) - below:
+        below |= more
+    users = {m for m in graph if any(is_below(t, ("ars.csrc_triton",)) for t in graph[m])}
+    assert users
+    assert not [m for m in users - below if not is_below(m, ("ars.csrc_triton",))]
 
 
 def test_no_python_file_is_long() -> None:
