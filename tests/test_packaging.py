@@ -64,7 +64,7 @@ def import_all(
         "skipped": skipped,
         "then": then,
     }
-    command = (sys.executable, "-I", "-S", "-W", "error", "-c", IMPORT_ALL, json.dumps(job))
+    command = (sys.executable, "-I", "-S", "-c", IMPORT_ALL, json.dumps(job))
     return json.loads(run(*command, cwd=target.parent).splitlines()[-1])
 
 
