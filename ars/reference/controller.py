@@ -226,8 +226,11 @@ def entropy_guard(rho: Tensor, eps: float) -> Tensor:
 
 
 def surprise_gate(surprise: Tensor, psi: Tensor, alpha: float, phi_min: float) -> Tensor:
-    """SurpriseGate, ``Phi = phi_min + (1 - phi_min) exp(-alpha S / Psi)`` (eq. 3): 1 is open."""
-    return phi_min + (1 - phi_min) * torch.exp(-alpha * (surprise / psi))
+    """SurpriseGate, ``Phi = phi_min + (1 - phi_min) exp(-alpha S / Psi)`` (eq. 3): 1 is open.
+
+    A negative surprise counts as 0: the gate never opens further than 1.
+    """
+    return phi_min + (1 - phi_min) * torch.exp(-alpha * (surprise.clamp(min=0.0) / psi))
 
 
 def chronos_jitter(psi: Tensor, uniform: float | Tensor, jitter: float) -> Tensor:
