@@ -20,7 +20,7 @@ def learning_rate(step: int, *, peak: float, warmup: int, trunk: int, cooldown: 
     """
     if step < trunk:
         return peak * min(1.0, (step + 1) / warmup) if warmup else peak
-    return peak * max(0, trunk + cooldown - step) / cooldown
+    return peak * (max(0, trunk + cooldown - step) / cooldown)
 
 
 def cooldown_steps(trunk: int, share: float) -> int:

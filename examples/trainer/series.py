@@ -53,7 +53,7 @@ def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus) -> None:
         return
     try:
         stored = json.loads(stored_path.read_text(encoding="utf-8"))
-        settings, data_sha256 = stored["settings"], stored["data"]["sha256"]
+        settings, data_sha256 = dict(stored["settings"]), stored["data"]["sha256"]
     except (ValueError, KeyError, TypeError, OSError):
         raise UsageError(
             f"{stored_path} is damaged: delete the folder or name another with --out"

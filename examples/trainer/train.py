@@ -81,7 +81,7 @@ def train(
             state.seconds += time.perf_counter() - started
             at_trunk_end = state.step == plan.trunk and plan.has_child
             due = time.monotonic() - saved_at >= CHECKPOINT_SECONDS
-            if at_trunk_end or due or stop.requested or state.step == plan.steps:
+            if stop.requested or due or at_trunk_end or state.step == plan.steps:
                 recorder.flush()
                 content = {**state.to_dict(), "record": None}
                 if at_trunk_end:

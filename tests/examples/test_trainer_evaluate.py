@@ -1,0 +1,58 @@
+"""Bits per byte of models whose answer is known."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.evaluate import bits_per_byte
+
+
+class _Fixed(nn.Module):
+    """Gives byte 7 the probability p at every position and the others the rest."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        logits = torch.full((256,), math.log((1 - p) / 255))
+        logits[7] = math.log(p)
+        self.logits = nn.Parameter(logits)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.dropout(self.logits.expand(*tokens.shape, 256))
+
+
+def test_uniform_logits_cost_eight_bits() -> None:
+    windows = torch.randint(0, 256, (70, 33))
+    assert bits_per_byte(_Fixed(1 / 256), windows) == pytest.approx(8.0, abs=1e-6)
+
+
+def test_the_first_byte_of_a_window_is_context_only() -> None:
+    windows = torch.full((40, 5), 7)
+    windows[:, 0] = 9
+    assert bits_per_byte(_Fixed(0.25), windows) == pytest.approx(2.0, abs=1e-5)
+    windows[:20, 1] = 9  # 20 of 160 targets
+    expected = (140 * 2.0 + 20 * math.log2(255 / 0.75)) / 160
+    assert bits_per_byte(_Fixed(0.25), windows) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:
+    windows = torch.full((3, 5), 7)
+    model = _Fixed(0.25).train()
+    assert bits_per_byte(model, windows) == pytest.approx(2.0, abs=1e-5)
+    assert model.training
+    assert model.logits.grad is None
+    model.eval()
+    bits_per_byte(model, windows)
+    assert not model.training
+
+
+def test_it_can_be_stopped_between_batches() -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    model = _Fixed(0.25).train()
+    with pytest.raises(KeyboardInterrupt):
+        bits_per_byte(model, torch.full((3, 5), 7), between=stop)
+    assert model.training
