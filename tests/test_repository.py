@@ -165,6 +165,7 @@ def test_documents_agree_on_the_version() -> None:
         name: re.search(pattern, (ROOT / name).read_text(), re.MULTILINE)
         for name, pattern in {
             "pyproject.toml": r'^version = "([^"]+)"',
+            "ars/__init__.py": r'^__version__ = "([^"]+)"',
             "CITATION.cff": r"^version: (\S+)",
             "CHANGELOG.md": r"^## \[(\d[^\]]*)\]",
         }.items()
