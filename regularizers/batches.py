@@ -1,0 +1,106 @@
+"""Checks of the labelled batches that a Fisher is fitted on."""
+
+import torch
+from torch import Tensor
+
+from ars.regularizers.estimators import IGNORE_INDEX
+
+__all__ = ["check_logits", "check_targets", "checked_pair"]
+
+
+def checked_pair(batch: object, index: int) -> tuple[Tensor, Tensor]:
+    """Return ``batch`` as (inputs, targets).
+
+    Args:
+        batch: A pair of tensors: inputs (B, ...), targets (B,) or (B, T) int64, not empty.
+        index: Its number, for messages.
+
+    Returns:
+        The two tensors.
+
+    Raises:
+        TypeError: Not a pair of tensors, or targets not int64.
+        ValueError: Shapes that do not fit, or no targets at all.
+    """
+    if not (
+        isinstance(batch, (tuple, list))
+        and len(batch) == 2
+        and all(isinstance(part, Tensor) for part in batch)
+    ):
+        raise TypeError(
+            f"batch {index} must be a pair (inputs, targets) of tensors, got "
+            f"{type(batch).__name__}; pass a single batch as [(inputs, targets)]"
+        )
+    inputs, targets = batch
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets of batch {index} must be int64, got {targets.dtype}")
+    if targets.ndim not in {1, 2}:
+        raise ValueError(
+            f"targets of batch {index} must have shape (B,) or (B, T), got {tuple(targets.shape)}"
+        )
+    if inputs.ndim == 0 or len(inputs) != len(targets):
+        raise ValueError(
+            f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} of batch {index} "
+            "differ in their first dimension, the batch size"
+        )
+    if targets.numel() == 0:
+        raise ValueError(f"batch {index} is empty: targets have shape {tuple(targets.shape)}")
+    return inputs, targets
+
+
+def check_logits(logits: object, targets: Tensor) -> Tensor:
+    """Return the model's output, once it has been seen to be logits for ``targets``.
+
+    Args:
+        logits: What the model returned for some samples.
+        targets: Their targets, (B,) or (B, T).
+
+    Returns:
+        The logits, (B, C) or (B, T, C).
+
+    Raises:
+        TypeError: Not one floating-point tensor.
+        ValueError: Another shape or device than the targets', or no trainable parameter behind it.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model must return logits as one tensor, got {type(logits).__name__}; "
+            "wrap it in a module that returns the logits alone"
+        )
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} do not fit targets of shape "
+            f"{tuple(targets.shape)}; expected (B, C) with (B,), or (B, T, C) with (B, T)"
+        )
+    if logits.device != targets.device:
+        raise ValueError(
+            f"logits are on {logits.device}, targets on {targets.device}; "
+            "move the batches to the model's device"
+        )
+    if not logits.requires_grad:
+        raise ValueError(
+            "the logits do not depend on any trainable parameter; "
+            "remove torch.no_grad() or detach() from the model's forward"
+        )
+    return logits
+
+
+def check_targets(targets: Tensor, classes: int, index: int) -> None:
+    """Refuse targets outside [0, classes), the mask value aside.
+
+    Args:
+        targets: int64, (B,) or (B, T).
+        classes: C, the last dimension of the logits.
+        index: The batch's number, for messages.
+
+    Raises:
+        ValueError: A target is out of range.
+    """
+    wrong = targets[((targets < 0) & (targets != IGNORE_INDEX)) | (targets >= classes)]
+    if wrong.numel():
+        raise ValueError(
+            f"targets of batch {index} contain {int(wrong[0])}, outside [0, {classes}); "
+            f"use {IGNORE_INDEX} to mask a position"
+        )

@@ -1,0 +1,109 @@
+r"""What each Fisher estimator sends backwards from the logits of one sample.
+
+The Fisher information of a categorical output with probabilities p is, per position,
+
+    J^T (diag(p) - p p^T) J,    J = d logits / d theta,
+
+so an estimator is a random (or enumerated) logits cotangent v with E[v v^T] = diag(p) - p p^T:
+
+    sketch      v = sqrt(p) * z - p (sqrt(p) . z),   z uniform in {-1, +1}^C
+    mc          v = p - onehot(y),                   y ~ p
+    exact       v_c = sqrt(p_c) (onehot(c) - p),     c = 1..C, one backward pass each
+    empirical   v = p - onehot(target)
+
+The last one puts the data's labels in place of the model's, so it is not an estimate of the Fisher.
+In sketch and mc the cotangents of different positions are independent with mean zero, which is why
+the square of their sum over a sequence is an unbiased estimate of the sum of the squares.
+
+References:
+    Kunstner et al., "Limitations of the empirical Fisher approximation for natural gradient
+    descent", arXiv:1905.12558.
+    van de Ven, "On the computation of the Fisher information in continual learning",
+    arXiv:2502.11756.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+__all__ = ["ESTIMATORS", "IGNORE_INDEX", "Estimator", "accumulation_dtype"]
+
+# torch.nn.functional.cross_entropy's default: a target with this value masks its position.
+IGNORE_INDEX = -100
+
+
+class Estimator(NamedTuple):
+    """How one estimator draws its randomness and turns it into cotangents.
+
+    ``draw(positions, classes, generator, device)`` returns the random numbers of one sample. They
+    are drawn sample by sample and outside any batching, so they depend only on the samples' order.
+    ``cotangents(p, labels, noise)`` yields tensors of the shape of ``p``, (positions, C); the
+    gradients they pull back are squared and added.
+    """
+
+    draw: Callable[[int, int, torch.Generator | None, torch.device], Tensor]
+    cotangents: Callable[[Tensor, Tensor, Tensor], Iterator[Tensor]]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64, else float32 (bf16 sums stall, squares underflow in fp16)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _one_hot(index: Tensor, like: Tensor) -> Tensor:
+    return one_hot(index, like.shape[-1]).to(like.dtype)
+
+
+def _draw_nothing(
+    positions: int, classes: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    return torch.empty(0, device=device)
+
+
+def _draw_signs(
+    positions: int, classes: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    size = (positions, classes)
+    return torch.randint(0, 2, size, generator=generator, device=device, dtype=torch.int8) * 2 - 1
+
+
+def _draw_uniforms(
+    positions: int, classes: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    return torch.rand(positions, generator=generator, device=device, dtype=torch.float64)
+
+
+def _sketch(p: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
+    signed_root = p.sqrt() * noise
+    yield signed_root - p * signed_root.sum(-1, keepdim=True)
+
+
+def _mc(p: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
+    # Inversion in float64: an fp32 sum over a large vocabulary would misplace rare labels.
+    cdf = p.double().cumsum(-1)  # (positions, C)
+    drawn = (cdf <= noise[:, None] * cdf[:, -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
+    yield p - _one_hot(drawn, p)
+
+
+def _exact(p: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
+    positions, classes = p.shape
+    at_position = torch.eye(positions, dtype=p.dtype, device=p.device)
+    at_class = torch.eye(classes, dtype=p.dtype, device=p.device)
+    for t in range(positions):
+        for c in range(classes):
+            yield torch.outer(at_position[t], p[t, c].sqrt() * (at_class[c] - p[t]))
+
+
+def _empirical(p: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
+    yield p - _one_hot(labels, p)
+
+
+ESTIMATORS = {
+    "sketch": Estimator(_draw_signs, _sketch),
+    "mc": Estimator(_draw_uniforms, _mc),
+    "exact": Estimator(_draw_nothing, _exact),
+    "empirical": Estimator(_draw_nothing, _empirical),
+}

@@ -1,0 +1,110 @@
+"""Saving and loading an EWC penalty."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ars.regularizers import EWC
+
+
+def small_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+
+
+def random_importance(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        n: torch.rand(p.shape, generator=generator, dtype=torch.float64)
+        for n, p in model.named_parameters()
+    }
+
+
+def move(model, scale=0.3, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
+
+
+def test_state_round_trip(tmp_path):
+    model = small_model()
+    saved = EWC(model, random_importance(model), strength=3.0, mode="proximal")
+    torch.save(saved.state_dict(), tmp_path / "ewc.pt")
+    move(model)
+    loaded = EWC(model, random_importance(model, seed=9))
+    addresses = [t.data_ptr() for term in loaded.terms() for t in term]
+    loaded.load_state_dict(torch.load(tmp_path / "ewc.pt", weights_only=True))
+    assert loaded.strength == 3.0
+    assert loaded.mode == "proximal"
+    for name in saved.anchor:
+        assert torch.equal(loaded.anchor[name], saved.anchor[name])
+        assert torch.equal(loaded.importance[name], saved.importance[name])
+    assert loaded.value().item() == saved.value().item() > 0
+    # The optimizer may hold the tensors: they are filled, not replaced.
+    assert [t.data_ptr() for term in loaded.terms() for t in term] == addresses
+
+
+def without(mapping, key):
+    return {k: v for k, v in mapping.items() if k != key}
+
+
+BREAKAGES = {
+    "not a mapping": (lambda s: None, ValueError, "got NoneType"),
+    "missing key": (lambda s: without(s, "mode"), ValueError, "with keys .*'mode'"),
+    "extra key": (lambda s: s | {"step": 1}, ValueError, "'step'"),
+    "strength": (lambda s: s | {"strength": -1.0}, ValueError, "strength"),
+    "mode": (lambda s: s | {"mode": "hard"}, ValueError, "unknown mode 'hard'"),
+    "anchor type": (lambda s: s | {"anchor": 1}, TypeError, "anchor must be a mapping"),
+    "missing anchor": (
+        lambda s: s | {"anchor": without(s["anchor"], "2.bias")},
+        ValueError,
+        "anchor lacks '2.bias'",
+    ),
+    "missing importance": (
+        lambda s: s | {"importance": without(s["importance"], "0.weight")},
+        ValueError,
+        "importance lacks '0.weight'",
+    ),
+    "extra importance": (
+        lambda s: s | {"importance": s["importance"] | {"4.bias": torch.ones(1)}},
+        ValueError,
+        "importance has '4.bias'",
+    ),
+    "shape": (
+        lambda s: s | {"anchor": s["anchor"] | {"2.bias": torch.ones(3)}},
+        ValueError,
+        r"anchor of '2.bias' has shape \(3,\).* has \(2,\)",
+    ),
+    "nan": (
+        lambda s: s | {"anchor": s["anchor"] | {"2.bias": torch.tensor([1.0, math.nan])}},
+        ValueError,
+        "anchor of '2.bias' .*not finite",
+    ),
+    "negative": (
+        lambda s: s | {"importance": s["importance"] | {"2.bias": -torch.ones(2)}},
+        ValueError,
+        "importance of '2.bias' .*negative",
+    ),
+}
+
+
+@pytest.mark.parametrize(("breakage", "error", "match"), BREAKAGES.values(), ids=BREAKAGES)
+def test_refuses_a_state_that_does_not_fit_before_changing_anything(breakage, error, match):
+    model = small_model()
+    other = EWC(model, random_importance(model, seed=5), strength=9.0, mode="proximal")
+    with torch.no_grad():
+        other.anchor["0.weight"].fill_(-2.0)  # anchors may be negative
+    penalty = EWC(model, random_importance(model))
+    before = copy.deepcopy(penalty.state_dict())
+    with pytest.raises(error, match=match):
+        penalty.load_state_dict(breakage(other.state_dict()))
+    assert (penalty.strength, penalty.mode) == (before["strength"], before["mode"])
+    for part in ("anchor", "importance"):
+        for name, tensor in before[part].items():
+            assert torch.equal(getattr(penalty, part)[name], tensor)
+    penalty.load_state_dict(other.state_dict())
+    assert (penalty.anchor["0.weight"] == -2.0).all()

@@ -1,0 +1,192 @@
+"""DiagonalFisher against slow, obvious oracles."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+
+from ars.regularizers import DiagonalFisher
+
+ESTIMATORS = ["sketch", "mc", "exact", "empirical"]
+
+
+def nll(logits, targets):
+    return functional.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def dense_cotangents(estimator, logits, y, generator):
+    """All logits cotangents of one sample, built from their definitions with full matrices."""
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp().detach()
+    t, c = p.shape
+    valid = y != -100
+    if estimator == "sketch":
+        z = torch.randint(0, 2, (t, c), generator=generator, dtype=torch.int8) * 2 - 1
+        root = [(row.diag() - torch.outer(row, row)) @ row.rsqrt().diag() for row in p]
+        yield torch.stack([r @ s.to(p) for r, s in zip(root, z, strict=True)]) * valid[:, None]
+    elif estimator == "mc":
+        u = torch.rand(t, generator=generator, dtype=torch.float64)
+        loss = logits.new_zeros(())
+        for i in range(t):
+            edges = p[i].double().cumsum(0)
+            label = next(j for j in range(c) if u[i] * edges[-1] < edges[j])
+            loss = loss - valid[i] * log_p[i, label]
+        yield torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    elif estimator == "exact":
+        for i in range(t):
+            for j in range(c):
+                score = torch.autograd.grad(log_p[i, j], logits, retain_graph=True)[0]
+                yield p[i, j].sqrt() * score * valid[i]
+    else:
+        yield torch.autograd.grad(nll(logits, y), logits, retain_graph=True)[0]
+
+
+def dense_fisher(model, estimator, x, y, generator=None):
+    """Mean over samples of squared gradients, one sample and one backward pass at a time."""
+    model = copy.deepcopy(model).eval()
+    squares = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for xi, yi in zip(x, y, strict=True):
+        logits = model(xi[None])[0]
+        for cotangent in list(dense_cotangents(estimator, logits, yi, generator)):
+            model.zero_grad()
+            logits.backward(cotangent, retain_graph=True)
+            for n, p in model.named_parameters():
+                squares[n] += p.grad**2
+    return {n: s / len(x) for n, s in squares.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"]
+)
+@pytest.mark.parametrize("chunk_size", [1, 5])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_matches_dense_loop(
+    tied_gpt, tokens, relative_error, estimator, chunk_size, dtype, tolerance
+):
+    x, y = tokens(16)
+    model = tied_gpt(dtype)
+    fisher = DiagonalFisher(
+        model, estimator, chunk_size=chunk_size, generator=torch.Generator().manual_seed(2)
+    ).fit([(x, y)])
+    expected = dense_fisher(model, estimator, x, y, torch.Generator().manual_seed(2))
+    assert relative_error(fisher.importance, expected) < tolerance
+    assert {t.dtype for t in fisher.importance.values()} == {dtype}
+    assert fisher.n_samples == 16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"]
+)
+def test_matches_vmap_grad(tied_gpt, tokens, relative_error, dtype, tolerance):
+    x, y = tokens(17)
+    model = tied_gpt(dtype)
+    fisher = DiagonalFisher(model, "empirical").fit([(x, y)])
+    model.eval()
+
+    def loss(parameters, x, y):
+        return nll(functional_call(model, parameters, (x[None],)), y[None])
+
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+    expected = {n: g.square().mean(0) for n, g in gradients.items()}
+    assert relative_error(fisher.importance, expected) < tolerance
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5])
+@pytest.mark.parametrize("estimator", ["empirical", "sketch"])
+def test_does_not_depend_on_batch_size(tied_gpt, tokens, relative_error, estimator, chunk_size):
+    x, y = tokens(64)
+    model = tied_gpt()
+    results = [
+        DiagonalFisher(
+            model, estimator, chunk_size=chunk_size, generator=torch.Generator().manual_seed(3)
+        )
+        .fit(zip(x.split(b), y.split(b), strict=True))
+        .importance
+        for b in (1, 7, 64)
+    ]
+    assert relative_error(results[1], results[0]) < 1e-6
+    assert relative_error(results[2], results[0]) < 1e-6
+
+
+def test_squared_batch_gradient_is_another_quantity(tied_gpt, tokens):
+    """Squaring a batch's gradient is not a faster way to the same numbers."""
+    x, y = tokens(64, masked=False)
+    model = tied_gpt()
+    importance = DiagonalFisher(model, "empirical").fit([(x, y)]).importance
+    per_sample = torch.cat([t.flatten() for t in importance.values()])
+    model.eval()
+
+    def batched(size):
+        squares = torch.zeros_like(per_sample)
+        for xs, ys in zip(x.split(size), y.split(size), strict=True):
+            gradients = torch.autograd.grad(nll(model(xs), ys) / size, list(model.parameters()))
+            squares += torch.cat([g.flatten() for g in gradients]).square() * size / len(x)
+        return squares
+
+    torch.testing.assert_close(batched(1), per_sample, rtol=1e-4, atol=1e-6)
+    # It shrinks as the batch grows, and no factor makes up for it.
+    assert per_sample.sum() > 1.5 * batched(4).sum() > 1.5 * 1.1 * batched(64).sum()
+    direction = functional.normalize(batched(64), dim=0)
+    remainder = per_sample - (per_sample @ direction) * direction
+    assert remainder.norm() > 0.3 * per_sample.norm()
+
+
+def test_tied_weight_appears_once_and_holds_both_uses(tied_gpt, tokens):
+    x, y = tokens(16)
+    tied = tied_gpt(torch.float64)
+    untied = copy.deepcopy(tied)
+    untied.lm_head.weight = nn.Parameter(untied.wte.weight.detach().clone())
+    both = DiagonalFisher(tied, "empirical").fit([(x, y)]).importance
+    apart = DiagonalFisher(untied, "empirical").fit([(x, y)]).importance
+    assert "lm_head.weight" not in both
+    separately = apart["wte.weight"] + apart["lm_head.weight"]
+    assert (both["wte.weight"] - separately).norm() > 0.05 * separately.norm()
+
+
+def test_masked_sample_counts_with_zero_gradient(tied_gpt, tokens, relative_error):
+    x, y = tokens(4, masked=False)
+    masked = torch.full_like(y, -100)
+    model = tied_gpt(torch.float64)
+    alone = DiagonalFisher(model, "empirical").fit([(x, y)])
+    padded = DiagonalFisher(model, "empirical").fit([(x, y), (x, masked)])
+    assert padded.n_samples == 8
+    halved = {n: t / 2 for n, t in alone.importance.items()}
+    assert relative_error(padded.importance, halved) < 1e-12
+
+
+@pytest.mark.parametrize("chunk_size", [1, 100])
+def test_accumulates_in_float32(chunk_size):
+    """A bf16 running sum of equal terms stops growing at 256 of them."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4).bfloat16()
+    x, y = torch.randn(1, 3).bfloat16(), torch.tensor([2])
+    one = DiagonalFisher(model, "empirical").fit([(x, y)]).importance
+    many = DiagonalFisher(model, "empirical", chunk_size=chunk_size).fit(
+        [(x.expand(600, 3), y.expand(600))]
+    )
+    for name, tensor in many.importance.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, one[name], rtol=1e-5, atol=0.0)
+
+
+def test_small_half_precision_gradients_are_squared_in_float32():
+    model = nn.Linear(1, 2).half()
+    x, y = torch.full((1, 1), 1e-4).half(), torch.tensor([0])
+    importance = DiagonalFisher(model, "empirical").fit([(x, y)]).importance["weight"]
+    assert (importance > 0).all()  # (1e-4 / 2)^2 is 0 in float16
+
+
+def test_bfloat16_model_is_close_to_float32(tied_gpt, tokens):
+    x, y = tokens(16)
+    model = tied_gpt(torch.bfloat16)
+    low = DiagonalFisher(model, "empirical").fit([(x, y)]).importance
+    high = DiagonalFisher(copy.deepcopy(model).float(), "empirical").fit([(x, y)]).importance
+    for name, tensor in high.items():
+        assert (low[name] - tensor).norm() < 0.05 * tensor.norm()
