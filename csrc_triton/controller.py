@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 from ars.csrc_triton import layout
-from ars.reference import controller as reference
 
-__all__ = ["observe"]
+__all__ = ["MIN_HISTORY", "RELATIVE_NOISE_FLOOR", "observe"]
 
 # The layout's entries, in its order.
 _ALPHA, _PHI_MIN, _EPS, _JITTER, _THRESHOLD, _SIGNIFICANCE = (
@@ -21,8 +20,9 @@ _ALPHA, _PHI_MIN, _EPS, _JITTER, _THRESHOLD, _SIGNIFICANCE = (
 _SAY_SURPRISE, _SAY_RHO, _SAY_PSI, _SAY_PHI, _SAY_CHI = (
     tl.constexpr(entry.value) for entry in list(layout.Diagnostic)[:5]
 )
-_RELATIVE_NOISE_FLOOR = tl.constexpr(reference.RELATIVE_NOISE_FLOOR)
-_MIN_HISTORY = tl.constexpr(reference.MIN_HISTORY)
+# The reference's, which says why; a test keeps them equal.
+RELATIVE_NOISE_FLOOR = tl.constexpr(1e-12)
+MIN_HISTORY = tl.constexpr(10)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _standardized_surprise(
     predicted = start + mean + slope * ahead
     scale = error + eps * tl.abs(predicted)
     deviations = (surprise - predicted) / tl.where(scale > 0, scale, 1.0)
-    return tl.where(valid >= _MIN_HISTORY, tl.maximum(deviations - threshold, 0.0), 0.0)
+    return tl.where(valid >= MIN_HISTORY, tl.maximum(deviations - threshold, 0.0), 0.0)
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _autocorrelation(
     y = tl.where(paired, y - tl.sum(y) / pairs, 0.0)
     xx = tl.sum(x * x)
     yy = tl.sum(y * y)
-    noise = _RELATIVE_NOISE_FLOOR * scale
+    noise = RELATIVE_NOISE_FLOOR * scale
     floor = pairs * (noise * noise)
     defined = (valid >= 3) & (xx > floor) & (yy > floor)
     rho = tl.sum(x * y) / tl.where(defined, tl.sqrt(xx) * tl.sqrt(yy), 1.0)

@@ -1,45 +1,40 @@
 """The host side of the fused step: tables, workspaces, and the one or two launches a step takes."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ars.csrc_triton.adam import COUPLED, NO_PENALTY, PROXIMAL, adam_kernel
 from ars.csrc_triton.control import control_kernel
 from ars.csrc_triton.layout import Correction, Diagnostic, Scalar, Table
-from ars.csrc_triton.tiles import TILE, GradientTable, address_table, addresses, tile_map, upload
+from ars.csrc_triton.plan import TRITON_DTYPES, Controller, Operands, plan_launches
+from ars.csrc_triton.tiles import TILE, GradientTable, address_table, upload
 from ars.csrc_triton.validation import (
     PARAM_DTYPES,
+    check_buffer,
     check_controller,
-    check_counters,
     check_hyper,
+    check_operands,
     check_params,
-    check_penalty,
     check_same,
-    check_state,
 )
 
 __all__ = ["Controller", "FusedAdam", "launch"]
 
-# 4 warps x 32 lanes x 8 elements: two 128-bit fp32 accesses, or one of bf16, a thread and operand.
-BLOCK = 1024
-# 8 warps x 4: the control kernel's last program goes through tensors and partials so many at once.
+# 128 threads x 4 elements: one 128-bit access of fp32, or 64-bit of bf16, a thread and
+# operand. Twice that is 94 registers instead of 56, and moves bf16 results through shared memory.
+BLOCK = 512
+# 256 threads x 4 and x 8: the control kernel's last program takes so many tensors, and partials.
 TENSOR_BLOCK = 1024
 SUM_BLOCK = 2048
-ADAM_WARPS = 4
-CONTROL_WARPS = 8
+_WARP = 32 if torch.version.hip is None else 64
+ADAM_WARPS = 128 // _WARP
+CONTROL_WARPS = 256 // _WARP
 
 _DEVICE_TYPE = "cuda" if isinstance(adam_kernel, triton.JITFunction) else "cpu"
-_TRITON_DTYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 
 def launch(kernel: Any, grid: tuple[int], *args: Any, **options: Any) -> None:
@@ -47,30 +42,6 @@ def launch(kernel: Any, grid: tuple[int], *args: Any, **options: Any) -> None:
     # Contraction is off at every launch, whatever the default of the Triton version: results then
     # do not depend on it. One stage, as the loops must not be pipelined through shared memory.
     kernel[grid](*args, **options, enable_fp_fusion=False, num_stages=1)
-
-
-class Controller(NamedTuple):
-    """The state and constants of a controller, on the device."""
-
-    window: Tensor  # (W,) float64, ring buffer, written in place
-    counts: Tensor  # (2,) int64, surprises written and steps taken, written in place
-    config: Tensor  # (6,) float64, see layout.Config
-    seed: int
-    standardize: bool
-    detrend: bool
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """What distinguishes the launches of one step: the dtypes, and which tensors have them."""
-
-    tiles: Tensor  # (programs, 2) int32
-    first_partial: int
-    param: torch.dtype
-    moment: torch.dtype
-    anchor: torch.dtype
-    importance: torch.dtype
-    penalized: bool
 
 
 class FusedAdam:
@@ -87,7 +58,7 @@ class FusedAdam:
         exp_avgs: First moments, one for each and in the same memory order; float32, or float64
             with a float64 parameter.
         exp_avg_sqs: Second moments, likewise.
-        max_exp_avg_sqs: Running maxima of the second moments (amsgrad), likewise, or None.
+        max_exp_avg_sqs: Running maxima of the second moments, likewise, None without amsgrad.
         steps: Steps taken, 0-d float32 tensors.
         products: Products of the betas so far, (2,) float64, or None without a controller.
         groups: Row of ``hyper`` of each parameter.
@@ -97,6 +68,7 @@ class FusedAdam:
         anchors: EWC anchors, of any float dtype, None for a parameter without a penalty.
         importances: EWC importances >= 0, None in the same places.
         proximal: Apply EWC as the proximal step (9) instead of as a gradient (8).
+        diagnostics: Where steps report to, (10,) float64; None makes it.
 
     Attributes:
         diagnostics: (10,) float64, see :class:`~ars.csrc_triton.layout.Diagnostic`; NaN stands for
@@ -119,7 +91,7 @@ class FusedAdam:
         params: list[Tensor],
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor] | None,
+        max_exp_avg_sqs: Sequence[Tensor | None] | None,
         steps: list[Tensor],
         products: list[Tensor] | None,
         groups: list[int],
@@ -127,44 +99,44 @@ class FusedAdam:
         hyper: Tensor,
         decoupled: bool,
         controller: Controller | None,
-        anchors: list[Tensor | None] | None = None,
-        importances: list[Tensor | None] | None = None,
+        anchors: Sequence[Tensor | None] | None = None,
+        importances: Sequence[Tensor | None] | None = None,
         proximal: bool = False,
+        diagnostics: Tensor | None = None,
     ) -> None:
         check_params(params, _DEVICE_TYPE)
         check_hyper(hyper, groups, params)
-        check_state(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-        check_counters(params, steps, products, gated=controller is not None)
-        check_penalty(params, anchors, importances)
+        operands = Operands(
+            params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, products, anchors, importances
+        )
+        check_operands(operands, gated=controller is not None)
         if controller is not None:
             check_controller(controller.window, controller.counts, controller.config, hyper)
+        if diagnostics is not None:
+            check_buffer("diagnostics", diagnostics, (len(Diagnostic),), hyper)
         device = params[0].device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("make a FusedAdam, or take a step, before capturing a CUDA graph")
 
-        # Kept alive because the tables hold their addresses.
-        self._operands = (
-            params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, products, anchors, importances,
-        )  # fmt: skip
+        self._operands = operands  # kept alive because the tables hold their addresses
         self._params = params
         self._hyper = hyper
         self._controller = controller
         self._decoupled = decoupled
-        self._amsgrad = max_exp_avg_sqs is not None
         self._penalty = (PROXIMAL if proximal else COUPLED).value
-        self._columns = self._address_columns(*self._operands)
+        self._columns = operands.addresses()
         numels = [param.numel() for param in params]
         with torch.cuda.device_of(params[0]):
             self._table = address_table(
                 {**self._columns, Table.NUMEL: numels, Table.GROUP: groups}, device
             )
             self._gradients = GradientTable(len(params), device)
-            self._launches = _plan(params, exp_avgs, anchors, importances, device)
-            self._allocate(device)
+            self._launches = plan_launches(operands, device)
+            self._allocate(device, diagnostics)
         self._contiguous = [param.is_contiguous() for param in params]
         self._strided = [index for index, flat in enumerate(self._contiguous) if not flat]
 
-    def _allocate(self, device: torch.device) -> None:
+    def _allocate(self, device: torch.device, diagnostics: Tensor | None) -> None:
         count = sum(len(launch.tiles) for launch in self._launches)
         double = any(launch.moment == torch.float64 for launch in self._launches)
         number = torch.float64 if double else torch.float32
@@ -174,54 +146,34 @@ class FusedAdam:
         self._corrections = torch.zeros(shape, dtype=number, device=device)
         self._norm_partials = torch.zeros(count, dtype=torch.float64, device=device)
         self._penalty_partials = torch.zeros_like(self._norm_partials)
-        self._tickets = torch.zeros(2, dtype=torch.int32, device=device)
+        self._norm_ticket = torch.zeros(1, dtype=torch.int32, device=device)
+        self._penalty_ticket = torch.zeros_like(self._norm_ticket)
         start = torch.zeros(len(Diagnostic), dtype=torch.float64)
         start[Diagnostic.SURPRISE] = start[Diagnostic.GRAD_NORM] = float("nan")
         start[Diagnostic.PSI] = start[Diagnostic.PHI] = 1.0
-        self.diagnostics = upload(start, device)
-        seed = 0 if self._controller is None else self._controller.seed & 0xFFFFFFFFFFFFFFFF
-        signed = seed - (1 << 64) if seed >> 63 else seed  # torch has no uint64 arithmetic
-        self._seed = upload(torch.tensor([signed], dtype=torch.int64), device)
-
-    @staticmethod
-    def _address_columns(
-        params: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor] | None,
-        steps: list[Tensor],
-        products: list[Tensor] | None,
-        anchors: list[Tensor | None] | None,
-        importances: list[Tensor | None] | None,
-    ) -> dict[Table, list[int]]:
-        operands: dict[Table, Any] = {
-            Table.PARAM: params,
-            Table.EXP_AVG: exp_avgs,
-            Table.EXP_AVG_SQ: exp_avg_sqs,
-            Table.MAX_EXP_AVG_SQ: max_exp_avg_sqs,
-            Table.STEP: steps,
-            Table.PRODUCTS: products,
-            Table.ANCHOR: anchors,
-            Table.IMPORTANCE: importances,
-        }
-        return {column: addresses(tensors, len(params)) for column, tensors in operands.items()}
+        start = upload(start, device)
+        self.diagnostics = start if diagnostics is None else diagnostics.copy_(start)
+        seed = 0 if self._controller is None else self._controller.seed
+        signed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # the same 64 bits as an int64
+        self._seed = upload(torch.tensor([signed]), device)
 
     def matches(
         self,
         params: list[Tensor],
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor] | None,
+        max_exp_avg_sqs: Sequence[Tensor | None] | None,
         steps: list[Tensor],
         products: list[Tensor] | None,
         *,
-        anchors: list[Tensor | None] | None = None,
-        importances: list[Tensor | None] | None = None,
+        anchors: Sequence[Tensor | None] | None = None,
+        importances: Sequence[Tensor | None] | None = None,
     ) -> bool:
         """Whether these tensors lie where the tables say; otherwise make another FusedAdam."""
-        return self._columns == self._address_columns(
+        operands = Operands(
             params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, products, anchors, importances
         )
+        return self._columns == operands.addresses()
 
     def step(self, grads: list[Tensor], *, loss: Tensor | None, clip: bool) -> None:
         """Take one step.
@@ -246,6 +198,8 @@ class FusedAdam:
             grad_table = self._gradients.refresh(found)
             self._control(grad_table, loss, norm=clip or (gated and loss is None))
             self._update(grad_table)
+        # Autograd must notice, as with any operation in place.
+        torch.autograd.graph.increment_version(self._params)
 
     def _check_gradients(self, grads: list[Tensor]) -> list[int]:
         """Validate the gradients and return their addresses.
@@ -258,13 +212,14 @@ class FusedAdam:
         """
         if len(grads) != len(self._params):
             raise ValueError(f"{len(grads)} gradients for {len(self._params)} parameters")
-        found = list(map(Tensor.data_ptr, grads))
-        suspects: Any = self._strided
-        if (
-            self._gradients.moved(found)
-            or list(map(Tensor.is_contiguous, grads)) != self._contiguous
-        ):
-            suspects = range(len(grads))
+        try:
+            found = list(map(Tensor.data_ptr, grads))
+            unchanged = not self._gradients.moved(found) and self._contiguous == list(
+                map(Tensor.is_contiguous, grads)
+            )
+        except RuntimeError:  # a sparse tensor, say, has no address: found out below
+            found, unchanged = [], False
+        suspects: Sequence[int] = self._strided if unchanged else range(len(grads))
         for index in suspects:
             param = self._params[index]
             check_same("gradient", index, grads[index], param, param.dtype)
@@ -295,10 +250,10 @@ class FusedAdam:
                 controller and controller.window, controller and controller.counts,
                 controller and controller.config, self._seed,
                 loss,
-                self._norm_partials, self._tickets[:1], self.diagnostics,
+                self._norm_partials, self._norm_ticket, self.diagnostics,
                 part.first_partial, len(self._norm_partials),
                 len(self._params), self._hyper.shape[0],
-                GRAD=_TRITON_DTYPES[part.param],
+                GRAD=TRITON_DTYPES[part.param],
                 NORM=norm,
                 LAST=last,
                 GATED=controller is not None,
@@ -322,13 +277,13 @@ class FusedAdam:
                 (len(part.tiles),),
                 self._table, grad_table, part.tiles,
                 self._scalars, self._corrections,
-                self._penalty_partials, self._tickets[1:], self.diagnostics,
+                self._penalty_partials, self._penalty_ticket, self.diagnostics,
                 part.first_partial, len(self._penalty_partials),
-                PARAM=_TRITON_DTYPES[part.param],
-                MOMENT=_TRITON_DTYPES[part.moment],
-                ANCHOR=_TRITON_DTYPES[part.anchor],
-                IMPORTANCE=_TRITON_DTYPES[part.importance],
-                AMSGRAD=self._amsgrad,
+                PARAM=TRITON_DTYPES[part.param],
+                MOMENT=TRITON_DTYPES[part.moment],
+                ANCHOR=TRITON_DTYPES[part.anchor],
+                IMPORTANCE=TRITON_DTYPES[part.importance],
+                AMSGRAD=part.amsgrad,
                 DECOUPLED=self._decoupled,
                 PENALTY=self._penalty if part.penalized else NO_PENALTY.value,
                 LAST=index == last,
@@ -337,47 +292,3 @@ class FusedAdam:
                 SUM_BLOCK=SUM_BLOCK,
                 num_warps=ADAM_WARPS,
             )  # fmt: skip
-
-
-def _plan(
-    params: list[Tensor],
-    exp_avgs: list[Tensor],
-    anchors: list[Tensor | None] | None,
-    importances: list[Tensor | None] | None,
-    device: torch.device,
-) -> list[_Launch]:
-    """Split the tensors into launches: one for each parameter dtype, in order of appearance.
-
-    Parameters without a penalty share a launch with those of their dtype that have one. Penalties
-    stored in several pairs of dtypes cost a launch for each pair.
-    """
-    pairs: dict[torch.dtype, dict[tuple[torch.dtype, torch.dtype] | None, list[int]]] = {}
-    for index, param in enumerate(params):
-        anchor = anchors[index] if anchors is not None else None
-        importance = importances[index] if importances is not None else None
-        pair = None if anchor is None or importance is None else (anchor.dtype, importance.dtype)
-        pairs.setdefault(param.dtype, {}).setdefault(pair, []).append(index)
-
-    launches: list[_Launch] = []
-    first_partial = 0
-    for dtype, members in pairs.items():
-        free = members.pop(None, [])
-        for pair, penalized in members.items() or [(None, [])]:
-            tensors = sorted(penalized + free)
-            free = []
-            tiles = tile_map([params[index].numel() for index in tensors], tensors, device)
-            moment = exp_avgs[tensors[0]].dtype
-            anchor_dtype, importance_dtype = pair or (moment, moment)
-            launches.append(
-                _Launch(
-                    tiles,
-                    first_partial,
-                    dtype,
-                    moment,
-                    anchor_dtype,
-                    importance_dtype,
-                    penalized=pair is not None,
-                )
-            )
-            first_partial += len(tiles)
-    return launches

@@ -5,6 +5,8 @@ tables are built once. Gradients move after ``zero_grad(set_to_none=True)``, so 
 a table of their own that is uploaded again when, and only when, one of them changed.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def tile_map(numels: list[int], tensors: list[int], device: torch.device) -> Ten
     return upload(torch.stack((tensor, tile), 1).to(torch.int32), device)
 
 
-def addresses(tensors: list[Tensor | None] | None, count: int) -> list[int]:
+def addresses(tensors: Sequence[Tensor | None] | None, count: int) -> list[int]:
     """Return the address of each tensor, 0 for an absent one."""
     if tensors is None:
         return [0] * count

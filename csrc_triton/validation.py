@@ -1,12 +1,11 @@
 """What the kernels require of the tensors they are given: checked on the host, before anything."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ars.csrc_triton.layout import Config, Hyper
+from ars.csrc_triton.plan import Operands
 
 PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,6 +22,8 @@ def check_same(name: str, index: int, tensor: Tensor, param: Tensor, dtype: torc
             f"{name} {index} is a {type(tensor).__name__}, whose memory is not its own; pass its "
             "local tensor, or use the torch path (fused=False)"
         )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} {index} has layout {tensor.layout}; call .to_dense() on it")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} {index} is {tensor.dtype}; convert it to {dtype}")
     if tensor.device != param.device:
@@ -135,92 +136,63 @@ def check_controller(window: Tensor, counts: Tensor, config: Tensor, like: Tenso
         raise ValueError(f"counts must be a contiguous pair on {like.device}; it is not")
 
 
-def check_state(
-    params: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor] | None,
-) -> None:
-    """Raise unless every parameter has its moments, float32, or float64 if the parameter is.
+def check_operands(operands: Operands, *, gated: bool) -> None:
+    """Raise unless everything that belongs to a parameter fits it.
 
     Raises:
-        ValueError: If there is not one of each per parameter.
+        TypeError: If a dtype is another than the kernels take.
+        ValueError: If one is missing, elsewhere, or of another shape or memory order.
     """
-    named = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs}
-    for name, moments in named.items():
-        if moments is None:
-            continue
-        check_count(name, moments, params)
-        for index, (param, moment) in enumerate(zip(params, moments, strict=True)):
-            double = param.dtype == torch.float64
-            check_same(name, index, moment, param, torch.float64 if double else torch.float32)
-
-
-def check_counters(
-    params: list[Tensor], steps: list[Tensor], products: list[Tensor] | None, *, gated: bool
-) -> None:
-    """Raise unless every parameter has a step and, if gated, its products of betas.
-
-    Raises:
-        TypeError: If a step is not float32, or a product not float64.
-        ValueError: If one is missing, elsewhere, or of another shape.
-    """
-    if gated and products is None:
+    params = operands.params
+    if gated and operands.products is None:
         raise ValueError("a controller changes the betas; pass products, one (2,) float64 each")
-    named = {"step": (steps, torch.float32, ()), "beta_products": (products, torch.float64, (2,))}
-    for name, (counters, dtype, shape) in named.items():
-        if counters is None:
-            continue
-        check_count(name, counters, params)
-        for index, counter in enumerate(counters):
-            if counter.dtype != dtype:
-                raise TypeError(f"{name} {index} is {counter.dtype}; convert it to {dtype}")
-            if (
-                counter.shape != shape
-                or counter.device != params[0].device
-                or not counter.is_contiguous()
-            ):
-                raise ValueError(
-                    f"{name} {index} has shape {tuple(counter.shape)} on {counter.device}; pass a "
-                    f"contiguous one of shape {shape} on {params[0].device}"
-                )
-
-
-def check_penalty(
-    params: list[Tensor],
-    anchors: list[Tensor | None] | None,
-    importances: list[Tensor | None] | None,
-) -> None:
-    """Raise unless anchors and importances come in pairs that fit their parameters.
-
-    Raises:
-        TypeError: If one is not a float of 16, 32 or 64 bits.
-        ValueError: If one of a pair is missing.
-    """
-    if (anchors is None) != (importances is None):
+    if (operands.anchors is None) != (operands.importances is None):
         raise ValueError("pass both anchors and importances, or neither")
-    if anchors is None or importances is None:
-        return
-    check_count("anchor", anchors, params)
-    check_count("importance", importances, params)
-    for index, (param, anchor, importance) in enumerate(
-        zip(params, anchors, importances, strict=True)
-    ):
+    for name, tensors in operands._asdict().items():
+        if tensors is not None and len(tensors) != len(params):
+            raise ValueError(f"{len(tensors)} {name} for {len(params)} parameters; pass one each")
+
+    absent: list[Tensor | None] = [None] * len(params)
+    for index, param in enumerate(params):
+        moment = torch.float64 if param.dtype == torch.float64 else torch.float32
+        check_same("exp_avg", index, operands.exp_avgs[index], param, moment)
+        check_same("exp_avg_sq", index, operands.exp_avg_sqs[index], param, moment)
+        largest = (operands.max_exp_avg_sqs or absent)[index]
+        if largest is not None:
+            check_same("max_exp_avg_sq", index, largest, param, moment)
+        check_counter("step", index, operands.steps[index], param, torch.float32, ())
+        if operands.products is not None:
+            products = operands.products[index]
+            check_counter("beta_products", index, products, param, torch.float64, (2,))
+        anchor = (operands.anchors or absent)[index]
+        importance = (operands.importances or absent)[index]
         if (anchor is None) != (importance is None):
             raise ValueError(f"parameter {index} has only one of anchor and importance; pass both")
         for name, tensor in (("anchor", anchor), ("importance", importance)):
-            if tensor is None:
-                continue
-            if tensor.dtype not in PARAM_DTYPES:
-                raise TypeError(f"{name} {index} is {tensor.dtype}; convert it to a float dtype")
-            check_same(name, index, tensor, param, tensor.dtype)
+            if tensor is not None:
+                if tensor.dtype not in PARAM_DTYPES:
+                    raise TypeError(f"{name} {index} is {tensor.dtype}; convert it to a float one")
+                check_same(name, index, tensor, param, tensor.dtype)
 
 
-def check_count(name: str, tensors: Sequence[Tensor | None], params: list[Tensor]) -> None:
-    """Raise unless there is one tensor for each parameter.
+def check_counter(
+    name: str,
+    index: int,
+    counter: Tensor,
+    param: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+) -> None:
+    """Raise unless a parameter's counter has this dtype and shape, on its device.
 
     Raises:
-        ValueError: If there are more or fewer.
+        TypeError: If its dtype is another.
+        ValueError: If its shape, device or memory layout is.
     """
-    if len(tensors) != len(params):
-        raise ValueError(f"{len(tensors)} tensors {name} for {len(params)} parameters")
+    if counter.dtype != dtype:
+        raise TypeError(f"{name} {index} is {counter.dtype}; convert it to {dtype}")
+    if counter.shape != shape or counter.device != param.device or not counter.is_contiguous():
+        raise ValueError(
+            f"{name} {index} has shape {tuple(counter.shape)} on {counter.device}; pass a "
+            f"contiguous one of shape {shape} on {param.device}"
+        )
