@@ -83,7 +83,7 @@ class ARSAdam(torch.optim.Adam):
         self._watches: str | None = None
         self._max_grad_norm = max_grad_norm
         self._buffer = torch.zeros(len(DIAGNOSTICS), dtype=torch.float64, device=device)
-        self._triton = functional.TritonStep()
+        self._tables = functional.DeviceStep()
         self.penalty = penalty
 
     def _parameters(self) -> list[Tensor]:
@@ -168,10 +168,7 @@ class ARSAdam(torch.optim.Adam):
             proximal=self._penalty is not None and self._penalty.mode == "proximal",
             diagnostics=self._buffer,
         )
-        if self._implementation == "triton":
-            self._triton.step_(batch, hypers, options)
-        else:
-            functional.step_(self._implementation, batch, hypers, options)
+        functional.step_(self._implementation, batch, hypers, options, self._tables)
         return returned
 
     def _collect(self) -> tuple[Batch, list[Hyper]]:
@@ -271,7 +268,7 @@ class ARSAdam(torch.optim.Adam):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; whatever a saved group says, the class decides which weight decay it is."""
         super().__setstate__(state)
-        self._triton = functional.TritonStep()
+        self._tables = functional.DeviceStep()
         for group in self.param_groups:
             group["decoupled_weight_decay"] = self._decoupled
 

@@ -3,14 +3,15 @@
 import functools
 import importlib.util
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from ars import host, loop
 from ars.batch import Batch, Hyper, Options
+from ars.device import DeviceStep
 
-__all__ = ["Implementation", "choose", "step_"]
+__all__ = ["DeviceStep", "Implementation", "choose", "step_"]
 
 Implementation: TypeAlias = Literal["loop", "foreach", "fused", "triton"]
 
@@ -65,27 +66,24 @@ def choose(
 
 
 def step_(
-    implementation: Implementation, batch: Batch, hypers: list[Hyper], options: Options
+    implementation: Implementation,
+    batch: Batch,
+    hypers: list[Hyper],
+    options: Options,
+    tables: DeviceStep,
 ) -> None:
-    """Take one step in place with a torch implementation; all of them compute the same step.
+    """Take one step in place; all implementations compute the same step.
 
     Args:
-        implementation: ``loop``, ``foreach`` or ``fused``.
+        implementation: What :func:`choose` returned.
         batch: The tensors.
         hypers: Each group's hyperparameters.
         options: What holds for all groups.
+        tables: What the Triton kernels keep between the steps of one optimizer.
     """
-    if implementation == "loop":
+    if implementation == "triton":
+        tables.step_(batch, hypers, options)
+    elif implementation == "loop":
         loop.step_(batch, hypers, options)
     else:
         host.step_(batch, hypers, options, foreach=implementation == "foreach")
-
-
-class TritonStep:
-    """The step by the Triton kernels, whose tables are kept from step to step."""
-
-    def __init__(self) -> None:
-        self._tables: Any = None
-
-    def step_(self, batch: Batch, hypers: list[Hyper], options: Options) -> None:
-        """Take one step."""

@@ -45,12 +45,13 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
         if anchor is not None and importance is not None:
             value = reference.ewc_value(param.detach(), anchor, importance, options.strength)
             penalty.append(value.double().to(options.diagnostics.device))
+        largest = batch.max_exp_avg_sqs[i]
         result = reference.adam_step(
-            param,
+            _kept(param),
             batch.grads[i],
-            batch.exp_avgs[i],
-            batch.exp_avg_sqs[i],
-            batch.max_exp_avg_sqs[i],
+            _kept(batch.exp_avgs[i]),
+            _kept(batch.exp_avg_sqs[i]),
+            None if largest is None else _kept(largest),
             lr=hyper.lr,
             beta1=hyper.beta1,
             beta2=hyper.beta2,
@@ -69,7 +70,6 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
         param.copy_(result.param)
         batch.exp_avgs[i].copy_(result.exp_avg)
         batch.exp_avg_sqs[i].copy_(result.exp_avg_sq)
-        largest = batch.max_exp_avg_sqs[i]
         if largest is not None and result.max_exp_avg_sq is not None:
             largest.copy_(result.max_exp_avg_sq)
 
@@ -77,6 +77,11 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
         values["penalty"] = torch.stack(penalty).sum()
     values |= {"lr": hypers[0].lr, "beta1": hypers[0].beta1, "beta2": hypers[0].beta2}
     write_diagnostics(options.diagnostics, values)
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy what autograd may need after the step has overwritten it (differentiable=True)."""
+    return tensor.clone() if torch.is_grad_enabled() else tensor
 
 
 def _on(param: torch.Tensor, value: Scalar) -> Scalar:

@@ -32,7 +32,7 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def adam_denominator(exp_avg_sq: Tensor, correction2: Scalar, eps: float) -> Tensor:
-    r"""Return :math:`\sqrt{v / c_2} + \epsilon`, Adam's metric (7), also the proximal step's (9)."""
+    r"""Return :math:`\sqrt{v / c_2} + \epsilon`, the metric of Adam (7) and proximal EWC (9)."""
     return exp_avg_sq.sqrt() / correction2**0.5 + eps
 
 

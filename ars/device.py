@@ -1,0 +1,138 @@
+"""The step on a GPU: what the Triton kernels need, kept on the device from step to step."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ars.batch import Batch, Hyper, Options
+from ars.controller import ARSController
+
+if TYPE_CHECKING:
+    from ars.csrc_triton.step import Controller, FusedAdam
+
+__all__ = ["DeviceStep"]
+
+
+class DeviceStep:
+    """Takes fused steps, and makes the kernels' tables anew when a tensor has moved.
+
+    Numbers of a group that changed on the host are copied without waiting; a learning rate or beta
+    that is a tensor on the device is copied there, so a captured graph reads it live.
+    """
+
+    def __init__(self) -> None:
+        self._fused: FusedAdam | None = None
+        self._hyper: Tensor | None = None
+        self._rows: list[list[float]] = []
+        self._key: tuple[int, int, bool, list[int]] | None = None
+
+    def step_(self, batch: Batch, hypers: list[Hyper], options: Options) -> None:
+        """Take one step in at most two launches per dtype.
+
+        Args:
+            batch: The tensors, all on one device.
+            hypers: Each group's hyperparameters.
+            options: What holds for all groups.
+        """
+        device = batch.params[0].device
+        self._write_hyper(hypers, options, device)
+        fused = self._tables_for(batch, options)
+        surprise = options.surprise
+        if surprise is not None:
+            surprise = surprise.to(device, non_blocking=True)
+            if not surprise.is_floating_point():
+                surprise = surprise.double()
+        fused.step(batch.grads, loss=surprise, clip=options.max_norm is not None)
+
+    def _write_hyper(self, hypers: list[Hyper], options: Options, device: torch.device) -> None:
+        """Bring the hyperparameters on the device up to date."""
+        from ars.csrc_triton.layout import Hyper as Column
+
+        max_norm = math.inf if options.max_norm is None else options.max_norm
+        rows, live = [], []
+        for index, hyper in enumerate(hypers):
+            columns = {Column.LR: hyper.lr, Column.BETA1: hyper.beta1, Column.BETA2: hyper.beta2}
+            row = [0.0] * len(Column)
+            for column, value in columns.items():
+                if isinstance(value, Tensor) and value.device == device:
+                    live.append((index, column, value))
+                else:
+                    row[column] = float(value)
+            row[Column.EPS], row[Column.WEIGHT_DECAY] = hyper.eps, hyper.weight_decay
+            row[Column.STRENGTH], row[Column.MAX_NORM] = options.strength, max_norm
+            row[Column.SIGN] = -1.0 if hyper.maximize else 1.0
+            rows.append(row)
+        if self._hyper is None or self._hyper.shape[0] != len(rows) or self._rows != rows:
+            values = torch.tensor(rows, dtype=torch.float64)
+            if self._hyper is None or self._hyper.shape != values.shape:
+                self._hyper = torch.empty_like(values, device=device)
+            pinned = values.pin_memory() if device.type == "cuda" else values
+            self._hyper.copy_(pinned, non_blocking=True)
+            self._rows = rows
+        for index, column, value in live:
+            self._hyper[index, column].copy_(value.detach().reshape(()))
+
+    def _tables_for(self, batch: Batch, options: Options) -> "FusedAdam":
+        """Return the kernels' tables for these tensors: the last ones, if nothing has moved.
+
+        Raises:
+            RuntimeError: Some groups use amsgrad and some do not.
+        """
+        from ars.csrc_triton.step import FusedAdam
+
+        largest = [tensor for tensor in batch.max_exp_avg_sqs if tensor is not None]
+        if largest and len(largest) != len(batch.params):
+            raise RuntimeError(
+                "the fused kernel needs amsgrad in all parameter groups or in none: use an "
+                "optimizer for each, or foreach=False for the loop"
+            )
+        products = batch.products or None
+        tensors = (
+            batch.params,
+            batch.exp_avgs,
+            batch.exp_avg_sqs,
+            largest or None,
+            batch.steps,
+            products,
+        )
+        penalty = {"anchors": batch.anchors, "importances": batch.importances}
+        hyper = self._hyper
+        assert hyper is not None  # written before the tables are asked for
+        key = (id(hyper), id(options.controller), options.proximal, batch.groups)
+        fused = self._fused
+        if fused is None or self._key != key or not fused.matches(*tensors, **penalty):
+            fused = FusedAdam(
+                *tensors,
+                batch.groups,
+                hyper=hyper,
+                decoupled=options.decoupled,
+                controller=_on_device(options.controller),
+                **penalty,
+                proximal=options.proximal,
+                diagnostics=options.diagnostics,
+            )
+            self._fused, self._key = fused, key
+        return fused
+
+
+def _on_device(controller: ARSController | None) -> "Controller | None":
+    """Hand the kernels the controller's own tensors, and its constants as one more."""
+    from ars.csrc_triton.step import Controller
+
+    if controller is None:
+        return None
+    config = controller.config
+    constants = (
+        config.alpha, config.phi_min, config.eps, config.jitter, config.threshold,
+        config.significance,
+    )  # fmt: skip
+    return Controller(
+        window=controller.window,
+        counts=controller.counts,
+        config=torch.tensor(constants, dtype=torch.float64, device=controller.window.device),
+        seed=config.seed,
+        standardize=config.standardize,
+        detrend=config.detrend,
+    )

@@ -1,0 +1,150 @@
+"""State: resuming, exchanging checkpoints with torch, pickling, dtypes."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from optimizers import IMPLEMENTATIONS, Pull, gradients, make, parameters, train
+
+from ars import ARSAdamW, ARSConfig
+
+
+def saved(optimizer):
+    """Write a state dict to a file and read it back as a careful user would."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("config", [None, ARSConfig(window=5), ARSConfig.paper(window=5)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(implementation, config):
+    straight = parameters(shapes=((5,), (3, 4)))
+    optimizer = make(implementation, straight, ars=config)
+    expected = train(optimizer, straight, 14)
+
+    params = parameters(shapes=((5,), (3, 4)))
+    first = make(implementation, params, ars=config)
+    train(first, params, 7)
+    second = make(implementation, params, ars=config)
+    second.load_state_dict(saved(first))
+    result = train(second, params, 7, first=7)
+    assert all(map(torch.equal, result, expected))
+    assert float(second.diagnostics["phi"]) == float(optimizer.diagnostics["phi"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_checkpoints_go_both_ways_with_torch(implementation):
+    def run(build_first, build_second):
+        params = parameters(shapes=((5,), (3, 4)))
+        first = build_first(params)
+        train(first, params, 5)
+        second = build_second(params)
+        second.load_state_dict(saved(first))
+        return train(second, params, 5, first=5)
+
+    def ours(params):
+        return make(implementation, params, ars=None)
+
+    def theirs(params):
+        return torch.optim.AdamW(params)
+
+    expected = run(theirs, theirs)
+    for pair in ((ours, theirs), (theirs, ours)):
+        for a, b in zip(run(*pair), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_controller_may_take_over_from_plain_adamw():
+    """The products of the betas start from the powers of the steps already taken."""
+    params, plain = parameters(shapes=((6,),)), parameters(shapes=((6,),))
+    first = torch.optim.AdamW(plain)
+    train(first, plain, 8)
+    for param, value in zip(params, plain, strict=True):
+        param.data.copy_(value.data)
+    second = ARSAdamW(params)
+    second.load_state_dict(saved(first))
+    result = train(second, params, 3, first=8)  # too little history to gate
+    for a, b in zip(result, train(first, plain, 3, first=8), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_loading_keeps_the_moments_dtype(dtype):
+    params = parameters(dtype)
+    first = ARSAdamW(params, amsgrad=True)
+    train(first, params, 2)
+    second = ARSAdamW(params, amsgrad=True)
+    second.load_state_dict(saved(first))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for param in params:
+        state = second.state[param]
+        assert {state[k].dtype for k in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")} == {wide}
+        assert state["beta_products"].dtype == torch.float64
+        assert state["step"].dtype == torch.float32
+        for name, value in first.state[param].items():
+            assert torch.equal(state[name], value)
+
+
+def test_state_of_another_controller_is_refused_whole():
+    params = parameters(shapes=((5,),))
+    first, second = ARSAdamW(params), ARSAdamW(params, ars=ARSConfig(window=7))
+    train(first, params, 2)
+    train(second, params, 3)
+    before = copy.deepcopy(second.state_dict())
+    with pytest.raises(ValueError, match=r"window.*\(100,\).*\(7,\)"):
+        second.load_state_dict(first.state_dict())
+    after = second.state_dict()
+    assert torch.equal(before["state"][0]["exp_avg"], after["state"][0]["exp_avg"])
+    assert torch.equal(before["controller"]["window"], after["controller"]["window"])
+
+
+def test_loading_a_plain_state_restarts_the_controller():
+    params = parameters(shapes=((5,),))
+    plain, gated = torch.optim.AdamW(params), ARSAdamW(params)
+    train(plain, params, 1)
+    train(gated, params, 4, loss=1.0)
+    gated.load_state_dict(plain.state_dict())
+    assert int(gated.controller.counts.sum()) == 0
+    assert torch.count_nonzero(gated.controller.window) == 0
+    train(gated, params, 1)  # and may watch something else
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_go_on_alike(clone):
+    params = parameters(shapes=((5,), (2, 3)))
+    optimizer = ARSAdamW(params, penalty=Pull(params), max_grad_norm=1.0)
+    train(optimizer, params, 3)
+    other = clone(optimizer)
+    copies = other.param_groups[0]["params"]
+    expected = train(optimizer, params, 3, first=3)
+    assert all(map(torch.equal, train(other, copies, 3, first=3), expected))
+    assert float(other.diagnostics["penalty"]) == float(optimizer.diagnostics["penalty"]) > 0
+
+
+def test_penalty_may_be_replaced_between_steps():
+    params = parameters(shapes=((5,),))
+    optimizer = ARSAdamW(params, penalty=Pull(params, strength=0.0))
+    gradients(params, 0)
+    optimizer.step()
+    assert float(optimizer.diagnostics["penalty"]) == 0
+    optimizer.penalty.strength = 2.0  # read at every step
+    optimizer.step()
+    assert float(optimizer.diagnostics["penalty"]) > 0
+    optimizer.penalty = None
+    optimizer.step()
+    assert float(optimizer.diagnostics["penalty"]) == 0
+
+
+def test_added_group_is_trained():
+    params = parameters(shapes=((5,), (3,)))
+    optimizer = ARSAdamW(params[:1])
+    train(optimizer, params, 2)
+    optimizer.add_param_group({"params": params[1:], "lr": 0.5})
+    before = params[1].detach().clone()
+    train(optimizer, params, 1, first=2)
+    assert float((params[1] - before).abs().min()) > 0.1
+    assert "beta_products" in optimizer.state[params[1]]
