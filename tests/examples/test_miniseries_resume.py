@@ -259,21 +259,21 @@ def run(words: list[str], *, when: Path | None = None, send: int = 0) -> tuple[i
         return process.returncode, output, errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_resume(
-    text: Path, long_straight: dict[str, Any], tmp_path: Path, number: signal.Signals
+def test_signals_save_and_say_how_to_resume(
+    text: Path, long_straight: dict[str, Any], tmp_path: Path
 ) -> None:
-    begun = tmp_path / "log_d2-inherited.csv"
-    status, output, errors = run(command(text, tmp_path), when=begun, send=number)
-    assert status == 128 + number
-    assert output == ""
-    assert "Traceback" not in errors
-    last = errors.strip().splitlines()[-1]
-    assert last.startswith("interrupted: run `python ")
-    assert last.endswith("` again to resume")
-    assert f"--out {tmp_path}" in last
-    saved = torch.load(tmp_path / "checkpoints/d2-inherited.pt", weights_only=True)
-    assert 0 < saved["step"] < 75  # in the middle of the model
+    for number, name in ((signal.SIGINT, "d2-inherited"), (signal.SIGTERM, "d2-scratch")):
+        begun = tmp_path / f"log_{name}.csv"
+        status, output, errors = run(command(text, tmp_path), when=begun, send=number)
+        assert status == 128 + number
+        assert output == ""
+        assert "Traceback" not in errors
+        last = errors.strip().splitlines()[-1]
+        assert last.startswith("interrupted: run `python ")
+        assert last.endswith("` again to resume")
+        assert f"--out {tmp_path}" in last
+        saved = torch.load(tmp_path / f"checkpoints/{name}.pt", weights_only=True)
+        assert 0 < saved["step"] < 75  # in the middle of the model
     assert run(command(text, tmp_path))[0] == 0
     assert results(tmp_path) == long_straight
 
