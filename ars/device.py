@@ -75,41 +75,34 @@ class DeviceStep:
             self._hyper[index, column].copy_(value.detach().reshape(()))
 
     def _tables_for(self, batch: Batch, options: Options) -> "FusedAdam":
-        """Return the kernels' tables for these tensors: the last ones, if nothing has moved.
-
-        Raises:
-            RuntimeError: Some groups use amsgrad and some do not.
-        """
+        """Return the kernels' tables for these tensors: the last ones, if nothing has moved."""
         from ars.csrc_triton.step import FusedAdam
 
-        largest = [tensor for tensor in batch.max_exp_avg_sqs if tensor is not None]
-        if largest and len(largest) != len(batch.params):
-            raise RuntimeError(
-                "the fused kernel needs amsgrad in all parameter groups or in none: use an "
-                "optimizer for each, or foreach=False for the loop"
-            )
-        products = batch.products or None
         tensors = (
             batch.params,
             batch.exp_avgs,
             batch.exp_avg_sqs,
-            largest or None,
+            batch.max_exp_avg_sqs,
             batch.steps,
-            products,
+            batch.products or None,
         )
-        penalty = {"anchors": batch.anchors, "importances": batch.importances}
         hyper = self._hyper
         assert hyper is not None  # written before the tables are asked for
         key = (id(hyper), id(options.controller), options.proximal, batch.groups)
         fused = self._fused
-        if fused is None or self._key != key or not fused.matches(*tensors, **penalty):
+        if (
+            fused is None
+            or self._key != key
+            or not fused.matches(*tensors, anchors=batch.anchors, importances=batch.importances)
+        ):
             fused = FusedAdam(
                 *tensors,
                 batch.groups,
                 hyper=hyper,
                 decoupled=options.decoupled,
                 controller=_on_device(options.controller),
-                **penalty,
+                anchors=batch.anchors,
+                importances=batch.importances,
                 proximal=options.proximal,
                 diagnostics=options.diagnostics,
             )
