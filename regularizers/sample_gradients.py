@@ -75,8 +75,7 @@ def _add_one(
             logits, leaves, cotangent, retain_graph=True, materialize_grads=True
         )
         for squares, gradient in zip(total.values(), gradients, strict=True):
-            gradient = gradient.to(squares.dtype)
-            squares.addcmul_(gradient, gradient)
+            squares.addcmul_(gradient, gradient)  # promotes to its dtype before it multiplies
 
 
 def _add_chunk(

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from ars.regularizers import DiagonalFisher
+from ars.regularizers.estimators import ESTIMATORS
 
 
 class Logistic(nn.Module):
@@ -125,3 +126,24 @@ def test_sequence_square_is_unbiased_for_the_token_sum(tied_gpt, tokens, estimat
     )
     assert lots < 0.06
     assert 1.5 < few / lots < 5.0  # sqrt(8) = 2.8
+
+
+def mc_label(p, uniform):
+    """The label that ``mc`` draws for one position: the only class with a negative cotangent."""
+    (cotangent,) = ESTIMATORS["mc"].cotangents(
+        p[None], torch.zeros(1, dtype=torch.int64), torch.tensor([uniform], dtype=torch.float64)
+    )
+    return int(cotangent.argmin())
+
+
+def test_mc_never_draws_an_impossible_label():
+    p = torch.tensor([0.0, 0.5, 0.4999999, 0.0])  # sums to a little less than 1, as softmax may
+    assert mc_label(p, 0.0) == 1
+    assert mc_label(p, 1.0 - 1e-12) == 2
+
+
+def test_mc_tells_rare_labels_apart():
+    p = torch.full((2001,), 1e-9)
+    p[0] = 1.0
+    assert mc_label(p, 0.5) == 0
+    assert abs(mc_label(p, (1.0 + 1000.5e-9) / (1.0 + 2000e-9)) - 1001) <= 1
