@@ -132,7 +132,7 @@ def observe(
     finite = tl.abs(observed) < float("inf")
     surprise = tl.where(finite, observed, 0.0)
 
-    gated = surprise
+    gated = tl.maximum(surprise, 0.0)
     if STANDARDIZE:
         threshold = tl.load(config + _THRESHOLD)
         gated = _standardized_surprise(

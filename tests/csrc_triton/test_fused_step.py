@@ -1,0 +1,294 @@
+"""The fused step against the reference, one step at a time from the same state."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from fused_oracle import HYPER, assert_step, make_problem
+from torch import Tensor
+
+from ars.csrc_triton import step as host
+from ars.csrc_triton.layout import Diagnostic, Hyper
+from ars.csrc_triton.tiles import TILE
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "adam": {"decoupled": False},
+    "amsgrad": {"amsgrad": True},
+    "maximize": {"maximize": True},
+    "clip": {"max_norm": 2.0},
+    "coupled": {"penalty": "coupled"},
+    "coupled-maximize-clip": {"penalty": "coupled", "maximize": True, "max_norm": 3.0},
+    "proximal": {"penalty": "proximal"},
+    "proximal-amsgrad-adam": {"penalty": "proximal", "amsgrad": True, "decoupled": False},
+    "coupled-bf16-penalty": {"penalty": "coupled", "penalty_dtypes": (torch.bfloat16,)},
+    "some-penalized": {"penalty": "coupled", "unpenalized": (0, 2)},
+    "gated": {"controller": "paper"},
+    "groups": {"group_count": 3, "max_norm": 2.0, "penalty": "proximal"},
+    "all": {
+        "group_count": 2, "controller": "conditioned", "penalty": "proximal", "amsgrad": True,
+        "max_norm": 2.0, "unpenalized": (1,),
+    },
+}  # fmt: skip
+SEVERAL: dict[str, dict[str, Any]] = {
+    "norm-surprise": {"controller": "paper", "group_count": 2, "max_norm": 2.0},
+    "penalties": {
+        "penalty": "coupled", "penalty_dtypes": (torch.float32, torch.bfloat16),
+        "unpenalized": (1, 4), "amsgrad": True,
+    },
+    "penalty-in-first-only": {"penalty": "proximal", "unpenalized": (2, 3, 4, 5)},
+}  # fmt: skip
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched since."""
+    names: list[str] = []
+    launch = host.launch
+
+    def counting(kernel: Any, *args: Any, **options: Any) -> None:
+        names.append(kernel.fn.__name__)
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(host, "launch", counting)
+    return names
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_step_equals_the_reference(
+    variant: dict[str, Any], dtype: torch.dtype, device: str
+) -> None:
+    problem = make_problem(device, [dtype], **variant)
+    fused = problem.fused()
+    clip = math.isfinite(variant.get("max_norm", math.inf))
+    for loss in (0.4, 1.1):
+        gated = problem.controller is not None
+        surprise = torch.tensor(loss, device=device) if gated else None
+        assert_step(problem, fused, loss=surprise, clip=clip)
+
+
+@pytest.mark.parametrize("variant", SEVERAL.values(), ids=SEVERAL.keys())
+def test_dtypes_share_one_norm_one_controller_and_one_penalty(
+    variant: dict[str, Any], device: str
+) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float64]
+    problem = make_problem(device, dtypes, [(33, 5), (6,)], **variant)
+    fused = problem.fused()
+    for _ in range(2):
+        assert_step(problem, fused, clip=math.isfinite(variant.get("max_norm", math.inf)))
+
+
+@pytest.mark.parametrize("numel", [1, 511, 512, 513, TILE - 1, TILE, TILE + 1, 2 * TILE + 513])
+def test_every_length_is_covered_once(numel: int, device: str) -> None:
+    problem = make_problem(
+        device, [torch.float32], [(numel,)], penalty="coupled", max_norm=1.0, amsgrad=True
+    )
+    assert_step(problem, problem.fused(), clip=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("offset", [0, 1, 5], ids=["aligned", "misaligned", "misaligned-5"])
+def test_nothing_outside_of_the_operands_is_written(
+    dtype: torch.dtype, offset: int, device: str
+) -> None:
+    """Every operand is a slice of a larger buffer, whose other elements must not change."""
+    problem = make_problem(
+        device, [dtype], [(513,), (3, 7)], amsgrad=True, penalty="proximal", controller="paper"
+    )
+    buffers: list[Tensor] = []
+
+    def embed(tensor: Tensor) -> Tensor:
+        # 16 elements are a multiple of 16 bytes: offset 0 stays aligned.
+        buffer = torch.full((tensor.numel() + 32 + offset,), 1e4, dtype=tensor.dtype).to(device)
+        buffers.append(buffer)
+        inside = buffer[16 + offset : 16 + offset + tensor.numel()]
+        return inside.copy_(tensor.reshape(-1)).view(tensor.shape)
+
+    names = ["params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "anchors", "importances"]
+    for name in [*names, "steps", "products"]:
+        setattr(problem, name, [embed(tensor) for tensor in getattr(problem, name)])
+    if offset:  # a vector access would be wrong, and the reference comparison would see it
+        assert all(tensor.data_ptr() % 16 for tensor in problem.params)
+    assert_step(problem, problem.fused(), clip=False)
+    for buffer in buffers:
+        assert buffer[: 16 + offset].eq(1e4).all()
+        assert buffer[-16:].eq(1e4).all()
+
+
+def test_dense_operands_of_another_memory_order_are_updated_in_it(device: str) -> None:
+    problem = make_problem(device, [torch.float32], [(4, 3, 5, 6)], penalty="coupled")
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "anchors", "importances"):
+        tensors = getattr(problem, name)
+        setattr(problem, name, [t.to(memory_format=torch.channels_last) for t in tensors])
+    fused = problem.fused()
+    for _ in range(2):
+        assert_step(problem, fused)
+
+
+def test_step_is_deterministic_bit_by_bit(device: str) -> None:
+    torch.manual_seed(1)
+    problem = make_problem(
+        device, [torch.float32, torch.bfloat16], [(TILE + 77,), (9,)], controller="conditioned",
+        penalty="coupled", max_norm=1.0,
+    )  # fmt: skip
+    again = problem.clone()
+    first, second = problem.fused(), again.fused()
+    for _ in range(2):
+        grads = problem.gradients()
+        first.step(grads, loss=None, clip=True)
+        second.step([grad.clone() for grad in grads], loss=None, clip=True)
+    for a, b in zip(problem.params + problem.exp_avg_sqs, again.params + again.exp_avg_sqs,
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+    assert torch.equal(first.diagnostics, second.diagnostics)
+
+
+@pytest.mark.parametrize("loss", [None, 0.3], ids=["norm", "loss"])
+@pytest.mark.parametrize("clip", [False, True], ids=["free", "clip"])
+def test_a_step_of_one_dtype_is_two_launches(
+    loss: float | None, clip: bool, launches: list[str], device: str
+) -> None:
+    problem = make_problem(
+        device, shapes=[(3,)] * 40, controller="paper", penalty="coupled", unpenalized=range(9),
+        max_norm=1.0, group_count=4,
+    )  # fmt: skip
+    fused = problem.fused()
+    surprise = None if loss is None else torch.tensor(loss, device=device)
+    fused.step(problem.gradients(), loss=surprise, clip=clip)
+    assert launches == ["control_kernel", "adam_kernel"]
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(None, 3 + 3), (0.3, 1 + 3)], ids=["norm", "loss"])
+def test_every_further_dtype_is_a_launch_more(
+    loss: float | None, expected: int, launches: list[str], device: str
+) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    problem = make_problem(device, dtypes, [(3,), (2,)], controller="paper")
+    surprise = None if loss is None else torch.tensor(loss, device=device)
+    problem.fused().step(problem.gradients(), loss=surprise, clip=False)
+    assert len(launches) == expected
+
+
+def test_gradient_addresses_are_uploaded_only_when_one_moved(device: str) -> None:
+    problem = make_problem(device, shapes=[(5,), (6,), (0,)])
+    fused = problem.fused()
+    table = fused._gradients
+    grads = problem.gradients()
+    for _ in range(3):
+        fused.step(grads, loss=None, clip=False)
+    assert table.uploads == 1
+    moved = [grads[0], grads[1].clone(), grads[2]]
+    fused.step(moved, loss=None, clip=False)
+    assert table.uploads == 2
+    expected = problem.clone()
+    nan = torch.tensor(math.nan)
+    expected.reference_step_(moved, loss=None, clip=False, norm=nan)
+    fused.step(moved, loss=None, clip=False)
+    assert table.uploads == 2
+    torch.testing.assert_close(problem.params[1], expected.params[1])
+
+
+def replace(problem: Any, name: str) -> None:
+    values = getattr(problem, name)
+    setattr(problem, name, [*values[:-1], values[-1].clone()])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "products", "anchors",
+     "importances"],
+)  # fmt: skip
+def test_tables_match_until_a_tensor_is_elsewhere(name: str, device: str) -> None:
+    problem = make_problem(
+        device, shapes=[(5,), (6,)], amsgrad=True, controller="paper", penalty="coupled"
+    )
+    fused = problem.fused()
+
+    def matches() -> bool:
+        return fused.matches(
+            problem.params, problem.exp_avgs, problem.exp_avg_sqs, problem.max_exp_avg_sqs,
+            problem.steps, problem.products,
+            anchors=problem.anchors, importances=problem.importances,
+        )  # fmt: skip
+
+    assert matches()
+    replace(problem, name)
+    assert not matches()
+
+
+def set_numbers(hyper: Tensor, config: Tensor) -> None:
+    hyper[:, Hyper.LR] = 0.05
+    hyper[:, Hyper.BETA1] = 0.3
+    hyper[:, Hyper.BETA2] = 0.0
+    hyper[:, Hyper.EPS] = 0.4
+    hyper[:, Hyper.WEIGHT_DECAY] = 0.0
+    hyper[:, Hyper.STRENGTH] = 7.0
+    hyper[:, Hyper.MAX_NORM] = 0.5
+    hyper[:, Hyper.SIGN] = -1.0
+    config *= 0.5
+
+
+@pytest.mark.parametrize("controller", [None, "paper"], ids=["constant", "gated"])
+def test_numbers_rewritten_on_the_device_are_live(controller: str | None, device: str) -> None:
+    problem = make_problem(
+        device, shapes=[(33,), (7,)], penalty="coupled", max_norm=2.0, controller=controller
+    )
+    fused = problem.fused()
+    assert_step(problem, fused, clip=True)
+    config = torch.ones(1) if problem.controller is None else problem.controller.config
+    set_numbers(problem.hyper, config)
+    assert_step(problem, fused, clip=True)
+
+
+def test_products_are_the_power_for_betas_that_do_not_change(device: str) -> None:
+    """An open gate leaves Adam's own bias correction, whatever the path it is computed on."""
+    constant = make_problem(device, shapes=[(65,)])
+    constant.steps = [torch.tensor(0.0, device=device)]
+    gated = constant.clone()
+    gated.products = [torch.ones(2, dtype=torch.float64, device=device)]
+    gated.controller = make_problem(device, controller="paper").controller
+    assert gated.controller is not None
+    gated.controller.config[0] = 0.0  # alpha: no surprise closes the gate
+    gated.controller.config[3] = 0.0  # jitter
+    fused = (constant.fused(), gated.fused())
+    for count in range(1, 4):
+        grads = constant.gradients()
+        for each in fused:
+            each.step(grads, loss=torch.tensor(1.0, device=device), clip=False)
+        power = [HYPER["beta1"] ** count, HYPER["beta2"] ** count]
+        torch.testing.assert_close(gated.products[0].tolist(), power, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gated.params[0], constant.params[0], rtol=1e-6, atol=1e-6)
+
+
+def test_autograd_notices_the_update(device: str) -> None:
+    weight = torch.ones(4, device=device, requires_grad=True)
+    problem = make_problem(device, shapes=[(4,)])
+    problem.params = [weight]
+    fused = problem.fused()
+    loss = (weight * weight).sum()
+    fused.step([torch.ones(4, device=device)], loss=None, clip=False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_given_diagnostics_tensor_is_written(device: str) -> None:
+    problem = make_problem(device, penalty="coupled", controller="paper")
+    diagnostics = torch.full((len(Diagnostic),), 9.0, dtype=torch.float64, device=device)
+    fused = problem.fused(diagnostics=diagnostics)
+    assert fused.diagnostics is diagnostics
+    assert_step(problem, fused, loss=torch.tensor(0.3, device=device))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_loss_of_any_float_dtype_and_shape_is_read_as_it_is(kind: torch.dtype, device: str) -> None:
+    problem = make_problem(device, shapes=[(3,)], controller="paper")
+    losses = torch.tensor([0.0, 0.7], dtype=kind, device=device, requires_grad=True)
+    assert_step(problem, problem.fused(), loss=losses[1])
