@@ -1,0 +1,165 @@
+"""Compile the kernels for GPUs that need not be there, and print what the machine code says.
+
+Run as a script, without TRITON_INTERPRET: ``python kernel_code.py`` prints a JSON object,
+``"variant/architecture" -> report``.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton.backends.nvidia
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ars.csrc_triton import adam, control, step
+from ars.csrc_triton.tiles import TILE
+
+# Every variant is compiled for the first; those of EVERYWHERE for all.
+ARCHITECTURES = (90, 80, 100, "gfx942")
+EVERYWHERE = ("fp32", "fp32-coupled", "bf16", "control-norm", "control-constant-betas")
+BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
+
+NO_PENALTY, COUPLED, PROXIMAL = (
+    kind.value for kind in (adam.NO_PENALTY, adam.COUPLED, adam.PROXIMAL)
+)
+FLOAT = {"PARAM": tl.float32, "MOMENT": tl.float32, "ANCHOR": tl.float32, "IMPORTANCE": tl.float32}
+BF16 = FLOAT | {"PARAM": tl.bfloat16}
+DOUBLE = dict.fromkeys(FLOAT, tl.float64)
+ADAM: dict[str, dict[str, Any]] = {
+    "fp32": FLOAT,
+    "fp32-adam": FLOAT | {"DECOUPLED": False},
+    "fp32-amsgrad": FLOAT | {"AMSGRAD": True},
+    "fp32-coupled": FLOAT | {"PENALTY": COUPLED},
+    "fp32-proximal": FLOAT | {"PENALTY": PROXIMAL},
+    "fp32-bf16-penalty": FLOAT | {
+        "PENALTY": COUPLED, "ANCHOR": tl.bfloat16, "IMPORTANCE": tl.bfloat16,
+    },
+    "bf16": BF16,
+    "bf16-proximal": BF16 | {"PENALTY": PROXIMAL, "ANCHOR": tl.bfloat16},
+    "fp64-proximal-amsgrad": DOUBLE | {"PENALTY": PROXIMAL, "AMSGRAD": True},
+}  # fmt: skip
+CONTROL: dict[str, dict[str, Any]] = {
+    "control-norm": {},
+    "control-norm-bf16": {"GRAD": tl.bfloat16},
+    "control-loss": {"NORM": False, "loss": "*fp32"},
+    "control-partials": {"LAST": False},
+    "control-constant-betas": {"GATED": False, "window": None, "counts": None, "config": None},
+}
+POINTERS = {
+    "table": "*i64", "grad_table": "*i64", "tiles": "*i32", "partials": "*fp64",
+    "ticket": "*i32", "diagnostics": "*fp64", "hyper": "*fp64", "window": "*fp64",
+    "counts": "*i64", "config": "*fp64", "seed": "*i64",
+}  # fmt: skip
+
+
+def build(
+    kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], target: GPUTarget, warps: int
+) -> Any:
+    """Compile with the options of every launch; ``constants`` are the constexpr arguments."""
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else arguments.get(name, "i32")
+        if signature[name].startswith("*") and name != "loss":
+            attributes[index,] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values, attributes)
+    return triton.compile(source, target=target, options=step.OPTIONS | {"num_warps": warps})
+
+
+def build_adam(variant: dict[str, Any], target: GPUTarget) -> Any:
+    double = variant["MOMENT"] == tl.float64
+    constants = {
+        "AMSGRAD": False, "DECOUPLED": True, "PENALTY": NO_PENALTY, "LAST": True, "TILE": TILE,
+        "BLOCK": step.BLOCK // (2 if double else 1), "SUM_BLOCK": step.SUM_BLOCK,
+    } | variant  # fmt: skip
+    number = "*fp64" if double else "*fp32"
+    arguments = POINTERS | {"scalars": number, "corrections": number}
+    return build(adam.adam_kernel, arguments, constants, target, 128 // target.warp_size)
+
+
+def build_control(variant: dict[str, Any], target: GPUTarget) -> Any:
+    constants = {
+        "GRAD": tl.float32, "NORM": True, "LAST": True, "GATED": True, "STANDARDIZE": True,
+        "DETREND": True, "DECOUPLED": True, "WINDOW": 100, "WINDOW_BLOCK": 128, "GROUP_BLOCK": 2,
+        "TENSOR_BLOCK": step.TENSOR_BLOCK, "TILE": TILE, "SUM_BLOCK": step.SUM_BLOCK, "loss": None,
+    } | variant  # fmt: skip
+    arguments = POINTERS | {"scalars": "*fp32", "corrections": "*fp32"}
+    if constants["loss"] is not None:
+        arguments["loss"] = constants.pop("loss")
+    return build(control.control_kernel, arguments, constants, target, 256 // target.warp_size)
+
+
+def tool(name: str, *args: str) -> str:
+    done = subprocess.run([BIN / name, *args], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def hot_loops(sass: str) -> list[list[tuple[str, int, bool]]]:
+    """Global accesses (LDG or STG, bytes, predicated) of each loop that has a 128-bit one."""
+    lines = sass.splitlines()
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L")}
+    loops = []
+    for end, line in enumerate(lines):
+        target = re.search(r"\bBRA `\((\.L\w+)\)", line)
+        if target and labels[target[1]] < end:
+            loops.append(lines[labels[target[1]] : end])
+    found = []
+    for body in loops:
+        accesses = []
+        for line in body:
+            access = re.search(r"(@!?U?P\d+ +)?\b(LDG|STG)\.E((?:\.\w+)*)", line)
+            if access:
+                suffixes = access[3].split(".")
+                size = 16 if "128" in suffixes else 8 if "64" in suffixes else 4
+                size = 2 if "U16" in suffixes else size
+                accesses.append((access[2], size, access[1] is not None))
+        if any(size == 16 for _, size, _ in accesses):
+            found.append(accesses)
+    return found
+
+
+def report_cuda(kernel: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        usage = tool("cuobjdump", "-res-usage", str(path))
+        sass = tool("nvdisasm", "-c", str(path))
+    numbers = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": numbers["REG"],
+        "local": numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "loops": hot_loops(sass),
+        "wide_loads": len(re.findall(r"\bLDG\.E\.128\b", sass)),
+        "contractions": len(re.findall(r"\bfma\.\w", kernel.asm["ptx"])),
+        "acquires": len(re.findall(r"\batom\.global\.gpu\.acq_rel\.add", kernel.asm["ptx"])),
+    }
+
+
+def report_hip(kernel: Any) -> dict[str, Any]:
+    code = kernel.asm["amdgcn"]
+    return {
+        "spills": sum(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", code))),
+        "wide": len(re.findall(r"\bglobal_(?:load|store)_dwordx4\b", code)),
+    }
+
+
+def main() -> None:
+    reports = {}
+    for builder, variants in ((build_adam, ADAM), (build_control, CONTROL)):
+        for name, variant in variants.items():
+            for arch in ARCHITECTURES if name in EVERYWHERE else ARCHITECTURES[:1]:
+                hip = isinstance(arch, str)
+                target = GPUTarget("hip" if hip else "cuda", arch, 64 if hip else 32)
+                kernel = builder(variant, target)
+                reports[f"{name}/{arch}"] = (report_hip if hip else report_cuda)(kernel)
+    json.dump(reports, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What the compiler makes of the kernels, for GPUs that need not be there: see kernel_code.py."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ars.csrc_triton import adam
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = ("80", "90", "100")
+ADAM_EVERYWHERE = [f"{name}/{arch}" for name in ("fp32", "fp32-coupled", "bf16") for arch in CUDA]
+# Bytes an element of each hot loop: the tensors with a penalty, and those without.
+BYTES = {
+    "fp32": [28],
+    "fp32-adam": [28],
+    "fp32-amsgrad": [28 + 8],
+    "fp32-coupled": [36, 28],
+    "fp32-proximal": [36, 28],
+    "fp32-bf16-penalty": [32, 28],
+    "bf16": [22],
+    "bf16-proximal": [22 + 6, 22],
+    "fp64-proximal-amsgrad": [2 * 44, 2 * 36],
+}
+# 128 threads each. 64 registers leave 1024 threads to a multiprocessor, 88 leave 640: with the
+# 64 or 96 bytes that each has in flight, more than bandwidth times latency asks for.
+REGISTERS = {
+    "fp32": 64,
+    "fp32-adam": 64,
+    "fp32-amsgrad": 64,
+    "bf16": 64,
+    "fp32-coupled": 88,
+    "fp32-proximal": 88,
+    "fp32-bf16-penalty": 88,
+    "bf16-proximal": 88,
+    "fp64-proximal-amsgrad": 104,
+    "control-norm": 80,
+    "control-norm-bf16": 80,
+    "control-loss": 80,
+    "control-partials": 64,
+    "control-constant-betas": 80,
+}
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Any]:
+    """Compile everything, in a process that compiles rather than interprets."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    script = Path(__file__).with_name("kernel_code.py")
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def expand(names: Any) -> list[str]:
+    return sorted({f"{name}/90" for name in names} | set(ADAM_EVERYWHERE))
+
+
+def split(loop: list[list[Any]], kind: str) -> list[int]:
+    return sorted(size for operation, size, _ in loop if operation == kind)
+
+
+@pytest.mark.parametrize("key", expand(BYTES))
+def test_every_access_of_the_hot_loop_is_wide_and_unconditional(
+    key: str, reports: dict[str, Any]
+) -> None:
+    loops = reports[key]["loops"]
+    assert len(loops) == len(BYTES[key.split("/")[0]])
+    for loop in loops:
+        assert not any(predicated for _, _, predicated in loop)
+        # Half-precision operands have half the width of their fp32 moments.
+        assert {size for _, size, _ in loop} <= {16, 8}
+        assert split(loop, "LDG").count(16) >= 2
+        assert split(loop, "STG").count(16) >= 2
+        if key.startswith(("fp32", "fp64")) and "bf16" not in key:
+            assert {size for _, size, _ in loop} == {16}
+
+
+@pytest.mark.parametrize("key", expand(BYTES))
+def test_the_hot_loop_moves_the_stated_bytes_and_no_more(key: str, reports: dict[str, Any]) -> None:
+    elements = 2 if key.startswith("fp64") else 4  # a thread and iteration
+    moved = [sum(size for _, size, _ in loop) / elements for loop in reports[key]["loops"]]
+    assert moved == BYTES[key.split("/")[0]]
+
+
+def test_the_docstring_states_these_bytes() -> None:
+    assert adam.__doc__
+    paragraph = re.search(r"^Bytes a parameter.*?^$", adam.__doc__, re.MULTILINE | re.DOTALL)
+    assert paragraph
+    stated = {int(n) for n in re.findall(r"\b\d+\b", paragraph[0])}
+    assert stated == {28, 36, 32, 22, 8}
+
+
+@pytest.mark.parametrize("key", sorted({f"{n}/90" for n in REGISTERS} | set(ADAM_EVERYWHERE)))
+def test_registers_stay_within_bounds_and_none_is_spilled(
+    key: str, reports: dict[str, Any]
+) -> None:
+    assert reports[key]["registers"] <= REGISTERS[key.split("/")[0]]
+    assert reports[key]["local"] == 0
+
+
+@pytest.mark.parametrize("arch", CUDA)
+@pytest.mark.parametrize("name", ["control-norm", "control-constant-betas"])
+def test_the_control_kernel_compiles_without_spills(
+    name: str, arch: str, reports: dict[str, Any]
+) -> None:
+    report = reports[f"{name}/{arch}"]
+    assert report["registers"] <= REGISTERS[name]
+    assert report["local"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "loads"),
+    [("control-norm", 4), ("control-partials", 4), ("control-norm-bf16", 2), ("control-loss", 0)],
+)
+def test_the_norm_reads_gradients_by_128_bits(
+    name: str, loads: int, reports: dict[str, Any]
+) -> None:
+    """4096 elements of a tile are 16 for each of 256 threads."""
+    assert reports[f"{name}/90"]["wide_loads"] == loads
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_nothing_is_contracted(name: str, reports: dict[str, Any]) -> None:
+    assert reports[f"{name}/90"]["contractions"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tickets"),
+    [("fp32", 0), ("fp32-coupled", 1), ("control-norm", 1), ("control-partials", 0),
+     ("control-loss", 0)],
+)  # fmt: skip
+def test_the_last_program_acquires_what_the_others_released(
+    name: str, tickets: int, reports: dict[str, Any]
+) -> None:
+    assert reports[f"{name}/90"]["acquires"] == tickets
+
+
+@pytest.mark.parametrize(
+    ("name", "accesses"), [("fp32", 7), ("fp32-coupled", 16), ("bf16", 4), ("control-norm", 4)]
+)
+def test_amd_code_is_as_wide(name: str, accesses: int, reports: dict[str, Any]) -> None:
+    report = reports[f"{name}/gfx942"]
+    assert report["wide"] >= accesses
+    assert report["spills"] == 0
