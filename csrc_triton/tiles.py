@@ -99,7 +99,8 @@ class GradientTable:
             self._spare = self._pinned()
         if self.moved(addresses):
             values = torch.tensor(addresses, dtype=torch.int64)
-            self._table.copy_(upload(values, self._table.device), non_blocking=True)
+            values = values.pin_memory() if self._table.is_cuda else values
+            self._table.copy_(values, non_blocking=True)
             self._addresses = addresses
             self.uploads += 1
         return self._table

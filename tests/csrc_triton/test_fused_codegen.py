@@ -1,4 +1,7 @@
-"""What the compiler makes of the kernels, for GPUs that need not be there: see kernel_code.py."""
+"""What the compiler makes of the kernels, for GPUs that need not be there.
+
+See kernel_code.py and launch_bindings.py.
+"""
 
 import json
 import os
@@ -47,18 +50,29 @@ REGISTERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict[str, Any]:
-    """Compile everything, in a process that compiles rather than interprets."""
+def run_compiling(script: str) -> dict[str, Any]:
+    """Run a script in a process that compiles rather than interprets."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    script = Path(__file__).with_name("kernel_code.py")
     done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, Path(__file__).with_name(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Any]:
+    return run_compiling("kernel_code.py")
+
+
+def test_a_kernel_is_compiled_once_whatever_numbers_sizes_and_alignments() -> None:
+    assert run_compiling("launch_bindings.py") == {"adam_kernel": 1, "control_kernel": 1}
 
 
 def expand(names: Any) -> list[str]:

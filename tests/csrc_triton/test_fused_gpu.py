@@ -1,0 +1,186 @@
+"""What only a GPU shows: races, graphs, waiting, and tensors of more than 2^31 elements."""
+
+from typing import Any
+
+import pytest
+import torch
+from fused_oracle import (
+    HYPER,
+    MOMENT_ULPS,
+    PARAM_ULPS,
+    PENALTY_TOLERANCE,
+    Problem,
+    assert_step,
+    make_problem,
+    ulps,
+)
+from torch import Tensor
+
+from ars import reference
+from ars.csrc_triton.layout import Diagnostic
+from ars.csrc_triton.step import FusedAdam
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+EVERYTHING: dict[str, Any] = {
+    "controller": "conditioned", "penalty": "coupled", "max_norm": 5.0, "amsgrad": True,
+    "group_count": 2, "unpenalized": (1,),
+}  # fmt: skip
+
+
+def assert_same_bits(a: Problem, b: Problem) -> None:
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "products"):
+        assert all(map(torch.equal, getattr(a, name), getattr(b, name)))
+    assert a.controller is not None
+    assert b.controller is not None
+    assert torch.equal(a.controller.window, b.controller.window)
+    assert torch.equal(a.controller.counts, b.controller.counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_large_and_many_tensors_equal_the_reference(dtype: torch.dtype) -> None:
+    shapes = [(2**20 + 3,), (4096, 257), *[(64,)] * 300, (1,)]
+    problem = make_problem(DEVICE, [dtype], shapes, **EVERYTHING)
+    fused = problem.fused()
+    for _ in range(3):
+        assert_step(problem, fused, clip=True)
+
+
+def test_reductions_over_many_programs_have_no_races() -> None:
+    problem = make_problem(DEVICE, shapes=[(2**24 + 1,), (2**22,)], penalty="coupled", max_norm=1.0)
+    grads = problem.gradients()
+    penalty = sum(
+        float(reference.ewc_value(*(t.double() for t in operands), HYPER["strength"]))
+        for operands in zip(problem.params, problem.anchors or (), problem.importances or (),
+                            strict=True)
+    )  # fmt: skip
+    norm = float(reference.grad_norm(grads))
+    seen = set()
+    for _ in range(50):
+        again = problem.clone()
+        fused = again.fused()
+        fused.step(grads, loss=None, clip=True)
+        seen.add(tuple(fused.diagnostics[[Diagnostic.GRAD_NORM, Diagnostic.PENALTY]].tolist()))
+    assert len(seen) == 1
+    assert seen.pop() == pytest.approx((norm, penalty), rel=PENALTY_TOLERANCE)
+
+
+def test_steps_never_wait_for_the_device() -> None:
+    problem = make_problem(DEVICE, [torch.float32, torch.bfloat16], [(5000,), (7,)], **EVERYTHING)
+    fused = problem.fused()
+    fused.step(problem.gradients(), loss=None, clip=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            loss = torch.rand((), device=DEVICE)
+            fused.step(problem.gradients(), loss=loss, clip=True)  # the gradients have moved
+        another = problem.fused()
+        another.step(problem.gradients(), loss=None, clip=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_is_two_kernels_on_the_device() -> None:
+    problem = make_problem(DEVICE, shapes=[(300,)] * 100, **EVERYTHING)
+    fused = problem.fused()
+    grads = problem.gradients()
+    fused.step(grads, loss=None, clip=True)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        fused.step(grads, loss=None, clip=True)
+        torch.cuda.synchronize()
+    kernels = [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and "kernel" in event.name
+    ]
+    assert kernels == ["control_kernel", "adam_kernel"]
+
+
+def capture(fused: FusedAdam, grads: list[Tensor], loss: Tensor) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fused.step(grads, loss=loss, clip=True)
+    return graph
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float32, torch.bfloat16]])
+def test_a_graph_replays_with_live_numbers(dtypes: list[torch.dtype]) -> None:
+    problem = make_problem(DEVICE, dtypes, [(5000,), (7,), (33, 65)], **EVERYTHING)
+    eager, warm = problem.clone(), problem.clone()
+    static = problem.gradients()
+    loss = torch.ones((), device=DEVICE)
+    warm.fused().step(static, loss=loss, clip=True)  # compiles
+    fused, other = problem.fused(), eager.fused()
+    graph = capture(fused, static, loss)
+    for index in range(30):
+        grads = problem.gradients()
+        for target, grad in zip(static, grads, strict=True):
+            target.copy_(grad)
+        loss.fill_(1 / (1 + index % 7))
+        for each in (problem, eager):
+            each.hyper.mul_(0.97)
+        if index == 15:  # a step outside of the graph must not disturb the graph's addresses
+            fused.step(grads, loss=loss, clip=True)
+        else:
+            graph.replay()
+        other.step(grads, loss=loss.clone(), clip=True)
+        assert_same_bits(problem, eager)
+        torch.testing.assert_close(fused.diagnostics, other.diagnostics, rtol=0, atol=0)
+
+
+def test_captures_that_cannot_be_right_are_refused() -> None:
+    problem = make_problem(DEVICE, shapes=[(9,)], **EVERYTHING | {"unpenalized": ()})
+    loss = torch.ones((), device=DEVICE)
+    grads = problem.gradients()
+    fused = problem.fused()
+    fused.step(grads, loss=loss, clip=True)
+    graph = capture(fused, grads, loss)
+    work = torch.zeros(3, device=DEVICE)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        work.add_(1)  # an empty capture would warn
+        with pytest.raises(RuntimeError, match="take one step outside of a capture"):
+            fused.step(grads, loss=loss, clip=True)
+        with pytest.raises(RuntimeError, match="before capturing"):
+            problem.fused()
+    fused.step(grads, loss=loss, clip=True)
+    second = capture(fused, grads, loss)
+    for each in (graph, second):
+        before = problem.steps[0].item()
+        each.replay()
+        assert problem.steps[0].item() == before + 1
+
+
+def test_more_elements_than_an_int32_counts() -> None:
+    """Needs 35 GB: bfloat16 with float32 moments, compared at the start, the middle and the end."""
+    numel = 2**31 + 4097
+    problem = make_problem(DEVICE, [torch.bfloat16], [(1,)])
+    sample = torch.randn(4099, device=DEVICE)
+
+    def fill(dtype: torch.dtype) -> Tensor:
+        return torch.full((numel,), 0.25, dtype=dtype, device=DEVICE)
+
+    param, grad = fill(torch.bfloat16), fill(torch.bfloat16)
+    exp_avg, exp_avg_sq = fill(torch.float32), fill(torch.float32)
+    places = [slice(0, 4099), slice(2**30 + 5, 2**30 + 4104), slice(numel - 4099, numel)]
+    for place in places:
+        param[place] = sample
+        grad[place] = sample.flip(0)
+    problem.params, problem.exp_avgs, problem.exp_avg_sqs = [param], [exp_avg], [exp_avg_sq]
+    row = HYPER
+    expected = [
+        reference.adam_step(
+            param[place].clone(), grad[place].clone(), exp_avg[place].clone(),
+            exp_avg_sq[place].clone(), lr=row["lr"], beta1=row["beta1"], beta2=row["beta2"],
+            correction1=1 - row["beta1"], correction2=1 - row["beta2"], eps=row["eps"],
+            weight_decay=row["weight_decay"],
+        )
+        for place in places
+    ]  # fmt: skip
+    problem.fused().step([grad], loss=None, clip=False)
+    for place, result in zip(places, expected, strict=True):
+        assert ulps(exp_avg[place], result.exp_avg, sample) <= MOMENT_ULPS[torch.float32]
+        assert ulps(param[place], result.param, sample) <= PARAM_ULPS[torch.bfloat16]
+    untouched = exp_avg[5000 : 2**30]
+    assert untouched.eq(untouched[0]).all()
