@@ -219,7 +219,7 @@ def _check_tensor(what: str, tensor: Tensor, param: Tensor, minimum: float) -> N
 
 def _copy_like(param: Tensor, tensor: Tensor) -> Tensor:
     """Copy with the strides and device of ``param``, in the dtype penalties are computed in."""
-    copy = torch.empty_like(param, dtype=accumulation_dtype(param.dtype), requires_grad=False)
+    copy = torch.empty_like(param, dtype=accumulation_dtype(param.dtype))
     return copy.copy_(tensor.detach())
 
 

@@ -48,10 +48,10 @@ class DiagonalFisher:
     likewise formed in float32 at least.
 
     Cost: about one forward and backward pass a sample (``"exact"``: see above), and one more
-    forward pass in all. Measured with torch 2.13 on 2 CPU cores, ms a sample: a GPT of 3.3 M
-    parameters and 256 tokens takes 35 in plain training at batch 16, 35 here with ``chunk_size=1``
-    and 38 with 8; a 64-256-256-10 classifier takes 0.31 with 1, 0.08 with 32, 0.06 with 128. Hence
-    the default of 1, and the advice to raise it for small models.
+    forward pass in all. Measured with torch 2.13, CPU time on one core, ms a sample: a GPT of 3.3 M
+    parameters and 256 tokens takes 60 for a plain forward and backward pass at batch 16, 69 here
+    with ``chunk_size=1`` and 78 with 8; a 64-256-256-10 classifier takes 0.37 with 1, 0.31 with 8
+    and 0.17 with 32. Hence the default of 1, and the advice to raise it for small models.
 
     Args:
         model: Maps a batch of inputs, shape (B, ...), to logits of shape (B, C), or (B, T, C) for
@@ -160,7 +160,7 @@ class DiagonalFisher:
             _check_positive_int("n_samples", n_samples)
         parameters = _trainable(self.model)
         total = {
-            name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
+            name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
             for name, p in parameters.items()
         }
         estimator = ESTIMATORS[self.estimator]

@@ -3,9 +3,9 @@ r"""Squared gradients of single samples, one by one or in chunks.
     total_i += sum_n sum_k ( (J_n^T v_nk)_i )^2,    J_n = d logits_n / d theta
 
 The two ways agree to rounding. Plain autograd, one sample at a time, takes every module as it is,
-and on a GPT of 3.3 M parameters and 256 tokens it is as fast as ``torch.func.vmap``: one sequence
-fills the matrix products. ``vmap`` shares the overhead of the operators among the samples of a
-chunk, which is most of the time of a small model.
+and on a GPT of 3.3 M parameters and 256 tokens it is no slower than ``torch.func.vmap``: one
+sequence fills the matrix products. ``vmap`` shares the overhead of the operators among the samples
+of a chunk, which is most of the time of a small model.
 """
 
 from collections.abc import Iterator

@@ -135,6 +135,14 @@ def test_parameters_that_are_not_named_are_free():
     assert penalty.value().item() == 0.0
 
 
+def test_importance_may_be_zero():
+    model = small_model()
+    penalty = EWC(model, {"0.bias": torch.tensor([0.0, 0.0, 2.0, 0.0])})
+    with torch.no_grad():
+        model[0].bias += 3.0
+    assert penalty.value().item() == pytest.approx(9.0, rel=1e-6)
+
+
 def test_stored_tensors_have_the_strides_of_the_parameter():
     model = nn.Conv2d(2, 4, 3, bias=False).to(memory_format=torch.channels_last)
     ((p, anchor, importance),) = EWC(model, {"weight": torch.rand(4, 2, 3, 3)}).terms()
