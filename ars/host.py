@@ -8,14 +8,13 @@ step so large that its own corrections are 1, and the right ones by a change of 
     = \eta' \frac{m}{\sqrt{v} + \epsilon'}, \qquad
     \eta' = \eta \frac{\sqrt{c_2}}{c_1}, \quad \epsilon' = \epsilon \sqrt{c_2}.
 
-A tensor whose gradient must be changed first (penalty, clipping, half precision) is updated in
-blocks that stay in the cache between the operations, so main memory sees each element once:
-28 bytes a float32 parameter, 36 with a float32 penalty.
+Tensors whose gradient must be changed first (penalty, clipping, half precision) are updated in runs
+that stay in the cache between the operations, so main memory sees each element once: 28 bytes a
+float32 parameter, 36 with a float32 penalty.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,11 +23,10 @@ from torch.optim.adam import adam
 
 from ars import reference
 from ars.batch import Batch, Hyper, Options, Scalar, gated, write_diagnostics
+from ars.blocks import Piece, runs
 
 __all__ = ["step_"]
 
-# Elements of a block: seven float32 arrays of this length fit in a 2 MiB second-level cache.
-BLOCK = 1 << 16
 # A step at which every beta ** step is 0, so that torch's own bias corrections are 1.
 FOREVER = 1e9
 
@@ -64,8 +62,8 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options, *, foreach: bool)
         direct = [i for i in members if update.is_direct(batch, i)]
         if direct:
             update.tensors(batch, direct)
-        for i in sorted(set(members) - set(direct)):
-            values["penalty"] += update.blocks(batch, i)
+        for pieces in runs(batch, sorted(set(members) - set(direct))):
+            values["penalty"] += update.run(pieces)
 
     values |= {"lr": hypers[0].lr, "beta1": hypers[0].beta1, "beta2": hypers[0].beta2}
     write_diagnostics(options.diagnostics, values)
@@ -158,36 +156,42 @@ class _Update:
         maximize = self.hyper.maximize
         self._adam(params, grads, exp_avgs, exp_avg_sqs, largest, steps, maximize=maximize)
 
-    def blocks(self, batch: Batch, i: int) -> float:
-        """Update one tensor block by block, and return its penalty before the step."""
-        strength, penalty, dtype = self.options.strength, 0.0, batch.exp_avgs[i].dtype
-        delta_buffer, pull_buffer = torch.empty(2, BLOCK, dtype=dtype)
-        for param, grad, exp_avg, exp_avg_sq, largest, anchor, importance in _blocks(batch, i):
-            theta, g = param.to(dtype), grad.to(dtype)  # themselves unless half precision
-            if self.sign != 1.0:
-                g = g * self.sign
-            delta, pull = delta_buffer[: theta.numel()], pull_buffer[: theta.numel()]
-            if anchor is not None:
-                torch.sub(theta, anchor, out=delta)
-                torch.mul(delta, importance, out=pull)
-                penalty += 0.5 * strength * float(torch.dot(delta, pull))
-                if not self.options.proximal:  # eq. 8
-                    g = torch.add(g, pull, alpha=strength, out=delta)
-            largest_list = [] if largest is None else [largest]
-            self._adam([theta], [g], [exp_avg], [exp_avg_sq], largest_list, [batch.steps[i]])
-            if anchor is not None and self.options.proximal:
-                second = exp_avg_sq if largest is None else largest
-                metric = float(self.hyper.lr) * strength / self._denominator(second, batch.steps[i])
-                theta.copy_(reference.ewc_proximal(theta, anchor, importance, metric))
+    def run(self, pieces: list[Piece]) -> float:
+        """Update one run of pieces, and return its penalty before the step."""
+        params, exp_avgs, exp_avg_sqs, largest, grads, anchors, importances, steps = (
+            list(column) for column in zip(*pieces, strict=True)
+        )
+        dtype, amsgrad, penalized = pieces[0].kind
+        thetas = [param.to(dtype) for param in params]  # themselves unless half precision
+        gradients: Any = [grad.to(dtype) for grad in grads]
+        if self.sign != 1.0:
+            gradients = torch._foreach_mul(gradients, self.sign)
+        penalty, strength = 0.0, self.options.strength
+        if penalized:
+            deltas = torch._foreach_sub(thetas, anchors)
+            pulls = torch._foreach_mul(deltas, importances)
+            penalty = 0.5 * strength * sum(map(float, map(torch.dot, deltas, pulls)))
+            if not self.options.proximal:
+                gradients = torch._foreach_add(gradients, pulls, alpha=strength)  # eq. 8
+        self._adam(thetas, gradients, exp_avgs, exp_avg_sqs, largest if amsgrad else [], steps)
+        if penalized and self.options.proximal:
+            for theta, piece in zip(thetas, pieces, strict=True):
+                self._proximal(theta, piece)
+        for param, theta in zip(params, thetas, strict=True):
             if theta is not param:
                 param.copy_(theta)
         return penalty
 
-    def _denominator(self, exp_avg_sq: Tensor, step: Tensor) -> Tensor:
-        """Adam's metric after the step."""
+    def _proximal(self, theta: Tensor, piece: Piece) -> None:
+        """Take the proximal step (9) after Adam's, in its metric."""
+        assert piece.anchor is not None
+        assert piece.importance is not None
         beta2 = float(self.hyper.beta2)
-        product2 = beta2 ** float(step) if self.products is None else self.products[1]
-        return reference.adam_denominator(exp_avg_sq, 1 - product2, self.hyper.eps)
+        product2 = beta2 ** float(piece.step) if self.products is None else self.products[1]
+        second = piece.exp_avg_sq if piece.max_exp_avg_sq is None else piece.max_exp_avg_sq
+        denominator = reference.adam_denominator(second, 1 - product2, self.hyper.eps)
+        metric = float(self.hyper.lr) * self.options.strength / denominator
+        theta.copy_(reference.ewc_proximal(theta, piece.anchor, piece.importance, metric))
 
     def _adam(
         self,
@@ -211,29 +215,3 @@ class _Update:
         else:
             fused = torch._fused_adamw_ if self.options.decoupled else torch._fused_adam_
             fused(params, grads, exp_avgs, exp_avg_sqs, largest, steps, **arguments)
-
-
-def _blocks(batch: Batch, i: int) -> Iterator[tuple[Any, ...]]:
-    """Cut the operands of tensor i into flat blocks.
-
-    A strided operand is copied to a dense one first, and written back at the end.
-
-    Args:
-        batch: The tensors.
-        i: Which one.
-
-    Yields:
-        Blocks of (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, importance).
-    """
-    written = [batch.params[i], batch.exp_avgs[i], batch.exp_avg_sqs[i], batch.max_exp_avg_sqs[i]]
-    read = [batch.grads[i], batch.anchors[i], batch.importances[i]]
-    flat = [None if t is None else t.contiguous().view(-1) for t in written + read]
-    param, exp_avg, exp_avg_sq, largest, grad, anchor, importance = flat
-    ordered = (param, grad, exp_avg, exp_avg_sq, largest, anchor, importance)
-    numel = batch.params[i].numel()
-    for start in range(0, numel, BLOCK):
-        end = min(start + BLOCK, numel)
-        yield tuple(None if t is None else t[start:end] for t in ordered)
-    for original, copy in zip(written, flat, strict=False):
-        if original is not None and copy is not None and not original.is_contiguous():
-            original.copy_(copy.view(original.shape))

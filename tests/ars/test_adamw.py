@@ -134,6 +134,23 @@ def test_half_precision_keeps_float32_moments(implementation, dtype):
         assert not bits.numel() or int(bits.max()) <= 1
 
 
+@pytest.mark.parametrize("mode", ["coupled", "proximal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tensors_are_cut_and_small_ones_gathered(dtype, mode):
+    """Tensors of several blocks, of one, of a part of one, with and without a penalty."""
+
+    def run(implementation):
+        params = parameters(dtype, shapes=((70_001,), (5,), (65_536,), (0,), (200_000,), (3, 7)))
+        penalty = Pull(params, mode=mode, skip=(1,))
+        optimizer = make(implementation, params, penalty=penalty, max_grad_norm=1.0)
+        return train(optimizer, params, 2), float(optimizer.diagnostics["penalty"])
+
+    (ours, value), (expected, penalty) = run("fused"), run("loop")
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert value == pytest.approx(penalty, rel=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["loop", "fused"])
 def test_strided_and_complex_parameters_equal_dense_ones(implementation):
     dense = torch.randn(6, 8, requires_grad=True)
