@@ -26,6 +26,8 @@ class ARSAdam(torch.optim.Adam):
     that defaults to 0. See there for the equations and the arguments.
 
     Example:
+        >>> import torch
+        >>> from ars import ARSAdam
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> opt = ARSAdam([weight], lr=0.1)
         >>> weight.sum().backward()

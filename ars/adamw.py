@@ -48,6 +48,8 @@ class ARSAdamW(ARSAdam):
         RuntimeError: ``foreach`` or ``fused`` was forced where it cannot be had.
 
     Example:
+        >>> import torch
+        >>> from ars import ARSAdamW
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> torch.nn.init.ones_(model.weight).sum().item()
         2.0
