@@ -157,6 +157,28 @@ def test_every_checkpoint_loads_safely(quick: dict[str, Any]) -> None:
         assert ("optimizer" in content) == file.name.endswith("-trunk.pt")
 
 
+def test_the_whole_training_state_is_inherited(quick: dict[str, Any]) -> None:
+    content = torch.load(quick["out"] / "checkpoints/d2-inherited-trunk.pt", weights_only=True)
+    model = GPT(miniseries_config(2, sequence_len=64))
+    indices = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    state = content["optimizer"]["state"]
+    for name, steps in (
+        ("wte.weight", 48),
+        ("blocks.0.mlp.fc.weight", 48),
+        ("blocks.1.mlp.fc.weight", 24),
+    ):
+        assert state[indices[name]]["step"] == steps  # parameters of the parent count on
+    importance = content["penalty"]["importance"]
+    anchor = content["penalty"]["anchor"]
+    assert importance.keys() == anchor.keys() == indices.keys()
+    fc = importance["blocks.0.mlp.fc.weight"]
+    assert (fc[:256, :64] > 0).float().mean() > 0.5
+    assert not fc[256:].any()
+    assert not fc[:, 64:].any()
+    assert not importance["blocks.1.mlp.fc.weight"].any()
+    assert not anchor["wte.weight"][:, 64:].any()  # new channels start at zero
+
+
 def test_one_progress_bar_a_model(quick: dict[str, Any]) -> None:
     for name in NAMES:
         last = re.findall(rf"{name}: 100%.*", quick["stderr"].replace("\r", "\n"))[-1]
