@@ -50,12 +50,13 @@ def test_on_a_cpu_the_default_is_bitwise_torch_fused():
 )
 @pytest.mark.parametrize("implementation", ["foreach", "fused", "triton"])
 def test_implementations_agree(implementation, config, mode):
-    """Controller, clipping, penalty, amsgrad and a missed gradient, all at once."""
+    """Controller, clipping, penalty, amsgrad, an ascending group, a missed gradient: at once."""
 
     def run(which):
         params = parameters()
         penalty = None if mode is None else Pull(params, mode=mode, skip=(1,))
-        groups = [{"params": params[:2], "lr": 0.03}, {"params": params[2:], "betas": (0.8, 0.9)}]
+        ascending = {"params": params[2:], "betas": (0.8, 0.9), "maximize": True}
+        groups = [{"params": params[:2], "lr": 0.03}, ascending]
         settings = {"ars": config, "penalty": penalty, "max_grad_norm": 2.0, "amsgrad": True}
         optimizer = make(which, groups, **settings)
         seen = []
