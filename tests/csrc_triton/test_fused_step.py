@@ -86,6 +86,14 @@ def test_dtypes_share_one_norm_one_controller_and_one_penalty(
         assert_step(problem, fused, clip=math.isfinite(variant.get("max_norm", math.inf)))
 
 
+def test_amsgrad_may_be_on_for_some_parameters_only(launches: list[str], device: str) -> None:
+    problem = make_problem(device, amsgrad=True, penalty="proximal", unpenalized=(0,))
+    assert problem.max_exp_avg_sqs is not None
+    problem.max_exp_avg_sqs = [None, *problem.max_exp_avg_sqs[1:3], None]
+    assert_step(problem, problem.fused())
+    assert launches == ["control_kernel", "adam_kernel", "adam_kernel"]
+
+
 @pytest.mark.parametrize("numel", [1, 511, 512, 513, TILE - 1, TILE, TILE + 1, 2 * TILE + 513])
 def test_every_length_is_covered_once(numel: int, device: str) -> None:
     problem = make_problem(
@@ -145,9 +153,8 @@ def test_step_is_deterministic_bit_by_bit(device: str) -> None:
         grads = problem.gradients()
         first.step(grads, loss=None, clip=True)
         second.step([grad.clone() for grad in grads], loss=None, clip=True)
-    for a, b in zip(problem.params + problem.exp_avg_sqs, again.params + again.exp_avg_sqs,
-                    strict=True):  # fmt: skip
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, problem.params, again.params))
+    assert all(map(torch.equal, problem.exp_avg_sqs, again.exp_avg_sqs))
     assert torch.equal(first.diagnostics, second.diagnostics)
 
 
@@ -180,19 +187,18 @@ def test_every_further_dtype_is_a_launch_more(
 def test_gradient_addresses_are_uploaded_only_when_one_moved(device: str) -> None:
     problem = make_problem(device, shapes=[(5,), (6,), (0,)])
     fused = problem.fused()
-    table = fused._gradients
     grads = problem.gradients()
     for _ in range(3):
         fused.step(grads, loss=None, clip=False)
-    assert table.uploads == 1
+    assert fused._gradients.uploads == 1
     moved = [grads[0], grads[1].clone(), grads[2]]
     fused.step(moved, loss=None, clip=False)
-    assert table.uploads == 2
+    assert fused._gradients.uploads == 2
     expected = problem.clone()
     nan = torch.tensor(math.nan)
     expected.reference_step_(moved, loss=None, clip=False, norm=nan)
     fused.step(moved, loss=None, clip=False)
-    assert table.uploads == 2
+    assert fused._gradients.uploads == 2
     torch.testing.assert_close(problem.params[1], expected.params[1])
 
 
