@@ -33,17 +33,17 @@ lint: $(READY)-test ## ruff check, ruff format --check and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(READY)-bench ## run the benchmarks (ARGS="--benchmark-json=FILE" saves them)
+bench: $(READY)-bench ## run the benchmarks (ARGS=--save keeps the figures)
 	$(RUN) -m pytest benchmarks $(ARGS)
 
 gpu: ## run the GPU tests and all benchmarks with PYTHON as it is: no environment, no network
 	$(call require_python)
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch finds no CUDA device")'
 	$(PYTHON) -m pytest -m gpu tests
-	$(PYTHON) -m pytest -m "" benchmarks $(ARGS)
+	$(PYTHON) -m pytest benchmarks $(ARGS)
 
 clean: ## remove the environment, the caches and the builds (results in out/ stay)
-	rm -rf $(VENV) $(UNFINISHED) build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(UNFINISHED) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # UNFINISHED exists while an environment is being changed: one found unfinished, or of another
