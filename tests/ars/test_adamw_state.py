@@ -148,3 +148,12 @@ def test_added_group_is_trained():
     train(optimizer, params, 1, first=2)
     assert float((params[1].detach() - before).abs().min()) > 0.1
     assert "beta_products" in optimizer.state[params[1]]
+
+
+def test_the_class_decides_which_weight_decay_it_is():
+    """A state of Adam's loads into AdamW's and stays decoupled, as in torch."""
+    params = parameters(shapes=((5,),))
+    adam, adamw = torch.optim.Adam(params), ARSAdamW(params)
+    train(adam, params, 1)
+    adamw.load_state_dict(saved(adam))
+    assert adamw.param_groups[0]["decoupled_weight_decay"] is True
