@@ -27,7 +27,7 @@ class _Defaults:
     fisher_samples: int
 
 
-_FULL = _Defaults("out/demo", (2, 3, 4), default_steps((2, 3, 4)), 16, 256, 64)
+_FULL = _Defaults("out/demo", (2, 3, 4), default_steps((2, 3, 4)), 4, 256, 64)
 _QUICK = _Defaults("out/quick", (1, 2, 3), (24, 24, 24), 8, 64, 16)
 
 _DESCRIPTION = """\

@@ -162,7 +162,7 @@ def test_defaults() -> None:
     full, quick = parse_arguments([]), parse_arguments(["--quick"])
     assert full.out == Path("out/demo")
     assert full.config.depths == (2, 3, 4)
-    assert (full.config.batch_size, full.config.sequence_len) == (16, 256)
+    assert (full.config.batch_size, full.config.sequence_len) == (4, 256)
     assert (full.config.lr, full.config.betas, full.config.weight_decay) == (
         3e-3,
         (0.9, 0.95),
@@ -173,7 +173,7 @@ def test_defaults() -> None:
     both = parse_arguments(["--quick", "--steps", "7", "--depths", "2,4", "--seed", "5"])
     assert both.config.steps == (7, 7)
     assert both.config.seed == 5
-    assert parse_arguments(["--depths", "4-6"]).config.steps[1:] == (150, 150)
+    assert parse_arguments(["--depths", "4-6"]).config.steps[1:] == (320, 320)
 
 
 def test_sizes_of_the_series() -> None:
@@ -182,7 +182,7 @@ def test_sizes_of_the_series() -> None:
     parameters = [12 * d * (64 * d) ** 2 + 256 * 64 * d for d in (2, 3)]
     steps = steps_for_ratio(config, 2.0)
     for count, parameter in zip(steps, parameters, strict=True):
-        assert 0 <= count * 16 * 256 - 2.0 * parameter < 16 * 256
+        assert 0 <= count * 4 * 256 - 2.0 * parameter < 4 * 256
 
 
 def test_a_run_with_other_settings_or_data_is_left_alone(
