@@ -8,6 +8,13 @@ from ars import ARSAdam, ARSAdamW, ARSConfig, reference
 
 FLAGS = ({}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.3, "betas": (0.5, 0.7)})
 
+CONFIGS = {
+    "off": None,
+    # So sensitive that 14 steps exercise the trend, the threshold and the significance.
+    "on": ARSConfig(window=12, threshold=0.2, significance=0.5),
+    "paper": ARSConfig.paper(),
+}
+
 
 def assert_equal(ours, theirs, rtol=1e-6):
     for a, b in zip(ours, theirs, strict=True):
@@ -45,9 +52,7 @@ def test_on_a_cpu_the_default_is_bitwise_torch_fused():
 
 
 @pytest.mark.parametrize("mode", ["coupled", "proximal", None])
-@pytest.mark.parametrize(
-    "config", [None, ARSConfig(), ARSConfig.paper()], ids=["off", "on", "paper"]
-)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("implementation", ["foreach", "fused", "triton"])
 def test_implementations_agree(implementation, config, mode):
     """Controller, clipping, penalty, amsgrad, an ascending group, a missed gradient: at once."""

@@ -112,6 +112,7 @@ def test_standardized_surprise_by_hand():
     assert surprise(2.0 + 2.9 * 0.5) == 0.0
     assert surprise(-100.0) == 0.0  # better than expected is no surprise
     assert surprise(100.0, valid=9) == 0.0  # too few values to expect anything
+    assert surprise(100.0, valid=10) > 0.0
 
 
 def test_shrink_by_hand():
