@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from controller_cases import make_controller, observe
 from torch import Tensor
 
 from ars import reference
@@ -30,51 +31,7 @@ SIGNAL_TOLERANCE = 1e-9
 
 # Every term of the update must weigh enough to be seen in the result.
 HYPER = {"lr": 0.3, "beta1": 0.7, "beta2": 0.6, "eps": 0.05, "weight_decay": 0.2, "strength": 1.5}
-CONTROLLERS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "alpha": 1.0, "phi_min": 0.1, "eps": 1e-6, "jitter": 0.1, "threshold": 0.0,
-        "significance": 0.0, "seed": 3, "standardize": False, "detrend": False,
-    },
-    "conditioned": {
-        "alpha": 0.7, "phi_min": 0.2, "eps": 1e-6, "jitter": 0.3, "threshold": 0.5,
-        "significance": 0.3, "seed": -(2**40) - 5, "standardize": True, "detrend": True,
-    },
-}  # fmt: skip
-CONTROLLERS["standardized"] = CONTROLLERS["conditioned"] | {"detrend": False}
 RAGGED: tuple[tuple[int, ...], ...] = ((), (7,), (33, 65), (0,))
-
-
-def make_controller(name: str, window: int, device: str) -> Controller:
-    settings = CONTROLLERS[name]
-    columns = ("alpha", "phi_min", "eps", "jitter", "threshold", "significance")
-    config = torch.tensor([settings[c] for c in columns], dtype=torch.float64, device=device)
-    return Controller(
-        window=torch.zeros(window, dtype=torch.float64, device=device),
-        counts=torch.zeros(2, dtype=torch.int64, device=device),
-        config=config,
-        seed=settings["seed"],
-        standardize=settings["standardize"],
-        detrend=settings["detrend"],
-    )
-
-
-def observe(controller: Controller, surprise: Tensor) -> reference.Signals:
-    """Let the reference observe a surprise, in place."""
-    alpha, phi_min, eps, jitter, threshold, significance = controller.config.tolist()
-    return reference.controller_step_(
-        surprise,
-        controller.window,
-        controller.counts,
-        alpha=alpha,
-        phi_min=phi_min,
-        eps=eps,
-        jitter=jitter,
-        standardize=controller.standardize,
-        detrend=controller.detrend,
-        threshold=threshold,
-        significance=significance,
-        seed=controller.seed,
-    )
 
 
 @dataclass
@@ -103,18 +60,26 @@ class Problem:
         return [torch.randn_like(param) for param in self.params]
 
     def reference_step_(
-        self, grads: list[Tensor], *, loss: Tensor | None, clip: bool, norm: Tensor
+        self, grads: list[Tensor], *, loss: Tensor | None, clip: bool, reported: Tensor
     ) -> Tensor:
-        """Take the step by the reference, given the gradient norm; return the diagnostics."""
+        """Take the step by the reference; return the diagnostics.
+
+        Norm, phi and chi are those that the kernel reported: they are compared on their own, and
+        their rounding errors must not count as the update's.
+        """
+        norm = reported[Diagnostic.GRAD_NORM]
         phi, chi = 1.0, 0.0
         said = {Diagnostic.SURPRISE: math.nan, Diagnostic.RHO: 0.0, Diagnostic.PSI: 1.0}
+        said |= {Diagnostic.PHI: phi, Diagnostic.CHI: chi}
         if self.controller is not None:
             signals = observe(self.controller, norm if loss is None else loss)
-            phi, chi = float(signals.phi), float(signals.chi)
+            phi, chi = float(reported[Diagnostic.PHI]), float(reported[Diagnostic.CHI])
             said = {
                 Diagnostic.SURPRISE: float(signals.surprise),
                 Diagnostic.RHO: float(signals.rho),
                 Diagnostic.PSI: float(signals.psi),
+                Diagnostic.PHI: float(signals.phi),
+                Diagnostic.CHI: float(signals.chi),
             }
         penalty = 0.0
         for i, param in enumerate(self.params):
@@ -165,8 +130,6 @@ class Problem:
                 largest.copy_(result.max_exp_avg_sq)
         row = self.hyper[0].tolist()
         said |= {
-            Diagnostic.PHI: phi,
-            Diagnostic.CHI: chi,
             Diagnostic.LR: row[Hyper.LR] * (1 + chi),
             Diagnostic.BETA1: row[Hyper.BETA1] * phi,
             Diagnostic.BETA2: row[Hyper.BETA2] * phi,
@@ -187,6 +150,7 @@ def make_problem(
     max_norm: float = math.inf,
     controller: str | None = None,
     window: int = 20,
+    history: int = 12,
     penalty: str | None = None,
     penalty_dtypes: Sequence[torch.dtype] = (torch.float32,),
     unpenalized: Sequence[int] = (),
@@ -230,7 +194,9 @@ def make_problem(
         groups=[i % group_count for i in range(count)],
         hyper=torch.tensor(rows, dtype=torch.float64, device=device),
         decoupled=decoupled,
-        controller=None if controller is None else make_controller(controller, window, device),
+        controller=None
+        if controller is None
+        else make_controller(controller, window, device, history),
         anchors=anchors,
         importances=importances,
         proximal=penalty == "proximal",
@@ -252,18 +218,24 @@ def ulps(actual: Tensor, expected: Tensor, *operands: Tensor | None) -> float:
 
 
 def assert_step(
-    problem: Problem, fused: FusedAdam, *, loss: Tensor | None = None, clip: bool = False
+    problem: Problem,
+    fused: FusedAdam,
+    *,
+    loss: Tensor | None = None,
+    clip: bool = False,
+    grads: list[Tensor] | None = None,
 ) -> None:
     """Take one fused step and compare everything it wrote with the reference's."""
-    grads = problem.gradients()
+    grads = problem.gradients() if grads is None else grads
     before, expected = problem.clone(), problem.clone()
     fused.step(grads, loss=loss, clip=clip)
-    norm = fused.diagnostics[Diagnostic.GRAD_NORM].clone()
+    reported = fused.diagnostics.clone()
+    norm = reported[Diagnostic.GRAD_NORM]
     if clip or (problem.controller is not None and loss is None):
         torch.testing.assert_close(norm, reference.grad_norm(grads), rtol=NORM_TOLERANCE, atol=0)
     else:
         assert norm.isnan()
-    diagnostics = expected.reference_step_(grads, loss=loss, clip=clip, norm=norm)
+    diagnostics = expected.reference_step_(grads, loss=loss, clip=clip, reported=reported)
 
     for i, param in enumerate(problem.params):
         allowed = MOMENT_ULPS[problem.exp_avgs[i].dtype]

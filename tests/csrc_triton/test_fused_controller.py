@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
+from controller_cases import CONTROLLERS, observe
 from fused_oracle import (
-    CONTROLLERS,
     SIGNAL_TOLERANCE,
     Problem,
     assert_diagnostics,
     make_problem,
-    observe,
 )
 
 from ars.csrc_triton import controller as kernel
@@ -23,7 +22,7 @@ SIGNALS = (Diagnostic.RHO, Diagnostic.PSI, Diagnostic.PHI, Diagnostic.CHI)
 
 
 def make(device: str, name: str, window: int = 20) -> tuple[Problem, FusedAdam]:
-    problem = make_problem(device, shapes=[(1,)], controller=name, window=window)
+    problem = make_problem(device, shapes=[(1,)], controller=name, window=window, history=0)
     return problem, problem.fused()
 
 
@@ -81,7 +80,7 @@ def test_windows_of_any_length_wrap_around(name: str, window: int, device: str) 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**64 - 1, -7, 0x0123456789ABCDEF])
 @pytest.mark.parametrize("start", [0, 2**32 - 2, 2**40 + 12345])
 def test_jitter_is_the_references_bit_by_bit(seed: int, start: int, device: str) -> None:
-    problem = make_problem(device, shapes=[(1,)], controller="paper", window=4)
+    problem = make_problem(device, shapes=[(1,)], controller="paper", window=4, history=0)
     assert problem.controller is not None
     problem.controller = problem.controller._replace(seed=seed)
     problem.controller.counts[1] = start

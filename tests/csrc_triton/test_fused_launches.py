@@ -1,0 +1,99 @@
+"""How many launches a step takes, and when its tables are made or uploaded again."""
+
+from typing import Any
+
+import pytest
+import torch
+from fused_oracle import assert_step, make_problem
+
+from ars.csrc_triton import step as host
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched since."""
+    names: list[str] = []
+    launch = host.launch
+
+    def counting(kernel: Any, *args: Any, **options: Any) -> None:
+        names.append(kernel.fn.__name__)
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(host, "launch", counting)
+    return names
+
+
+@pytest.mark.parametrize("loss", [None, 0.3], ids=["norm", "loss"])
+@pytest.mark.parametrize("clip", [False, True], ids=["free", "clip"])
+def test_a_step_of_one_dtype_is_two_launches(
+    loss: float | None, clip: bool, launches: list[str], device: str
+) -> None:
+    problem = make_problem(
+        device, shapes=[(3,)] * 40, controller="paper", penalty="coupled", unpenalized=range(9),
+        max_norm=1.0, group_count=4,
+    )  # fmt: skip
+    fused = problem.fused()
+    surprise = None if loss is None else torch.tensor(loss, device=device)
+    fused.step(problem.gradients(), loss=surprise, clip=clip)
+    assert launches == ["control_kernel", "adam_kernel"]
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(None, 3 + 3), (0.3, 1 + 3)], ids=["norm", "loss"])
+def test_every_further_dtype_is_a_launch_more(
+    loss: float | None, expected: int, launches: list[str], device: str
+) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    problem = make_problem(device, dtypes, [(3,), (2,)], controller="paper")
+    surprise = None if loss is None else torch.tensor(loss, device=device)
+    problem.fused().step(problem.gradients(), loss=surprise, clip=False)
+    assert len(launches) == expected
+
+
+def test_gradient_addresses_are_uploaded_only_when_one_moved(device: str) -> None:
+    problem = make_problem(device, shapes=[(5,), (6,), (0,)])
+    fused = problem.fused()
+    grads = problem.gradients()
+    for _ in range(3):
+        fused.step(grads, loss=None, clip=False)
+    assert fused._gradients.uploads == 1
+    moved = [grads[0], grads[1].clone(), grads[2]]
+    fused.step(moved, loss=None, clip=False)
+    assert fused._gradients.uploads == 2
+    assert_step(problem, fused, grads=moved)
+    assert fused._gradients.uploads == 2
+
+
+def replace(problem: Any, name: str) -> None:
+    values = getattr(problem, name)
+    setattr(problem, name, [*values[:-1], values[-1].clone()])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "products", "anchors",
+     "importances"],
+)  # fmt: skip
+def test_tables_match_until_a_tensor_is_elsewhere(name: str, device: str) -> None:
+    problem = make_problem(
+        device, shapes=[(5,), (6,)], amsgrad=True, controller="paper", penalty="coupled"
+    )
+    fused = problem.fused()
+
+    def matches() -> bool:
+        return fused.matches(
+            problem.params, problem.exp_avgs, problem.exp_avg_sqs, problem.max_exp_avg_sqs,
+            problem.steps, problem.products,
+            anchors=problem.anchors, importances=problem.importances,
+        )  # fmt: skip
+
+    assert matches()
+    replace(problem, name)
+    assert not matches()
+
+
+def test_amsgrad_may_be_on_for_some_parameters_only(launches: list[str], device: str) -> None:
+    problem = make_problem(device, amsgrad=True, penalty="proximal", unpenalized=(0,))
+    assert problem.max_exp_avg_sqs is not None
+    problem.max_exp_avg_sqs = [None, *problem.max_exp_avg_sqs[1:3], None]
+    assert_step(problem, problem.fused())
+    assert launches == ["control_kernel", "adam_kernel", "adam_kernel"]
