@@ -108,7 +108,7 @@ class Growth:
 
         Raises:
             ValueError: a name or a shape is not the parent's.
-        """  # noqa: DOC502 - raised by _check_named
+        """
         self._check_named(importance)
         mapped = {}
         for name, weight in self.initial.items():
@@ -133,7 +133,7 @@ class Growth:
 
         Raises:
             ValueError: a name or a shape is not the parent's.
-        """  # noqa: DOC502 - raised by _check_named
+        """
         self._check_named(anchor)
         mapped = {}
         for name, weight in self.initial.items():
@@ -280,7 +280,7 @@ def grow(model: GPT, config: GPTConfig, generator: torch.Generator | None = None
     References:
         Shen et al., "Staged Training for Transformer Language Models", arXiv:2203.06211.
         Chen et al., "Net2Net", arXiv:1511.05641. Samragh et al., "Scaling Smart", arXiv:2409.12903.
-    """  # noqa: DOC502 - raised by _check_growth
+    """
     if not isinstance(model, GPT):
         raise TypeError(f"model must be a GPT itself, unwrapped; got {type(model).__name__}")
     if not isinstance(config, GPTConfig):
