@@ -160,3 +160,5 @@ def test_norm_and_clip_equal_torch():
     clip = reference.clip_coefficient(norm, 1.0)
     torch.testing.assert_close(clip * grads[0], params[0].grad, rtol=1e-6, atol=0)
     assert float(reference.clip_coefficient(torch.tensor(0.5), 1.0)) == 1.0
+    tiny = torch.tensor(1e-6, dtype=torch.float64)
+    assert float(reference.clip_coefficient(tiny, 1e-6)) == pytest.approx(0.5)  # torch's 1e-6
