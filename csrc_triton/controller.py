@@ -90,20 +90,18 @@ def _autocorrelation(
     # The new value is not in memory yet, so that no thread can miss it or see it too early.
     x = tl.where(used & (here == slot), surprise, x)
     y = tl.where(paired & (there == slot), surprise, y)
-    start = tl.where(oldest == slot, surprise, start)
     scale = tl.max(tl.abs(x))
 
     x = tl.where(used, x - start, 0.0)
     y = tl.where(paired, y - start, 0.0)
     if DETREND:
+        # The correlation does not see what both sides' means take out: intercepts, and the step
+        # between a value's age and the next one's.
         n = tl.maximum(valid, 1).to(tl.float64)
-        middle = (n - 1) / 2
-        age = tl.where(used, index.to(tl.float64) - middle, 0.0)
-        mean, slope, _ = _fit(x, age, n, True)
-        # Residuals, again relative to the first one.
-        first = 0.0 - mean + slope * middle
-        x = x - mean - slope * age - first
-        y = y - mean - slope * (age + 1) - first
+        age = tl.where(used, index.to(tl.float64) - (n - 1) / 2, 0.0)
+        _, slope, _ = _fit(x, age, n, True)
+        x -= slope * age
+        y -= slope * age
     pairs = tl.maximum(valid - 1, 1).to(tl.float64)
     x = tl.where(paired, x, 0.0)
     y = tl.where(paired, y, 0.0)

@@ -111,6 +111,17 @@ def test_a_surprise_that_is_no_number_closes_the_gate_and_is_forgotten(
     assert not problem.params[0].isnan().any()
 
 
+@pytest.mark.parametrize(("count", "is_open"), [(9, True), (10, False), (11, False)])
+def test_a_spike_closes_the_gate_once_there_is_history(
+    count: int, is_open: bool, device: str
+) -> None:
+    _, fused = make(device, "conditioned")
+    for surprise in torch.rand(count).tolist():
+        take(fused, surprise, device)
+    _, _, phi, _ = take(fused, 50.0, device)
+    assert (phi == 1.0) == is_open
+
+
 @pytest.mark.parametrize("name", ["paper", "conditioned"])
 def test_a_constant_surprise_is_no_resonance(name: str, device: str) -> None:
     _, fused = make(device, name)
