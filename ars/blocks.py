@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ars.batch import Batch
 
-__all__ = ["Piece", "runs"]
+__all__ = ["BLOCK", "Piece", "runs"]
 
 # Elements of a run: seven float32 arrays of this length fit in a 2 MiB second-level cache.
 BLOCK = 1 << 16

@@ -13,6 +13,7 @@ that stay in the cache between the operations, so main memory sees each element 
 float32 parameter, 36 with a float32 penalty.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from typing import Any
@@ -23,7 +24,7 @@ from torch.optim.adam import adam
 
 from ars import reference
 from ars.batch import Batch, Hyper, Options, Scalar, gated, write_diagnostics
-from ars.blocks import Piece, runs
+from ars.blocks import BLOCK, Piece, runs
 
 __all__ = ["step_"]
 
@@ -57,13 +58,14 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options, *, foreach: bool)
         clip = float(reference.clip_coefficient(torch.tensor(norm), options.max_norm))
 
     torch._foreach_add_(batch.steps, 1.0)
+    scratch: dict[torch.dtype, Tensor] = {}
     for (group, products), members in _classes(batch, hypers).items():
         update = _Update(hypers[group], products, options, clip, foreach)
         direct = [i for i in members if update.is_direct(batch, i)]
         if direct:
             update.tensors(batch, direct)
         for pieces in runs(batch, sorted(set(members) - set(direct))):
-            values["penalty"] += update.run(pieces)
+            values["penalty"] += update.run(pieces, scratch)
 
     values |= {"lr": hypers[0].lr, "beta1": hypers[0].beta1, "beta2": hypers[0].beta2}
     write_diagnostics(options.diagnostics, values)
@@ -156,23 +158,49 @@ class _Update:
         maximize = self.hyper.maximize
         self._adam(params, grads, exp_avgs, exp_avg_sqs, largest, steps, maximize=maximize)
 
-    def run(self, pieces: list[Piece]) -> float:
-        """Update one run of pieces, and return its penalty before the step."""
-        params, exp_avgs, exp_avg_sqs, largest, grads, anchors, importances, steps = (
-            list(column) for column in zip(*pieces, strict=True)
-        )
+    def run(self, pieces: list[Piece], scratch: dict[torch.dtype, Tensor]) -> float:
+        """Update one run of pieces, and return its penalty before the step.
+
+        Args:
+            pieces: Of one kind, together no more elements than a run may have.
+            scratch: Buffers for intermediate results by dtype: new memory for each would cost more
+                than the arithmetic, in page faults.
+        """
         dtype, amsgrad, penalized = pieces[0].kind
-        thetas = [param.to(dtype) for param in params]  # themselves unless half precision
-        gradients: Any = [grad.to(dtype) for grad in grads]
-        if self.sign != 1.0:
-            gradients = torch._foreach_mul(gradients, self.sign)
+        if dtype not in scratch:
+            scratch[dtype] = torch.empty(4, BLOCK, dtype=dtype)
+        theta_row, gradient_row, delta_row, pull_row = scratch[dtype]
+        ends = list(itertools.accumulate(piece.param.numel() for piece in pieces))
+        cuts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+        thetas, gradients = [], []
+        for piece, cut in zip(pieces, cuts, strict=True):
+            theta, gradient = piece.param, piece.grad
+            if theta.dtype != dtype:
+                theta = theta_row[cut].copy_(theta)
+            if gradient.dtype != dtype:  # before the product, which would round to half precision
+                gradient = gradient_row[cut].copy_(gradient)
+            if self.sign != 1.0:
+                gradient = torch.mul(gradient, self.sign, out=gradient_row[cut])
+            thetas.append(theta)
+            gradients.append(gradient)
+
         penalty, strength = 0.0, self.options.strength
         if penalized:
-            deltas = torch._foreach_sub(thetas, anchors)
-            pulls = torch._foreach_mul(deltas, importances)
-            penalty = 0.5 * strength * sum(map(float, map(torch.dot, deltas, pulls)))
-            if not self.options.proximal:
-                gradients = torch._foreach_add(gradients, pulls, alpha=strength)  # eq. 8
+            for piece, theta, cut in zip(pieces, thetas, cuts, strict=True):
+                assert piece.anchor is not None
+                assert piece.importance is not None
+                delta = torch.sub(theta, piece.anchor, out=delta_row[cut])
+                torch.mul(delta, piece.importance, out=pull_row[cut])
+            penalty = 0.5 * strength * float(torch.dot(delta_row[: ends[-1]], pull_row[: ends[-1]]))
+            if not self.options.proximal:  # eq. 8; delta has served, its memory is used again
+                gradients = [
+                    torch.add(gradient, pull_row[cut], alpha=strength, out=delta_row[cut])
+                    for gradient, cut in zip(gradients, cuts, strict=True)
+                ]
+
+        columns = (list(column) for column in zip(*pieces, strict=True))
+        params, exp_avgs, exp_avg_sqs, largest, _, _, _, steps = columns
         self._adam(thetas, gradients, exp_avgs, exp_avg_sqs, largest if amsgrad else [], steps)
         if penalized and self.options.proximal:
             for theta, piece in zip(thetas, pieces, strict=True):
