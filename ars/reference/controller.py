@@ -14,12 +14,15 @@ and discounts what sampling noise explains: :func:`trend`, :func:`standardized_s
 :func:`shrink`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ars.reference.philox import philox_uniform
+
+# A number of values: on the device, or an int where reading it waits for nothing.
+Count: TypeAlias = int | Tensor
 
 # Variation below this share of a window's largest value is rounding, not signal.
 RELATIVE_NOISE_FLOOR = 1e-12
@@ -103,50 +106,75 @@ def _uniform(seed: int, step: Tensor) -> Tensor | float:
     return philox_uniform(seed, step & 0xFFFFFFFF)
 
 
-def _oldest_first(window: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ring buffer in order of age, unwritten entries 0 and last; and how many are valid.
+def _oldest_first(window: Tensor, count: Tensor) -> tuple[Tensor, Count]:
+    """Return the ring buffer in order of age, and how many values are valid.
 
     Entry ``count % W`` of the ring is written next, so with n valid values the oldest is at
-    ``(count - n) % W``.
+    ``(count - n) % W``. On a CPU the values are exactly the valid ones and n is an int; elsewhere,
+    where reading n would wait for the device, there are W values and the unwritten ones are 0.
     """
     size = window.numel()
+    if window.device.type == "cpu":
+        written = int(count)
+        oldest = written % size if written > size else 0
+        return torch.cat((window[oldest:], window[:oldest]))[:written], min(written, size)
     age = torch.arange(size, device=window.device)
     valid = count.clamp(max=size)
     ordered = window[(count - valid + age) % size]
     return torch.where(age < valid, ordered, 0.0), valid
 
 
-def autocorrelation(values: Tensor, valid: Tensor, scale: Tensor) -> Tensor:
+def _used(values: Tensor, valid: Count) -> Tensor | None:
+    """Return which values count, or None if all do."""
+    if isinstance(valid, int):
+        return None
+    return torch.arange(values.numel(), device=values.device) < valid
+
+
+def _masked(values: Tensor, used: Tensor | None) -> Tensor:
+    """Set what does not count to 0."""
+    return values if used is None else torch.where(used, values, 0.0)
+
+
+def _at_least(count: Count, minimum: int) -> Any:
+    """Return the larger of the two, a number to divide by."""
+    if isinstance(count, int):
+        return max(count, minimum)
+    return count.clamp(min=minimum).to(torch.float64)  # int64 would divide in float32
+
+
+def autocorrelation(values: Tensor, valid: Count, scale: Tensor) -> Tensor:
     r"""Lag-1 autocorrelation ``rho = corr(H[:-1], H[1:])`` (eq. 1), 0 while it is undefined.
 
     Pearson's correlation of the pairs of successive values. It is undefined with fewer than two
     pairs, or when either side's standard deviation is within 1e-12 of ``scale``: rounding.
 
     Args:
-        values: The window oldest first, shape (W,); entries from ``valid`` on are ignored.
-        valid: How many leading entries count, 0-d.
+        values: The window oldest first, shape (W,).
+        valid: How many leading values count: 0-d, or an int if they all do.
         scale: Magnitude of what the values were computed from, 0-d.
 
     Returns:
         rho in [-1, 1], 0-d.
     """
     pairs = valid - 1
-    used = torch.arange(values.numel() - 1, device=values.device) < pairs
-    n = pairs.clamp(min=1)
+    if isinstance(pairs, int) and pairs < 2:
+        return torch.zeros_like(scale)
+    used = _used(values[1:], pairs)
+    n = _at_least(pairs, 1)
     # Subtracting the first value makes a constant window vary by exactly 0, whatever its level.
     shifted = values - values[0]
-    x = torch.where(used, shifted[:-1], 0.0)
-    y = torch.where(used, shifted[1:], 0.0)
-    x = torch.where(used, x - x.sum() / n, 0.0)
-    y = torch.where(used, y - y.sum() / n, 0.0)
-    xx, yy, xy = (x * x).sum(), (y * y).sum(), (x * y).sum()
+    x, y = _masked(shifted[:-1], used), _masked(shifted[1:], used)
+    x = _masked(x - x.sum() / n, used)
+    y = _masked(y - y.sum() / n, used)
+    xx, yy, xy = x.dot(x), y.dot(y), x.dot(y)
     floor = n * (RELATIVE_NOISE_FLOOR * scale) ** 2
-    defined = (pairs >= 2) & (xx > floor) & (yy > floor)
+    defined = (xx > floor) & (yy > floor) & (pairs >= 2)
     rho = xy / torch.where(defined, xx.sqrt() * yy.sqrt(), 1.0)
     return torch.where(defined, rho.clamp(-1.0, 1.0), 0.0)
 
 
-def trend(values: Tensor, valid: Tensor, *, linear: bool) -> tuple[Tensor, Tensor, Tensor]:
+def trend(values: Tensor, valid: Count, *, linear: bool) -> tuple[Tensor, Tensor, Tensor]:
     r"""Least-squares trend of a window and what it predicts for the next value.
 
     With ages ``t_k = k - (n-1)/2`` the line is ``mean + slope t_k``. Its prediction for
@@ -154,33 +182,39 @@ def trend(values: Tensor, valid: Tensor, *, linear: bool) -> tuple[Tensor, Tenso
     the residual variance (the last term only with a slope).
 
     Args:
-        values: The window oldest first, shape (W,); entries from ``valid`` on are ignored.
-        valid: How many leading entries count, 0-d.
+        values: The window oldest first, shape (W,).
+        valid: How many leading values count: 0-d, or an int if they all do.
         linear: Fit a line; otherwise the mean alone.
 
     Returns:
-        residuals, shape (W,), 0 from ``valid`` on; the predicted next value and its standard
+        residuals, shape (W,), 0 where nothing counts; the predicted next value and its standard
         error, 0-d.
     """
-    index = torch.arange(values.numel(), device=values.device)
-    used = index < valid
-    n = valid.clamp(min=1).to(values.dtype)
+    if isinstance(valid, int) and valid == 0:
+        zero = values.new_zeros(())
+        return values, zero, zero
+    used = _used(values, valid)
+    n = _at_least(valid, 1)
     # As in autocorrelation: a constant window must leave residuals of exactly 0.
-    shifted = torch.where(used, values - values[0], 0.0)
+    shifted = _masked(values - values[0], used)
     mean = shifted.sum() / n
-    age = torch.where(used, index - (n - 1) / 2, 0.0)
-    spread = (age * age).sum().clamp(min=0.5)
-    slope = (age * shifted).sum() / spread if linear else torch.zeros_like(mean)
-    residuals = torch.where(used, shifted - mean - slope * age, 0.0)
-    ahead = (n + 1) / 2
-    leverage = 1 + 1 / n + (ahead * ahead / spread if linear else 0.0)
-    freedom = (n - (2 if linear else 1)).clamp(min=1.0)
-    error = ((residuals * residuals).sum() / freedom * leverage).sqrt()
-    return residuals, values[0] + mean + slope * ahead, error
+    residuals, predicted = shifted - mean, values[0] + mean
+    leverage, freedom = 1 + 1 / n, _at_least(n - (2 if linear else 1), 1)
+    if linear:
+        age = torch.arange(values.numel(), dtype=values.dtype, device=values.device) - (n - 1) / 2
+        age = _masked(age, used)
+        spread = age.dot(age).clamp(min=0.5)
+        slope = age.dot(shifted) / spread
+        ahead = (n + 1) / 2
+        residuals, predicted = residuals - slope * age, predicted + slope * ahead
+        leverage = leverage + ahead * ahead / spread
+    residuals = _masked(residuals, used)
+    error = (residuals.dot(residuals) / freedom * leverage).sqrt()
+    return residuals, predicted, error
 
 
 def standardized_surprise(
-    surprise: Tensor, predicted: Tensor, error: Tensor, valid: Tensor, threshold: float, eps: float
+    surprise: Tensor, predicted: Tensor, error: Tensor, valid: Count, threshold: float, eps: float
 ) -> Tensor:
     r"""One-sided surprise, in standard errors beyond a threshold.
 
@@ -191,7 +225,7 @@ def standardized_surprise(
         surprise: The new value, 0-d.
         predicted: What :func:`trend` predicts for it, 0-d.
         error: The standard error of that prediction, 0-d.
-        valid: How many values the trend was fitted to, 0-d.
+        valid: How many values the trend was fitted to, 0-d or an int.
         threshold: Standard errors that count as ordinary noise, >= 0.
         eps: Relative floor of the error, so that a constant signal does not divide by 0.
 
@@ -200,23 +234,23 @@ def standardized_surprise(
     """
     scale = error + eps * predicted.abs()
     deviations = (surprise - predicted) / torch.where(scale > 0, scale, 1.0)
-    return torch.where(valid >= MIN_HISTORY, (deviations - threshold).clamp(min=0.0), 0.0)
+    return (deviations - threshold).clamp(min=0.0) * (valid >= MIN_HISTORY)
 
 
-def shrink(rho: Tensor, valid: Tensor, significance: float) -> Tensor:
+def shrink(rho: Tensor, valid: Count, significance: float) -> Tensor:
     r"""Move an autocorrelation towards 0 by ``significance`` sampling errors of ``1/sqrt(n)``.
 
     ``sign(rho) max(0, |rho| - significance / sqrt(n))``: what noise explains is not resonance.
 
     Args:
         rho: Autocorrelation in [-1, 1], 0-d.
-        valid: How many values it was estimated from, 0-d.
+        valid: How many values it was estimated from, 0-d or an int.
         significance: Standard errors to subtract, >= 0; 0 returns rho itself.
 
     Returns:
         The shrunken autocorrelation, 0-d.
     """
-    noise = significance / valid.clamp(min=1).to(rho.dtype).sqrt()
+    noise = significance / _at_least(valid, 1) ** 0.5
     return rho.sign() * (rho.abs() - noise).clamp(min=0.0)
 
 

@@ -93,6 +93,23 @@ def test_trend_equals_polyfit_and_its_prediction_interval():
     assert float(error) == pytest.approx(math.sqrt(expected @ expected / 15 * leverage), rel=1e-9)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 16])
+def test_masked_form_equals_the_exact_one(n):
+    """Devices other than the CPU keep the count on the device, and mask what does not count."""
+    values = torch.randn(16, dtype=torch.float64)
+    exact, masked = values[:n], torch.where(torch.arange(16) < n, values, 0.0)
+    scale = values.abs().max()
+    rho = definition.autocorrelation(exact, n, scale)
+    torch.testing.assert_close(definition.autocorrelation(masked, torch.tensor(n), scale), rho)
+    for linear in (False, True):
+        residuals, *rest = definition.trend(exact, n, linear=linear)
+        padded, *others = definition.trend(masked, torch.tensor(n), linear=linear)
+        torch.testing.assert_close(padded[:n], residuals)
+        assert torch.count_nonzero(padded[n:]) == 0
+        for a, b in zip(others, rest, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_trend_without_slope_is_the_mean():
     values = torch.tensor([1.0, 3.0, 8.0], dtype=torch.float64)
     residuals, predicted, error = definition.trend(values, torch.tensor(3), linear=False)
