@@ -22,28 +22,21 @@ Oracle: :func:`ars.reference.adam_step` and :func:`ars.reference.ewc_value`.
 import triton
 import triton.language as tl
 
-from ars.csrc_triton import layout
-from ars.csrc_triton.device import load, pointer, sum_in_order
+from ars.csrc_triton.device import (
+    CORRECTION,
+    DIAGNOSTIC,
+    SCALAR,
+    TABLE,
+    load,
+    pointer,
+    sum_in_order,
+)
 
 __all__ = ["COUPLED", "NO_PENALTY", "PROXIMAL", "adam_kernel"]
 
 NO_PENALTY = tl.constexpr(0)
 COUPLED = tl.constexpr(1)
 PROXIMAL = tl.constexpr(2)
-
-# The layout's columns, in its order.
-(
-    _PARAM, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _ANCHOR, _IMPORTANCE, _STEP, _PRODUCTS,
-    _NUMEL, _GROUP,
-) = (tl.constexpr(column.value) for column in layout.Table)  # fmt: skip
-(
-    _BETA1, _ONE_MINUS_BETA1, _BETA2, _ONE_MINUS_BETA2, _DECAY, _EPS, _STRENGTH, _CLIP, _METRIC,
-) = (tl.constexpr(column.value) for column in layout.Scalar)  # fmt: skip
-_STEP_SIZE, _INVERSE_ROOT = (tl.constexpr(column.value) for column in layout.Correction)
-_PENALTY_VALUE = tl.constexpr(layout.Diagnostic.PENALTY.value)
-_TABLE_WIDTH = tl.constexpr(len(layout.Table))
-_SCALAR_WIDTH = tl.constexpr(len(layout.Scalar))
-_CORRECTION_WIDTH = tl.constexpr(len(layout.Correction))
 
 
 @triton.jit
@@ -177,24 +170,34 @@ def adam_kernel(
     tensor = tl.load(tiles + 2 * program.to(tl.int64)).to(tl.int64)
     # int64 before the multiply: a tensor may have more than 2^31 elements.
     first = tl.load(tiles + 2 * program.to(tl.int64) + 1).to(tl.int64) * TILE
-    row = table + tensor * _TABLE_WIDTH
-    numel = tl.load(row + _NUMEL)
-    number = scalars + tl.load(row + _GROUP) * _SCALAR_WIDTH
-    correction = corrections + tensor * _CORRECTION_WIDTH
-    anchor = tl.load(row + _ANCHOR)
+    row = table + tensor * TABLE.value.WIDTH
+    numel = tl.load(row + TABLE.value.NUMEL)
+    number = scalars + tl.load(row + TABLE.value.GROUP) * SCALAR.value.WIDTH
+    correction = corrections + tensor * CORRECTION.value.WIDTH
+    anchor = tl.load(row + TABLE.value.ANCHOR)
     addresses = (
-        tl.load(row + _PARAM), tl.load(grad_table + tensor), tl.load(row + _EXP_AVG),
-        tl.load(row + _EXP_AVG_SQ), tl.load(row + _MAX_EXP_AVG_SQ), anchor,
-        tl.load(row + _IMPORTANCE),
-    )  # fmt: skip
+        tl.load(row + TABLE.value.PARAM),
+        tl.load(grad_table + tensor),
+        tl.load(row + TABLE.value.EXP_AVG),
+        tl.load(row + TABLE.value.EXP_AVG_SQ),
+        tl.load(row + TABLE.value.MAX_EXP_AVG_SQ),
+        anchor,
+        tl.load(row + TABLE.value.IMPORTANCE),
+    )
+    strength = tl.load(number + SCALAR.value.STRENGTH)
     numbers = (
-        tl.load(number + _BETA1).to(MOMENT), tl.load(number + _ONE_MINUS_BETA1).to(MOMENT),
-        tl.load(number + _BETA2).to(MOMENT), tl.load(number + _ONE_MINUS_BETA2).to(MOMENT),
-        tl.load(number + _DECAY).to(MOMENT), tl.load(number + _EPS).to(MOMENT),
-        tl.load(number + _STRENGTH).to(MOMENT), tl.load(number + _CLIP).to(MOMENT),
-        tl.load(number + _METRIC).to(MOMENT), tl.load(correction + _STEP_SIZE).to(MOMENT),
-        tl.load(correction + _INVERSE_ROOT).to(MOMENT),
-    )  # fmt: skip
+        tl.load(number + SCALAR.value.BETA1).to(MOMENT),
+        tl.load(number + SCALAR.value.ONE_MINUS_BETA1).to(MOMENT),
+        tl.load(number + SCALAR.value.BETA2).to(MOMENT),
+        tl.load(number + SCALAR.value.ONE_MINUS_BETA2).to(MOMENT),
+        tl.load(number + SCALAR.value.DECAY).to(MOMENT),
+        tl.load(number + SCALAR.value.EPS).to(MOMENT),
+        strength.to(MOMENT),
+        tl.load(number + SCALAR.value.CLIP).to(MOMENT),
+        tl.load(number + SCALAR.value.METRIC).to(MOMENT),
+        tl.load(correction + CORRECTION.value.STEP_SIZE).to(MOMENT),
+        tl.load(correction + CORRECTION.value.INVERSE_ROOT).to(MOMENT),
+    )
 
     if PENALTY == NO_PENALTY:
         _update_tile(
@@ -208,7 +211,7 @@ def adam_kernel(
                 addresses, numbers, first, numel, PARAM, MOMENT, ANCHOR, IMPORTANCE,
                 AMSGRAD, DECOUPLED, PENALTY, TILE, BLOCK,
             )  # fmt: skip
-            value = 0.5 * tl.load(number + _STRENGTH).to(tl.float64) * total.to(tl.float64)
+            value = 0.5 * strength.to(tl.float64) * total.to(tl.float64)
         else:
             _update_tile(
                 addresses, numbers, first, numel, PARAM, MOMENT, ANCHOR, IMPORTANCE,
@@ -220,4 +223,4 @@ def adam_kernel(
             if arrived == tl.num_programs(0) - 1:
                 tl.store(ticket, 0)  # for the next launch
                 penalty = sum_in_order(partials, partial_count, SUM_BLOCK)
-                tl.store(diagnostics + _PENALTY_VALUE, penalty)
+                tl.store(diagnostics + DIAGNOSTIC.value.PENALTY, penalty)

@@ -16,33 +16,18 @@ Oracle: :func:`ars.reference.grad_norm` and :func:`ars.reference.clip_coefficien
 import triton
 import triton.language as tl
 
-from ars.csrc_triton import layout
 from ars.csrc_triton.controller import observe
-from ars.csrc_triton.device import pointer, sum_in_order
+from ars.csrc_triton.device import (
+    CORRECTION,
+    DIAGNOSTIC,
+    HYPER,
+    SCALAR,
+    TABLE,
+    pointer,
+    sum_in_order,
+)
 
 __all__ = ["control_kernel"]
-
-# The layout's columns, in its order.
-_LR, _BETA1, _BETA2, _EPS, _WEIGHT_DECAY, _STRENGTH, _MAX_NORM, _SIGN = (
-    tl.constexpr(column.value) for column in layout.Hyper
-)
-(
-    _TO_BETA1, _TO_ONE_MINUS_BETA1, _TO_BETA2, _TO_ONE_MINUS_BETA2, _TO_DECAY, _TO_EPS,
-    _TO_STRENGTH, _TO_CLIP, _TO_METRIC,
-) = (tl.constexpr(column.value) for column in layout.Scalar)  # fmt: skip
-_STEP_SIZE, _INVERSE_ROOT = (tl.constexpr(column.value) for column in layout.Correction)
-_SAY_LR = tl.constexpr(layout.Diagnostic.LR.value)
-_SAY_BETA1 = tl.constexpr(layout.Diagnostic.BETA1.value)
-_SAY_BETA2 = tl.constexpr(layout.Diagnostic.BETA2.value)
-_SAY_GRAD_NORM = tl.constexpr(layout.Diagnostic.GRAD_NORM.value)
-_STEP = tl.constexpr(layout.Table.STEP.value)
-_PRODUCTS = tl.constexpr(layout.Table.PRODUCTS.value)
-_NUMEL = tl.constexpr(layout.Table.NUMEL.value)
-_GROUP = tl.constexpr(layout.Table.GROUP.value)
-_TABLE_WIDTH = tl.constexpr(len(layout.Table))
-_HYPER_WIDTH = tl.constexpr(len(layout.Hyper))
-_SCALAR_WIDTH = tl.constexpr(len(layout.Scalar))
-_CORRECTION_WIDTH = tl.constexpr(len(layout.Correction))
 
 
 @triton.jit
@@ -50,7 +35,7 @@ def _square_norm(table, grad_table, tiles, program, GRAD: tl.constexpr, TILE: tl
     """Sum of squares of one tile of gradients."""
     tensor = tl.load(tiles + 2 * program).to(tl.int64)
     first = tl.load(tiles + 2 * program + 1).to(tl.int64) * TILE
-    numel = tl.load(table + tensor * _TABLE_WIDTH + _NUMEL)
+    numel = tl.load(table + tensor * TABLE.value.WIDTH + TABLE.value.NUMEL)
     address = tl.load(grad_table + tensor)
     offs = first + tl.arange(0, TILE)
     # Two loads, as in the step: one wide, and one for tails and misaligned views.
@@ -71,38 +56,39 @@ def _write_scalars(
     """Form what the step reads of each group."""
     group = tl.arange(0, GROUP_BLOCK)
     mask = group < group_count
-    source = hyper + group * _HYPER_WIDTH
-    target = scalars + group * _SCALAR_WIDTH
+    source = hyper + group * HYPER.value.WIDTH
+    target = scalars + group * SCALAR.value.WIDTH
     NUMBER: tl.constexpr = scalars.dtype.element_ty
 
-    lr = tl.load(source + _LR, mask=mask, other=0.0) * (1 + chi)
-    beta1 = tl.load(source + _BETA1, mask=mask, other=0.0) * phi
-    beta2 = tl.load(source + _BETA2, mask=mask, other=0.0) * phi
-    decay = tl.load(source + _WEIGHT_DECAY, mask=mask, other=0.0)
-    strength = tl.load(source + _STRENGTH, mask=mask, other=0.0)
-    clip = tl.load(source + _SIGN, mask=mask, other=1.0)
+    lr = tl.load(source + HYPER.value.LR, mask=mask, other=0.0) * (1 + chi)
+    beta1 = tl.load(source + HYPER.value.BETA1, mask=mask, other=0.0) * phi
+    beta2 = tl.load(source + HYPER.value.BETA2, mask=mask, other=0.0) * phi
+    decay = tl.load(source + HYPER.value.WEIGHT_DECAY, mask=mask, other=0.0)
+    strength = tl.load(source + HYPER.value.STRENGTH, mask=mask, other=0.0)
+    eps = tl.load(source + HYPER.value.EPS, mask=mask, other=0.0)
+    clip = tl.load(source + HYPER.value.SIGN, mask=mask, other=1.0)
     if NORM:
-        max_norm = tl.load(source + _MAX_NORM, mask=mask, other=float("inf"))
+        max_norm = tl.load(source + HYPER.value.MAX_NORM, mask=mask, other=float("inf"))
         clips = max_norm < float("inf")
         coefficient = tl.where(clips, max_norm, 0.0) / (norm + 1e-6)
         # The comparison is this way round to let a NaN through, as torch's clamp does.
         clip *= tl.where(clips, tl.where(coefficient > 1, 1.0, coefficient), 1.0)
     if DECOUPLED:
         decay = 1 - lr * decay
-    tl.store(target + _TO_BETA1, beta1.to(NUMBER), mask=mask)
-    tl.store(target + _TO_ONE_MINUS_BETA1, (1 - beta1).to(NUMBER), mask=mask)
-    tl.store(target + _TO_BETA2, beta2.to(NUMBER), mask=mask)
-    tl.store(target + _TO_ONE_MINUS_BETA2, (1 - beta2).to(NUMBER), mask=mask)
-    tl.store(target + _TO_DECAY, decay.to(NUMBER), mask=mask)
-    tl.store(target + _TO_EPS, tl.load(source + _EPS, mask=mask).to(NUMBER), mask=mask)
-    tl.store(target + _TO_STRENGTH, strength.to(NUMBER), mask=mask)
-    tl.store(target + _TO_CLIP, clip.to(NUMBER), mask=mask)
-    tl.store(target + _TO_METRIC, (lr * strength).to(NUMBER), mask=mask)
+    tl.store(target + SCALAR.value.BETA1, beta1.to(NUMBER), mask=mask)
+    tl.store(target + SCALAR.value.ONE_MINUS_BETA1, (1 - beta1).to(NUMBER), mask=mask)
+    tl.store(target + SCALAR.value.BETA2, beta2.to(NUMBER), mask=mask)
+    tl.store(target + SCALAR.value.ONE_MINUS_BETA2, (1 - beta2).to(NUMBER), mask=mask)
+    tl.store(target + SCALAR.value.DECAY, decay.to(NUMBER), mask=mask)
+    tl.store(target + SCALAR.value.EPS, eps.to(NUMBER), mask=mask)
+    tl.store(target + SCALAR.value.STRENGTH, strength.to(NUMBER), mask=mask)
+    tl.store(target + SCALAR.value.CLIP, clip.to(NUMBER), mask=mask)
+    tl.store(target + SCALAR.value.METRIC, (lr * strength).to(NUMBER), mask=mask)
     reported = group == 0
     here = tl.zeros((GROUP_BLOCK,), tl.int32)
-    tl.store(diagnostics + _SAY_LR + here, lr, mask=reported)
-    tl.store(diagnostics + _SAY_BETA1 + here, beta1, mask=reported)
-    tl.store(diagnostics + _SAY_BETA2 + here, beta2, mask=reported)
+    tl.store(diagnostics + DIAGNOSTIC.value.LR + here, lr, mask=reported)
+    tl.store(diagnostics + DIAGNOSTIC.value.BETA1 + here, beta1, mask=reported)
+    tl.store(diagnostics + DIAGNOSTIC.value.BETA2 + here, beta2, mask=reported)
 
 
 @triton.jit
@@ -122,15 +108,16 @@ def _write_corrections(
     while start < tensor_count:
         tensor = start + tl.arange(0, BLOCK)
         mask = tensor < tensor_count
-        row = table + tensor.to(tl.int64) * _TABLE_WIDTH
-        source = hyper + tl.load(row + _GROUP, mask=mask, other=0) * _HYPER_WIDTH
-        lr = tl.load(source + _LR, mask=mask, other=0.0) * (1 + chi)
-        beta1 = tl.load(source + _BETA1, mask=mask, other=0.0) * phi
-        beta2 = tl.load(source + _BETA2, mask=mask, other=0.0) * phi
-        step_ptr = tl.load(row + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
-        step = tl.load(step_ptr, mask=mask, other=0.0) + 1
+        row = table + tensor.to(tl.int64) * TABLE.value.WIDTH
+        source = hyper + tl.load(row + TABLE.value.GROUP, mask=mask, other=0) * HYPER.value.WIDTH
+        lr = tl.load(source + HYPER.value.LR, mask=mask, other=0.0) * (1 + chi)
+        beta1 = tl.load(source + HYPER.value.BETA1, mask=mask, other=0.0) * phi
+        beta2 = tl.load(source + HYPER.value.BETA2, mask=mask, other=0.0) * phi
+        steps = tl.load(row + TABLE.value.STEP, mask=mask, other=0)
+        steps = steps.to(tl.pointer_type(tl.float32))
+        step = tl.load(steps, mask=mask, other=0.0) + 1
         if GATED:
-            products = tl.load(row + _PRODUCTS, mask=mask, other=0)
+            products = tl.load(row + TABLE.value.PRODUCTS, mask=mask, other=0)
             products = products.to(tl.pointer_type(tl.float64))
             product1 = tl.load(products, mask=mask, other=0.0) * beta1  # eq. 6
             product2 = tl.load(products + 1, mask=mask, other=0.0) * beta2
@@ -138,13 +125,15 @@ def _write_corrections(
             product1 = _power(beta1, step.to(tl.float64))
             product2 = _power(beta2, step.to(tl.float64))
         tl.debug_barrier()  # a small block is replicated: every thread has read what is replaced
-        tl.store(step_ptr, step, mask=mask)
+        tl.store(steps, step, mask=mask)
         if GATED:
             tl.store(products, product1, mask=mask)
             tl.store(products + 1, product2, mask=mask)
-        target = corrections + tensor * _CORRECTION_WIDTH
-        tl.store(target + _STEP_SIZE, (lr / (1 - product1)).to(NUMBER), mask=mask)
-        tl.store(target + _INVERSE_ROOT, (1 / tl.sqrt(1 - product2)).to(NUMBER), mask=mask)
+        target = corrections + tensor * CORRECTION.value.WIDTH
+        step_size = lr / (1 - product1)
+        tl.store(target + CORRECTION.value.STEP_SIZE, step_size.to(NUMBER), mask=mask)
+        inverse_root = 1 / tl.sqrt(1 - product2)
+        tl.store(target + CORRECTION.value.INVERSE_ROOT, inverse_root.to(NUMBER), mask=mask)
         start += BLOCK
 
 
@@ -174,7 +163,7 @@ def _control(
     _write_scalars(
         hyper, scalars, diagnostics, norm, phi, chi, group_count, NORM, DECOUPLED, GROUP_BLOCK
     )
-    tl.store(diagnostics + _SAY_GRAD_NORM, norm)
+    tl.store(diagnostics + DIAGNOSTIC.value.GRAD_NORM, norm)
     _write_corrections(table, hyper, corrections, phi, chi, tensor_count, GATED, TENSOR_BLOCK)
 
 

@@ -9,17 +9,10 @@ Oracle: :func:`ars.reference.controller_step_`.
 import triton
 import triton.language as tl
 
-from ars.csrc_triton import layout
+from ars.csrc_triton.device import CONFIG, DIAGNOSTIC
 
 __all__ = ["MIN_HISTORY", "RELATIVE_NOISE_FLOOR", "observe"]
 
-# The layout's entries, in its order.
-_ALPHA, _PHI_MIN, _EPS, _JITTER, _THRESHOLD, _SIGNIFICANCE = (
-    tl.constexpr(entry.value) for entry in layout.Config
-)
-_SAY_SURPRISE, _SAY_RHO, _SAY_PSI, _SAY_PHI, _SAY_CHI = (
-    tl.constexpr(entry.value) for entry in list(layout.Diagnostic)[:5]
-)
 # The reference's, which says why; a test keeps them equal.
 RELATIVE_NOISE_FLOOR = tl.constexpr(1e-12)
 MIN_HISTORY = tl.constexpr(10)
@@ -123,8 +116,9 @@ def observe(
     WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Observe one surprise; return Phi and chi, float64."""
-    eps = tl.load(config + _EPS)
-    phi_min = tl.load(config + _PHI_MIN)
+    eps = tl.load(config + CONFIG.value.EPS)
+    alpha = tl.load(config + CONFIG.value.ALPHA)
+    phi_min = tl.load(config + CONFIG.value.PHI_MIN)
     count = tl.load(counts)
     steps = tl.load(counts + 1)
     finite = tl.abs(observed) < float("inf")
@@ -132,35 +126,34 @@ def observe(
 
     gated = tl.maximum(surprise, 0.0)
     if STANDARDIZE:
-        threshold = tl.load(config + _THRESHOLD)
+        threshold = tl.load(config + CONFIG.value.THRESHOLD)
         gated = _standardized_surprise(
             surprise, window, count, threshold, eps, DETREND, WINDOW, WINDOW_BLOCK
         )
-    rho, valid = _autocorrelation(
-        surprise, finite, window, count, DETREND, WINDOW, WINDOW_BLOCK
-    )  # eq. 1
-    significance = tl.load(config + _SIGNIFICANCE)
+    # eq. 1
+    rho, valid = _autocorrelation(surprise, finite, window, count, DETREND, WINDOW, WINDOW_BLOCK)
+    significance = tl.load(config + CONFIG.value.SIGNIFICANCE)
     noise = significance / tl.sqrt(tl.maximum(valid, 1).to(tl.float64))
     strength = tl.maximum(tl.abs(rho) - noise, 0.0)
     rho = tl.where(rho < 0, -strength, tl.where(rho > 0, strength, 0.0))
 
     psi = tl.maximum(1 - rho * rho, eps)  # eq. 2
-    phi = phi_min + (1 - phi_min) * tl.exp(-tl.load(config + _ALPHA) * (gated / psi))  # eq. 3
+    phi = phi_min + (1 - phi_min) * tl.exp(-alpha * (gated / psi))  # eq. 3
     phi = tl.where(finite, phi, phi_min)
     # The same counter and key as ars.reference.philox_uniform: the same number, bit for bit.
     counter = (steps & 0xFFFFFFFF).to(tl.uint32)
     zero = counter * 0
     word, _, _, _ = tl.philox(tl.load(seed), counter, zero, zero, zero)
     uniform = word.to(tl.float64) * 2.0**-32
-    chi = tl.load(config + _JITTER) * (2 * uniform - 1) * (1 - psi)  # eq. 4
+    chi = tl.load(config + CONFIG.value.JITTER) * (2 * uniform - 1) * (1 - psi)  # eq. 4
 
     tl.debug_barrier()  # every thread has read the window and the counts
     tl.store(window + count % WINDOW, surprise, mask=finite)
     tl.store(counts, count + finite.to(tl.int64))
     tl.store(counts + 1, steps + 1)
-    tl.store(diagnostics + _SAY_SURPRISE, observed)
-    tl.store(diagnostics + _SAY_RHO, rho)
-    tl.store(diagnostics + _SAY_PSI, psi)
-    tl.store(diagnostics + _SAY_PHI, phi)
-    tl.store(diagnostics + _SAY_CHI, chi)
+    tl.store(diagnostics + DIAGNOSTIC.value.SURPRISE, observed)
+    tl.store(diagnostics + DIAGNOSTIC.value.RHO, rho)
+    tl.store(diagnostics + DIAGNOSTIC.value.PSI, psi)
+    tl.store(diagnostics + DIAGNOSTIC.value.PHI, phi)
+    tl.store(diagnostics + DIAGNOSTIC.value.CHI, chi)
     return phi, chi

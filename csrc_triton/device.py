@@ -1,9 +1,35 @@
-"""Device functions that more than one kernel uses."""
+"""What more than one kernel uses: the layout, and device functions."""
+
+from enum import IntEnum
+from types import SimpleNamespace
 
 import triton
 import triton.language as tl
 
-__all__ = ["load", "pointer", "sum_in_order"]
+from ars.csrc_triton import layout
+
+__all__ = [
+    "CONFIG", "CORRECTION", "DIAGNOSTIC", "HYPER", "SCALAR", "TABLE", "load", "pointer",
+    "sum_in_order",
+]  # fmt: skip
+
+
+def _readable(columns: type[IntEnum]) -> tl.constexpr:
+    """Make columns readable in kernels, as ``TABLE.value.PARAM``, and their number as ``WIDTH``.
+
+    One constant for all of them, because Triton compares every global constant that a kernel uses
+    with what it was compiled with, at every launch.
+    """
+    members = {column.name: column.value for column in columns}
+    return tl.constexpr(SimpleNamespace(**members, WIDTH=len(columns)))
+
+
+CONFIG = _readable(layout.Config)
+CORRECTION = _readable(layout.Correction)
+DIAGNOSTIC = _readable(layout.Diagnostic)
+HYPER = _readable(layout.Hyper)
+SCALAR = _readable(layout.Scalar)
+TABLE = _readable(layout.Table)
 
 
 @triton.jit

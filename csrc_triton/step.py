@@ -31,9 +31,9 @@ BLOCK = 512
 # 256 threads x 4 and x 8: the control kernel's last program takes so many tensors, and partials.
 TENSOR_BLOCK = 1024
 SUM_BLOCK = 2048
-_WARP = 32 if torch.version.hip is None else 64
-ADAM_WARPS = 128 // _WARP
-CONTROL_WARPS = 256 // _WARP
+WARP = 32 if torch.version.hip is None else 64
+ADAM_WARPS = 128 // WARP
+CONTROL_WARPS = 256 // WARP
 # Contraction is off at every launch, whatever the default of the Triton version: results then do
 # not depend on it. One stage, as the loops must not be pipelined through shared memory.
 OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}

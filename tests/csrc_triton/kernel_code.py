@@ -69,6 +69,7 @@ def build(
             attributes[index,] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, attributes)
+    warps = warps * step.WARP // target.warp_size  # as many threads as on this machine
     return triton.compile(source, target=target, options=step.OPTIONS | {"num_warps": warps})
 
 
@@ -80,7 +81,7 @@ def build_adam(variant: dict[str, Any], target: GPUTarget) -> Any:
     } | variant  # fmt: skip
     number = "*fp64" if double else "*fp32"
     arguments = POINTERS | {"scalars": number, "corrections": number}
-    return build(adam.adam_kernel, arguments, constants, target, 128 // target.warp_size)
+    return build(adam.adam_kernel, arguments, constants, target, step.ADAM_WARPS)
 
 
 def build_control(variant: dict[str, Any], target: GPUTarget) -> Any:
@@ -92,7 +93,7 @@ def build_control(variant: dict[str, Any], target: GPUTarget) -> Any:
     arguments = POINTERS | {"scalars": "*fp32", "corrections": "*fp32"}
     if constants["loss"] is not None:
         arguments["loss"] = constants.pop("loss")
-    return build(control.control_kernel, arguments, constants, target, 256 // target.warp_size)
+    return build(control.control_kernel, arguments, constants, target, step.CONTROL_WARPS)
 
 
 def tool(name: str, *args: str) -> str:
