@@ -116,11 +116,11 @@ def gated(hyper: Hyper, phi: Scalar, chi: Scalar) -> Hyper:
 
 
 def write_diagnostics(buffer: Tensor, values: dict[str, Scalar]) -> None:
-    """Write all ten diagnostics to ``buffer``, without a host synchronisation."""
-    row = [
-        torch.as_tensor(values[name], dtype=torch.float64, device=buffer.device)
-        .detach()
-        .reshape(())
-        for name in DIAGNOSTICS
-    ]
-    buffer.copy_(torch.stack(row))
+    """Write all ten diagnostics to ``buffer``, without waiting for a device."""
+    row = [values[name] for name in DIAGNOSTICS]
+    if buffer.device.type == "cpu":
+        numbers = [x.detach().item() if isinstance(x, Tensor) else x for x in row]
+        buffer.copy_(torch.tensor(numbers, dtype=buffer.dtype))
+        return
+    tensors = [torch.as_tensor(x, dtype=buffer.dtype, device=buffer.device) for x in row]
+    buffer.copy_(torch.stack([x.detach().reshape(()) for x in tensors]))

@@ -106,6 +106,8 @@ class ARSController:
 
     def __init__(self, config: ARSConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
+        self._settings = dataclasses.asdict(config)
+        del self._settings["window"]
         self.window = torch.zeros(config.window, dtype=torch.float64, device=device)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -118,9 +120,7 @@ class ARSController:
         Returns:
             The signals (eqs. 1 to 4), 0-d float64 on the controller's device.
         """
-        settings = dataclasses.asdict(self.config)
-        del settings["window"]
-        return reference.controller_step_(surprise, self.window, self.counts, **settings)
+        return reference.controller_step_(surprise, self.window, self.counts, **self._settings)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the window (W,) and the counts (2,), as references."""
