@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels, for GPUs that need not be there.
 
-See kernel_code.py and launch_bindings.py.
+See kernel_code.py, launch_bindings.py and wide_pointers.py.
 """
 
 import json
@@ -50,9 +50,9 @@ REGISTERS = {
 }
 
 
-def run_compiling(script: str) -> dict[str, Any]:
-    """Run a script in a process that compiles rather than interprets."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def run_script(script: str, *, interpret: bool = False) -> dict[str, Any]:
+    """Run a script in a process that compiles, or interprets, whatever this one does."""
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpret))}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name(script)],
@@ -68,11 +68,23 @@ def run_compiling(script: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def reports() -> dict[str, Any]:
-    return run_compiling("kernel_code.py")
+    return run_script("kernel_code.py")
 
 
 def test_a_kernel_is_compiled_once_whatever_numbers_sizes_and_alignments() -> None:
-    assert run_compiling("launch_bindings.py") == {"adam_kernel": 1, "control_kernel": 1}
+    assert run_script("launch_bindings.py") == {"adam_kernel": 1, "control_kernel": 1}
+
+
+def test_only_aligned_operands_are_accessed_wide() -> None:
+    """A wide access to a misaligned address is a crash on a GPU, and none at all merely slow."""
+    found = run_script("wide_pointers.py", interpret=True)
+    blocks, operands, tiles = 8, 7, 1  # of 4096 + 7 elements
+    assert found.pop("nothing") == [[[0], blocks * operands], [[0], tiles]]
+    assert found.pop("grads") == [[[], 0], [[], 0]]
+    assert len(found) == 6
+    for steps, norms in found.values():
+        assert steps == [[], 0]
+        assert norms == [[0], tiles]
 
 
 def expand(names: Any) -> list[str]:

@@ -29,6 +29,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "proximal": {"penalty": "proximal"},
     "proximal-amsgrad-adam": {"penalty": "proximal", "amsgrad": True, "decoupled": False},
     "coupled-bf16-penalty": {"penalty": "coupled", "penalty_dtypes": (torch.bfloat16,)},
+    "two-penalty-dtypes": {
+        "penalty": "proximal", "penalty_dtypes": (torch.float32, torch.bfloat16),
+        "unpenalized": (2,),
+    },
     "some-penalized": {"penalty": "coupled", "unpenalized": (0, 2)},
     "gated": {"controller": "paper"},
     "groups": {"group_count": 3, "max_norm": 2.0, "penalty": "proximal"},
