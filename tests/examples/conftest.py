@@ -1,0 +1,58 @@
+"""The small series as fixtures: its text, a function that runs it, and uninterrupted runs."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_series import LONG, TINY, Series, results
+
+from trainer import report
+from trainer.cli import parse_arguments
+from trainer.prepare import prepare
+from trainer.report import markdown_table
+from trainer.series import run_series
+from trainer.signals import StopRequest
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    words = [bytes(torch.randint(97, 123, (4,), generator=generator).tolist()) for _ in range(20)]
+    picks = torch.randint(0, 20, (4000,), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(b" ".join(words[i] for i in picks))
+    return path
+
+
+@pytest.fixture(scope="module")
+def series(text: Path) -> Iterator[Series]:
+    threads = torch.get_num_threads()
+
+    def run(out: Path, stop: StopRequest | None = None, *words: str) -> tuple[str, bool]:
+        arguments = parse_arguments([*TINY, "--data", str(text), "--out", str(out), *words])
+        config, corpus = prepare(arguments)
+        torch.manual_seed(time.monotonic_ns())  # nothing may depend on the global state
+        with pytest.MonkeyPatch.context() as patch:
+            # The figures are tested elsewhere, and drawing them takes longer than training here.
+            patch.setattr(report, "write_report", lambda _, records, __: markdown_table(records))
+            return run_series(arguments.out, config, corpus, stop or StopRequest())
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def straight(series: Series, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("straight")
+    series(folder)
+    return results(folder)
+
+
+@pytest.fixture(scope="module")
+def long_straight(series: Series, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("long")
+    series(folder, None, "--steps", LONG)
+    return results(folder)

@@ -1,0 +1,41 @@
+"""A series small enough to be run many times, and what a run of it produced."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.log import read_log
+
+TINY = [
+    "--depths", "1,2", "--batch-size", "2", "--sequence-len", "16", "--fisher-samples", "3",
+    "--ewc-strength", "1", "--threads", "1", "--steps", "8",
+]  # fmt: skip
+LONG = "60"  # enough steps for a signal to arrive in the middle of a model
+
+Series = Callable[..., tuple[str, bool]]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Everything a run produced, but for the times."""
+    records = json.loads((folder / "metrics.json").read_text())
+    for record in records:
+        record.pop("seconds")
+    logs = {}
+    for path in folder.glob("log_*.csv"):
+        rows = read_log(path)
+        for row in rows:
+            row.pop("seconds")
+        logs[path.name] = rows
+    models = {
+        path.name: _bits(torch.load(path, weights_only=True)["model"])
+        for path in (folder / "checkpoints").iterdir()
+    }
+    return {"records": records, "logs": logs, "models": models}
+
+
+def _bits(state: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {name: value.view(torch.int32).flatten().tolist() for name, value in state.items()}
