@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.config import ARS_CHOICES, SeriesConfig, default_steps
+from trainer.config import ARS_CHOICES, DEFAULT_EWC_STRENGTH, SeriesConfig, default_steps
 
 __all__ = ["Arguments", "parse_arguments"]
 
@@ -191,7 +191,7 @@ def _build_parser() -> _Parser:
     training.add_argument(
         "--ewc-strength",
         type=_number(0, 1e12),
-        default=1e-3,
+        default=DEFAULT_EWC_STRENGTH,
         metavar="S",
         help="weight of the EWC penalty of inherited models; 0 trains without it and without "
         "the Fisher pass (default: %(default)s)",

@@ -163,6 +163,7 @@ def _optimizer(model: GPT, config: SeriesConfig, penalty: EWC | None) -> ARSAdam
         weight_decay=config.weight_decay,  # every parameter of this GPT is a matrix
         ars=controller,
         penalty=penalty,
+        max_grad_norm=config.max_grad_norm,
     )
 
 
