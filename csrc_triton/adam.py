@@ -13,8 +13,9 @@ Bytes a parameter, read and written: 28 with everything in fp32; 36 with an fp32
 a bf16 one; 22 for bf16 parameters and gradients with fp32 moments; amsgrad adds 8.
 
 Divisions and roots are IEEE's and nothing is contracted, so that every device, the interpreter and
-the reference agree to the last bit but for the root's bias correction, a product here. The
-penalty's value is one partial sum a program, added up in a fixed order: bitwise reproducible.
+the reference agree to the last bit, but for what saves a division each: the root's bias correction
+is a product here, and (9) is multiplied out. The penalty's value is one partial sum a program,
+added up in a fixed order: bitwise reproducible.
 
 Oracle: :func:`ars.reference.adam_step` and :func:`ars.reference.ewc_value`.
 """
