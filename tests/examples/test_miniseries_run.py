@@ -20,6 +20,8 @@ from trainer.data import load_standard_library, validation_windows
 from trainer.evaluate import bits_per_byte
 from trainer.log import read_log
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(miniseries.__file__)
 NAMES = ["d1-scratch", "d2-inherited", "d2-scratch", "d3-inherited", "d3-scratch"]
 
