@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from ars import functional
 from ars.batch import DIAGNOSTICS, Batch, Hyper, Options
-from ars.controller import ARSConfig, ARSController
+from ars.controller import ARSConfig, ARSController, read_surprise
 from ars.penalty import Penalty, Term, read_terms
 from ars.state import complete_state, restore_dtypes
 
@@ -150,7 +150,7 @@ class ARSAdam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
-        surprise = _surprise(returned if loss is None else loss)
+        surprise = read_surprise(returned if loss is None else loss)
         watches = "grad_norm" if surprise is None else "loss"
         if self._controller is not None and self._watches not in (None, watches):
             raise ValueError(
@@ -224,10 +224,17 @@ class ARSAdam(torch.optim.Adam):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; with a controller, its tensors under ``"controller"`` too."""
-        state_dict = super().state_dict()
-        if self._controller is not None:
-            state_dict["controller"] = {**self._controller.state_dict(), "watches": self._watches}
-        return state_dict
+
+        def add(_: Any, state_dict: dict[str, Any]) -> None:
+            if self._controller is not None:
+                memory = self._controller.state_dict()
+                state_dict["controller"] = {**memory, "watches": self._watches}
+
+        handle = self.register_state_dict_post_hook(add, prepend=True)  # the user's see it whole
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -243,16 +250,34 @@ class ARSAdam(torch.optim.Adam):
             ValueError: The state is of other parameters or of another controller; nothing has
                 been changed then.
         """
-        saved = state_dict.get("controller")
-        if self._controller is not None and saved is not None:
-            self._controller.check_state_dict(saved)
-        super().load_state_dict(state_dict)
-        for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        loaded: dict[str, Any] = {}
+
+        def check(_: Any, state_dict: dict[str, Any]) -> None:
+            saved = state_dict.get("controller")
+            if self._controller is not None and saved is not None:
+                self._controller.check_state_dict(saved)
+            loaded.update(state_dict)
+
+        # Hooks of the user's may replace the state before, and change what was loaded after.
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        """Bring back what torch has cast or does not know of a state that it has loaded."""
+        for group, old in zip(self.param_groups, loaded["param_groups"], strict=True):
             for param, key in zip(group["params"], old["params"], strict=True):
-                if key in state_dict["state"]:
+                if key in loaded["state"]:
                     device = self._step_device(group, param)
-                    restore_dtypes(self.state[param], param, state_dict["state"][key], device)
+                    restore_dtypes(self.state[param], param, loaded["state"][key], device)
         if self._controller is not None:
+            saved = loaded.get("controller")
             fresh = ARSController(self._controller.config).state_dict()
             self._controller.load_state_dict(fresh if saved is None else saved)
             self._watches = None if saved is None else saved.get("watches")
@@ -273,23 +298,3 @@ class ARSAdam(torch.optim.Adam):
         self._tables = functional.DeviceStep()
         for group in self.param_groups:
             group["decoupled_weight_decay"] = self._decoupled
-
-
-def _surprise(loss: Any) -> Tensor | None:
-    """Return the loss as a detached 0-d tensor, or None if there is none.
-
-    Raises:
-        TypeError: It is neither a tensor nor a number.
-        ValueError: It is not a scalar.
-    """
-    if loss is None:
-        return None
-    if isinstance(loss, (int, float)):
-        return torch.tensor(float(loss), dtype=torch.float64)
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss must be a 0-d tensor or a number, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"the loss must be a scalar, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean()"
-        )
-    return loss.detach().reshape(())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ars import reference
 
-__all__ = ["ARSConfig", "ARSController"]
+__all__ = ["ARSConfig", "ARSController", "read_surprise"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,3 +149,23 @@ class ARSController:
         self.check_state_dict(state)
         self.window.copy_(state["window"])
         self.counts.copy_(state["counts"])
+
+
+def read_surprise(loss: Any) -> Tensor | None:
+    """Return the loss as a detached 0-d tensor, or None if there is none.
+
+    Raises:
+        TypeError: It is neither a tensor nor a number.
+        ValueError: It is not a scalar.
+    """
+    if loss is None:
+        return None
+    if isinstance(loss, (int, float)):
+        return torch.tensor(float(loss), dtype=torch.float64)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss must be a 0-d tensor or a number, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the loss must be a scalar, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean()"
+        )
+    return loss.detach().reshape(())
