@@ -2,5 +2,6 @@
 
 from ars.regularizers.ewc import EWC
 from ars.regularizers.fisher import DiagonalFisher
+from ars.regularizers.storage import Quantized, dequantize, quantize
 
-__all__ = ["EWC", "DiagonalFisher"]
+__all__ = ["EWC", "DiagonalFisher", "Quantized", "dequantize", "quantize"]

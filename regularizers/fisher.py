@@ -10,6 +10,7 @@ square of a batch's gradient is another quantity, up to a batch size smaller.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from ars.regularizers.batches import check_logits, check_targets, checked_pair
 from ars.regularizers.estimators import ESTIMATORS, accumulation_dtype
 from ars.regularizers.sample_gradients import add_squared_gradients
+from ars.regularizers.storage import Quantized, dequantize, quantize
 
 __all__ = ["DiagonalFisher"]
 
 # Backward passes a sample that "exact" may take; at a millisecond each this is four seconds.
 MAX_EXACT_BACKWARDS = 4096
+STORED = (None, torch.float32, torch.bfloat16, torch.uint8)
 
 
 class DiagonalFisher:
@@ -63,10 +66,13 @@ class DiagonalFisher:
             with ``torch.func.vmap``, which excludes activation checkpointing and modules that read
             tensor values back, and sees a parameter only where a module owns it.
         generator: Source of the random signs and labels; by default torch's own for the device.
+        dtype: What the result is stored in: ``torch.float32``, ``torch.bfloat16`` or
+            ``torch.uint8`` (:func:`~ars.regularizers.quantize`: 1.06 bytes a parameter); by default
+            what it was summed in, float32 or float64.
 
     Raises:
         TypeError: ``model`` is not a module, or ``generator`` not a generator.
-        ValueError: Unknown ``estimator``, or ``chunk_size`` not a positive integer.
+        ValueError: Unknown ``estimator`` or ``dtype``, or ``chunk_size`` not a positive integer.
 
     Example:
         >>> import torch
@@ -96,6 +102,7 @@ class DiagonalFisher:
         *,
         chunk_size: int = 1,
         generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -106,21 +113,47 @@ class DiagonalFisher:
                 f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
                 "for a seed pass torch.Generator().manual_seed(seed)"
             )
+        if dtype not in STORED:
+            raise ValueError(f"importance cannot be stored in {dtype}; choose one of {STORED}")
         _check_positive_int("chunk_size", chunk_size)
         self.model = model
         self.estimator = estimator
         self.chunk_size = chunk_size
         self.generator = generator
-        self._importance: dict[str, Tensor] | None = None
+        self.dtype = dtype
+        self._importance: dict[str, Tensor] | dict[str, Quantized] | None = None
         self._n_samples = 0
 
     @property
     def importance(self) -> dict[str, Tensor]:
         """Diagonal Fisher by parameter name, each of the parameter's shape.
 
+        With ``dtype=torch.uint8`` it is expanded to float32 at every access; :attr:`quantized` is
+        what is stored.
+
         Raises:
             RuntimeError: :meth:`fit` has not succeeded yet.
         """
+        if self.dtype == torch.uint8:
+            return {name: dequantize(*stored) for name, stored in self.quantized.items()}
+        return cast(dict[str, Tensor], self._fitted())
+
+    @property
+    def quantized(self) -> dict[str, Quantized]:
+        """The uint8 values and their scales by parameter name.
+
+        Raises:
+            RuntimeError: :meth:`fit` has not succeeded yet, or the result is not stored in uint8.
+        """
+        stored = self._fitted()
+        if self.dtype != torch.uint8:
+            raise RuntimeError(
+                f"this DiagonalFisher is stored in {self.dtype or 'the dtype of its sums'}; make "
+                "it with dtype=torch.uint8, or call quantize on each importance"
+            )
+        return cast(dict[str, Quantized], stored)
+
+    def _fitted(self) -> dict[str, Tensor] | dict[str, Quantized]:
         if self._importance is None:
             raise RuntimeError("this DiagonalFisher is not fitted; call fit(batches) first")
         return self._importance
@@ -196,7 +229,8 @@ class DiagonalFisher:
                     f"the importance of {name!r} is not finite; check that the model's logits and "
                     "gradients are finite (float16 overflows: use bfloat16 or float32)"
                 )
-        self._importance, self._n_samples = total, seen
+        self._importance = _stored(total, self.dtype)
+        self._n_samples = seen
         return self
 
     def _check_cost(self, positions: int, classes: int) -> None:
@@ -220,6 +254,14 @@ class DiagonalFisher:
 def _check_positive_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _stored(
+    importance: dict[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor] | dict[str, Quantized]:
+    if dtype == torch.uint8:
+        return {name: quantize(tensor) for name, tensor in importance.items()}
+    return {name: tensor.to(dtype or tensor.dtype) for name, tensor in importance.items()}
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
