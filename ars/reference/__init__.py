@@ -18,7 +18,8 @@ from ars.reference.penalties import (
     subspace_gradient,
     subspace_value,
 )
-from ars.reference.philox import philox_uniform
+from ars.reference.philox import philox, philox_uniform
+from ars.reference.rounding import join_master, rounding_bits, split_master, stochastic_round
 
 __all__ = [
     "AdamResult",
@@ -31,7 +32,12 @@ __all__ = [
     "ewc_proximal",
     "ewc_value",
     "grad_norm",
+    "join_master",
+    "philox",
     "philox_uniform",
+    "rounding_bits",
+    "split_master",
+    "stochastic_round",
     "subspace_gradient",
     "subspace_value",
 ]
