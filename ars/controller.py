@@ -111,14 +111,14 @@ class ARSController:
         self.window = torch.zeros(config.window, dtype=torch.float64, device=device)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def observe(self, surprise: Tensor) -> reference.Signals:
+    def observe(self, surprise: Tensor | float) -> reference.Signals:
         """Observe one surprise and return the gate for this step.
 
         Args:
-            surprise: The step's surprise, 0-d, on any device.
+            surprise: The step's surprise, 0-d, on any device, or a number.
 
         Returns:
-            The signals (eqs. 1 to 4), 0-d float64 on the controller's device.
+            The signals (eqs. 1 to 4): numbers on a CPU, 0-d float64 on another device.
         """
         return reference.controller_step_(surprise, self.window, self.counts, **self._settings)
 

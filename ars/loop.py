@@ -92,7 +92,9 @@ def _on(param: torch.Tensor, value: Scalar) -> Scalar:
 def _corrections(batch: Batch, i: int, hyper: Hyper) -> tuple[Scalar, Scalar]:
     """Return the bias corrections of tensor i: from the products of its betas, or the powers."""
     if batch.products:
-        betas = torch.stack([torch.as_tensor(b) for b in (hyper.beta1, hyper.beta2)])
+        betas = torch.stack(
+            [torch.as_tensor(b, dtype=torch.float64) for b in (hyper.beta1, hyper.beta2)]
+        )
         batch.products[i].mul_(betas.detach())
         return 1 - batch.products[i][0], 1 - batch.products[i][1]
     step = batch.steps[i].double()

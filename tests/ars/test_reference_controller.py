@@ -9,6 +9,8 @@ import torch
 
 from ars import ARSConfig, ARSController, reference
 from ars.reference import controller as definition
+from ars.reference import scalars
+from ars.reference import window as history
 
 
 def run(signal, **settings):
@@ -82,7 +84,7 @@ def test_trend_equals_polyfit_and_its_prediction_interval():
     ages = np.arange(17)
     slope, intercept = np.polyfit(ages, values, 1)
     window = torch.cat([torch.from_numpy(values), torch.zeros(5, dtype=torch.float64)])
-    residuals, predicted, error = definition.trend(window, torch.tensor(17), linear=True)
+    residuals, predicted, error = history.trend(window, torch.tensor(17), linear=True)
     expected = values - (slope * ages + intercept)
     np.testing.assert_allclose(residuals[:17], expected, atol=1e-12)
     assert torch.count_nonzero(residuals[17:]) == 0
@@ -94,25 +96,42 @@ def test_trend_equals_polyfit_and_its_prediction_interval():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 16])
-def test_masked_form_equals_the_exact_one(n):
+def test_masked_form_equals_the_exact_one(n, monkeypatch):
     """Devices other than the CPU keep the count on the device, and mask what does not count."""
     values = torch.randn(16, dtype=torch.float64)
     exact, masked = values[:n], torch.where(torch.arange(16) < n, values, 0.0)
-    scale = values.abs().max()
-    rho = definition.autocorrelation(exact, n, scale)
-    torch.testing.assert_close(definition.autocorrelation(masked, torch.tensor(n), scale), rho)
-    for linear in (False, True):
-        residuals, *rest = definition.trend(exact, n, linear=linear)
-        padded, *others = definition.trend(masked, torch.tensor(n), linear=linear)
+    scale = float(values.abs().max())
+    rho = history.autocorrelation(exact, n, scale)
+    trends = [history.trend(exact, n, linear=linear) for linear in (False, True)]
+    monkeypatch.setattr(scalars, "is_host", lambda tensor: False)
+    padded_rho = history.autocorrelation(masked, torch.tensor(n), scale)
+    assert float(padded_rho) == pytest.approx(rho, rel=1e-12)
+    for linear, (residuals, *rest) in enumerate(trends):
+        padded, *others = history.trend(masked, torch.tensor(n), linear=bool(linear))
         torch.testing.assert_close(padded[:n], residuals)
         assert torch.count_nonzero(padded[n:]) == 0
         for a, b in zip(others, rest, strict=True):
-            torch.testing.assert_close(a, b)
+            assert float(a) == pytest.approx(b, rel=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, paper()], ids=["default", "paper"])
+def test_a_device_that_must_not_be_waited_for_gets_the_same_signals(settings, monkeypatch):
+    """There every scalar stays a tensor; made so on a CPU, nothing may change."""
+    signal = np.random.default_rng(3).gamma(2.0, 0.3, size=40)
+    signal[20], signal[30] = math.nan, 9.0
+    numbers, _ = run(signal, window=12, **settings)
+    for module in (history, scalars):
+        monkeypatch.setattr(module, "is_host", lambda tensor: False)
+    tensors, _ = run(signal, window=12, **settings)
+    assert min(s.phi for s in numbers) < 0.5
+    for ours, theirs in zip(tensors, numbers, strict=True):
+        assert all(isinstance(value, torch.Tensor) for value in ours)
+        assert list(map(float, ours)) == pytest.approx(list(theirs), rel=1e-9, nan_ok=True)
 
 
 def test_trend_without_slope_is_the_mean():
     values = torch.tensor([1.0, 3.0, 8.0], dtype=torch.float64)
-    residuals, predicted, error = definition.trend(values, torch.tensor(3), linear=False)
+    residuals, predicted, error = history.trend(values, torch.tensor(3), linear=False)
     assert residuals.tolist() == pytest.approx([-3.0, -1.0, 4.0])
     assert float(predicted) == pytest.approx(4.0)
     assert float(error) == pytest.approx(math.sqrt(26 / 2 * (1 + 1 / 3)))
@@ -196,7 +215,8 @@ def test_phi_and_chi_stay_in_their_ranges():
 def test_observe_leaves_no_autograd_graph():
     controller = ARSController(ARSConfig())
     loss = torch.ones((), requires_grad=True) * 2
-    assert not any(signal.requires_grad for signal in controller.observe(loss))
+    assert not any(isinstance(signal, torch.Tensor) for signal in controller.observe(loss))
+    assert not controller.window.requires_grad
 
 
 @pytest.mark.parametrize(

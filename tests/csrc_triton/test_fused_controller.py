@@ -15,8 +15,7 @@ from fused_oracle import (
 from ars.csrc_triton import controller as kernel
 from ars.csrc_triton.layout import Diagnostic
 from ars.csrc_triton.step import FusedAdam
-from ars.reference import controller as reference
-from ars.reference import philox_uniform
+from ars.reference import philox_uniform, window
 
 SIGNALS = (Diagnostic.RHO, Diagnostic.PSI, Diagnostic.PHI, Diagnostic.CHI)
 
@@ -164,8 +163,8 @@ def test_a_clipped_gradient_that_is_no_number_stays_one(device: str) -> None:
 
 
 def test_constants_are_the_references() -> None:
-    assert kernel.RELATIVE_NOISE_FLOOR.value == reference.RELATIVE_NOISE_FLOOR
-    assert kernel.MIN_HISTORY.value == reference.MIN_HISTORY
+    assert kernel.RELATIVE_NOISE_FLOOR.value == window.RELATIVE_NOISE_FLOOR
+    assert kernel.MIN_HISTORY.value == window.MIN_HISTORY
 
 
 def test_reports_are_neutral_before_the_first_step(device: str) -> None:
