@@ -11,7 +11,7 @@ from ars import functional
 from ars.batch import DIAGNOSTICS, Batch, Hyper, Options
 from ars.controller import ARSConfig, ARSController, read_surprise
 from ars.penalty import Penalty, Term, read_terms
-from ars.state import complete_state, restore_dtypes
+from ars.state import complete_state, restore_dtypes, step_kind
 
 __all__ = ["CONDITIONED", "ARSAdam"]
 
@@ -204,7 +204,7 @@ class ARSAdam(torch.optim.Adam):
                     param,
                     betas=group["betas"],
                     amsgrad=group["amsgrad"],
-                    step_device=self._step_device(group, param),
+                    step_kind=self._step_kind(group, param),
                     gated=self._controller is not None,
                 )
                 batch.append(
@@ -217,10 +217,9 @@ class ARSAdam(torch.optim.Adam):
                 )
         return batch, hypers
 
-    def _step_device(self, group: dict[str, Any], param: Tensor) -> torch.device:
-        """Return where torch, or our kernel, wants the step counter."""
-        on_device = self._implementation == "triton" or group["capturable"] or group["fused"]
-        return param.device if on_device else torch.device("cpu")
+    def _step_kind(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """Return the device and dtype of the parameter's step counter."""
+        return step_kind(group, param, triton=self._implementation == "triton")
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; with a controller, its tensors under ``"controller"`` too."""
@@ -274,8 +273,8 @@ class ARSAdam(torch.optim.Adam):
         for group, old in zip(self.param_groups, loaded["param_groups"], strict=True):
             for param, key in zip(group["params"], old["params"], strict=True):
                 if key in loaded["state"]:
-                    device = self._step_device(group, param)
-                    restore_dtypes(self.state[param], param, loaded["state"][key], device)
+                    kind = self._step_kind(group, param)
+                    restore_dtypes(self.state[param], param, loaded["state"][key], kind)
         if self._controller is not None:
             saved = loaded.get("controller")
             fresh = ARSController(self._controller.config).state_dict()

@@ -55,7 +55,9 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options, *, foreach: bool)
         hypers = [gated(hyper, float(signals.phi), float(signals.chi)) for hyper in hypers]
     clip = 1.0
     if options.max_norm is not None:
-        clip = float(reference.clip_coefficient(torch.tensor(norm), options.max_norm))
+        clip = float(
+            reference.clip_coefficient(torch.tensor(norm, dtype=torch.float64), options.max_norm)
+        )
 
     torch._foreach_add_(batch.steps, 1.0)
     scratch: dict[torch.dtype, Tensor] = {}
@@ -234,7 +236,7 @@ class _Update:
     ) -> None:
         """Call torch's kernel."""
         if self.products is not None:
-            steps = [torch.tensor(FOREVER)] * len(params)
+            steps = [torch.tensor(FOREVER, dtype=torch.float32)] * len(params)
         arguments = self.arguments | {"amsgrad": bool(largest), "maximize": maximize}
         if self.foreach:  # torch advances the steps it is given
             steps = [step - 1 for step in steps]

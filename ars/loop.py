@@ -85,8 +85,8 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _on(param: torch.Tensor, value: Scalar) -> Scalar:
-    """Move a scalar tensor to the parameter's device; leave numbers alone."""
-    return value.to(param.device) if isinstance(value, torch.Tensor) else value
+    """Move a 1-element tensor to the parameter's device, as a scalar; leave numbers alone."""
+    return value.to(param.device).reshape(()) if isinstance(value, torch.Tensor) else value
 
 
 def _corrections(batch: Batch, i: int, hyper: Hyper) -> tuple[Scalar, Scalar]:

@@ -5,12 +5,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["complete_state", "moment_dtype", "restore_dtypes"]
+__all__ = ["complete_state", "moment_dtype", "restore_dtypes", "step_kind"]
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:
     """Moments are at least single precision, and complex for complex parameters."""
     return torch.promote_types(param.dtype, torch.float32)
+
+
+def step_kind(group: dict[str, Any], param: Tensor, *, triton: bool) -> dict[str, Any]:
+    """Return the device and dtype that torch, or our kernel, wants a step counter to have.
+
+    Args:
+        group: The parameter's group.
+        param: The parameter.
+        triton: Whether the Triton kernels take the step.
+
+    Returns:
+        ``device`` and ``dtype``, to make or move a tensor with.
+    """
+    fused = triton or group["fused"]
+    wide = torch.get_default_dtype() == torch.float64 and not fused
+    return {
+        "device": param.device if fused or group["capturable"] else torch.device("cpu"),
+        "dtype": torch.float64 if wide else torch.float32,
+    }
 
 
 def complete_state(
@@ -19,7 +38,7 @@ def complete_state(
     *,
     betas: tuple[float | Tensor, float | Tensor],
     amsgrad: bool,
-    step_device: torch.device,
+    step_kind: dict[str, Any],
     gated: bool,
 ) -> None:
     """Start what is missing in a parameter's state: all of it, or what plain AdamW does not keep.
@@ -29,11 +48,11 @@ def complete_state(
         param: The parameter.
         betas: Its group's betas; those of the steps already taken, if any.
         amsgrad: Keep the running maximum of the second moment.
-        step_device: Where the step counter lives.
+        step_kind: Device and dtype of the step counter.
         gated: Keep the products of the betas (eq. 6), which a controller makes vary.
     """
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
+        state["step"] = torch.zeros((), **step_kind)
     for name in ("exp_avg", "exp_avg_sq") + ("max_exp_avg_sq",) * amsgrad:
         if name not in state:
             state[name] = torch.zeros_like(param, dtype=moment_dtype(param))
@@ -44,7 +63,7 @@ def complete_state(
 
 
 def restore_dtypes(
-    state: dict[str, Any], param: Tensor, saved: dict[str, Any], step_device: torch.device
+    state: dict[str, Any], param: Tensor, saved: dict[str, Any], step_kind: dict[str, Any]
 ) -> None:
     """Undo torch's cast of a loaded state to the parameter's dtype.
 
@@ -52,13 +71,13 @@ def restore_dtypes(
         state: The parameter's state as torch has loaded it, corrected in place.
         param: The parameter.
         saved: The parameter's state as it was saved.
-        step_device: Where the step counter lives.
+        step_kind: Device and dtype of the step counter.
     """
     for name, value in saved.items():
-        if not isinstance(value, Tensor):
+        if name == "step":  # a number in old states, which torch has made a tensor
+            state[name] = state[name].to(**step_kind)
+        elif not isinstance(value, Tensor):
             continue
-        if name == "step":
-            state[name] = value.to(step_device, torch.float32)
         elif name == "beta_products":
             state[name] = value.to(param.device, torch.float64)
         elif value.is_floating_point() or value.is_complex():
