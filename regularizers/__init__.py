@@ -3,5 +3,6 @@
 from ars.regularizers.ewc import EWC
 from ars.regularizers.fisher import DiagonalFisher
 from ars.regularizers.storage import Quantized, dequantize, quantize
+from ars.regularizers.subspace import SubspacePenalty
 
-__all__ = ["EWC", "DiagonalFisher", "Quantized", "dequantize", "quantize"]
+__all__ = ["EWC", "DiagonalFisher", "Quantized", "SubspacePenalty", "dequantize", "quantize"]

@@ -7,14 +7,21 @@ The value is :func:`ars.reference.ewc_value`; its two steps are defined beside i
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ars.reference import ewc_value
-from ars.regularizers.estimators import accumulation_dtype
+from ars.regularizers.checks import (
+    check_names,
+    check_state,
+    check_tensor,
+    checked_choice,
+    checked_module,
+    checked_strength,
+    copy_like,
+)
 from ars.regularizers.fisher import DiagonalFisher
 
 __all__ = ["EWC"]
@@ -49,7 +56,8 @@ class EWC:
         model: Its current parameters become the anchor.
         fisher: A fitted :class:`~ars.regularizers.DiagonalFisher`, or a mapping from parameter
             name to importance: the parameter's shape, finite, >= 0.
-        strength: lambda, finite, >= 0. A plain attribute, which may be changed at any time.
+        strength: lambda, finite, >= 0; a number or a 0-d tensor. A plain attribute, which may be
+            changed at any time.
         mode: ``"coupled"`` or ``"proximal"``.
 
     Raises:
@@ -78,34 +86,30 @@ class EWC:
         self,
         model: nn.Module,
         fisher: DiagonalFisher | Mapping[str, Tensor],
-        strength: float = 1.0,
+        strength: float | Tensor = 1.0,
         mode: Mode = "coupled",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        parameters = dict(checked_module(model).named_parameters())
         importance = _importance_of(fisher)
-        parameters = dict(model.named_parameters())
-        for name in importance:
-            if name not in parameters:
-                raise ValueError(_unknown_parameter(name, model))
+        check_names(importance, model, "fisher")
         self._parameters = {name: p for name, p in parameters.items() if name in importance}
         for name, p in self._parameters.items():
-            _check_tensor(f"the importance of {name!r}", importance[name], p, minimum=0.0)
+            check_tensor(f"the importance of {name!r}", importance[name], p, minimum=0.0)
         self.strength = strength
-        self.mode = _checked_mode(mode)
-        self.anchor = {name: _copy_like(p, p) for name, p in self._parameters.items()}
+        self.mode: Mode = checked_choice("mode", mode, _MODES)
+        self.anchor = {name: copy_like(p, p) for name, p in self._parameters.items()}
         self.importance = {
-            name: _copy_like(p, importance[name]) for name, p in self._parameters.items()
+            name: copy_like(p, importance[name]) for name, p in self._parameters.items()
         }
 
     @property
-    def strength(self) -> float:
-        """Lambda, finite and >= 0."""
+    def strength(self) -> Any:
+        """Lambda, finite and >= 0; a 0-d tensor is read at every step, where it is."""
         return self._strength
 
     @strength.setter
-    def strength(self, value: float) -> None:
-        self._strength = _checked_strength(value)
+    def strength(self, value: float | Tensor) -> None:
+        self._strength = checked_strength(value)
 
     def terms(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Parameter, anchor and importance of every penalised tensor, in the model's order."""
@@ -121,7 +125,7 @@ class EWC:
     def state_dict(self) -> dict[str, Any]:
         """Strength, mode, and references to the anchor and importance tensors by parameter name."""
         return {
-            "strength": self.strength,
+            "strength": float(self.strength),
             "mode": self.mode,
             "anchor": dict(self.anchor),
             "importance": dict(self.importance),
@@ -138,31 +142,13 @@ class EWC:
             ValueError: The state is of another model or holds an invalid value. Nothing has changed
                 then; the message names the first difference.
         """
-        expected = {"strength", "mode", "anchor", "importance"}
-        if not isinstance(state, Mapping) or set(state) != expected:
-            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"an EWC state is a mapping with keys {sorted(expected)}, got {got}")
-        strength, mode = _checked_strength(state["strength"]), _checked_mode(state["mode"])
+        parts = {"anchor", "importance"}
+        check_state("an EWC", state, {"strength", "mode"} | parts, parts, self._parameters)
+        strength = checked_strength(state["strength"])
+        mode = checked_choice("mode", state["mode"], _MODES)
         for part, minimum in (("anchor", -math.inf), ("importance", 0.0)):
-            if not isinstance(state[part], Mapping):
-                raise TypeError(
-                    f"the state's {part} must be a mapping from parameter name to tensor, "
-                    f"got {type(state[part]).__name__}"
-                )
-            for name in self._parameters:
-                if name not in state[part]:
-                    raise ValueError(
-                        f"the state's {part} lacks {name!r}, which this penalty holds; "
-                        "load it into an EWC of the same model and Fisher"
-                    )
-            for name, tensor in state[part].items():
-                if name not in self._parameters:
-                    raise ValueError(
-                        f"the state's {part} has {name!r}, which this penalty does not hold; "
-                        "load it into an EWC of the same model and Fisher"
-                    )
-                what = f"the state's {part} of {name!r}"
-                _check_tensor(what, tensor, self._parameters[name], minimum=minimum)
+            for name, p in self._parameters.items():
+                check_tensor(f"the state's {part} of {name!r}", state[part][name], p, minimum)
         self.strength, self.mode = strength, mode
         for name in self._parameters:
             self.anchor[name].copy_(state["anchor"][name])
@@ -182,58 +168,3 @@ def _importance_of(fisher: DiagonalFisher | Mapping[str, Tensor]) -> Mapping[str
     if not fisher:
         raise ValueError("fisher is empty: there is nothing to penalise")
     return fisher
-
-
-def _unknown_parameter(name: str, model: nn.Module) -> str:
-    aliases = dict(model.named_parameters(remove_duplicate=False))
-    if name in aliases:
-        first = next(n for n, p in model.named_parameters() if p is aliases[name])
-        return f"{name!r} is tied to {first!r}; give the importance of both uses as {first!r}"
-    return (
-        f"fisher names {name!r}, which is not a parameter of {type(model).__name__}; "
-        "use the names of model.named_parameters()"
-    )
-
-
-def _check_tensor(what: str, tensor: Tensor, param: Tensor, minimum: float) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{what} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(
-            f"{what} must be floating point, got {tensor.dtype}; convert it with .float()"
-        )
-    if tensor.shape != param.shape:
-        raise ValueError(
-            f"{what} has shape {tuple(tensor.shape)}, but the parameter has {tuple(param.shape)}; "
-            "compute it on the model as it is now"
-        )
-    stored = tensor.detach().to(accumulation_dtype(param.dtype))
-    if not stored.isfinite().all():
-        raise ValueError(
-            f"{what} holds a value that is not finite in {stored.dtype}; "
-            "look for an overflow where it was computed"
-        )
-    if (stored < minimum).any():
-        raise ValueError(f"{what} holds a negative value; importances are mean squares, so >= 0")
-
-
-def _copy_like(param: Tensor, tensor: Tensor) -> Tensor:
-    """Copy with the strides and device of ``param``, in the dtype penalties are computed in."""
-    copy = torch.empty_like(param, dtype=accumulation_dtype(param.dtype))
-    return copy.copy_(tensor.detach())
-
-
-def _checked_strength(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(
-            f"strength must be a number, got {type(value).__name__}; use float(strength)"
-        )
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"strength must be finite and >= 0, got {value}")
-    return float(value)
-
-
-def _checked_mode(mode: Mode) -> Mode:
-    if mode not in _MODES:
-        raise ValueError(f"unknown mode {mode!r}; choose one of {list(_MODES)}")
-    return mode

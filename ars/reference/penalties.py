@@ -2,6 +2,7 @@ r"""The quadratic penalties towards an anchor, eqs. (8) to (10): values and grad
 
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 Scalar: TypeAlias = float | Tensor
@@ -38,7 +39,13 @@ def ewc_proximal(param: Tensor, anchor: Tensor, importance: Tensor, metric: Scal
 
 def _penalized_part(delta: Tensor, basis: Tensor, side: Side, protect: Protect) -> Tensor:
     """Return the part of ``delta`` that the penalty restrains, without forming a d x d matrix."""
-    inside = basis @ (basis.T @ delta) if side == "output" else (delta @ basis) @ basis.T
+    if not basis.is_floating_point():  # coordinates: U is columns of the identity
+        dim = 0 if side == "output" else 1
+        inside = torch.zeros_like(delta).index_copy(dim, basis, delta.index_select(dim, basis))
+    elif side == "output":
+        inside = basis @ (basis.T @ delta)
+    else:
+        inside = (delta @ basis) @ basis.T
     return inside if protect == "inside" else delta - inside
 
 
@@ -53,7 +60,8 @@ def subspace_value(
 
     Args:
         delta: Weight minus anchor, shape (rows, columns).
-        basis: U with orthonormal columns, shape (rows, k) or (columns, k) by ``side``.
+        basis: U with orthonormal columns, shape (rows, k) or (columns, k) by ``side``; or the
+            indices of k different coordinates, shape (k,), int64, for U made of unit vectors.
         strength: gamma >= 0.
         side: Which side of the weight the subspace lies on.
         protect: Which part of the change is penalised.

@@ -163,6 +163,17 @@ def test_strength_may_change_at_any_time():
     assert penalty.strength == 7.0
 
 
+def test_strength_may_be_a_tensor_that_is_read_live():
+    model = small_model()
+    strength = torch.tensor(1.0)
+    penalty = EWC(model, random_importance(model), strength=strength)
+    move(model)
+    value = penalty.value().item()
+    strength.fill_(7.0)
+    assert penalty.value().item() == pytest.approx(7 * value, rel=1e-6)
+    assert penalty.state_dict()["strength"] == 7.0
+
+
 @pytest.mark.parametrize(
     ("strength", "error"),
     [
@@ -172,7 +183,9 @@ def test_strength_may_change_at_any_time():
         ("1", TypeError),
         (None, TypeError),
         (True, TypeError),
-        (torch.tensor(1.0), TypeError),
+        (torch.ones(1), TypeError),
+        (torch.tensor(1), TypeError),
+        (torch.tensor(-1.0), ValueError),
     ],
 )
 def test_refuses_wrong_strength(strength, error):

@@ -1,0 +1,167 @@
+r"""Orthonormal bases of the subspaces that matter: of weights, of activations, of coordinates.
+
+A basis of dimension k in d is U, (d, k), with U^T U = I. It is the span of the leading singular
+vectors: the smallest k whose squared singular values reach a fraction of their sum (the energy), or
+a given k.
+"""
+
+import torch
+from torch import Tensor
+
+from ars.regularizers.estimators import accumulation_dtype
+
+__all__ = ["check_basis", "check_size", "covariance_basis", "weight_basis"]
+
+# How far U^T U may be from I. A basis orthonormalised in bfloat16 is off by 4e-3 and is refused;
+# one computed in float32 is off by about 1e-6.
+ORTHONORMALITY = 1e-4
+
+
+def check_basis(what: str, basis: object, param: Tensor, side: str) -> None:
+    """Refuse what is not a basis of a subspace on one side of a parameter.
+
+    Args:
+        what: Its name, for messages.
+        basis: U, (d, k) with orthonormal columns, or int64 indices of coordinates, (k,).
+        param: The parameter, flattened from dimension 1 on.
+        side: ``"output"``: d is its number of rows; ``"input"``: of columns.
+
+    Raises:
+        TypeError: Not a tensor, or neither floating point nor int64.
+        ValueError: A wrong shape, columns that are not orthonormal, an index out of range or given
+            twice, or a parameter with fewer than two dimensions.
+    """
+    if param.ndim < 2 or not param.numel():
+        raise ValueError(
+            f"{what} is for a parameter of shape {tuple(param.shape)}, which has no sides; "
+            "leave it out, and restrain it with an EWC"
+        )
+    size = len(param) if side == "output" else param.numel() // len(param)
+    if not isinstance(basis, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(basis).__name__}")
+    if basis.dtype == torch.int64:
+        if basis.ndim != 1 or not basis.numel():
+            raise ValueError(f"{what} is indices, so of shape (k,), got {tuple(basis.shape)}")
+        if int(basis.min()) < 0 or int(basis.max()) >= size:
+            raise ValueError(f"{what} has an index outside [0, {size}), the side it lies on")
+        if basis.unique().numel() != basis.numel():
+            raise ValueError(f"{what} has an index twice; name each coordinate once")
+        return
+    if not basis.is_floating_point():
+        raise TypeError(f"{what} must be floating point, or int64 indices, got {basis.dtype}")
+    if basis.ndim != 2 or len(basis) != size or not 1 <= basis.shape[1] <= size:
+        raise ValueError(
+            f"{what} has shape {tuple(basis.shape)}, expected ({size}, k) with 1 <= k <= {size}: "
+            "one row for each coordinate of the side it lies on"
+        )
+    wide = basis.detach().to(accumulation_dtype(basis.dtype))
+    gram = wide.T @ wide
+    error = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
+    if not error <= ORTHONORMALITY:  # also refuses nan
+        raise ValueError(
+            f"{what} is not orthonormal: U^T U is off the identity by {error:.2g}; "
+            "take torch.linalg.qr(basis).Q in float32"
+        )
+
+
+def check_size(energy: float | None, rank: int | None) -> None:
+    """Refuse anything but exactly one of an energy in (0, 1] and a rank >= 1.
+
+    Args:
+        energy: Fraction of the squared singular values to keep.
+        rank: Number of directions to keep.
+
+    Raises:
+        ValueError: Both, neither, or out of range.
+    """
+    if (energy is None) == (rank is None):
+        raise ValueError(
+            f"give either energy or rank, got energy={energy!r} and rank={rank!r}; "
+            "energy=0.99 keeps the directions with 99 % of the squared singular values"
+        )
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy must be in (0, 1], got {energy!r}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
+
+
+def _leading(
+    what: str, squares: Tensor, vectors: Tensor, energy: float | None, rank: int | None
+) -> Tensor:
+    """Return the leading columns of ``vectors``, whose ``squares`` descend."""  # noqa: DOC501
+    check_size(energy, rank)
+    squares = squares.double().clamp(min=0)
+    total = float(squares.sum())
+    if not 0 < total < torch.inf:
+        raise ValueError(
+            f"{what} is zero or not finite: it spans no subspace; leave it out, "
+            "or look for an overflow where it was computed"
+        )
+    # Directions below the rounding error of the largest are noise, whatever is asked for.
+    noise = torch.finfo(vectors.dtype).eps * len(squares) * float(squares[0])
+    k = int((squares > noise).sum())
+    if rank is not None:
+        k = min(k, rank)
+    elif energy is not None:
+        k = min(k, 1 + int((squares.cumsum(0) < energy * total).sum()))
+    return vectors[:, :k].contiguous()
+
+
+def weight_basis(
+    what: str, weight: Tensor, side: str, *, energy: float | None = None, rank: int | None = None
+) -> Tensor:
+    """Span of a weight's leading singular vectors.
+
+    Args:
+        what: Its name, for messages.
+        weight: (rows, ...), flattened from dimension 1 on.
+        side: ``"output"`` for the left vectors, ``"input"`` for the right ones.
+        energy: Fraction of the squared singular values to keep, in (0, 1].
+        rank: Instead of ``energy``: how many vectors, at most the weight's rank.
+
+    Returns:
+        U, (rows, k) or (columns, k).
+
+    Raises:
+        ValueError: The weight has fewer than two dimensions.
+    """
+    check_size(energy, rank)
+    if weight.ndim < 2:
+        raise ValueError(f"{what} has shape {tuple(weight.shape)}: no singular vectors; drop it")
+    matrix = weight.detach().flatten(1).to(accumulation_dtype(weight.dtype))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    vectors = left if side == "output" else right.mT
+    return _leading(what, values.square(), vectors, energy, rank)
+
+
+def covariance_basis(
+    what: str, covariance: Tensor, *, energy: float | None = None, rank: int | None = None
+) -> Tensor:
+    """Span of the leading eigenvectors of a second moment of activations.
+
+    Args:
+        what: Its name, for messages.
+        covariance: C, (d, d), symmetric and positive semi-definite, of any scale.
+        energy: Fraction of the trace to keep, in (0, 1].
+        rank: Instead of ``energy``: how many vectors, at most the rank of C.
+
+    Returns:
+        U, (d, k).
+
+    Raises:
+        TypeError: Not a floating-point tensor.
+        ValueError: Not square, not symmetric, zero or not finite.
+    """
+    check_size(energy, rank)
+    if not isinstance(covariance, Tensor) or not covariance.is_floating_point():
+        got = covariance.dtype if isinstance(covariance, Tensor) else type(covariance).__name__
+        raise TypeError(f"{what} must be a floating-point tensor (d, d), got {got}")
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"{what} has shape {tuple(covariance.shape)}, expected (d, d)")
+    if not covariance.isfinite().all():
+        raise ValueError(f"{what} is not finite; look for an overflow where it was computed")
+    wide = covariance.detach().to(accumulation_dtype(covariance.dtype))
+    if not torch.allclose(wide, wide.T, rtol=1e-3, atol=1e-3 * float(wide.abs().max())):
+        raise ValueError(f"{what} is not symmetric; give the mean of a a^T over the activations a")
+    values, vectors = torch.linalg.eigh(wide)
+    return _leading(what, values.flip(0), vectors.flip(1), energy, rank)

@@ -1,0 +1,203 @@
+"""Checks that the penalties share. Messages name the offending thing and the remedy."""
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ars.regularizers.estimators import accumulation_dtype
+
+__all__ = [
+    "check_names",
+    "check_shape",
+    "check_state",
+    "check_tensor",
+    "checked_choice",
+    "checked_module",
+    "checked_strength",
+    "copy_like",
+]
+
+
+def checked_module(model: object) -> nn.Module:
+    """Return ``model``, or raise TypeError if it is not a module."""  # noqa: DOC501
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def check_names(names: Mapping[str, Any], model: nn.Module, source: str) -> None:
+    """Refuse a name that is not the first name of a parameter of ``model``.
+
+    Args:
+        names: Mapping whose keys are checked.
+        model: The model.
+        source: What the names come from, for messages.
+
+    Raises:
+        ValueError: The model has no such parameter, or has it under an earlier name.
+    """
+    parameters = dict(model.named_parameters())
+    aliases = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        if name in parameters:
+            continue
+        if name in aliases:
+            first = next(n for n, p in parameters.items() if p is aliases[name])
+            raise ValueError(
+                f"{name!r} is tied to {first!r}; give the importance of both uses as {first!r}"
+            )
+        raise ValueError(
+            f"{source} names {name!r}, which is not a parameter of {type(model).__name__}; "
+            "use the names of model.named_parameters()"
+        )
+
+
+def check_shape(what: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Refuse what is not a floating-point tensor of ``shape``.
+
+    Args:
+        what: Its name, for messages.
+        tensor: The tensor.
+        shape: Of the parameter it belongs to.
+
+    Raises:
+        TypeError: Not a tensor, or not floating point.
+        ValueError: Another shape.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{what} must be floating point, got {tensor.dtype}; convert it with .float()"
+        )
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{what} has shape {tuple(tensor.shape)}, but the parameter has {tuple(shape)}; "
+            "compute it on the model as it is now"
+        )
+
+
+def check_tensor(what: str, tensor: Tensor, param: Tensor, minimum: float = -math.inf) -> None:
+    """Refuse what cannot be stored beside ``param``.
+
+    Args:
+        what: Its name, for messages.
+        tensor: The tensor: the parameter's shape, finite in the dtype penalties are computed in.
+        param: The parameter.
+        minimum: The smallest value allowed.
+
+    Raises:
+        ValueError: Another shape, not finite, or too small.
+    """
+    check_shape(what, tensor, param.shape)
+    stored = tensor.detach().to(accumulation_dtype(param.dtype))
+    if not stored.isfinite().all():
+        raise ValueError(
+            f"{what} holds a value that is not finite in {stored.dtype}; "
+            "look for an overflow where it was computed"
+        )
+    if (stored < minimum).any():
+        raise ValueError(f"{what} holds a negative value; importances are mean squares, so >= 0")
+
+
+def check_state(
+    kind: str,
+    state: Mapping[str, Any],
+    expected: set[str],
+    parts: set[str],
+    held: Mapping[str, Any],
+) -> None:
+    """Refuse a state that is not of this kind, or not of these parameters.
+
+    Args:
+        kind: Whose state it should be, with its article, for messages.
+        state: The state.
+        expected: Its keys.
+        parts: Those keys whose values are mappings from parameter name to tensor.
+        held: Mapping whose keys are the parameters that the penalty holds.
+
+    Raises:
+        TypeError: A part is not a mapping.
+        ValueError: Keys that are missing or too many; the message names the first.
+    """
+    if not isinstance(state, Mapping) or set(state) != expected:
+        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"{kind} state is a mapping with keys {sorted(expected)}, got {got}")
+    remedy = "load it into a penalty of the same kind, built for the same model and parameters"
+    for part in sorted(parts):
+        if not isinstance(state[part], Mapping):
+            raise TypeError(
+                f"the state's {part} must be a mapping from parameter name to tensor, "
+                f"got {type(state[part]).__name__}"
+            )
+        for name in held:
+            if name not in state[part]:
+                raise ValueError(
+                    f"the state's {part} lacks {name!r}, which this penalty holds; {remedy}"
+                )
+        for name in state[part]:
+            if name not in held:
+                raise ValueError(
+                    f"the state's {part} has {name!r}, which this penalty does not hold; {remedy}"
+                )
+
+
+def checked_strength(value: float | Tensor) -> float | Tensor:
+    """Return a strength as a float, or the 0-d tensor that holds it.
+
+    Args:
+        value: A finite number >= 0, or a 0-d floating-point tensor. A tensor on the CPU is checked
+            like a number; one on a device is not read, which would wait for the device.
+
+    Returns:
+        The number, or the tensor itself, detached: what is written to it later holds.
+
+    Raises:
+        TypeError: Neither of the two.
+        ValueError: Negative or not finite.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim or not value.is_floating_point():
+            raise TypeError(
+                f"strength must be a number or a 0-d floating-point tensor, got {value.dtype} of "
+                f"shape {tuple(value.shape)}"
+            )
+        if value.device.type == "cpu":
+            checked_strength(value.item())
+        return value.detach()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"strength must be a number, got {type(value).__name__}; use float(strength)"
+        )
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"strength must be finite and >= 0, got {value}")
+    return float(value)
+
+
+def checked_choice(what: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    """Return ``value`` if it is one of ``choices``.
+
+    Args:
+        what: Its name, for messages.
+        value: The value.
+        choices: What it may be.
+
+    Returns:
+        ``value``.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"unknown {what} {value!r}; choose one of {list(choices)}")
+    return value
+
+
+def copy_like(param: Tensor, tensor: Tensor) -> Tensor:
+    """Copy with the strides and device of ``param``, in the dtype penalties are computed in."""
+    copy = torch.empty_like(param, dtype=accumulation_dtype(param.dtype))
+    return copy.copy_(tensor.detach())

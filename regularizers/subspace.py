@@ -1,0 +1,300 @@
+r"""Subspace penalty: a pull of chosen directions of a weight's change, at low rank.
+
+    R = gamma sum_W || Q (W - W*) ||_F^2,    Q = P or I - P,    P = U U^T
+
+The value and gradient are defined by :func:`ars.reference.subspace_value` and
+:func:`ars.reference.subspace_gradient`; here they are computed in place, for the step.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ars.reference.penalties import Protect, Side
+from ars.regularizers.activations import activation_bases
+from ars.regularizers.bases import check_basis, weight_basis
+from ars.regularizers.checks import (
+    check_names,
+    check_state,
+    check_tensor,
+    checked_choice,
+    checked_module,
+    checked_strength,
+    copy_like,
+)
+from ars.regularizers.restraint import Restraint
+
+__all__ = ["SubspacePenalty"]
+
+
+class SubspacePenalty:
+    r"""Penalty on a weight's change inside, or outside, a subspace.
+
+    .. math:: R = \gamma \sum_W \|Q\,(W - W^*)\|_F^2
+
+    :math:`W^*` (:attr:`anchor`) is the model as it is now, :math:`\gamma` is :attr:`strength`, and
+    with :math:`P = U U^T`, U orthonormal:
+
+    * ``protect="inside"``: Q = P, what the subspace spans is kept; ``"outside"``: Q = I - P, only
+      the subspace may change.
+    * ``side="input"``: :math:`(W - W^*) Q`, U lives in the space of the layer's inputs;
+      ``"output"``: :math:`Q (W - W^*)`, in that of its outputs.
+
+    To remember an old task keep the *inside* of the *input* subspace of its activations (the
+    default): :math:`(W - W^*) a = 0` for every old input a. The other three combinations do not:
+    on permuted digits they end at 31 to 52 % accuracy, no penalty at 44 %, this one at 93 %.
+    ``"outside"`` has its use after growth, where U is the coordinates of the old model
+    (:meth:`from_coordinates`) and the new capacity is what is restrained.
+
+    Weights with more than two dimensions are matrices flattened from dimension 1 on: a
+    convolution's input side is its patches, in the order (channel, kernel). Biases and other
+    vectors have no sides; restrain them with an :class:`~ars.regularizers.EWC`.
+
+    An optimizer that takes a penalty calls :meth:`refresh` at the start of a step and adds the
+    buffers of :meth:`gradients` after clipping: 4 k rows columns floating-point operations a
+    weight, nothing of size d x d. With any other optimizer add :meth:`value` to the loss. To forbid
+    the change rather than penalise it, call :meth:`project_` after each step. Memory: anchor and
+    buffer, 8 bytes a parameter in float32, and U.
+
+    Args:
+        model: Its current parameters become the anchor.
+        bases: Parameter name -> U, of shape (d, k), 1 <= k <= d, with orthonormal columns and d the
+            size of ``side``; or int64 indices of k different coordinates, shape (k,).
+        strength: gamma, finite, >= 0; a number or a 0-d tensor, read at every step.
+        side: ``"input"`` or ``"output"``.
+        protect: ``"inside"`` or ``"outside"``.
+
+    Raises:
+        TypeError: ``model`` is not a module, ``bases`` not a mapping, or a basis not a tensor.
+        ValueError: No bases, an unknown name or option, a parameter with fewer than two dimensions,
+            or a basis of the wrong shape or not orthonormal.
+
+    Example:
+        >>> import torch
+        >>> from ars.regularizers import SubspacePenalty
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> first_input = torch.tensor([[1.0], [0.0]])
+        >>> penalty = SubspacePenalty(model, {"weight": first_input}, strength=10.0)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.add_(torch.tensor([[2.0, 5.0]]))
+        >>> penalty.value().item()  # 10 * 2^2: the second input is free
+        40.0
+
+    References:
+        Saha et al., "Gradient projection memory for continual learning", arXiv:2103.09762.
+        Wang et al., "Training networks in null space of feature covariance", arXiv:2103.07113.
+    """
+
+    mode: Literal["coupled"] = "coupled"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bases: Mapping[str, Tensor],
+        strength: float | Tensor = 1.0,
+        *,
+        side: Side = "input",
+        protect: Protect = "inside",
+    ) -> None:
+        parameters = dict(checked_module(model).named_parameters())
+        if not isinstance(bases, Mapping):
+            got = type(bases).__name__
+            raise TypeError(f"bases must be a mapping from parameter name to tensor, got {got}")
+        if not bases:
+            raise ValueError("bases is empty: there is nothing to penalise")
+        check_names(bases, model, "bases")
+        self.side: Side = checked_choice("side", side, get_args(Side))
+        self.protect: Protect = checked_choice("protect", protect, get_args(Protect))
+        self.strength = strength
+        self._parameters = {name: p for name, p in parameters.items() if name in bases}
+        for name, p in self._parameters.items():
+            check_basis(f"the basis of {name!r}", bases[name], p, self.side)
+        self.anchor = {name: copy_like(p, p) for name, p in self._parameters.items()}
+        self._restraints = {
+            name: Restraint(p, self.anchor[name], bases[name], self.side, self.protect)
+            for name, p in self._parameters.items()
+        }
+
+    @classmethod
+    def from_weights(
+        cls,
+        model: nn.Module,
+        strength: float | Tensor = 1.0,
+        *,
+        energy: float | None = None,
+        rank: int | None = None,
+        names: Iterable[str] | None = None,
+        side: Side = "input",
+        protect: Protect = "inside",
+    ) -> "SubspacePenalty":
+        """Take the span of each weight's leading singular vectors, without any data.
+
+        Args:
+            model: Its current weights are decomposed.
+            strength: gamma.
+            energy: Fraction of the squared singular values to keep, in (0, 1].
+            rank: Instead of ``energy``: how many vectors, at most the weight's rank.
+            names: Parameters; by default all trainable ones with at least two dimensions.
+            side: ``"input"`` for the right singular vectors, ``"output"`` for the left ones.
+            protect: ``"inside"`` or ``"outside"``.
+
+        Returns:
+            The penalty.
+        """
+        parameters = dict(checked_module(model).named_parameters())
+        if names is None:
+            names = [n for n, p in parameters.items() if p.ndim >= 2 and p.requires_grad]
+        chosen = dict.fromkeys(names)
+        check_names(chosen, model, "names")
+        bases = {
+            name: weight_basis(repr(name), parameters[name], side, energy=energy, rank=rank)
+            for name in chosen
+        }
+        return cls(model, bases, strength, side=side, protect=protect)
+
+    @classmethod
+    def from_activations(
+        cls,
+        model: nn.Module,
+        activations: Mapping[str, Tensor] | Iterable[Any],
+        strength: float | Tensor = 1.0,
+        *,
+        energy: float | None = None,
+        rank: int | None = None,
+        names: Iterable[str] | None = None,
+        protect: Protect = "inside",
+    ) -> "SubspacePenalty":
+        """Take the span of the leading directions of each layer's inputs.
+
+        Args:
+            model: The model.
+            activations: Second moments of the inputs, (d, d), by parameter or module name (summed,
+                for several tasks); or batches to run: inputs, or tuples that begin with them.
+            strength: gamma.
+            energy: Fraction of the second moment to keep, in (0, 1].
+            rank: Instead of ``energy``: how many directions, at most.
+            names: Parameters; by default all in the mapping, or all linear and convolutional
+                weights that the batches reach.
+            protect: ``"inside"`` or ``"outside"``.
+
+        Returns:
+            The penalty, on the input side.
+        """
+        bases = activation_bases(
+            checked_module(model), activations, names, energy=energy, rank=rank
+        )
+        return cls(model, bases, strength, side="input", protect=protect)
+
+    @classmethod
+    def from_coordinates(
+        cls,
+        model: nn.Module,
+        coordinates: Mapping[str, int | Tensor],
+        strength: float | Tensor = 1.0,
+        *,
+        side: Side = "input",
+        protect: Protect = "outside",
+    ) -> "SubspacePenalty":
+        """Take the coordinates that a grown model has inherited: U is columns of the identity.
+
+        Args:
+            model: The grown model.
+            coordinates: Parameter name -> the number of leading, old coordinates, or int64 indices.
+            strength: gamma.
+            side: ``"input"`` for columns, ``"output"`` for rows.
+            protect: ``"outside"`` restrains the new coordinates, ``"inside"`` the old ones.
+
+        Returns:
+            The penalty; it needs no matrix products.
+        """
+        bases = {
+            name: torch.arange(old) if isinstance(old, int) else old
+            for name, old in coordinates.items()
+        }
+        return cls(model, bases, strength, side=side, protect=protect)
+
+    @property
+    def strength(self) -> Any:
+        """Gamma, finite and >= 0; a 0-d tensor is read at every step, where it is."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float | Tensor) -> None:
+        self._strength = checked_strength(value)
+
+    @property
+    def bases(self) -> dict[str, Tensor]:
+        """U by parameter name, in the dtype of the computation, or int64 indices."""
+        return {name: restraint.basis for name, restraint in self._restraints.items()}
+
+    def terms(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """No elementwise term: this penalty mixes the entries of a weight."""
+        return []
+
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameter and buffer of every penalised weight; :meth:`refresh` fills the buffers."""
+        return [(r.param, r.buffer) for r in self._restraints.values()]
+
+    @torch.no_grad()
+    def refresh(self) -> Tensor:
+        """Fill the buffers with the gradient at the parameters as they are; return the penalty."""
+        return self._total([r.pull_(2 * self.strength) for r in self._restraints.values()])
+
+    def value(self) -> Tensor:
+        """Return the penalty R, 0-d and differentiable, on the first parameter's device."""
+        return self._total([r.value(1.0) for r in self._restraints.values()])
+
+    def _total(self, squares: list[Tensor]) -> Tensor:
+        return self.strength * torch.stack([s.to(squares[0].device) for s in squares]).sum()
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Remove the penalised part of the change: W <- W* + (I - Q)(W - W*), exactly.
+
+        Call it after each ``opt.step()`` of an optimizer that does not hold this penalty.
+        Projecting gradients would not do: Adam's step leaves their subspace.
+        """
+        for restraint in self._restraints.values():
+            restraint.pull_(1.0)
+            restraint.param.sub_(restraint.buffer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Options, strength, and references to the anchor and basis tensors by parameter name."""
+        return {
+            "strength": float(self.strength),
+            "side": self.side,
+            "protect": self.protect,
+            "anchor": dict(self.anchor),
+            "bases": self.bases,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy a state into this penalty; its anchor and buffers keep their addresses.
+
+        Args:
+            state: What :meth:`state_dict` returned, on any device; its bases may have another k.
+
+        Raises:
+            TypeError: An entry has the wrong type. Nothing has changed then.
+            ValueError: Another model, side or kind, or an invalid value; names the first
+                difference. Nothing has changed then.
+        """
+        parts = {"anchor", "bases"}
+        expected = {"strength", "side", "protect"} | parts
+        check_state("a SubspacePenalty", state, expected, parts, self._parameters)
+        strength = checked_strength(state["strength"])
+        for option in ("side", "protect"):
+            if state[option] != getattr(self, option):
+                raise ValueError(
+                    f"the state has {option}={state[option]!r}, this penalty "
+                    f"{getattr(self, option)!r}; build it with {option}={state[option]!r}"
+                )
+        for name, p in self._parameters.items():
+            check_tensor(f"the state's anchor of {name!r}", state["anchor"][name], p)
+            check_basis(f"the state's basis of {name!r}", state["bases"][name], p, self.side)
+        self.strength = strength
+        for name, restraint in self._restraints.items():
+            restraint.anchor.copy_(state["anchor"][name])
+            restraint.set_basis(state["bases"][name])

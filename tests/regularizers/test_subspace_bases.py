@@ -1,0 +1,200 @@
+"""Where the subspace comes from: weights, activations, coordinates."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ars.regularizers import SubspacePenalty
+from ars.regularizers.activations import activation_covariance
+
+
+def low_rank(rows, columns, values):
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(rows, rows, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(columns, columns, generator=generator).double()).Q
+    k = len(values)
+    return left[:, :k] * torch.tensor(values).double() @ right[:, :k].T, left, right
+
+
+def span_distance(basis, expected):
+    return float((basis @ basis.T - expected @ expected.T).abs().max())
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize(
+    ("options", "k"),
+    # Squares 16, 9, 4, 1 of 30: fractions 0.533, 0.833, 0.967, 1.
+    [
+        ({"energy": 0.5}, 1),
+        ({"energy": 0.84}, 3),
+        ({"energy": 0.83}, 2),
+        ({"energy": 1.0}, 4),
+        ({"rank": 2}, 2),
+        ({"rank": 99}, 4),
+    ],
+)
+def test_weights_give_their_leading_singular_vectors(side, options, k):
+    model = nn.Linear(7, 5).double()
+    weight, left, right = low_rank(5, 7, [4.0, 3.0, 2.0, 1.0])
+    with torch.no_grad():
+        model.weight.copy_(weight)
+    penalty = SubspacePenalty.from_weights(model, 2.0, side=side, **options)
+    assert penalty.strength == 2.0
+    assert list(penalty.bases) == ["weight"]
+    expected = (left if side == "output" else right)[:, :k]
+    assert penalty.bases["weight"].shape == expected.shape
+    assert span_distance(penalty.bases["weight"], expected) < 1e-12
+
+
+def test_weights_that_are_frozen_are_left_alone_unless_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight.requires_grad_(False)
+    assert list(SubspacePenalty.from_weights(model, rank=1).bases) == ["1.weight"]
+    named = SubspacePenalty.from_weights(model, rank=1, names=["0.weight"])
+    assert list(named.bases) == ["0.weight"]
+
+
+def test_covariance_of_linear_inputs_is_the_mean_over_all_positions():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 2)).double()
+    batches = [torch.randn(n, 6, 3).double() for n in (2, 5)]
+    model.train()
+    covariances = activation_covariance(model, [(x, None) for x in batches])
+    assert model.training
+    assert model[1].training
+    rows = torch.cat([x.flatten(0, 1) for x in batches])
+    torch.testing.assert_close(covariances["0.weight"], rows.T @ rows / len(rows))
+    hidden = torch.tanh(model[0](rows)).detach()
+    torch.testing.assert_close(covariances["3.weight"], hidden.T @ hidden / len(hidden))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(2, 5, (3, 2), stride=2, padding=1), (4, 2, 6, 5)),
+        (nn.Conv2d(2, 5, 3, dilation=2), (2, 7, 7)),
+        (nn.Conv1d(2, 5, 3, stride=2, padding=2, dilation=2), (4, 2, 9)),
+    ],
+)
+def test_a_convolution_does_not_change_on_inputs_that_were_seen(layer, shape):
+    layer = layer.double()
+    inputs = torch.randn(shape).double()
+    covariance = activation_covariance(layer, [inputs])["weight"]
+    noise = torch.randn(3, covariance.shape[0]).double()
+    # || conv(x) ||^2 over all places is N tr(W C W^T) when the bias is 0.
+    with torch.no_grad():
+        layer.bias.zero_()
+        layer.weight[:3] = noise.view(3, *layer.weight.shape[1:])
+        layer.weight[3:] = 0
+        output = layer(inputs)
+    places = output.numel() / 5
+    expected = places * torch.trace(noise @ covariance @ noise.T)
+    torch.testing.assert_close(output.square().sum(), expected)
+
+
+def test_activations_may_come_as_a_mapping_by_either_name():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    inputs = torch.randn(2, 3).double()
+    covariances = activation_covariance(model, [inputs])
+    by_batches = SubspacePenalty.from_activations(model, [inputs], rank=2)
+    for renamed in (covariances, {n.removesuffix(".weight"): c for n, c in covariances.items()}):
+        by_mapping = SubspacePenalty.from_activations(model, renamed, rank=2)
+        assert list(by_mapping.bases) == ["0.weight", "1.weight"]
+        for name, basis in by_mapping.bases.items():
+            assert torch.equal(basis, by_batches.bases[name])
+    expected = torch.linalg.qr(inputs.T).Q
+    assert span_distance(by_batches.bases["0.weight"], expected) < 1e-10
+    only = SubspacePenalty.from_activations(model, covariances, rank=1, names=["1.weight"])
+    assert list(only.bases) == ["1.weight"]
+
+
+def test_a_tied_head_is_found_under_the_first_name(tied_gpt, tokens):
+    model = tied_gpt(torch.float64)
+    penalty = SubspacePenalty.from_activations(model, [tokens(4)], rank=3)
+    assert penalty.bases["wte.weight"].shape == (8, 3)
+    assert "lm_head.weight" not in penalty.bases
+
+
+def test_coordinates_restrain_what_is_new():
+    model = nn.Linear(4, 3, bias=False).double()
+    penalty = SubspacePenalty.from_coordinates(model, {"weight": 3}, strength=2.0)
+    assert (penalty.side, penalty.protect) == ("input", "outside")
+    with torch.no_grad():
+        model.weight[:, :3] += 5.0
+        assert penalty.value().item() == 0.0
+        model.weight[:, 3] += 1.0
+    assert penalty.value().item() == pytest.approx(6.0)
+    rows = SubspacePenalty.from_coordinates(
+        model, {"weight": torch.tensor([0, 2])}, side="output", protect="inside"
+    )
+    with torch.no_grad():
+        model.weight[1] += 5.0
+        assert rows.value().item() == 0.0
+        model.weight[2] += 1.0
+    assert rows.value().item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "either energy or rank, got energy=None and rank=None"),
+        ({"energy": 0.5, "rank": 1}, "either energy or rank"),
+        ({"energy": 0.0}, r"energy must be in \(0, 1\]"),
+        ({"energy": 1.5}, r"energy must be in \(0, 1\]"),
+        ({"energy": math.nan}, r"energy must be in \(0, 1\]"),
+        ({"rank": 0}, "rank must be an integer >= 1"),
+        ({"rank": True}, "rank must be an integer >= 1"),
+        ({"rank": 1.0}, "rank must be an integer >= 1"),
+    ],
+)
+def test_refuses_wrong_sizes(options, match):
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=match):
+        SubspacePenalty.from_weights(model, **options)
+    with pytest.raises(ValueError, match=match):
+        SubspacePenalty.from_activations(model, [torch.randn(2, 3)], **options)
+
+
+def test_refuses_wrong_weights():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="names names 'bais', which is not a parameter"):
+        SubspacePenalty.from_weights(model, rank=1, names=["bais"])
+    with pytest.raises(ValueError, match=r"'bias' has shape \(2,\): no singular vectors"):
+        SubspacePenalty.from_weights(model, rank=1, names=["bias"])
+    with torch.no_grad():
+        model.weight.zero_()
+    with pytest.raises(ValueError, match="'weight' is zero or not finite"):
+        SubspacePenalty.from_weights(model, rank=1)
+
+
+@pytest.mark.parametrize(
+    ("activations", "error", "match"),
+    [
+        ([], ValueError, "no input reached .* at least one batch"),
+        ([{"x": 1}], TypeError, "batch 0 must be a tensor or a tuple .*got dict"),
+        ({"fc": torch.eye(3)}, ValueError, "activations names 'fc.weight', which is not a param"),
+        ({"weight": torch.ones(3, 2)}, ValueError, r"shape \(3, 2\), expected \(d, d\)"),
+        ({"weight": torch.eye(4)}, ValueError, r"shape \(4, 1\), expected \(3, k\)"),
+        ({"weight": torch.eye(3).long()}, TypeError, "floating-point tensor .*got torch.int64"),
+        ({"weight": torch.eye(3) * math.nan}, ValueError, "covariance of 'weight' is not finite"),
+        ({"weight": torch.ones(3, 3).triu()}, ValueError, "not symmetric"),
+        ({"weight": torch.zeros(3, 3)}, ValueError, "'weight' is zero or not finite"),
+    ],
+)
+def test_refuses_wrong_activations(activations, error, match):
+    with pytest.raises(error, match=match):
+        SubspacePenalty.from_activations(nn.Linear(3, 2), activations, rank=1)
+
+
+def test_refuses_layers_whose_patches_are_unknown_and_leaves_the_model_alone():
+    model = nn.Sequential(nn.Conv1d(2, 2, 3, groups=2), nn.ReLU()).train()
+    with pytest.raises(ValueError, match=r"'0.weight' has groups=2.* name the other layers"):
+        SubspacePenalty.from_activations(model, [torch.randn(1, 2, 5)], rank=1)
+    assert model.training
+    assert not model[0]._forward_pre_hooks
+    with pytest.raises(ValueError, match=r"'1\.weight' is not the weight of an nn.Linear"):
+        SubspacePenalty.from_activations(model, [torch.randn(1, 2, 5)], rank=1, names=["1.weight"])
+    with pytest.raises(ValueError, match=r"lack 'x\.weight', which names asks for"):
+        SubspacePenalty.from_activations(model, {}, rank=1, names=["x.weight"])
