@@ -158,7 +158,7 @@ def _update_tile(
 @triton.jit(do_not_specialize=["first_partial", "partial_count"])
 def adam_kernel(
     table, grad_table, tiles,  # see tiles.py
-    scalars, corrections,  # (G, 9) and (T, 2), float32, or float64 if any MOMENT is
+    scalars, corrections,  # (G, 10) and (T, 2), float32, or float64 if any MOMENT is
     partials, ticket, diagnostics,  # (partial_count,) float64, (1,) int32 at 0, (10,) float64
     first_partial, partial_count,  # this launch's first partial; how many all launches write
     PARAM: tl.constexpr, MOMENT: tl.constexpr, ANCHOR: tl.constexpr, IMPORTANCE: tl.constexpr,
@@ -167,6 +167,7 @@ def adam_kernel(
     TILE: tl.constexpr, BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates one tile of TILE elements, BLOCK at a time."""
+    skip = tl.load(scalars + SCALAR.value.SKIP)
     program = tl.program_id(0)
     tensor = tl.load(tiles + 2 * program.to(tl.int64)).to(tl.int64)
     # int64 before the multiply: a tensor may have more than 2^31 elements.
@@ -200,6 +201,8 @@ def adam_kernel(
         tl.load(correction + CORRECTION.value.INVERSE_ROOT).to(MOMENT),
     )
 
+    if skip != 0:
+        return
     if PENALTY == NO_PENALTY:
         _update_tile(
             addresses, numbers, first, numel, PARAM, MOMENT, ANCHOR, IMPORTANCE,

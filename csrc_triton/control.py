@@ -50,7 +50,7 @@ def _square_norm(table, grad_table, tiles, program, GRAD: tl.constexpr, TILE: tl
 
 @triton.jit
 def _write_scalars(
-    hyper, scalars, diagnostics, norm, phi, chi, group_count,
+    hyper, scalars, diagnostics, norm, unscale, phi, chi, group_count,
     NORM: tl.constexpr, DECOUPLED: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Form what the step reads of each group."""
@@ -66,7 +66,7 @@ def _write_scalars(
     decay = tl.load(source + HYPER.value.WEIGHT_DECAY, mask=mask, other=0.0)
     strength = tl.load(source + HYPER.value.STRENGTH, mask=mask, other=0.0)
     eps = tl.load(source + HYPER.value.EPS, mask=mask, other=0.0)
-    clip = tl.load(source + HYPER.value.SIGN, mask=mask, other=1.0)
+    clip = tl.load(source + HYPER.value.SIGN, mask=mask, other=1.0) * unscale
     if NORM:
         max_norm = tl.load(source + HYPER.value.MAX_NORM, mask=mask, other=float("inf"))
         clips = max_norm < float("inf")
@@ -139,13 +139,17 @@ def _write_corrections(
 
 @triton.jit
 def _control(
-    table, hyper, scalars, corrections, window, counts, config, seed, loss, diagnostics, norm,
-    tensor_count, group_count,
+    table, hyper, scalars, corrections, window, counts, config, seed, loss, grad_scale,
+    diagnostics, norm, tensor_count, group_count,
     NORM: tl.constexpr, GATED: tl.constexpr, STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
     DECOUPLED: tl.constexpr, WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
     GROUP_BLOCK: tl.constexpr, TENSOR_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the last program does alone."""
+    """Turn the norm of the gradients as they are into what the step needs, and take the step."""
+    unscale = 1.0
+    if grad_scale is not None:
+        unscale = 1 / tl.load(grad_scale).to(tl.float64)
+        norm *= unscale
     phi = tl.full((), 1.0, tl.float64)
     chi = tl.full((), 0.0, tl.float64)
     if GATED:
@@ -161,22 +165,48 @@ def _control(
             STANDARDIZE, DETREND, WINDOW, WINDOW_BLOCK,
         )  # fmt: skip
     _write_scalars(
-        hyper, scalars, diagnostics, norm, phi, chi, group_count, NORM, DECOUPLED, GROUP_BLOCK
-    )
+        hyper, scalars, diagnostics, norm, unscale, phi, chi, group_count,
+        NORM, DECOUPLED, GROUP_BLOCK,
+    )  # fmt: skip
     tl.store(diagnostics + DIAGNOSTIC.value.GRAD_NORM, norm)
     _write_corrections(table, hyper, corrections, phi, chi, tensor_count, GATED, TENSOR_BLOCK)
+
+
+@triton.jit
+def _control_unless_inf(
+    table, hyper, scalars, corrections, window, counts, config, seed, loss, grad_scale, found_inf,
+    diagnostics, norm, tensor_count, group_count,
+    NORM: tl.constexpr, GATED: tl.constexpr, STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
+    DECOUPLED: tl.constexpr, WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, TENSOR_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the last program does alone."""
+    moves = True
+    if found_inf is not None:
+        moves = tl.load(found_inf) == 0
+    if moves:
+        tl.store(scalars + SCALAR.value.SKIP, 0.0)
+        _control(
+            table, hyper, scalars, corrections, window, counts, config, seed, loss, grad_scale,
+            diagnostics, norm, tensor_count, group_count,
+            NORM, GATED, STANDARDIZE, DETREND, DECOUPLED, WINDOW, WINDOW_BLOCK,
+            GROUP_BLOCK, TENSOR_BLOCK,
+        )  # fmt: skip
+    else:
+        tl.store(scalars + SCALAR.value.SKIP, 1.0)
 
 
 @triton.jit(
     do_not_specialize=["first_partial", "partial_count", "tensor_count", "group_count"],
     # A loss may be any entry of a larger tensor: its alignment must not cost a compilation.
-    do_not_specialize_on_alignment=["loss"],
+    do_not_specialize_on_alignment=["loss", "grad_scale", "found_inf"],
 )
 def control_kernel(
     table, grad_table, tiles,  # see tiles.py
-    hyper, scalars, corrections,  # (G, 8) float64; (G, 9) and (T, 2), see layout.py
+    hyper, scalars, corrections,  # (G, 8) float64; (G, 10) and (T, 2), see layout.py
     window, counts, config, seed,  # (W,) float64, (2,) int64, (6,) float64, (1,) int64; or None
     loss,  # 0-d, floating; None: the surprise is the gradient norm
+    grad_scale, found_inf,  # (1,) float32, or None: 1, and 0
     partials, ticket, diagnostics,  # (partial_count,) float64, (1,) int32 at 0, (10,) float64
     first_partial, partial_count, tensor_count, group_count,
     GRAD: tl.constexpr,
@@ -197,16 +227,16 @@ def control_kernel(
             if arrived == tl.num_programs(0) - 1:
                 tl.store(ticket, 0)  # for the next launch
                 norm = tl.sqrt(sum_in_order(partials, partial_count, SUM_BLOCK))
-                _control(
+                _control_unless_inf(
                     table, hyper, scalars, corrections, window, counts, config, seed, loss,
-                    diagnostics, norm, tensor_count, group_count,
+                    grad_scale, found_inf, diagnostics, norm, tensor_count, group_count,
                     NORM, GATED, STANDARDIZE, DETREND, DECOUPLED, WINDOW, WINDOW_BLOCK,
                     GROUP_BLOCK, TENSOR_BLOCK,
                 )  # fmt: skip
     else:
-        _control(
+        _control_unless_inf(
             table, hyper, scalars, corrections, window, counts, config, seed, loss,
-            diagnostics, float("nan"), tensor_count, group_count,
+            grad_scale, found_inf, diagnostics, float("nan"), tensor_count, group_count,
             NORM, GATED, STANDARDIZE, DETREND, DECOUPLED, WINDOW, WINDOW_BLOCK,
             GROUP_BLOCK, TENSOR_BLOCK,
         )  # fmt: skip

@@ -52,8 +52,9 @@ class Scalar(IntEnum):
     DECAY = 4  # 1 - lr * weight_decay when decoupled, else weight_decay
     EPS = 5
     STRENGTH = 6
-    CLIP = 7  # clip coefficient times SIGN
+    CLIP = 7  # clip coefficient times SIGN, divided by the loss scale
     METRIC = 8  # lr * strength, of the proximal step
+    SKIP = 9  # in the first row: 1 if nothing may move
 
 
 class Correction(IntEnum):

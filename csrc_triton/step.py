@@ -1,18 +1,17 @@
-"""The host side of the fused step: tables, workspaces, and the one or two launches a step takes."""
+"""The host side of the fused step: its tensors, what is required of them, and where they are."""
 
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ars.csrc_triton.adam import COUPLED, NO_PENALTY, PROXIMAL, adam_kernel
-from ars.csrc_triton.control import control_kernel
-from ars.csrc_triton.layout import Correction, Diagnostic, Scalar, Table
-from ars.csrc_triton.plan import TRITON_DTYPES, Controller, Operands, plan_launches
-from ars.csrc_triton.tiles import TILE, GradientTable, address_table, upload
+from ars.csrc_triton import launches
+from ars.csrc_triton.launches import Launches
+from ars.csrc_triton.layout import Diagnostic, Table
+from ars.csrc_triton.plan import Controller, Operands, plan_launches
+from ars.csrc_triton.tiles import GradientTable, address_table
 from ars.csrc_triton.validation import (
     PARAM_DTYPES,
     check_buffer,
@@ -23,27 +22,7 @@ from ars.csrc_triton.validation import (
     check_same,
 )
 
-__all__ = ["Controller", "FusedAdam", "launch"]
-
-# 128 threads x 4 elements: one 128-bit access of fp32, or 64-bit of bf16, a thread and
-# operand. Twice that is 94 registers instead of 56, and moves bf16 results through shared memory.
-BLOCK = 512
-# 256 threads x 4 and x 8: the control kernel's last program takes so many tensors, and partials.
-TENSOR_BLOCK = 1024
-SUM_BLOCK = 2048
-WARP = 32 if torch.version.hip is None else 64
-ADAM_WARPS = 128 // WARP
-CONTROL_WARPS = 256 // WARP
-# Contraction is off at every launch, whatever the default of the Triton version: results then do
-# not depend on it. One stage, as the loops must not be pipelined through shared memory.
-OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
-
-_DEVICE_TYPE = "cuda" if isinstance(adam_kernel, triton.JITFunction) else "cpu"
-
-
-def launch(kernel: Any, grid: tuple[int], *args: Any, **options: Any) -> None:
-    """Launch a kernel: the only way this package does, so that launches can be counted."""
-    kernel[grid](*args, **options, **OPTIONS)
+__all__ = ["Controller", "FusedAdam"]
 
 
 class FusedAdam:
@@ -106,7 +85,7 @@ class FusedAdam:
         proximal: bool = False,
         diagnostics: Tensor | None = None,
     ) -> None:
-        check_params(params, _DEVICE_TYPE)
+        check_params(params, launches.DEVICE_TYPE)
         check_hyper(hyper, groups, params)
         operands = Operands(
             params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, products, anchors, importances
@@ -122,10 +101,7 @@ class FusedAdam:
 
         self._operands = operands  # kept alive because the tables hold their addresses
         self._params = params
-        self._hyper = hyper
-        self._controller = controller
-        self._decoupled = decoupled
-        self._penalty = (PROXIMAL if proximal else COUPLED).value
+        self._gated = controller is not None
         self._columns = operands.addresses()
         numels = [param.numel() for param in params]
         with torch.cuda.device_of(params[0]):
@@ -133,31 +109,13 @@ class FusedAdam:
                 {**self._columns, Table.NUMEL: numels, Table.GROUP: groups}, device
             )
             self._gradients = GradientTable(len(params), device)
-            self._launches = plan_launches(operands, device)
-            self._allocate(device, diagnostics)
+            self._launches = Launches(
+                plan_launches(operands, device), self._table, hyper, controller,
+                decoupled=decoupled, proximal=proximal, diagnostics=diagnostics,
+            )  # fmt: skip
+        self.diagnostics = self._launches.diagnostics
         self._like = _likeness(params)
         self._strided = [i for i, param in enumerate(params) if not param.is_contiguous()]
-
-    def _allocate(self, device: torch.device, diagnostics: Tensor | None) -> None:
-        count = sum(len(launch.tiles) for launch in self._launches)
-        double = any(launch.moment == torch.float64 for launch in self._launches)
-        number = torch.float64 if double else torch.float32
-        shape = (self._hyper.shape[0], len(Scalar))
-        self._scalars = torch.zeros(shape, dtype=number, device=device)
-        shape = (len(self._params), len(Correction))
-        self._corrections = torch.zeros(shape, dtype=number, device=device)
-        self._norm_partials = torch.zeros(count, dtype=torch.float64, device=device)
-        self._penalty_partials = torch.zeros_like(self._norm_partials)
-        self._norm_ticket = torch.zeros(1, dtype=torch.int32, device=device)
-        self._penalty_ticket = torch.zeros_like(self._norm_ticket)
-        start = torch.zeros(len(Diagnostic), dtype=torch.float64)
-        start[Diagnostic.SURPRISE] = start[Diagnostic.GRAD_NORM] = float("nan")
-        start[Diagnostic.PSI] = start[Diagnostic.PHI] = 1.0
-        start = upload(start, device)
-        self.diagnostics = start if diagnostics is None else diagnostics.copy_(start)
-        seed = 0 if self._controller is None else self._controller.seed
-        signed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # the same 64 bits as an int64
-        self._seed = upload(torch.tensor([signed]), device)
 
     def matches(
         self,
@@ -177,7 +135,15 @@ class FusedAdam:
         )
         return self._columns == operands.addresses()
 
-    def step(self, grads: list[Tensor], *, loss: Tensor | None, clip: bool) -> None:
+    def step(
+        self,
+        grads: list[Tensor],
+        *,
+        loss: Tensor | None,
+        clip: bool,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """Take one step.
 
         Args:
@@ -185,21 +151,24 @@ class FusedAdam:
             loss: The surprise, 0-d and floating, on the same device; None observes the gradient
                 norm. Without a controller it is not read.
             clip: Whether the gradient norm is needed for clipping: any ``MAX_NORM`` is finite.
+            grad_scale: What the gradients are multiples of, one float32 on the device, or None.
+                They are divided by it where they are read; the gradients stay.
+            found_inf: Unless it is 0, nothing moves: no parameter, moment, step or product, not
+                the controller, not the diagnostics. One float32 on the device, or None.
 
         Raises:
-            TypeError: If a gradient's dtype, or the loss's, is not as above.
-            ValueError: If a gradient's or the loss's shape, device or memory order is another.
+            TypeError: If a gradient's dtype, or another argument's, is not as above.
+            ValueError: If a shape, device or memory order is another.
         """
-        gated = self._controller is not None
-        if not gated:
-            loss = None
         found = self._check_gradients(grads)
-        if loss is not None:
-            loss = self._check_loss(loss)
+        loss = self._check_number("loss", loss, PARAM_DTYPES) if self._gated else None
+        grad_scale = self._check_number("grad_scale", grad_scale, (torch.float32,))
+        found_inf = self._check_number("found_inf", found_inf, (torch.float32,))
         with torch.cuda.device_of(self._table):
             grad_table = self._gradients.refresh(found)
-            self._control(grad_table, loss, norm=clip or (gated and loss is None))
-            self._update(grad_table)
+            norm = clip or (self._gated and loss is None)
+            self._launches.control(grad_table, loss, grad_scale, found_inf, norm=norm)
+            self._launches.update(grad_table)
         # Autograd must notice, as with any operation in place.
         torch.autograd.graph.increment_version(self._params)
 
@@ -225,73 +194,20 @@ class FusedAdam:
             check_same("gradient", index, grads[index], param, param.dtype)
         return found
 
-    def _check_loss(self, loss: Tensor) -> Tensor:
-        if loss.dtype not in PARAM_DTYPES:
-            raise TypeError(f"loss is {loss.dtype}; pass a floating-point tensor")
-        if loss.numel() != 1 or loss.device != self._table.device:
+    def _check_number(
+        self, name: str, number: Tensor | None, dtypes: tuple[torch.dtype, ...]
+    ) -> Tensor | None:
+        if number is None:
+            return None
+        if number.dtype not in dtypes:
+            expected = "a floating-point tensor" if len(dtypes) > 1 else f"a {dtypes[0]} tensor"
+            raise TypeError(f"{name} is {number.dtype}; pass {expected}")
+        if number.numel() != 1 or number.device != self._table.device:
             raise ValueError(
-                f"loss has shape {tuple(loss.shape)} on {loss.device}; pass one number on "
+                f"{name} has shape {tuple(number.shape)} on {number.device}; pass one number on "
                 f"{self._table.device}"
             )
-        return loss.detach()
-
-    def _control(self, grad_table: Tensor, loss: Tensor | None, *, norm: bool) -> None:
-        controller = self._controller
-        window = 1 if controller is None else controller.window.numel()
-        for index, part in enumerate(self._launches):
-            last = index == len(self._launches) - 1
-            if not (norm or last):
-                continue
-            launch(
-                control_kernel,
-                (len(part.tiles) if norm else 1,),
-                self._table, grad_table, part.tiles,
-                self._hyper, self._scalars, self._corrections,
-                controller and controller.window, controller and controller.counts,
-                controller and controller.config, self._seed,
-                loss,
-                self._norm_partials, self._norm_ticket, self.diagnostics,
-                part.first_partial, len(self._norm_partials),
-                len(self._params), self._hyper.shape[0],
-                GRAD=TRITON_DTYPES[part.param],
-                NORM=norm,
-                LAST=last,
-                GATED=controller is not None,
-                STANDARDIZE=controller is not None and controller.standardize,
-                DETREND=controller is not None and controller.detrend,
-                DECOUPLED=self._decoupled,
-                WINDOW=window,
-                WINDOW_BLOCK=triton.next_power_of_2(window),
-                GROUP_BLOCK=triton.next_power_of_2(self._hyper.shape[0]),
-                TENSOR_BLOCK=TENSOR_BLOCK,
-                TILE=TILE,
-                SUM_BLOCK=SUM_BLOCK,
-                num_warps=CONTROL_WARPS,
-            )  # fmt: skip
-
-    def _update(self, grad_table: Tensor) -> None:
-        last = max((i for i, part in enumerate(self._launches) if part.penalized), default=-1)
-        for index, part in enumerate(self._launches):
-            launch(
-                adam_kernel,
-                (len(part.tiles),),
-                self._table, grad_table, part.tiles,
-                self._scalars, self._corrections,
-                self._penalty_partials, self._penalty_ticket, self.diagnostics,
-                part.first_partial, len(self._penalty_partials),
-                PARAM=TRITON_DTYPES[part.param],
-                MOMENT=TRITON_DTYPES[part.moment],
-                ANCHOR=TRITON_DTYPES[part.anchor],
-                IMPORTANCE=TRITON_DTYPES[part.importance],
-                AMSGRAD=part.amsgrad,
-                DECOUPLED=self._decoupled,
-                PENALTY=self._penalty if part.penalized else NO_PENALTY.value,
-                LAST=index == last,
-                TILE=TILE,
-                BLOCK=BLOCK if part.moment == torch.float32 else BLOCK // 2,
-                SUM_BLOCK=SUM_BLOCK,
-                num_warps=ADAM_WARPS,
-            )  # fmt: skip
+        return number.detach()
 
 
 def _likeness(tensors: list[Tensor]) -> tuple[list[Any], ...]:

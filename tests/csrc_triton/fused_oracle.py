@@ -60,7 +60,13 @@ class Problem:
         return [torch.randn_like(param) for param in self.params]
 
     def reference_step_(
-        self, grads: list[Tensor], *, loss: Tensor | None, clip: bool, reported: Tensor
+        self,
+        grads: list[Tensor],
+        *,
+        loss: Tensor | None,
+        clip: bool,
+        reported: Tensor,
+        scale: float = 1.0,
     ) -> Tensor:
         """Take the step by the reference; return the diagnostics.
 
@@ -103,7 +109,7 @@ class Problem:
                 coefficient = float(reference.clip_coefficient(norm, row[Hyper.MAX_NORM]))
             result = reference.adam_step(
                 param,
-                grads[i],
+                grads[i],  # divided by the scale with the coefficient, before it is rounded
                 self.exp_avgs[i],
                 self.exp_avg_sqs[i],
                 None if self.max_exp_avg_sqs is None else self.max_exp_avg_sqs[i],
@@ -116,7 +122,7 @@ class Problem:
                 weight_decay=row[Hyper.WEIGHT_DECAY],
                 decoupled=self.decoupled,
                 maximize=row[Hyper.SIGN] < 0,
-                clip=coefficient,
+                clip=coefficient / scale,
                 anchor=anchor,
                 importance=importance,
                 strength=strength,
@@ -224,18 +230,32 @@ def assert_step(
     loss: Tensor | None = None,
     clip: bool = False,
     grads: list[Tensor] | None = None,
+    scale: float | None = None,
 ) -> None:
     """Take one fused step and compare everything it wrote with the reference's."""
     grads = problem.gradients() if grads is None else grads
     before, expected = problem.clone(), problem.clone()
-    fused.step(grads, loss=loss, clip=clip)
+    if scale is None:
+        fused.step(grads, loss=loss, clip=clip)
+    else:
+        grads = [scale * grad for grad in grads]
+        given = [grad.clone() for grad in grads]
+        device = problem.hyper.device
+        numbers = {"grad_scale": scale, "found_inf": 0.0}
+        options = {name: torch.full((1,), value, device=device) for name, value in numbers.items()}
+        fused.step(grads, loss=loss, clip=clip, **options)
+        assert all(map(torch.equal, grads, given))
     reported = fused.diagnostics.clone()
     norm = reported[Diagnostic.GRAD_NORM]
     if clip or (problem.controller is not None and loss is None):
-        torch.testing.assert_close(norm, reference.grad_norm(grads), rtol=NORM_TOLERANCE, atol=0)
+        expected_norm = reference.grad_norm(grads) / (scale or 1.0)
+        torch.testing.assert_close(norm, expected_norm, rtol=NORM_TOLERANCE, atol=0)
     else:
         assert norm.isnan()
-    diagnostics = expected.reference_step_(grads, loss=loss, clip=clip, reported=reported)
+    diagnostics = expected.reference_step_(
+        grads, loss=loss, clip=clip, reported=reported, scale=scale or 1.0
+    )
+    grads = [grad / (scale or 1.0) for grad in grads]
 
     for i, param in enumerate(problem.params):
         allowed = MOMENT_ULPS[problem.exp_avgs[i].dtype]

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ars.csrc_triton import adam, control, step
+from ars.csrc_triton import adam, control, launches
 from ars.csrc_triton.tiles import TILE
 
 # Every variant is compiled for the first; those of EVERYWHERE for all.
@@ -44,10 +44,12 @@ ADAM: dict[str, dict[str, Any]] = {
     "bf16-proximal": BF16 | {"PENALTY": PROXIMAL, "ANCHOR": tl.bfloat16},
     "fp64-proximal-amsgrad": DOUBLE | {"PENALTY": PROXIMAL, "AMSGRAD": True},
 }  # fmt: skip
+NUMBERS = ("loss", "grad_scale", "found_inf")  # optional pointers, at any alignment
 CONTROL: dict[str, dict[str, Any]] = {
     "control-norm": {},
     "control-norm-bf16": {"GRAD": tl.bfloat16},
     "control-loss": {"NORM": False, "loss": "*fp32"},
+    "control-scaled": {"grad_scale": "*fp32", "found_inf": "*fp32"},
     "control-partials": {"LAST": False},
     "control-constant-betas": {"GATED": False, "window": None, "counts": None, "config": None},
 }
@@ -65,35 +67,34 @@ def build(
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else arguments.get(name, "i32")
-        if signature[name].startswith("*") and name != "loss":
+        if signature[name].startswith("*") and name not in NUMBERS:
             attributes[index,] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, attributes)
-    warps = warps * step.WARP // target.warp_size  # as many threads as on this machine
-    return triton.compile(source, target=target, options=step.OPTIONS | {"num_warps": warps})
+    warps = warps * launches.WARP // target.warp_size  # as many threads as on this machine
+    return triton.compile(source, target=target, options=launches.OPTIONS | {"num_warps": warps})
 
 
 def build_adam(variant: dict[str, Any], target: GPUTarget) -> Any:
     double = variant["MOMENT"] == tl.float64
     constants = {
         "AMSGRAD": False, "DECOUPLED": True, "PENALTY": NO_PENALTY, "LAST": True, "TILE": TILE,
-        "BLOCK": step.BLOCK // (2 if double else 1), "SUM_BLOCK": step.SUM_BLOCK,
+        "BLOCK": launches.BLOCK // (2 if double else 1), "SUM_BLOCK": launches.SUM_BLOCK,
     } | variant  # fmt: skip
     number = "*fp64" if double else "*fp32"
     arguments = POINTERS | {"scalars": number, "corrections": number}
-    return build(adam.adam_kernel, arguments, constants, target, step.ADAM_WARPS)
+    return build(adam.adam_kernel, arguments, constants, target, launches.ADAM_WARPS)
 
 
 def build_control(variant: dict[str, Any], target: GPUTarget) -> Any:
     constants = {
         "GRAD": tl.float32, "NORM": True, "LAST": True, "GATED": True, "STANDARDIZE": True,
         "DETREND": True, "DECOUPLED": True, "WINDOW": 100, "WINDOW_BLOCK": 128, "GROUP_BLOCK": 2,
-        "TENSOR_BLOCK": step.TENSOR_BLOCK, "TILE": TILE, "SUM_BLOCK": step.SUM_BLOCK, "loss": None,
-    } | variant  # fmt: skip
+        "TENSOR_BLOCK": launches.TENSOR_BLOCK, "TILE": TILE, "SUM_BLOCK": launches.SUM_BLOCK,
+    } | dict.fromkeys(NUMBERS) | variant  # fmt: skip
     arguments = POINTERS | {"scalars": "*fp32", "corrections": "*fp32"}
-    if constants["loss"] is not None:
-        arguments["loss"] = constants.pop("loss")
-    return build(control.control_kernel, arguments, constants, target, step.CONTROL_WARPS)
+    arguments |= {name: constants.pop(name) for name in NUMBERS if constants[name] is not None}
+    return build(control.control_kernel, arguments, constants, target, launches.CONTROL_WARPS)
 
 
 def tool(name: str, *args: str) -> str:

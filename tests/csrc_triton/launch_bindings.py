@@ -13,7 +13,7 @@ import triton
 from fused_oracle import make_problem
 from triton.backends.compiler import GPUTarget
 
-from ars.csrc_triton import step as host
+from ars.csrc_triton import launches as host
 from ars.csrc_triton.adam import adam_kernel
 from ars.csrc_triton.control import control_kernel
 
@@ -37,7 +37,7 @@ def bind(kernel: Any, grid: tuple[int], *args: Any, **options: Any) -> None:
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
-    host.launch, host._DEVICE_TYPE = bind, "cpu"
+    host.launch, host.DEVICE_TYPE = bind, "cpu"
     problem = make_problem(
         "cpu", [torch.float32], [(5,), (6000,)], controller="conditioned", penalty="coupled",
         unpenalized=(0,), max_norm=1.0, group_count=2,

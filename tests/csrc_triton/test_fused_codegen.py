@@ -45,6 +45,7 @@ REGISTERS = {
     "control-norm": 80,
     "control-norm-bf16": 80,
     "control-loss": 80,
+    "control-scaled": 80,
     "control-partials": 64,
     "control-constant-betas": 80,
 }

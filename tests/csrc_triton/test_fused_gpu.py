@@ -130,6 +130,37 @@ def test_a_graph_replays_with_live_numbers(dtypes: list[torch.dtype]) -> None:
         torch.testing.assert_close(fused.diagnostics, other.diagnostics, rtol=0, atol=0)
 
 
+def test_a_graph_skips_and_unscales_by_the_numbers_at_replay() -> None:
+    problem = make_problem(DEVICE, shapes=[(5000,), (7,)], **EVERYTHING)
+    scale, found_inf = torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE)
+    static = problem.gradients()
+
+    def step(fused: FusedAdam) -> None:
+        fused.step(static, loss=None, clip=True, grad_scale=scale, found_inf=found_inf)
+
+    step(problem.clone().fused())  # compiles
+    eager = problem.clone()
+    fused, other = problem.fused(), eager.fused()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(fused)
+    for index in range(12):
+        scale.fill_(2.0**index)
+        found_inf.fill_(index % 3 == 1)
+        for target, grad in zip(static, problem.gradients(), strict=True):
+            target.copy_(grad * scale)
+        before, diagnostics = problem.clone(), fused.diagnostics.clone()
+        graph.replay()
+        step(other)
+        assert_same_bits(problem, eager)
+        torch.testing.assert_close(fused.diagnostics, other.diagnostics, rtol=0, atol=0)
+        if index % 3 == 1:
+            assert_same_bits(problem, before)
+            torch.testing.assert_close(fused.diagnostics, diagnostics, rtol=0, atol=0)
+        else:
+            assert not torch.equal(problem.params[0], before.params[0])
+
+
 def test_captures_that_cannot_be_right_are_refused() -> None:
     problem = make_problem(DEVICE, shapes=[(9,)], **EVERYTHING | {"unpenalized": ()})
     loss = torch.ones((), device=DEVICE)

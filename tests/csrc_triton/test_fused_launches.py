@@ -6,7 +6,7 @@ import pytest
 import torch
 from fused_oracle import assert_step, make_problem
 
-from ars.csrc_triton import step as host
+from ars.csrc_triton import launches as host
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from fused_oracle import HYPER, assert_step, make_problem
 from torch import Tensor
 
-from ars.csrc_triton import step as host
+from ars.csrc_triton import launches as host
 from ars.csrc_triton.layout import Diagnostic, Hyper
 from ars.csrc_triton.tiles import TILE
 
