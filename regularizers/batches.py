@@ -5,33 +5,42 @@ from torch import Tensor
 
 from ars.regularizers.estimators import IGNORE_INDEX
 
-__all__ = ["check_logits", "check_targets", "checked_pair"]
+__all__ = ["check_cost", "check_logits", "check_targets", "checked_batch"]
+
+# Backward passes a sample may take; at a millisecond each this is four seconds.
+MAX_BACKWARDS = 4096
 
 
-def checked_pair(batch: object, index: int) -> tuple[Tensor, Tensor]:
-    """Return ``batch`` as (inputs, targets).
+def checked_batch(
+    batch: object, index: int, *, segments: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return ``batch`` as (inputs, targets, segments or None).
 
     Args:
-        batch: A pair of tensors: inputs (B, ...), targets (B,) or (B, T) int64, not empty.
+        batch: Inputs (B, ...) and targets (B,) or (B, T) int64, not empty; and, if asked for,
+            segments of the targets' shape and dtype.
         index: Its number, for messages.
+        segments: Whether it holds segments.
 
     Returns:
-        The two tensors.
+        The tensors.
 
     Raises:
-        TypeError: Not a pair of tensors, or targets not int64.
+        TypeError: Not a pair or triple of tensors, or targets or segments not int64.
         ValueError: Shapes that do not fit, or no targets at all.
     """
+    names = ("inputs", "targets", "segments") if segments else ("inputs", "targets")
     if not (
         isinstance(batch, (tuple, list))
-        and len(batch) == 2
+        and len(batch) == len(names)
         and all(isinstance(part, Tensor) for part in batch)
     ):
+        what = f"a triple ({', '.join(names)})" if segments else "a pair (inputs, targets)"
         raise TypeError(
-            f"batch {index} must be a pair (inputs, targets) of tensors, got "
-            f"{type(batch).__name__}; pass a single batch as [(inputs, targets)]"
+            f"batch {index} must be {what} of tensors, got {type(batch).__name__}; pass a single "
+            f"batch as [({', '.join(names)})], and segments with unit='segment' only"
         )
-    inputs, targets = batch
+    inputs, targets = batch[:2]
     if targets.dtype != torch.int64:
         raise TypeError(f"targets of batch {index} must be int64, got {targets.dtype}")
     if targets.ndim not in {1, 2}:
@@ -45,7 +54,37 @@ def checked_pair(batch: object, index: int) -> tuple[Tensor, Tensor]:
         )
     if targets.numel() == 0:
         raise ValueError(f"batch {index} is empty: targets have shape {tuple(targets.shape)}")
-    return inputs, targets
+    if not segments:
+        return inputs, targets, None
+    numbers = batch[2]
+    if numbers.dtype != torch.int64:
+        raise TypeError(f"segments of batch {index} must be int64, got {numbers.dtype}")
+    if numbers.shape != targets.shape:
+        raise ValueError(
+            f"segments of batch {index} have shape {tuple(numbers.shape)}, its targets "
+            f"{tuple(targets.shape)}; number the document of every position"
+        )
+    return inputs, targets, numbers
+
+
+def check_cost(option: str, what: str, first: int, second: int) -> None:
+    """Refuse what would take more than 4096 backward passes a sample.
+
+    Args:
+        option: The argument that asks for them.
+        what: Names of the two factors.
+        first: One factor.
+        second: The other.
+
+    Raises:
+        ValueError: Their product is too large.
+    """
+    if first * second > MAX_BACKWARDS:
+        raise ValueError(
+            f"{option} would take {what} = {first} * {second} = {first * second} backward passes "
+            f"a sample, more than {MAX_BACKWARDS}; use estimator='sketch' with unit='sequence', "
+            "which is unbiased and takes one"
+        )
 
 
 def check_logits(logits: object, targets: Tensor) -> Tensor:

@@ -6,12 +6,15 @@ The Fisher information of a categorical output with probabilities p is, per posi
 
 so an estimator is a random (or enumerated) logits cotangent v with E[v v^T] = diag(p) - p p^T:
 
-    sketch      v = sqrt(p) * z - p (sqrt(p) . z),   z uniform in {-1, +1}^C
-    mc          v = p - onehot(y),                   y ~ p
-    exact       v_c = sqrt(p_c) (onehot(c) - p),     c = 1..C, one backward pass each
-    empirical   v = p - onehot(target)
+    sketch           v = sqrt(p) * z - p (sqrt(p) . z),   z uniform in {-1, +1}^C
+    mc               v = p - onehot(y),                   y ~ p
+    exact            v_c = sqrt(p_c) (onehot(c) - p),     c = 1..C, one backward pass each
 
-The last one puts the data's labels in place of the model's, so it is not an estimate of the Fisher.
+Three others put the data's labels in place of the model's and so estimate other quantities:
+
+    empirical        v = p - onehot(target)
+    logit_reversal   v = q - onehot(target),              q = softmax(-logits)
+    batched          as empirical, but summed over a batch before the square
 In sketch and mc the cotangents of different positions are independent with mean zero, which is why
 the square of their sum over a sequence is an unbiased estimate of the sum of the squares.
 
@@ -20,6 +23,7 @@ References:
     descent", arXiv:1905.12558.
     van de Ven, "On the computation of the Fisher information in continual learning",
     arXiv:2502.11756.
+    "EWC-DR", arXiv:2603.18596 (logit_reversal).
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-__all__ = ["ESTIMATORS", "IGNORE_INDEX", "Estimator", "accumulation_dtype"]
+__all__ = ["ESTIMATORS", "IGNORE_INDEX", "Estimator", "accumulation_dtype", "sampled_labels"]
 
 # torch.nn.functional.cross_entropy's default: a target with this value masks its position.
 IGNORE_INDEX = -100
@@ -38,13 +42,14 @@ IGNORE_INDEX = -100
 class Estimator(NamedTuple):
     """How one estimator draws its randomness and turns it into cotangents.
 
-    ``draw(positions, classes, generator, device)`` returns the random numbers of one sample. They
-    are drawn sample by sample and outside any batching, so they depend only on the samples' order.
-    ``cotangents(p, labels, noise)`` yields tensors of the shape of ``p``, (positions, C); the
-    gradients they pull back are squared and added.
+    ``draw(shape, generator, device)`` returns the random numbers of one sample, ``shape`` being
+    (draws, positions, classes). They are drawn sample by sample and outside any batching, so they
+    depend only on the samples' order. ``cotangents(logits, labels, noise)`` yields tensors of the
+    shape of ``logits``, (..., positions, classes), given labels (..., positions) and the noise of
+    one draw; the gradients they pull back are squared and added.
     """
 
-    draw: Callable[[int, int, torch.Generator | None, torch.device], Tensor]
+    draw: Callable[[tuple[int, int, int], torch.Generator | None, torch.device], Tensor]
     cotangents: Callable[[Tensor, Tensor, Tensor], Iterator[Tensor]]
 
 
@@ -58,47 +63,68 @@ def _one_hot(index: Tensor, like: Tensor) -> Tensor:
 
 
 def _draw_nothing(
-    positions: int, classes: int, generator: torch.Generator | None, device: torch.device
+    shape: tuple[int, int, int], generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    return torch.empty(0, device=device)
+    return torch.empty((shape[0], 0), device=device)
 
 
 def _draw_signs(
-    positions: int, classes: int, generator: torch.Generator | None, device: torch.device
+    shape: tuple[int, int, int], generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    size = (positions, classes)
-    return torch.randint(0, 2, size, generator=generator, device=device, dtype=torch.int8) * 2 - 1
+    return torch.randint(0, 2, shape, generator=generator, device=device, dtype=torch.int8) * 2 - 1
 
 
 def _draw_uniforms(
-    positions: int, classes: int, generator: torch.Generator | None, device: torch.device
+    shape: tuple[int, int, int], generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    return torch.rand(positions, generator=generator, device=device, dtype=torch.float64)
+    return torch.rand(shape[:2], generator=generator, device=device, dtype=torch.float64)
 
 
-def _sketch(p: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
+def _sketch(logits: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
+    p = logits.softmax(-1)
     signed_root = p.sqrt() * noise
     yield signed_root - p * signed_root.sum(-1, keepdim=True)
 
 
-def _mc(p: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
-    # Inversion in float64: an fp32 sum over a large vocabulary would misplace rare labels.
-    cdf = p.double().cumsum(-1)  # (positions, C)
-    drawn = (cdf <= noise[:, None] * cdf[:, -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
-    yield p - _one_hot(drawn, p)
+def _mc(logits: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
+    p = logits.softmax(-1)
+    yield p - _one_hot(sampled_labels(p, noise), p)
 
 
-def _exact(p: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
-    positions, classes = p.shape
-    at_position = torch.eye(positions, dtype=p.dtype, device=p.device)
+def sampled_labels(p: Tensor, noise: Tensor) -> Tensor:
+    """Labels by inversion of the distribution.
+
+    Args:
+        p: Probabilities, shape (..., C).
+        noise: float64 in [0, 1), shape (...).
+
+    Returns:
+        int64, shape (...).
+    """
+    # In float64: an fp32 sum over a large vocabulary would misplace rare labels.
+    cdf = p.double().cumsum(-1)
+    return (cdf <= noise[..., None] * cdf[..., -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
+
+
+def _exact(logits: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
+    p = logits.softmax(-1)
+    positions, classes = p.shape[-2:]
+    at_position = torch.eye(positions, dtype=p.dtype, device=p.device)[:, :, None]
     at_class = torch.eye(classes, dtype=p.dtype, device=p.device)
     for t in range(positions):
+        here = p[..., t, None, :]
         for c in range(classes):
-            yield torch.outer(at_position[t], p[t, c].sqrt() * (at_class[c] - p[t]))
+            yield at_position[t] * (here[..., c, None].sqrt() * (at_class[c] - here))
 
 
-def _empirical(p: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
+def _empirical(logits: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
+    p = logits.softmax(-1)
     yield p - _one_hot(labels, p)
+
+
+def _logit_reversal(logits: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
+    # The loss of the reversed logits: its gradient is the negative of this, and it is squared.
+    yield from _empirical(-logits, labels, noise)
 
 
 ESTIMATORS = {
@@ -106,4 +132,6 @@ ESTIMATORS = {
     "mc": Estimator(_draw_uniforms, _mc),
     "exact": Estimator(_draw_nothing, _exact),
     "empirical": Estimator(_draw_nothing, _empirical),
+    "logit_reversal": Estimator(_draw_nothing, _logit_reversal),
+    "batched": Estimator(_draw_nothing, _empirical),
 }

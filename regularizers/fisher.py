@@ -3,27 +3,25 @@ r"""Diagonal of the Fisher information, one sequence at a time.
     Omega_i = 1/N sum_n sum_k ( sum_t v_nkt . d logits_nt / d theta_i )^2
 
 n runs over N samples, t over the valid positions of a sample, k over the cotangents v of the
-estimator (:mod:`ars.regularizers.estimators`): one, but for ``exact``. The square is taken after
-the sum over positions and over every use of a tied weight, never after a sum over samples: the
-square of a batch's gradient is another quantity, up to a batch size smaller.
+estimator (:mod:`ars.regularizers.estimators`). The square is taken after the sum over positions and
+over every use of a tied weight, never after a sum over samples: that is another quantity.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.batches import check_logits, check_targets, checked_pair
-from ars.regularizers.estimators import ESTIMATORS, accumulation_dtype
-from ars.regularizers.sample_gradients import add_squared_gradients
+from ars.regularizers.adam_moment import adam_importance
+from ars.regularizers.cotangents import UNITS, Unit
+from ars.regularizers.estimators import ESTIMATORS
+from ars.regularizers.evaluation import trainable
+from ars.regularizers.fisher_pass import Settings, sum_squares
 from ars.regularizers.storage import Quantized, dequantize, quantize
 
 __all__ = ["DiagonalFisher"]
 
-# Backward passes a sample that "exact" may take; at a millisecond each this is four seconds.
-MAX_EXACT_BACKWARDS = 4096
 STORED = (None, torch.float32, torch.bfloat16, torch.uint8)
 
 
@@ -34,8 +32,9 @@ class DiagonalFisher:
               \Big( \sum_t v_{nt}^T \frac{\partial\, \ell_{nt}}{\partial \theta_i} \Big)^2
 
     with the logits :math:`\ell_{nt}` of position t in sample n and a random cotangent v whose
-    covariance is that of the softmax scores. A sample is a sequence: :math:`\Omega` depends neither
-    on the batch size, nor on ``chunk_size``, nor on whether the training loss is a mean or a sum.
+    covariance is that of the softmax scores. A sample is a sequence, or what ``unit`` says:
+    :math:`\Omega` depends neither on the batch size, nor on ``chunk_size``, nor on whether the
+    training loss is a mean or a sum.
 
     Estimators:
 
@@ -45,6 +44,13 @@ class DiagonalFisher:
     * ``"exact"``: every label, weighted by its probability, summed over positions. C backward
       passes a sample, or T * C for sequences; refused above 4096.
     * ``"empirical"``: the given targets. Biased: it vanishes where the model is right.
+    * ``"logit_reversal"``: the given targets and the logits times -1, as EWC-DR has it. Not an
+      estimate of the Fisher either, but it does not vanish where the model is right.
+    * ``"batched"``: the square of a batch's mean gradient, averaged over the batches, which much
+      EWC code takes for the Fisher. It is neither that nor ``"empirical"``: samples cancel before
+      the square, so it depends on the batches the data comes in, is up to a batch size smaller,
+      and needs a strength as much larger. For comparison with such code.
+    * ``"adam"``: the second moment that an optimizer holds, by :meth:`from_optimizer`; free.
 
     Gradients have the parameters' dtype. They are squared and summed in float32, in float64 for
     float64 parameters, and :attr:`importance` is of that dtype. The softmax and the cotangents are
@@ -60,7 +66,12 @@ class DiagonalFisher:
         model: Maps a batch of inputs, shape (B, ...), to logits of shape (B, C), or (B, T, C) for
             sequences. Parameters with ``requires_grad=False`` are left out; a tied weight appears
             once, under its first name, as in ``named_parameters()``.
-        estimator: ``"sketch"``, ``"mc"``, ``"exact"`` or ``"empirical"``.
+        estimator: One of the above.
+        unit: What is squared, and what N counts: ``"sequence"``; ``"segment"``, a document of a
+            packed sequence, as numbered by the batches; or ``"token"``, a position that is not
+            masked. Segments and tokens take a backward pass each, as positions may mix.
+        draws: Independent signs or labels a sample, >= 1, averaged; ``"sketch"`` and ``"mc"`` only.
+            A backward pass each, sharing one forward pass.
         chunk_size: Samples differentiated together, >= 1; each needs the memory of a gradient. With
             1 they are taken one by one with plain autograd, which supports every module; above 1
             with ``torch.func.vmap``, which excludes activation checkpointing and modules that read
@@ -72,7 +83,8 @@ class DiagonalFisher:
 
     Raises:
         TypeError: ``model`` is not a module, or ``generator`` not a generator.
-        ValueError: Unknown ``estimator`` or ``dtype``, or ``chunk_size`` not a positive integer.
+        ValueError: Unknown ``estimator``, ``unit`` or ``dtype``; ``chunk_size`` or ``draws`` not a
+            positive integer; a combination that has no meaning.
 
     Example:
         >>> import torch
@@ -100,14 +112,21 @@ class DiagonalFisher:
         model: nn.Module,
         estimator: str = "sketch",
         *,
+        unit: Unit = "sequence",
+        draws: int = 1,
         chunk_size: int = 1,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"unknown estimator {estimator!r}; choose one of {list(ESTIMATORS)}")
+        if estimator not in ESTIMATORS and estimator != "adam":
+            names = [*ESTIMATORS, "adam"]
+            raise ValueError(f"unknown estimator {estimator!r}; choose one of {names}")
+        if unit not in UNITS:
+            raise ValueError(f"unknown unit {unit!r}; choose one of {list(UNITS)}")
+        if unit != "sequence" and estimator in {"batched", "adam"}:
+            raise ValueError(f"estimator={estimator!r} has no units; leave unit='sequence'")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
                 f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
@@ -116,8 +135,13 @@ class DiagonalFisher:
         if dtype not in STORED:
             raise ValueError(f"importance cannot be stored in {dtype}; choose one of {STORED}")
         _check_positive_int("chunk_size", chunk_size)
+        _check_positive_int("draws", draws)
+        if draws > 1 and estimator not in {"sketch", "mc"}:
+            raise ValueError(f"estimator={estimator!r} draws nothing; leave draws=1")
         self.model = model
         self.estimator = estimator
+        self.unit = unit
+        self.draws = draws
         self.chunk_size = chunk_size
         self.generator = generator
         self.dtype = dtype
@@ -160,11 +184,11 @@ class DiagonalFisher:
 
     @property
     def n_samples(self) -> int:
-        """Samples (sequences) that :attr:`importance` averages over, 0 before :meth:`fit`."""
+        """Sequences that :attr:`importance` was estimated on, 0 before :meth:`fit`."""
         return self._n_samples
 
     def fit(
-        self, batches: Iterable[tuple[Tensor, Tensor]], n_samples: int | None = None
+        self, batches: Iterable[tuple[Tensor, ...]], n_samples: int | None = None
     ) -> "DiagonalFisher":
         """Estimate the Fisher over ``batches``; every call starts afresh.
 
@@ -174,8 +198,10 @@ class DiagonalFisher:
         Args:
             batches: Pairs (inputs, targets) on the model's device. ``targets`` is int64 in [0, C),
                 of shape (B,) for logits (B, C) and (B, T) for logits (B, T, C); -100 masks a
-                position, for every estimator. A fully masked sample counts, with gradient 0.
-            n_samples: Stop after exactly that many samples, within a batch if need be, >= 1; by
+                position, for every estimator. A fully masked sequence counts, with gradient 0.
+                With ``unit="segment"`` triples (inputs, targets, segments): int64 of the shape of
+                ``targets``, equal at the positions of one document.
+            n_samples: Stop after exactly that many sequences, within a batch if need be, >= 1; by
                 default all are used.
 
         Returns:
@@ -185,70 +211,80 @@ class DiagonalFisher:
             TypeError: A batch is not a pair of tensors, targets are not int64, the model does not
                 return a floating-point tensor, or a parameter is complex.
             ValueError: No samples, or fewer than ``n_samples``; an empty batch; shapes or devices
-                that do not fit; a target out of range; nothing to differentiate; ``"exact"`` with
-                more than 4096 backward passes a sample; an importance that is not finite.
+                that do not fit; a target out of range; nothing to differentiate; more than 4096
+                backward passes a sample; an importance that is not finite.
             RuntimeError: ``chunk_size > 1`` and ``torch.func.vmap`` cannot run the model.
         """
+        if self.estimator == "adam":
+            raise ValueError(
+                "estimator='adam' needs no data; use DiagonalFisher.from_optimizer(model, opt)"
+            )
         if n_samples is not None:
             _check_positive_int("n_samples", n_samples)
-        parameters = _trainable(self.model)
-        total = {
-            name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
-            for name, p in parameters.items()
-        }
-        estimator = ESTIMATORS[self.estimator]
-        seen = classes = 0
-        with _evaluation_mode(self.model), torch.enable_grad():
-            for index, batch in enumerate(batches):
-                inputs, targets = checked_pair(batch, index)
-                if n_samples is not None:
-                    inputs, targets = inputs[: n_samples - seen], targets[: n_samples - seen]
-                if seen == 0:
-                    classes = check_logits(self.model(inputs[:1]), targets[:1]).shape[-1]
-                check_targets(targets, classes, index)
-                self._check_cost(targets[0].numel(), classes)
-                for x, y in zip(
-                    inputs.split(self.chunk_size), targets.split(self.chunk_size), strict=True
-                ):
-                    noise = self._noise(y, classes)
-                    add_squared_gradients(total, self.model, parameters, estimator, x, y, noise)
-                seen += len(targets)
-                if seen == n_samples:
-                    break
-        if seen == 0:
-            raise ValueError("batches is empty: the Fisher needs at least one sample")
-        if n_samples is not None and seen < n_samples:
-            raise ValueError(
-                f"n_samples={n_samples}, but batches held only {seen} samples; "
-                f"provide more, or pass n_samples=None to use the {seen}"
-            )
-        for name, tensor in total.items():
-            tensor /= seen
+        settings = Settings(self.estimator, self.unit, self.draws, self.chunk_size, self.generator)
+        total, seen, units = sum_squares(self.model, settings, batches, n_samples)
+        return self._keep({name: tensor.div_(units) for name, tensor in total.items()}, seen)
+
+    @classmethod
+    def from_optimizer(
+        cls,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scale: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> "DiagonalFisher":
+        r"""Take the second moment of the Adam that trained the model for its Fisher.
+
+        .. math:: \Omega = \text{scale} \cdot \hat v, \qquad
+                  \hat v = \text{exp\_avg\_sq} / (1 - \beta_2^t)
+
+        A running mean of squared batch gradients, like ``"batched"``. Where the loss is the mean
+        over B sequences and single gradients are large beside their mean, ``scale=B`` brings it to
+        the size of ``"empirical"``; a mean over the T positions of each takes ``scale=B * T**2``.
+
+        Args:
+            model: The model.
+            optimizer: Has stepped every trainable parameter of ``model``; any that keeps
+                ``exp_avg_sq`` (Adam, AdamW, NAdam, RAdam, :class:`ars.ARSAdamW`).
+            scale: Finite, > 0.
+            dtype: As in the constructor.
+
+        Returns:
+            A fitted DiagonalFisher; its ``n_samples`` is the number of steps taken.
+
+        Raises:
+            TypeError: ``optimizer`` is not an optimizer, or ``scale`` not a number.
+            ValueError: A parameter has no second moment, ``scale`` is not positive, or an
+                importance is not finite.
+
+        Example:
+            >>> import torch
+            >>> from ars.regularizers import DiagonalFisher
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> opt = torch.optim.Adam(model.parameters())
+            >>> model(torch.full((1, 1), 3.0)).sum().backward()
+            >>> opt.step()
+            >>> DiagonalFisher.from_optimizer(model, opt).importance["weight"]
+            tensor([[9.]])
+
+        References:
+            "Fishers for Free? Approximating the Fisher Information Matrix by Recycling the Squared
+            Gradient Accumulator", arXiv:2507.18807.
+        """
+        fisher = cls(model, "adam", dtype=dtype)
+        return fisher._keep(*adam_importance(trainable(model), optimizer, scale))
+
+    def _keep(self, importance: dict[str, Tensor], samples: int) -> "DiagonalFisher":
+        for name, tensor in importance.items():
             if not tensor.isfinite().all():
                 raise ValueError(
                     f"the importance of {name!r} is not finite; check that the model's logits and "
                     "gradients are finite (float16 overflows: use bfloat16 or float32)"
                 )
-        self._importance = _stored(total, self.dtype)
-        self._n_samples = seen
+        self._importance = _stored(importance, self.dtype)
+        self._n_samples = samples
         return self
-
-    def _check_cost(self, positions: int, classes: int) -> None:
-        backwards = positions * classes
-        if self.estimator == "exact" and backwards > MAX_EXACT_BACKWARDS:
-            raise ValueError(
-                f"estimator='exact' would take positions * classes = {positions} * {classes} = "
-                f"{backwards} backward passes a sample, more than {MAX_EXACT_BACKWARDS}; use "
-                "estimator='sketch', which is unbiased and takes one"
-            )
-
-    def _noise(self, targets: Tensor, classes: int) -> Tensor:
-        """Draw the random numbers of each sample in turn, whatever chunk it comes in."""
-        draw = ESTIMATORS[self.estimator].draw
-        device = targets.device if self.generator is None else self.generator.device
-        positions = targets[0].numel()
-        samples = [draw(positions, classes, self.generator, device) for _ in targets]
-        return torch.stack(samples).to(targets.device)
 
 
 def _check_positive_int(name: str, value: int) -> None:
@@ -262,24 +298,3 @@ def _stored(
     if dtype == torch.uint8:
         return {name: quantize(tensor) for name, tensor in importance.items()}
     return {name: tensor.to(dtype or tensor.dtype) for name, tensor in importance.items()}
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("the model has no parameter with requires_grad=True")
-    for name, p in parameters.items():
-        if p.is_complex():
-            raise TypeError(f"parameter {name!r} is complex; only real parameters are supported")
-    return parameters
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag

@@ -8,7 +8,6 @@ sequence fills the matrix products. ``vmap`` shares the overhead of the operator
 of a chunk, which is most of the time of a small model.
 """
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -16,103 +15,107 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ars.regularizers.estimators import IGNORE_INDEX, Estimator, accumulation_dtype
+from ars.regularizers.cotangents import Chunk, cotangents
 
-__all__ = ["add_squared_gradients"]
+__all__ = ["add_squared_batch_gradient", "add_squares_by_vmap", "add_squares_one_by_one"]
 
 
-def add_squared_gradients(
+def add_squares_one_by_one(
     total: dict[str, Tensor],
     model: nn.Module,
     parameters: dict[str, nn.Parameter],
-    estimator: Estimator,
-    inputs: Tensor,
-    targets: Tensor,
-    noise: Tensor,
+    estimator: str,
+    chunk: Chunk,
 ) -> None:
-    """Add the squared gradients of every sample to ``total``, in place.
+    """Add the squared gradients of every sample to ``total``, in place, by plain autograd.
 
     Args:
         total: Sums by parameter name, in the dtype to square and add in.
         model: Maps inputs (B, ...) to logits (B, C) or (B, T, C).
         parameters: The parameters to differentiate by; the names of ``total`` in the same order.
-        estimator: Turns logits into cotangents.
-        inputs: One chunk, shape (B, ...); with B = 1 plain autograd is used, else vmap.
-        targets: int64 in [0, C) or -100, shape (B,) or (B, T).
-        noise: The estimator's random numbers, shape (B, ...).
+        estimator: A name in ``ESTIMATORS``.
+        chunk: The samples.
+    """
+    leaves = list(parameters.values())
+    for one in chunk.split(1):
+        logits = model(one.inputs)
+        for cotangent in cotangents(estimator, logits.detach(), one):
+            gradients = torch.autograd.grad(
+                logits, leaves, cotangent, retain_graph=True, materialize_grads=True
+            )
+            for squares, gradient in zip(total.values(), gradients, strict=True):
+                squares.addcmul_(gradient, gradient)  # promotes to its dtype before it multiplies
+
+
+def add_squares_by_vmap(
+    total: dict[str, Tensor],
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    estimator: str,
+    chunk: Chunk,
+) -> None:
+    """Add the squared gradients of every sample by ``torch.func.vmap``; arguments as above.
 
     Raises:
         RuntimeError: vmap cannot run the model.
     """
-    if len(targets) == 1:
-        _add_one(total, model, parameters, estimator, inputs, targets, noise)
-        return
     # The CPU's fused attention has no batching rule: vmap would warn and run it sample by sample.
-    attention = sdpa_kernel(SDPBackend.MATH) if targets.device.type == "cpu" else nullcontext()
+    on_cpu = chunk.targets.device.type == "cpu"
+    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
     try:
         with attention:
-            _add_chunk(total, model, parameters, estimator, inputs, targets, noise)
+            _add_by_vmap(total, model, parameters, estimator, chunk)
     except RuntimeError as error:
         raise RuntimeError(
             f"torch.func.vmap could not differentiate {type(model).__name__} in chunks of "
-            f"{len(targets)}: {error}\nUse chunk_size=1: plain autograd, one sample at a time."
+            f"{len(chunk.targets)}: {error}\nUse chunk_size=1: plain autograd, one sample at a "
+            "time."
         ) from error
 
 
-def _add_one(
+def _add_by_vmap(
     total: dict[str, Tensor],
     model: nn.Module,
     parameters: dict[str, nn.Parameter],
-    estimator: Estimator,
-    inputs: Tensor,
-    targets: Tensor,
-    noise: Tensor,
-) -> None:
-    logits = model(inputs)
-    leaves = list(parameters.values())
-    for cotangent in _cotangents(estimator, logits.detach(), targets, noise):
-        gradients = torch.autograd.grad(
-            logits, leaves, cotangent, retain_graph=True, materialize_grads=True
-        )
-        for squares, gradient in zip(total.values(), gradients, strict=True):
-            squares.addcmul_(gradient, gradient)  # promotes to its dtype before it multiplies
-
-
-def _add_chunk(
-    total: dict[str, Tensor],
-    model: nn.Module,
-    parameters: dict[str, nn.Parameter],
-    estimator: Estimator,
-    inputs: Tensor,
-    targets: Tensor,
-    noise: Tensor,
+    estimator: str,
+    chunk: Chunk,
 ) -> None:
     def squares_of_one(
-        leaves: dict[str, Tensor], x: Tensor, y: Tensor, noise: Tensor
+        leaves: dict[str, Tensor], x: Tensor, y: Tensor, noise: Tensor, units: Tensor | None
     ) -> dict[str, Tensor]:
         def logits_of(leaves: dict[str, Tensor]) -> Tensor:
             return functional_call(model, leaves, (x[None],))
 
+        one = Chunk(
+            x[None], y[None], noise[None], None if units is None else units[None], chunk.n_units
+        )
         logits, pull_back, *_ = vjp(logits_of, leaves)
         squares = {name: torch.zeros_like(tensor) for name, tensor in total.items()}
-        for cotangent in _cotangents(estimator, logits, y[None], noise[None]):
+        for cotangent in cotangents(estimator, logits, one):
             (gradients,) = pull_back(cotangent)
             squares = {n: s + gradients[n].to(s.dtype).square() for n, s in squares.items()}
         return squares
 
     leaves = {name: p.detach() for name, p in parameters.items()}
-    per_sample = vmap(squares_of_one, in_dims=(None, 0, 0, 0))(leaves, inputs, targets, noise)
+    in_dims = (None, 0, 0, 0, None if chunk.units is None else 0)
+    per_sample = vmap(squares_of_one, in_dims=in_dims)(leaves, *chunk[:4])
     for name, squares in per_sample.items():
         total[name] += squares.sum(0)
 
 
-def _cotangents(
-    estimator: Estimator, logits: Tensor, targets: Tensor, noise: Tensor
-) -> Iterator[Tensor]:
-    """Yield the cotangents of the logits, (1, C) or (1, T, C), of one sample, 0 where masked."""
-    flat = logits.reshape(-1, logits.shape[-1])  # (positions, C)
-    labels = targets.reshape(-1)  # (positions,)
-    p = flat.to(accumulation_dtype(flat.dtype)).softmax(-1)
-    valid = (labels != IGNORE_INDEX)[:, None]
-    for cotangent in estimator.cotangents(p, labels.clamp(min=0), noise[0]):
-        yield (cotangent * valid).reshape(logits.shape).to(logits.dtype)
+def add_squared_batch_gradient(
+    total: dict[str, Tensor],
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    estimator: str,
+    chunk: Chunk,
+) -> None:
+    """Add B (mean_n g_n)^2, the square of one gradient of the whole batch; arguments as above."""
+    batch = len(chunk.targets)
+    logits = model(chunk.inputs)
+    for cotangent in cotangents(estimator, logits.detach(), chunk):
+        gradients = torch.autograd.grad(
+            logits, list(parameters.values()), cotangent, materialize_grads=True
+        )
+        for squares, gradient in zip(total.values(), gradients, strict=True):
+            squares.addcmul_(gradient, gradient, value=1 / batch)

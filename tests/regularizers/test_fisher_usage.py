@@ -221,7 +221,7 @@ def test_names_the_parameter_of_an_importance_that_is_not_finite(value):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"estimator": "batched"}, ValueError, "'batched'; choose one of .*sketch"),
+        ({"estimator": "true"}, ValueError, "'true'; choose one of .*sketch"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be a positive integer, got 0"),
         ({"chunk_size": 2.0}, ValueError, "chunk_size"),
         ({"chunk_size": True}, ValueError, "chunk_size"),

@@ -1,0 +1,52 @@
+"""The state a model is differentiated in, and the parameters it is differentiated by."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+__all__ = ["evaluation_mode", "trainable"]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters with ``requires_grad``, each once, under its first name.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        At least one parameter by name, in the model's order.
+
+    Raises:
+        ValueError: There is none.
+        TypeError: One is complex.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("the model has no parameter with requires_grad=True")
+    for name, p in parameters.items():
+        if p.is_complex():
+            raise TypeError(f"parameter {name!r} is complex; only real parameters are supported")
+    return parameters
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, and every module back as it was afterwards.
+
+    Recurrent layers stay in training mode with their dropout at 0, which computes the same: cuDNN
+    differentiates them in no other mode.
+    """
+    training = {module: module.training for module in model.modules()}
+    dropout = {m: m.dropout for m in model.modules() if isinstance(m, nn.RNNBase)}
+    model.eval()
+    try:
+        for recurrent in dropout:
+            recurrent.train()
+            recurrent.dropout = 0.0
+        yield
+    finally:
+        for recurrent, probability in dropout.items():
+            recurrent.dropout = probability
+        for module, flag in training.items():
+            module.training = flag

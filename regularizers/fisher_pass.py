@@ -1,0 +1,118 @@
+"""The pass over the data: batches in, summed squares out."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ars.regularizers.batches import check_cost, check_logits, check_targets, checked_batch
+from ars.regularizers.cotangents import Chunk, Unit, count_units, units_of
+from ars.regularizers.estimators import ESTIMATORS, accumulation_dtype
+from ars.regularizers.evaluation import evaluation_mode, trainable
+from ars.regularizers.sample_gradients import (
+    add_squared_batch_gradient,
+    add_squares_by_vmap,
+    add_squares_one_by_one,
+)
+
+__all__ = ["Settings", "sum_squares"]
+
+
+class Settings(NamedTuple):
+    """The arguments of :class:`ars.regularizers.DiagonalFisher`."""
+
+    estimator: str
+    unit: Unit
+    draws: int
+    chunk_size: int
+    generator: torch.Generator | None
+
+
+def sum_squares(
+    model: nn.Module,
+    settings: Settings,
+    batches: Iterable[tuple[Tensor, ...]],
+    n_samples: int | None,
+) -> tuple[dict[str, Tensor], int, int]:
+    """Sum the squared gradients of all units.
+
+    Args:
+        model: In any mode; it is left as it was.
+        settings: How.
+        batches: As for :meth:`ars.regularizers.DiagonalFisher.fit`.
+        n_samples: Sequences after which to stop; None for all.
+
+    Returns:
+        The sums by parameter name, the sequences seen, and the units in them, at least one.
+
+    Raises:
+        ValueError: No samples, fewer than ``n_samples``, or all positions masked.
+    """
+    parameters = trainable(model)
+    total = {
+        name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
+        for name, p in parameters.items()
+    }
+    seen = units = classes = 0
+    with evaluation_mode(model), torch.enable_grad():
+        for index, batch in enumerate(batches):
+            inputs, targets, segments = checked_batch(
+                batch, index, segments=settings.unit == "segment"
+            )
+            if n_samples is not None:
+                left = n_samples - seen
+                inputs, targets = inputs[:left], targets[:left]
+                segments = None if segments is None else segments[:left]
+            if seen == 0:
+                classes = check_logits(model(inputs[:1]), targets[:1]).shape[-1]
+            check_targets(targets, classes, index)
+            whole = _chunk(settings, inputs, targets, segments, classes)
+            _add(total, model, parameters, settings, whole)
+            seen += len(targets)
+            units += len(targets) if whole.units is None else count_units(whole.units)
+            if seen == n_samples:
+                break
+    if seen == 0:
+        raise ValueError("batches is empty: the Fisher needs at least one sample")
+    if n_samples is not None and seen < n_samples:
+        raise ValueError(
+            f"n_samples={n_samples}, but batches held only {seen} samples; "
+            f"provide more, or pass n_samples=None to use the {seen}"
+        )
+    if units == 0:
+        raise ValueError(f"every position is masked: there is no {settings.unit} to average over")
+    return total, seen, units
+
+
+def _chunk(
+    settings: Settings, inputs: Tensor, targets: Tensor, segments: Tensor | None, classes: int
+) -> Chunk:
+    """Number the units of a batch and draw the random numbers of each sample in turn."""
+    estimator, unit, draws, _, generator = settings
+    positions = targets[0].numel()
+    units = units_of(unit, targets, segments)
+    n_units = 1 if units is None else int(units.max()) + 1
+    if estimator == "exact":
+        check_cost("estimator='exact'", "positions * classes", positions, classes)
+    elif units is not None:
+        check_cost(f"unit={unit!r}", "draws * units", draws, n_units)
+    draw = ESTIMATORS[estimator].draw
+    device = targets.device if generator is None else generator.device
+    noise = torch.stack([draw((draws, positions, classes), generator, device) for _ in targets])
+    return Chunk(inputs, targets, noise.to(targets.device), units, n_units)
+
+
+def _add(
+    total: dict[str, Tensor],
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    settings: Settings,
+    whole: Chunk,
+) -> None:
+    if settings.estimator == "batched":
+        add_squared_batch_gradient(total, model, parameters, settings.estimator, whole)
+        return
+    add = add_squares_one_by_one if settings.chunk_size == 1 else add_squares_by_vmap
+    for chunk in whole.split(settings.chunk_size):
+        add(total, model, parameters, settings.estimator, chunk)

@@ -1,0 +1,290 @@
+"""Units, draws, and the estimators that are not the Fisher: batched, adam, logit_reversal."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ars import ARSAdamW
+from ars.regularizers import DiagonalFisher
+
+
+def gradient_squares(model, losses):
+    """Sum of the squared gradients of the given losses."""
+    parameters = dict(model.named_parameters())
+    total = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+        for squares, gradient in zip(total.values(), gradients, strict=True):
+            squares += gradient**2
+    return total
+
+
+def scaled(importance, factor):
+    return {n: t * factor for n, t in importance.items()}
+
+
+def position_losses(model, x, y, sign=1):
+    """Loss of every valid position, in one list a sample."""
+    for logits, labels in zip(sign * model(x), y, strict=True):
+        losses = functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+        yield [loss for loss, label in zip(losses, labels, strict=True) if label != -100]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_token_squares_every_position_that_is_not_masked(
+    tied_gpt, tokens, relative_error, chunk_size
+):
+    x, y = tokens(7)
+    model = tied_gpt(torch.float64)
+    fisher = DiagonalFisher(model, "empirical", unit="token", chunk_size=chunk_size).fit([(x, y)])
+    losses = [loss for sample in position_losses(model.eval(), x, y) for loss in sample]
+    assert 0 < len(losses) < y.numel()
+    expected = scaled(gradient_squares(model, losses), 1 / len(losses))
+    assert relative_error(fisher.importance, expected) < 1e-10
+    assert fisher.n_samples == 7
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_segment_squares_every_document(tied_gpt, tokens, relative_error, chunk_size):
+    x, y = tokens(7)
+    segments = torch.tensor([5, 5, 9, 9, 9, -2]).expand(7, 6).clone()
+    segments[3] = 4
+    model = tied_gpt(torch.float64)
+    fisher = DiagonalFisher(model, "empirical", unit="segment", chunk_size=chunk_size)
+    fisher.fit([(x, y, segments)])
+    losses = []
+    for sample, labels, ids in zip(position_losses(model.eval(), x, y), y, segments, strict=True):
+        kept = ids[labels != -100]
+        for number in kept.unique():
+            losses.append(sum(loss for loss, i in zip(sample, kept, strict=True) if i == number))
+    expected = scaled(gradient_squares(model, losses), 1 / len(losses))
+    assert relative_error(fisher.importance, expected) < 1e-10
+
+
+def test_packing_does_not_matter_where_documents_do_not_mix(relative_error):
+    """Two documents in a row are two rows, for a model that does not mix positions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    x, y = torch.randn(6, 8, 3, dtype=torch.float64), torch.randint(4, (6, 8))
+    generator = torch.Generator()
+    apart = DiagonalFisher(model, "sketch", generator=generator.manual_seed(1)).fit([(x, y)])
+    packed = x.view(3, 16, 3), y.view(3, 16), torch.arange(16).expand(3, 16) // 8
+    fisher = DiagonalFisher(model, "sketch", unit="segment", generator=generator.manual_seed(1))
+    assert relative_error(fisher.fit([packed]).importance, apart.importance) < 1e-12
+    padded = functional.pad(x, (0, 0, 0, 2)), functional.pad(y, (0, 2), value=-100)
+    for unit in ("sequence", "token"):
+        fishers = [DiagonalFisher(model, "empirical", unit=unit) for _ in range(2)]
+        long, short = fishers[0].fit([padded]), fishers[1].fit([(x, y)])
+        assert relative_error(long.importance, short.importance) < 1e-12
+
+
+def test_exact_is_a_token_sum_for_every_unit(tied_gpt, tokens, relative_error):
+    x, y = tokens(4, masked=False)
+    x, y = x[:, :3], y[:, :3]
+    model = tied_gpt(torch.float64)
+    by_sequence = DiagonalFisher(model, "exact").fit([(x, y)]).importance
+    by_token = DiagonalFisher(model, "exact", unit="token").fit([(x, y)]).importance
+    assert relative_error(scaled(by_token, 3.0), by_sequence) < 1e-12
+
+
+@pytest.mark.parametrize("unit", ["token", "segment", "sequence"])
+def test_units_do_not_depend_on_batch_size(tied_gpt, tokens, relative_error, unit):
+    x, y = tokens(64)
+    segments = torch.arange(6).expand(64, 6) // torch.randint(1, 4, (64, 1))
+    batch = (x, y, segments) if unit == "segment" else (x, y)
+    model = tied_gpt()
+    results = []
+    for b in (1, 7, 64):
+        fisher = DiagonalFisher(
+            model, "sketch", unit=unit, chunk_size=b, generator=torch.Generator().manual_seed(3)
+        )
+        fisher.fit(zip(*(part.split(b) for part in batch), strict=True))
+        results.append(fisher.importance)
+    assert relative_error(results[1], results[0]) < 1e-6
+    assert relative_error(results[2], results[0]) < 1e-6
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5])
+@pytest.mark.parametrize("estimator", ["sketch", "mc"])
+def test_draws_are_averaged(tied_gpt, tokens, relative_error, estimator, chunk_size):
+    """One pass with three draws is the mean of three passes with the same random numbers."""
+    x, y = tokens(1, masked=False)
+    model = tied_gpt(torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    passes = [
+        DiagonalFisher(model, estimator, generator=generator).fit([(x, y)]).importance
+        for _ in range(3)
+    ]
+    mean = {n: sum(p[n] for p in passes) / 3 for n in passes[0]}
+    assert relative_error(passes[0], passes[1]) > 0.01
+    generator.manual_seed(4)
+    fisher = DiagonalFisher(
+        model, estimator, draws=3, chunk_size=chunk_size, generator=generator
+    ).fit([(x, y)])
+    assert relative_error(fisher.importance, mean) < 1e-12
+
+
+def test_logit_reversal_is_the_empirical_of_minus_the_logits(tied_gpt, tokens, relative_error):
+    x, y = tokens(8)
+    model = tied_gpt(torch.float64)
+    fisher = DiagonalFisher(model, "logit_reversal").fit([(x, y)])
+    losses = [sum(sample) for sample in position_losses(model.eval(), x, y, sign=-1) if sample]
+    expected = scaled(gradient_squares(model, losses), 1 / 8)
+    assert relative_error(fisher.importance, expected) < 1e-10
+
+
+def test_logit_reversal_does_not_vanish_where_the_model_is_right():
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[200.0, 0.0], [0.0, 200.0]]))
+    batch = torch.eye(2), torch.arange(2)
+    assert (DiagonalFisher(model, "empirical").fit([batch]).importance["weight"] == 0).all()
+    reversal = DiagonalFisher(model, "logit_reversal").fit([batch]).importance["weight"]
+    torch.testing.assert_close(reversal, torch.full((2, 2), 0.5))
+
+
+def test_batched_is_the_square_of_each_batch_mean_gradient(tied_gpt, tokens, relative_error):
+    x, y = tokens(10, masked=False)
+    model = tied_gpt(torch.float64)
+    fisher = DiagonalFisher(model, "batched").fit(zip(x.split(4), y.split(4), strict=True))
+    losses = []
+    for xs, ys in zip(x.split(4), y.split(4), strict=True):
+        loss = functional.cross_entropy(model.eval()(xs).flatten(0, 1), ys.flatten()) * 6
+        losses.append(loss * math.sqrt(len(xs) / 10))
+    assert relative_error(fisher.importance, gradient_squares(model, losses)) < 1e-10
+    one = DiagonalFisher(model, "batched").fit(zip(x.split(1), y.split(1), strict=True))
+    empirical = DiagonalFisher(model, "empirical").fit([(x, y)])
+    assert relative_error(one.importance, empirical.importance) < 1e-12
+    assert relative_error(fisher.importance, empirical.importance) > 0.1
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_adam_is_its_corrected_second_moment(ours):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).bfloat16() if ours else nn.Linear(3, 2)
+    beta = 0.9
+    opt = (ARSAdamW if ours else torch.optim.AdamW)(model.parameters(), betas=(0.8, beta))
+    average = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
+    weight = 0.0
+    for _ in range(5):
+        opt.zero_grad()
+        loss = model(torch.randn(4, 3).to(model.weight)).float().square().mean()
+        loss.backward()
+        opt.step(loss=loss) if ours else opt.step()
+        effective = beta
+        if ours:  # the controller moves the betas; the product tells what it was
+            product = opt.state[model.weight]["beta_products"][1].item()
+            effective = product / (1 - weight)
+        weight = 1 - (1 - weight) * effective
+        for n, p in model.named_parameters():
+            average[n] = effective * average[n] + (1 - effective) * p.grad.float() ** 2
+    fisher = DiagonalFisher.from_optimizer(model, opt, scale=4.0, dtype=torch.float32)
+    for n, t in average.items():
+        torch.testing.assert_close(fisher.importance[n], 4.0 * t / weight, rtol=1e-4, atol=0.0)
+    assert fisher.n_samples == 5
+    assert fisher.estimator == "adam"
+
+
+def test_adam_of_single_samples_is_the_empirical_fisher(relative_error):
+    """Near a stationary point beta2 close to 1 averages squares; scale undoes the batch's mean."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    x, y = torch.randn(64, 3, dtype=torch.float64), torch.arange(64) % 2
+    opt = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.0, 1 - 1e-9))
+    for xs, ys in zip(x, y, strict=True):
+        opt.zero_grad()
+        functional.cross_entropy(model(xs[None]), ys[None]).backward()
+        opt.step()
+    fisher = DiagonalFisher.from_optimizer(model, opt)
+    expected = DiagonalFisher(model, "empirical").fit([(x, y)]).importance
+    assert relative_error(fisher.importance, expected) < 1e-6
+
+
+def test_adam_refuses_what_it_cannot_read():
+    model = nn.Linear(3, 2)
+    opt = torch.optim.Adam(model.parameters())
+    with pytest.raises(ValueError, match="no 'exp_avg_sq' of 'weight'"):
+        DiagonalFisher.from_optimizer(model, opt)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 3)).sum().backward()
+    sgd.step()
+    opt.step()
+    with pytest.raises(ValueError, match=r"SGD holds no 'exp_avg_sq'.*requires_grad=False"):
+        DiagonalFisher.from_optimizer(model, sgd)
+    with pytest.raises(ValueError, match="Adam holds no 'exp_avg_sq' of 'weight'"):
+        DiagonalFisher.from_optimizer(nn.Linear(3, 2), opt)
+    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer, got Linear"):
+        DiagonalFisher.from_optimizer(model, model)
+    for scale in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="scale must be finite and > 0"):
+            DiagonalFisher.from_optimizer(model, opt, scale=scale)
+    with pytest.raises(TypeError, match="scale must be a number"):
+        DiagonalFisher.from_optimizer(model, opt, scale="8")
+    with pytest.raises(ValueError, match=r"from_optimizer\(model, opt\)"):
+        DiagonalFisher(model, "adam").fit([(torch.ones(1, 3), torch.tensor([0]))])
+
+
+def test_recurrent_layers_are_differentiated_without_dropout_and_left_as_they_were():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(3, 4, num_layers=2, dropout=0.5, batch_first=True)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            assert self.rnn.training  # as cuDNN wants it
+            return self.head(self.rnn(x)[0])
+
+    torch.manual_seed(0)
+    model = Recurrent()
+    model.rnn.eval()
+    batch = torch.randn(3, 5, 3), torch.randint(2, (3, 5))
+    first, second = (DiagonalFisher(model, "empirical").fit([batch]).importance for _ in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert model.rnn.dropout == 0.5
+    assert not model.rnn.training
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"unit": "word"}, "unknown unit 'word'"),
+        ({"draws": 0}, "draws must be a positive integer"),
+        ({"estimator": "empirical", "draws": 2}, "draws nothing"),
+        ({"estimator": "batched", "unit": "token"}, "has no units"),
+    ],
+)
+def test_refuses_combinations_without_a_meaning(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        DiagonalFisher(nn.Linear(3, 2), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "match"),
+    [
+        ((torch.randn(2, 4, 3), torch.zeros(2, 4).long()), TypeError, r"triple \(inputs, targets"),
+        ((torch.randn(2, 3), torch.zeros(2).long(), torch.zeros(2)), TypeError, "segments .*int64"),
+        (
+            (torch.randn(2, 4, 3), torch.zeros(2, 4).long(), torch.zeros(2).long()),
+            ValueError,
+            r"segments of batch 0 have shape \(2,\)",
+        ),
+        (
+            (torch.randn(1, 5000, 3), torch.zeros(1, 5000).long(), torch.arange(5000)[None]),
+            ValueError,
+            r"1 \* 5000 = 5000 backward",
+        ),
+        (
+            (torch.randn(2, 3), torch.full((2,), -100), torch.zeros(2).long()),
+            ValueError,
+            "no segment to average over",
+        ),
+    ],
+)
+def test_refuses_wrong_segments(batch, error, match):
+    with pytest.raises(error, match=match):
+        DiagonalFisher(nn.Linear(3, 2), unit="segment").fit([batch])
