@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from ars import functional
-from ars.batch import DIAGNOSTICS, Batch, Hyper, Options
+from ars.batch import DIAGNOSTICS, Batch, Hyper, Options, is_decoupled
 from ars.controller import ARSConfig, ARSController, read_surprise
 from ars.penalty import Penalty, Term, read_terms
 from ars.state import complete_state, restore_dtypes, step_kind
@@ -23,7 +23,8 @@ class ARSAdam(torch.optim.Adam):
     r"""Adam with an on-device stability controller and an inheritance penalty in the same pass.
 
     As :class:`ars.ARSAdamW`, with L2 weight decay (``weight_decay * param`` joins the gradient)
-    that defaults to 0. See there for the equations and the arguments.
+    that defaults to 0, unless ``decoupled_weight_decay=True`` makes it AdamW's. See there for the
+    equations and the arguments.
 
     Example:
         >>> import torch
@@ -35,8 +36,6 @@ class ARSAdam(torch.optim.Adam):
         >>> weight.detach()
         tensor([0.9000, 0.9000])
     """
-
-    _decoupled = False
 
     def __init__(
         self,
@@ -55,6 +54,7 @@ class ARSAdam(torch.optim.Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
     ) -> None:
         if ars is not None and not isinstance(ars, ARSConfig):
             raise TypeError(f"ars must be an ARSConfig or None, got {ars!r}")
@@ -72,7 +72,7 @@ class ARSAdam(torch.optim.Adam):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
-            decoupled_weight_decay=self._decoupled,
+            decoupled_weight_decay=decoupled_weight_decay,
         )
         # A GradScaler must unscale the gradients itself, and skip the step on inf.
         self._step_supports_amp_scaling = False
@@ -142,7 +142,8 @@ class ARSAdam(torch.optim.Adam):
 
         Raises:
             TypeError: The loss is neither a tensor nor a number.
-            ValueError: The loss is not a scalar, or the surprise changed its kind between steps.
+            ValueError: The loss is not a scalar, the surprise changed its kind between steps, or
+                the groups differ in ``decoupled_weight_decay``.
             RuntimeError: A gradient is sparse.
         """
         self._accelerator_graph_capture_health_check()
@@ -162,7 +163,7 @@ class ARSAdam(torch.optim.Adam):
             return returned
         self._watches = watches
         options = Options(
-            decoupled=self._decoupled,
+            decoupled=is_decoupled(self.param_groups),
             controller=self._controller,
             surprise=surprise,
             max_norm=self._max_grad_norm,
@@ -292,8 +293,6 @@ class ARSAdam(torch.optim.Adam):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore; whatever a saved group says, the class decides which weight decay it is."""
+        """Restore; the kernel's tables are made anew."""
         super().__setstate__(state)
         self._tables = functional.DeviceStep()
-        for group in self.param_groups:
-            group["decoupled_weight_decay"] = self._decoupled

@@ -1,5 +1,7 @@
 """AdamW with the controller, the clipping and the penalty inside the step."""
 
+from typing import Any
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -68,8 +70,6 @@ class ARSAdamW(ARSAdam):
         arXiv:1612.00796.
     """
 
-    _decoupled = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -103,4 +103,11 @@ class ARSAdamW(ARSAdam):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
+            decoupled_weight_decay=True,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; a state of Adam's stays decoupled here, as in torch."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

@@ -10,7 +10,7 @@ from torch import Tensor
 from ars.controller import ARSController
 from ars.penalty import Term
 
-__all__ = ["DIAGNOSTICS", "Batch", "Hyper", "Options"]
+__all__ = ["DIAGNOSTICS", "Batch", "Hyper", "Options", "is_decoupled"]
 
 Scalar: TypeAlias = float | Tensor
 
@@ -108,6 +108,21 @@ class Options(NamedTuple):
     def needs_norm(self) -> bool:
         """Whether the step needs the gradient norm: as its surprise, or to clip."""
         return self.max_norm is not None or (self.controller is not None and self.surprise is None)
+
+
+def is_decoupled(groups: list[dict[str, Any]]) -> bool:
+    """Return whether the weight decay is AdamW's rather than Adam's: one for all groups.
+
+    Raises:
+        ValueError: The groups differ.
+    """
+    kinds = {bool(group["decoupled_weight_decay"]) for group in groups}
+    if len(kinds) > 1:
+        raise ValueError(
+            "some parameter groups have decoupled_weight_decay=True and some False: one step does "
+            "one of them, so use an optimizer for each"
+        )
+    return kinds.pop()
 
 
 def gated(hyper: Hyper, phi: Scalar, chi: Scalar) -> Hyper:

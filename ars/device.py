@@ -26,7 +26,7 @@ class DeviceStep:
         self._fused: FusedAdam | None = None
         self._hyper: Tensor | None = None
         self._rows: list[list[float]] = []
-        self._key: tuple[int, int, bool, list[int]] | None = None
+        self._key: tuple[int, int, tuple[bool, bool], list[int]] | None = None
 
     def step_(self, batch: Batch, hypers: list[Hyper], options: Options) -> None:
         """Take one step in at most two launches per dtype.
@@ -88,7 +88,8 @@ class DeviceStep:
         )
         hyper = self._hyper
         assert hyper is not None  # written before the tables are asked for
-        key = (id(hyper), id(options.controller), options.proximal, batch.groups)
+        kinds = options.decoupled, options.proximal
+        key = (id(hyper), id(options.controller), kinds, batch.groups)
         fused = self._fused
         if (
             fused is None
