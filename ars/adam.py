@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from ars import functional
-from ars.batch import DIAGNOSTICS, Batch, Hyper, Options, is_decoupled
+from ars.batch import DIAGNOSTICS, Batch, Options, is_decoupled, read_hyper
+from ars.collect import Collector
 from ars.controller import ARSConfig, ARSController, read_surprise
 from ars.penalty import Penalty, Term, read_terms
 from ars.state import complete_state, restore_dtypes, step_kind
@@ -86,6 +87,7 @@ class ARSAdam(torch.optim.Adam):
         self._max_grad_norm = max_grad_norm
         self._buffer = torch.zeros(len(DIAGNOSTICS), dtype=torch.float64, device=device)
         self._tables = functional.DeviceStep()
+        self._collector = Collector()
         self.penalty = penalty
 
     def _parameters(self) -> list[Tensor]:
@@ -158,7 +160,7 @@ class ARSAdam(torch.optim.Adam):
                 f"the controller has watched the {self._watches} and now gets the {watches}: "
                 "pass loss= to every step, or to none"
             )
-        batch, hypers = self._collect()
+        batch = self._collector.collect(self.param_groups, self.state, self._terms, self._append)
         if not batch.params:
             return returned
         self._watches = watches
@@ -171,52 +173,27 @@ class ARSAdam(torch.optim.Adam):
             proximal=self._penalty is not None and self._penalty.mode == "proximal",
             diagnostics=self._buffer,
         )
-        functional.step_(self._implementation, batch, hypers, options, self._tables)
+        hypers = [read_hyper(group) for group in self.param_groups]
+        try:
+            functional.step_(self._implementation, batch, hypers, options, self._tables)
+        finally:
+            batch.grads = []  # zero_grad(set_to_none=True) must free their memory
         return returned
 
-    def _collect(self) -> tuple[Batch, list[Hyper]]:
-        """Gather every parameter that has a gradient, and start the state of new ones.
-
-        Raises:
-            RuntimeError: A gradient is sparse.
-        """
-        batch, hypers = Batch(), []
-        for index, group in enumerate(self.param_groups):
-            beta1, beta2 = group["betas"]
-            hyper = Hyper(
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                maximize=group["maximize"],
-            )
-            hypers.append(hyper)
-            active = [param for param in group["params"] if param.grad is not None]
-            if any(param.grad.is_sparse for param in active):
-                raise RuntimeError(
-                    f"{type(self).__name__} does not support sparse gradients: use "
-                    "torch.optim.SparseAdam, or an embedding with sparse=False"
-                )
-            for param in active:
-                state = self.state[param]
-                complete_state(
-                    state,
-                    param,
-                    betas=group["betas"],
-                    amsgrad=group["amsgrad"],
-                    step_kind=self._step_kind(group, param),
-                    gated=self._controller is not None,
-                )
-                batch.append(
-                    param,
-                    index,
-                    state,
-                    amsgrad=group["amsgrad"],
-                    gated=self._controller is not None,
-                    term=self._terms.get(param),
-                )
-        return batch, hypers
+    def _append(self, batch: Batch, index: int, param: Tensor) -> None:
+        """Complete a parameter's state and add it to the batch."""
+        group, state = self.param_groups[index], self.state[param]
+        gated = self._controller is not None
+        complete_state(
+            state,
+            param,
+            betas=group["betas"],
+            amsgrad=group["amsgrad"],
+            step_kind=self._step_kind(group, param),
+            gated=gated,
+        )
+        term = self._terms.get(param)
+        batch.append(param, index, state, amsgrad=group["amsgrad"], gated=gated, term=term)
 
     def _step_kind(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """Return the device and dtype of the parameter's step counter."""
@@ -296,3 +273,4 @@ class ARSAdam(torch.optim.Adam):
         """Restore; the kernel's tables are made anew."""
         super().__setstate__(state)
         self._tables = functional.DeviceStep()
+        self._collector = Collector()

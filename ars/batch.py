@@ -58,7 +58,7 @@ class Batch:
         gated: bool,
         term: Term | None,
     ) -> None:
-        """Add a parameter that has a gradient; complex tensors enter as their real view.
+        """Add a parameter, but not its gradient; complex tensors enter as their real view.
 
         Args:
             param: The parameter.
@@ -70,7 +70,6 @@ class Batch:
         """
         view: Callable[[Any], Any] = torch.view_as_real if param.is_complex() else lambda t: t
         self.params.append(view(param))
-        self.grads.append(view(param.grad))
         self.exp_avgs.append(view(state["exp_avg"]))
         self.exp_avg_sqs.append(view(state["exp_avg_sq"]))
         self.max_exp_avg_sqs.append(view(state["max_exp_avg_sq"]) if amsgrad else None)
@@ -123,6 +122,19 @@ def is_decoupled(groups: list[dict[str, Any]]) -> bool:
             "one of them, so use an optimizer for each"
         )
     return kinds.pop()
+
+
+def read_hyper(group: dict[str, Any]) -> Hyper:
+    """Read a parameter group's hyperparameters, which schedulers change between steps."""
+    beta1, beta2 = group["betas"]
+    return Hyper(
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        maximize=group["maximize"],
+    )
 
 
 def gated(hyper: Hyper, phi: Scalar, chi: Scalar) -> Hyper:

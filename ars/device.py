@@ -1,6 +1,7 @@
 """The step on a GPU: what the Triton kernels need, kept on the device from step to step."""
 
 import math
+from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,7 @@ class DeviceStep:
         self._fused: FusedAdam | None = None
         self._hyper: Tensor | None = None
         self._rows: list[list[float]] = []
-        self._key: tuple[int, int, tuple[bool, bool], list[int]] | None = None
+        self._key: tuple[object, ...] = ()
 
     def step_(self, batch: Batch, hypers: list[Hyper], options: Options) -> None:
         """Take one step in at most two launches per dtype.
@@ -78,26 +79,18 @@ class DeviceStep:
         """Return the kernels' tables for these tensors: the last ones, if nothing has moved."""
         from ars.csrc_triton.step import FusedAdam
 
-        tensors = (
-            batch.params,
-            batch.exp_avgs,
-            batch.exp_avg_sqs,
-            batch.max_exp_avg_sqs,
-            batch.steps,
-            batch.products or None,
-        )
         hyper = self._hyper
         assert hyper is not None  # written before the tables are asked for
-        kinds = options.decoupled, options.proximal
-        key = (id(hyper), id(options.controller), kinds, batch.groups)
+        key = (batch, hyper, options.controller, options.decoupled, options.proximal)
         fused = self._fused
-        if (
-            fused is None
-            or self._key != key
-            or not fused.matches(*tensors, anchors=batch.anchors, importances=batch.importances)
-        ):
+        if fused is None or not all(map(is_, self._key, key)) or fused.moved():
             fused = FusedAdam(
-                *tensors,
+                batch.params,
+                batch.exp_avgs,
+                batch.exp_avg_sqs,
+                batch.max_exp_avg_sqs,
+                batch.steps,
+                batch.products or None,
                 batch.groups,
                 hyper=hyper,
                 decoupled=options.decoupled,

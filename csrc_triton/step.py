@@ -1,6 +1,7 @@
 """The host side of the fused step: its tensors, what is required of them, and where they are."""
 
 from collections.abc import Sequence
+from itertools import compress
 from operator import attrgetter
 from typing import Any
 
@@ -23,6 +24,8 @@ from ars.csrc_triton.validation import (
 )
 
 __all__ = ["Controller", "FusedAdam"]
+
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 
 
 class FusedAdam:
@@ -99,14 +102,15 @@ class FusedAdam:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("make a FusedAdam, or take a step, before capturing a CUDA graph")
 
-        self._operands = operands  # kept alive because the tables hold their addresses
+        # Their addresses are in the tables: kept alive, and looked at before every step.
+        self._tensors = [t for column in operands for t in column or () if t is not None]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._params = params
         self._gated = controller is not None
-        self._columns = operands.addresses()
         numels = [param.numel() for param in params]
         with torch.cuda.device_of(params[0]):
             self._table = address_table(
-                {**self._columns, Table.NUMEL: numels, Table.GROUP: groups}, device
+                {**operands.addresses(), Table.NUMEL: numels, Table.GROUP: groups}, device
             )
             self._gradients = GradientTable(len(params), device)
             self._launches = Launches(
@@ -115,25 +119,13 @@ class FusedAdam:
             )  # fmt: skip
         self.diagnostics = self._launches.diagnostics
         self._like = _likeness(params)
+        self._devices = {params[0].get_device()}
+        self._filled = [numel > 0 for numel in numels]
         self._strided = [i for i, param in enumerate(params) if not param.is_contiguous()]
 
-    def matches(
-        self,
-        params: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor | None] | None,
-        steps: list[Tensor],
-        products: list[Tensor] | None,
-        *,
-        anchors: Sequence[Tensor | None] | None = None,
-        importances: Sequence[Tensor | None] | None = None,
-    ) -> bool:
-        """Whether these tensors lie where the tables say; otherwise make another FusedAdam."""
-        operands = Operands(
-            params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, products, anchors, importances
-        )
-        return self._columns == operands.addresses()
+    def moved(self) -> bool:
+        """Whether a tensor lies elsewhere than the tables say; then make another FusedAdam."""
+        return self._addresses != list(map(Tensor.data_ptr, self._tensors))
 
     def step(
         self,
@@ -175,23 +167,32 @@ class FusedAdam:
     def _check_gradients(self, grads: list[Tensor]) -> list[int]:
         """Validate the gradients and return their addresses.
 
-        What has the address, dtype, shape and contiguity of the last step's was validated then.
-        Looking takes a third of a microsecond a tensor; validating again, three times that.
+        One that has its parameter's dtype, shape and contiguity is right if it has memory, on the
+        device; only others, and the few strided ones, are worth the microsecond of a closer look.
 
         Raises:
-            ValueError: If there is not one for each parameter.
+            ValueError: If there is not one for each parameter, or a parameter has changed since the
+                tables were made.
         """
         if len(grads) != len(self._params):
             raise ValueError(f"{len(grads)} gradients for {len(self._params)} parameters")
         try:
             found = list(map(Tensor.data_ptr, grads))
-            unchanged = not self._gradients.moved(found) and self._like == _likeness(grads)
+            right = self._like == _likeness(grads)
         except RuntimeError:  # a sparse tensor, say, has no address: found out below
-            found, unchanged = [], False
-        suspects: Sequence[int] = self._strided if unchanged else range(len(grads))
-        for index in suspects:
+            found, right = [], False
+        if right and self._gradients.moved(found):
+            somewhere = 0 not in compress(found, self._filled)
+            right = somewhere and set(map(Tensor.get_device, grads)) == self._devices
+        for index in self._strided if right else range(len(grads)):
             param = self._params[index]
             check_same("gradient", index, grads[index], param, param.dtype)
+        if not right and self._like != _likeness(self._params):
+            self._addresses = []  # they have moved, in a way
+            raise ValueError(
+                "a parameter has another dtype, shape or memory order than when its gradient was "
+                "last looked at; take the step again, for new tables"
+            )
         return found
 
     def _check_number(
@@ -212,5 +213,5 @@ class FusedAdam:
 
 def _likeness(tensors: list[Tensor]) -> tuple[list[Any], ...]:
     """What a gradient must have in common with its parameter, as fast as it can be had."""
-    dtypes, shapes = map(attrgetter("dtype"), tensors), map(attrgetter("shape"), tensors)
+    dtypes, shapes = map(_DTYPE, tensors), map(_SHAPE, tensors)
     return list(dtypes), list(shapes), list(map(Tensor.is_contiguous, tensors))

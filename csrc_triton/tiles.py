@@ -5,6 +5,7 @@ tables are built once. Gradients move after ``zero_grad(set_to_none=True)``, so 
 a table of their own that is uploaded again when, and only when, one of them changed.
 """
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -98,7 +99,7 @@ class GradientTable:
         if self._spare is None:
             self._spare = self._pinned()
         if self.moved(addresses):
-            values = torch.tensor(addresses, dtype=torch.int64)
+            values = torch.frombuffer(array("q", addresses), dtype=torch.int64)
             values = values.pin_memory() if self._table.is_cuda else values
             self._table.copy_(values, non_blocking=True)
             self._addresses = addresses
