@@ -1,8 +1,21 @@
 """Penalties that keep a model near what it has learned, and the Fisher that weights them."""
 
+from ars.regularizers.covariance import ActivationCovariance
 from ars.regularizers.ewc import EWC
+from ars.regularizers.factors import KroneckerFactors
 from ars.regularizers.fisher import DiagonalFisher
+from ars.regularizers.kronecker import KroneckerFisher
 from ars.regularizers.storage import Quantized, dequantize, quantize
 from ars.regularizers.subspace import SubspacePenalty
 
-__all__ = ["EWC", "DiagonalFisher", "Quantized", "SubspacePenalty", "dequantize", "quantize"]
+__all__ = [
+    "EWC",
+    "ActivationCovariance",
+    "DiagonalFisher",
+    "KroneckerFactors",
+    "KroneckerFisher",
+    "Quantized",
+    "SubspacePenalty",
+    "dequantize",
+    "quantize",
+]

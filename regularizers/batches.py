@@ -1,11 +1,16 @@
 """Checks of the labelled batches that a Fisher is fitted on."""
 
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from ars.regularizers.estimators import IGNORE_INDEX
 
-__all__ = ["check_cost", "check_logits", "check_targets", "checked_batch"]
+__all__ = ["check_cost", "check_logits", "check_targets", "checked_batch", "take_samples"]
+
+Targets = TypeVar("Targets", Tensor, Tensor | None)
 
 # Backward passes a sample may take; at a millisecond each this is four seconds.
 MAX_BACKWARDS = 4096
@@ -142,4 +147,39 @@ def check_targets(targets: Tensor, classes: int, index: int) -> None:
         raise ValueError(
             f"targets of batch {index} contain {int(wrong[0])}, outside [0, {classes}); "
             f"use {IGNORE_INDEX} to mask a position"
+        )
+
+
+def take_samples(
+    batches: Iterable[tuple[Tensor, Targets]], n_samples: int | None
+) -> Iterator[tuple[Tensor, Targets]]:
+    """Yield batches until they hold ``n_samples``, cutting the last one to fit.
+
+    Args:
+        batches: Checked pairs.
+        n_samples: How many samples to take, >= 1; None for all.
+
+    Raises:
+        ValueError: ``n_samples`` is not a positive integer, there are fewer, or none at all. Raised
+            where the batches end.
+    """
+    if n_samples is not None and (
+        isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1
+    ):
+        raise ValueError(f"n_samples must be a positive integer, got {n_samples!r}")
+    seen = 0
+    for inputs, targets in batches:
+        if n_samples is not None and len(inputs) > n_samples - seen:
+            inputs = inputs[: n_samples - seen]
+            targets = targets if targets is None else targets[: len(inputs)]
+        seen += len(inputs)
+        yield inputs, targets
+        if seen == n_samples:
+            return
+    if seen == 0:
+        raise ValueError("batches is empty: at least one sample is needed")
+    if n_samples is not None:
+        raise ValueError(
+            f"n_samples={n_samples}, but batches held only {seen} samples; "
+            f"provide more, or pass n_samples=None to use the {seen}"
         )

@@ -1,0 +1,209 @@
+r"""Second moments of what each layer reads: the directions a change of its weight acts on.
+
+A change D of a weight matrix changes the layer's outputs by D a, on average over the inputs a by
+
+    E ||D a||^2 = tr(D A D^T),      A = E[a a^T],
+
+so A weighs each input direction by how much the data use it. It is not centred: a constant input
+matters too.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ars.regularizers.batches import checked_batch, take_samples
+from ars.regularizers.factors import outer_products
+from ars.regularizers.layers import batched_rows, matrix_layers, recorded_uses, warn_of_others
+
+__all__ = ["ActivationCovariance"]
+
+
+class ActivationCovariance:
+    r"""Uncentred covariance of the inputs of every linear and convolution layer.
+
+    .. math:: A = \frac{1}{n} \sum_{i=1}^{n} a_i a_i^T
+
+    over all positions :math:`a_i` of all samples, streamed batch by batch; the patches of a
+    convolution are its inputs. It needs no labels and no backward pass. Its leading eigenvectors
+    are the subspace that gradient projection memory protects; :class:`KroneckerPenalty` takes it
+    whole, as a Kronecker-factored Fisher whose outputs all matter alike.
+
+    Parameters of other layers have none; :meth:`fit` warns and names them.
+
+    Args:
+        model: Maps a batch of inputs, shape (B, ...), to anything.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Example:
+        >>> import torch
+        >>> from ars.regularizers import ActivationCovariance
+        >>> model = torch.nn.Linear(2, 3)
+        >>> activations = ActivationCovariance(model)
+        >>> activations.fit([torch.tensor([[1.0, 2.0], [3.0, 0.0]])]).covariance["weight"]
+        tensor([[5., 1.],
+                [1., 2.]])
+        >>> activations.mean["weight"]
+        tensor([2., 1.])
+
+    References:
+        Saha et al., "Gradient projection memory for continual learning", arXiv:2103.09762.
+        Zeng et al., "Continual learning of context-dependent processing in neural networks",
+        arXiv:1810.01256.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = model
+        self._moments: dict[str, _Moment] | None = None
+        self._n_samples = 0
+
+    @property
+    def covariance(self) -> dict[str, Tensor]:
+        """E[a a^T], (d, d), by the name of the layer's weight.
+
+        Raises:
+            RuntimeError: :meth:`fit` has not succeeded yet.
+        """
+        return {name: moment[:-1, :-1] for name, moment in self.augmented.items()}
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """E[a], (d,), by the name of the layer's weight.
+
+        Raises:
+            RuntimeError: :meth:`fit` has not succeeded yet.
+        """
+        return {name: moment[-1, :-1] for name, moment in self.augmented.items()}
+
+    @property
+    def augmented(self) -> dict[str, Tensor]:
+        """E[a a^T] of inputs with a 1 appended, which is what the bias reads: (d + 1, d + 1).
+
+        Raises:
+            RuntimeError: :meth:`fit` has not succeeded yet.
+        """
+        return {name: moment.mean for name, moment in self._fitted().items()}
+
+    @property
+    def n_samples(self) -> int:
+        """Samples (sequences) seen, 0 before :meth:`fit`."""
+        return self._n_samples
+
+    def fit(
+        self,
+        batches: Iterable[Tensor | tuple[Tensor, Tensor]],
+        n_samples: int | None = None,
+    ) -> "ActivationCovariance":
+        """Average over ``batches``; every call starts afresh.
+
+        The model is in evaluation mode meanwhile and afterwards as it was.
+
+        Args:
+            batches: Inputs on the model's device, or pairs (inputs, targets) as for
+                :meth:`ars.regularizers.DiagonalFisher.fit`, whose targets only say with -100 which
+                positions do not count.
+            n_samples: Stop after exactly that many samples, within a batch if need be, >= 1; by
+                default all are used.
+
+        Returns:
+            This object.
+
+        Raises:
+            TypeError: A batch is neither a tensor nor a pair of tensors.
+            ValueError: No samples, or fewer than ``n_samples``; no layer to look at, or samples
+                that are mixed in one; no position that counts, or activations that are not finite.
+        """
+        layers = matrix_layers(self.model)
+        if not layers:
+            raise ValueError(
+                f"{type(self.model).__name__} has no trained linear or ungrouped convolution layer"
+            )
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        seen = 0
+        pairs = (_labelled(batch, index) for index, batch in enumerate(batches))
+        with recorded_uses(self.model, layers) as uses, torch.no_grad():
+            for inputs, targets in take_samples(pairs, n_samples):
+                uses.clear()
+                self.model(inputs)
+                for use in uses:
+                    rows, valid = batched_rows([use], targets, with_bias=True)
+                    chosen = rows[valid]
+                    sums[use.weight] = sums.get(use.weight, 0) + outer_products(chosen)
+                    counts[use.weight] = counts.get(use.weight, 0) + len(chosen)
+                seen += len(targets)
+        moments = {}
+        for name in [name for name in layers if name in sums]:
+            if counts[name] == 0:
+                raise ValueError(f"every position of {name!r} is masked: nothing to average over")
+            moments[name] = _Moment(sums[name] / counts[name], counts[name])
+            if not moments[name].mean.isfinite().all():
+                raise ValueError(
+                    f"the inputs of {name!r} are not finite; look for an overflow in the model "
+                    "(float16 overflows: use bfloat16 or float32)"
+                )
+        warn_of_others("ActivationCovariance", self.model, layers, moments)
+        self._moments, self._n_samples = moments, seen
+        return self
+
+    def merge(self, other: "ActivationCovariance") -> "ActivationCovariance":
+        """Return what :meth:`fit` would have found on the data of both, of the model as it was.
+
+        Args:
+            other: Fitted, of a model with the same layers.
+
+        Raises:
+            TypeError: ``other`` is not an ActivationCovariance.
+            ValueError: The layers differ; names the first difference.
+            RuntimeError: One of the two is not fitted.
+        """
+        if not isinstance(other, ActivationCovariance):
+            raise TypeError(f"other must be an ActivationCovariance, got {type(other).__name__}")
+        mine, theirs = self._fitted(), other._fitted()
+        if different := sorted(mine.keys() ^ theirs.keys()):
+            raise ValueError(f"only one of the two has {different[0]!r}: fit both on one model")
+        merged = ActivationCovariance(self.model)
+        merged._moments = {}
+        for name, moment in mine.items():
+            another = theirs[name]
+            if moment.mean.shape != another.mean.shape:
+                raise ValueError(
+                    f"{name!r} has {len(another.mean) - 1} inputs in the other, "
+                    f"{len(moment.mean) - 1} here: fit both on one model"
+                )
+            positions = moment.positions + another.positions
+            mean = moment.mean + (another.mean - moment.mean) * (another.positions / positions)
+            merged._moments[name] = _Moment(mean, positions)
+        merged._n_samples = self.n_samples + other.n_samples
+        return merged
+
+    def _fitted(self) -> dict[str, "_Moment"]:
+        if self._moments is None:
+            raise RuntimeError("this ActivationCovariance is not fitted; call fit(batches) first")
+        return self._moments
+
+
+class _Moment(NamedTuple):
+    """Mean of a a^T over the positions of one layer, a 1 appended to a, and their number."""
+
+    mean: Tensor
+    positions: int
+
+
+def _labelled(batch: object, index: int) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets; for inputs alone, targets that mask nothing.
+
+    Raises:
+        ValueError: There are no inputs.
+    """
+    if not isinstance(batch, Tensor):
+        return checked_batch(batch, index, segments=False)[:2]
+    if batch.ndim == 0 or len(batch) == 0:
+        raise ValueError(f"batch {index} is empty: inputs have shape {tuple(batch.shape)}")
+    return batch, torch.zeros(len(batch), dtype=torch.int64, device=batch.device)

@@ -1,0 +1,153 @@
+"""How KroneckerFisher treats models, precisions and bad input."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ars.regularizers import KroneckerFisher
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)).double()
+
+
+def data(n: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 4, dtype=torch.float64), torch.arange(n) % 3
+
+
+def test_n_samples_cuts_a_batch_and_a_second_fit_starts_afresh() -> None:
+    model, (x, y) = mlp(), data(10)
+    fisher = KroneckerFisher(model, "exact").fit([data(4)])
+    fisher.fit(zip(x.split(4), y.split(4), strict=True), n_samples=6)
+    assert fisher.n_samples == 6
+    expected = KroneckerFisher(model, "exact").fit([(x[:6], y[:6])]).factors
+    torch.testing.assert_close(fisher.factors, expected)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    x, y = data(4)
+    with torch.no_grad():  # the caller's mode does not matter
+        first = KroneckerFisher(model, "exact").fit([(x, y)]).factors
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(KroneckerFisher(model, "exact").fit([(x, y)]).factors, first)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = mlp(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def test_activation_checkpointing_counts_every_layer_once() -> None:
+    model, batch = Checkpointed(reentrant=False), data(5)
+    found = KroneckerFisher(model, "exact").fit([batch]).factors
+    plain = KroneckerFisher(model.inner, "exact").fit([batch]).factors
+    torch.testing.assert_close({n.removeprefix("inner."): f for n, f in found.items()}, plain)
+
+
+class Detached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.body(x)
+        return self.head(x)
+
+
+def test_a_layer_outside_autograd_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"layer of 'body.weight' ran without a graph"):
+        KroneckerFisher(Detached()).fit([data(2)])
+
+
+def test_a_layer_whose_output_is_not_used_has_no_information() -> None:
+    model = Detached()
+    model.forward = lambda x: model.head(x + 0 * model.body(x).detach())
+    factors = KroneckerFisher(model).fit([data(2)]).factors
+    assert not factors["body.weight"].outputs.any()
+    assert factors["head.weight"].outputs.any()
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    model = nn.Linear(1, 2, dtype=torch.bfloat16)
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    x = torch.full((3000, 1), 0.03125, dtype=torch.bfloat16)
+    y = torch.zeros(3000, dtype=torch.int64)
+    batches = zip(x.split(7), y.split(7), strict=True)
+    a, g = KroneckerFisher(model, "exact").fit(batches).factors["weight"]
+    assert a.dtype == g.dtype == torch.float32
+    torch.testing.assert_close(a[0, 0], torch.tensor(0.03125**2), rtol=1e-5, atol=0)
+    # 1/4, but for sqrt(1/2) in bfloat16
+    torch.testing.assert_close(g[0, 0], torch.tensor(0.25), rtol=2**-7, atol=0)
+
+
+def test_autocast_does_not_reach_the_sums() -> None:
+    model = nn.Linear(4, 3)
+    x, y = torch.randn(50, 4), torch.arange(50) % 3
+    with torch.autocast("cpu", torch.bfloat16):
+        a, g = KroneckerFisher(model, "exact").fit([(x, y)]).factors["weight"]
+    expected = KroneckerFisher(model, "exact").fit([(x, y)]).factors["weight"]
+    torch.testing.assert_close(a, expected.inputs)
+    torch.testing.assert_close(g, expected.outputs, rtol=0.02, atol=0.002)  # of bfloat16 logits
+
+
+def test_draws_are_averaged() -> None:
+    model, (x, y) = mlp(), data(3)
+    exact = KroneckerFisher(model, "exact").fit([(x, y)]).factors["2.weight"].outputs
+    fisher = KroneckerFisher(model, draws=2000, generator=torch.Generator().manual_seed(0))
+    many = fisher.fit([(x, y)]).factors["2.weight"].outputs
+    assert (many - exact).abs().max() < 0.1 * exact.max()
+
+
+def test_what_is_refused() -> None:
+    model, (x, y) = mlp(), data(4)
+    fitted = KroneckerFisher(model, "exact").fit([(x, y)])
+    before = fitted.factors
+    for batches, n, says in (
+        ([], None, "batches is empty"),
+        ([(x, y)], 5, "n_samples=5, but batches held only 4"),
+        ([(x, y)], True, "n_samples must be a positive integer"),
+        ([(x, y + 1)], None, "contain 3, outside [0, 3)"),
+        ([(x[:, None], y)], None, "do not fit targets"),
+        ([(x * torch.inf, y)], None, "a factor of '0.weight' is not finite"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            fitted.fit(batches, n)
+    with pytest.raises(TypeError, match="must be a pair"):
+        fitted.fit([x])
+    assert fitted.factors is before
+
+    mixed = nn.Sequential(nn.Linear(4, 3)).double()
+    mixed.forward = lambda x: mixed[0](x[:1]).expand(len(x), -1)
+    with pytest.raises(ValueError, match=r"'0.weight' has 1 positions for 4 samples"):
+        KroneckerFisher(mixed).fit([(x, y)])
+    with pytest.raises(ValueError, match="no trained linear"):
+        KroneckerFisher(nn.Sequential(nn.LayerNorm(4)).double()).fit([(x, y)])
+    with pytest.raises(RuntimeError, match="not fitted"):
+        _ = KroneckerFisher(model).factors
+    with pytest.raises(TypeError, match="model must be a"):
+        KroneckerFisher(x)
+    with pytest.raises(TypeError, match="generator must be a"):
+        KroneckerFisher(model, generator=0)
+    with pytest.raises(ValueError, match="unknown estimator 'kfac'"):
+        KroneckerFisher(model, "kfac")
+    with pytest.raises(ValueError, match="unknown estimator 'batched'"):
+        KroneckerFisher(model, "batched")
+    with pytest.raises(ValueError, match="draws must be a positive integer, got 0"):
+        KroneckerFisher(model, draws=0)
+    with pytest.raises(ValueError, match="estimator='exact' draws nothing"):
+        KroneckerFisher(model, "exact", draws=2)
+    long = torch.zeros(1, 1400, 4, dtype=torch.float64), torch.zeros(1, 1400, dtype=torch.int64)
+    with pytest.raises(ValueError, match="1400 \\* 3 = 4200 backward passes"):
+        KroneckerFisher(model, "exact").fit([long])
+    with pytest.raises(ValueError, match="unknown sharing 'none'"):
+        KroneckerFisher(model, sharing="none")
