@@ -1,180 +1,156 @@
-"""One optimizer step against torch's: equal results first, then medians and their ratio."""
+"""One AdamW step against torch's and its peers: equal results first, then medians and ratios."""
+
+import importlib.util
+import math
 
 import pytest
 import torch
-from interleaved import time_all
+from problem import SETTINGS, SHAPES, Penalized, Weights, check_equal, measure
 
 from ars import ARSAdamW
-from ars.regularizers import EWC
 
-SHAPES = {
-    "50 x 512 x 512": [(512, 512)] * 50,
-    "200 x 64 x 64": [(64, 64)] * 200,
-}
-SETTINGS = {"lr": 1e-3, "weight_decay": 0.01}
-STRENGTH = 100.0
-
-
-class Weights(torch.nn.Module):
-    """The tensors to be optimized, their gradients, and what a penalty needs."""
-
-    def __init__(self, shapes: list[tuple[int, ...]], device: str) -> None:
-        """Draw everything from one seed, so that all candidates start alike."""
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(shape: tuple[int, ...]) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(device)
-
-        self.weights = torch.nn.ParameterList(draw(shape) for shape in shapes)
-        self.task = [draw(shape) for shape in shapes]
-        self.anchor = [w.detach() + 0.01 * draw(tuple(w.shape)) for w in self.weights]
-        names = [name for name, _ in self.named_parameters()]
-        self.importance = {n: draw(s).abs() for n, s in zip(names, shapes, strict=True)}
-        self.take_gradients()
-
-    def take_gradients(self) -> None:
-        """Give every weight the task's gradient, as a backward pass would."""
-        for weight, gradient in zip(self.weights, self.task, strict=True):
-            weight.grad = gradient.clone()
-
-    def penalty(self) -> EWC:
-        """Return the penalty towards the anchors."""
-        moved = [weight.detach().clone() for weight in self.weights]
-        with torch.no_grad():
-            for weight, anchor in zip(self.weights, self.anchor, strict=True):
-                weight.copy_(anchor)
-            ewc = EWC(self, self.importance, strength=STRENGTH)
-            for weight, value in zip(self.weights, moved, strict=True):
-                weight.copy_(value)
-        return ewc
-
-    def penalty_by_autograd(self) -> torch.Tensor:
-        """The same penalty as users write it."""
-        terms = zip(self.weights, self.anchor, self.importance.values(), strict=True)
-        return 0.5 * STRENGTH * sum((f * (w - a).pow(2)).sum() for w, a, f in terms)
-
-
-def check_equal(
-    ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, *, moments_only: bool = False
-) -> None:
-    """Assert that two optimizers have taken the same steps, up to rounding.
-
-    Where a gradient and a penalty cancel, Adam's first step is the sign of a rounding error:
-    there only the moments can agree.
-    """
-    for a, b in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
-        for name in ("exp_avg", "exp_avg_sq"):
-            x, y = ours.state[a][name], theirs.state[b][name]
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-        if not moments_only:
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def rows_of(seconds: dict[str, float], baseline: str, traffic: dict[str, float], roof: float):
-    """Make one row a candidate: milliseconds, ratios to the baseline, bandwidth."""
-    rows = []
-    for name, value in seconds.items():
-        row = {"candidate": name, "ms": round(value * 1e3, 3)}
-        row["time / baseline"] = round(value / seconds[baseline], 3)
-        row["baseline / time"] = round(seconds[baseline] / value, 2)
-        if name in traffic:
-            row["GB/s"] = round(traffic[name] / value / 1e9, 1)
-            row["of a copy"] = f"{traffic[name] / value / roof:.0%}"
-        rows.append(row)
-    return rows
+BASELINE = "AdamW(fused=True)"
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 def test_adamw(shapes, device, copy_bandwidth, report, request):
-    """Plain AdamW, the controller, and clipping; the baseline is AdamW(fused=True)."""
-    models = {
-        name: Weights(shapes, device)
-        for name in ("fused", "foreach", "plain", "loss", "norm", "clip", "torch clip")
+    """Plain AdamW, and the controller on it; the baseline is AdamW(fused=True)."""
+    peers = {
+        "AdamW(foreach=False)": {"foreach": False},
+        "AdamW(foreach=True)": {"foreach": True},
+        BASELINE: {"fused": True},
     }
-    optimizers = {
-        "fused": torch.optim.AdamW(models["fused"].parameters(), fused=True, **SETTINGS),
-        "foreach": torch.optim.AdamW(models["foreach"].parameters(), foreach=True, **SETTINGS),
-        "torch clip": torch.optim.AdamW(models["torch clip"].parameters(), fused=True, **SETTINGS),
-        "plain": ARSAdamW(models["plain"].parameters(), ars=None, **SETTINGS),
-        "loss": ARSAdamW(models["loss"].parameters(), **SETTINGS),
-        "norm": ARSAdamW(models["norm"].parameters(), **SETTINGS),
-        "clip": ARSAdamW(models["clip"].parameters(), max_grad_norm=1.0, **SETTINGS),
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        name: torch.optim.AdamW(Weights(shapes, device).parameters(), **options, **SETTINGS)
+        for name, options in peers.items()
+    }
+    if importlib.util.find_spec("optimi") is not None:
+        from optimi import AdamW
+
+        optimizers["optimi.AdamW"] = AdamW(
+            Weights(shapes, device).parameters(), eps=1e-8, **SETTINGS
+        )
+    optimizers |= {
+        name: ARSAdamW(Weights(shapes, device).parameters(), **options, **SETTINGS)
+        for name, options in {
+            "ARSAdamW(ars=None)": {"ars": None},
+            "ARSAdamW, surprise = loss": {},
+            "ARSAdamW, surprise = gradient norm": {},
+        }.items()
     }
     loss = torch.tensor(1.0, device=device)
+    candidates = {name: optimizer.step for name, optimizer in optimizers.items()}
+    with_loss = optimizers["ARSAdamW, surprise = loss"]
+    candidates["ARSAdamW, surprise = loss"] = lambda: with_loss.step(loss=loss)
+    for run in candidates.values():
+        run()
+    for name, optimizer in optimizers.items():
+        check_equal(optimizer, optimizers[BASELINE], moments=not name.startswith("optimi"))
 
-    def torch_clip() -> None:
-        torch.nn.utils.clip_grad_norm_(models["torch clip"].parameters(), 1.0)
-        optimizers["torch clip"].step()
+    bytes_moved = dict.fromkeys(candidates, 28.0)
+    bytes_moved["ARSAdamW, surprise = gradient norm"] += 4
+    rows = measure(
+        candidates, BASELINE, bytes_moved, numel=sum(map(math.prod, shapes)),
+        device=device, copy_bandwidth=copy_bandwidth,
+    )  # fmt: skip
+    report(f"adamw {request.node.callspec.id}".replace(" ", "-"), rows)
 
+
+@pytest.mark.filterwarnings("default")  # torch's compiler uses what torch has deprecated
+@pytest.mark.parametrize("shapes", list(SHAPES.values())[:1], ids=list(SHAPES)[:1])
+def test_compiled(shapes, device, copy_bandwidth, report, request):
+    """torch.compile of torch's step; apart, as its compilation takes the longest of all."""
+    optimizers = {
+        "compiled": torch.optim.AdamW(
+            Weights(shapes, device).parameters(), foreach=True, **SETTINGS
+        ),
+        BASELINE: torch.optim.AdamW(Weights(shapes, device).parameters(), fused=True, **SETTINGS),
+        "ARSAdamW(ars=None)": ARSAdamW(Weights(shapes, device).parameters(), ars=None, **SETTINGS),
+    }
+    compiled = torch.compile(optimizers["compiled"].step)
     candidates = {
-        "AdamW(fused=True)": optimizers["fused"].step,
-        "AdamW(foreach=True)": optimizers["foreach"].step,
-        "ARSAdamW(ars=None)": optimizers["plain"].step,
-        "ARSAdamW, surprise = loss": lambda: optimizers["loss"].step(loss=loss),
-        "ARSAdamW, surprise = gradient norm": optimizers["norm"].step,
-        "clip_grad_norm_ + AdamW(fused=True)": torch_clip,
-        "ARSAdamW(max_grad_norm=1), surprise = loss": lambda: optimizers["clip"].step(loss=loss),
+        "torch.compile(AdamW(foreach=True).step)": compiled,
+        BASELINE: optimizers[BASELINE].step,
+        "ARSAdamW(ars=None)": optimizers["ARSAdamW(ars=None)"].step,
     }
     for run in candidates.values():
         run()
-    for ours, theirs in (("plain", "fused"), ("loss", "fused"), ("norm", "fused")):
-        check_equal(optimizers[ours], optimizers[theirs])
-    check_equal(optimizers["clip"], optimizers["torch clip"])
+    check_equal(optimizers["compiled"], optimizers[BASELINE])
+    rows = measure(
+        candidates, BASELINE, dict.fromkeys(candidates, 28.0),
+        numel=sum(map(math.prod, shapes)),
+        device=device, copy_bandwidth=copy_bandwidth,
+    )  # fmt: skip
+    report(f"compiled {request.node.callspec.id}".replace(" ", "-"), rows)
 
-    numel = sum(weight.numel() for weight in models["fused"].weights)
-    traffic = dict.fromkeys(candidates, 28.0 * numel)
-    traffic["ARSAdamW, surprise = gradient norm"] += 4 * numel
-    traffic["ARSAdamW(max_grad_norm=1), surprise = loss"] += 4 * numel
-    traffic["clip_grad_norm_ + AdamW(fused=True)"] += 12 * numel
-    seconds = time_all(candidates, device)
-    name = "adamw " + request.node.callspec.id
-    report(
-        name.replace(" ", "-"),
-        rows_of(seconds, "AdamW(fused=True)", traffic, copy_bandwidth),
-    )
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_clipping(shapes, device, copy_bandwidth, report, request):
+    """Clipping inside the step; the baseline is clip_grad_norm_, then AdamW(fused=True)."""
+    baseline = "clip_grad_norm_ + AdamW(fused=True)"
+    theirs, ours = Weights(shapes, device), Weights(shapes, device)
+    adamw = torch.optim.AdamW(theirs.parameters(), fused=True, **SETTINGS)
+    clipping = ARSAdamW(ours.parameters(), max_grad_norm=1.0, **SETTINGS)
+    loss = torch.tensor(1.0, device=device)
+    gradients = [weight.grad.clone() for weight in theirs.weights]
+
+    def restore() -> None:
+        for weight, gradient in zip(theirs.weights, gradients, strict=True):
+            weight.grad.copy_(gradient)
+
+    def by_torch() -> None:
+        restore()  # which it scales in place, so that a second call would find nothing to clip
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        adamw.step()
+
+    candidates = {
+        baseline: by_torch,
+        "ARSAdamW(max_grad_norm=1), surprise = loss": lambda: clipping.step(loss=loss),
+        "copies": restore,
+    }
+    for run in candidates.values():
+        run()
+    check_equal(clipping, adamw)
+    rows = measure(
+        candidates, baseline, {baseline: 40.0, list(candidates)[1]: 32.0},
+        numel=sum(map(math.prod, shapes)), device=device, copy_bandwidth=copy_bandwidth,
+        overhead="copies",
+    )  # fmt: skip
+    report(f"clipping {request.node.callspec.id}".replace(" ", "-"), rows)
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 def test_ewc(shapes, device, copy_bandwidth, report, request):
     """AdamW with EWC; the baseline is the penalty by autograd, then AdamW(fused=True)."""
-    ours, theirs, plain = (Weights(shapes, device) for _ in range(3))
+    baseline = "EWC by autograd + AdamW(fused=True)"
+    ours, theirs = Penalized(shapes, device), Penalized(shapes, device)
+    plain = Weights(shapes, device)
     fused = ARSAdamW(ours.parameters(), penalty=ours.penalty(), **SETTINGS)
     adamw = torch.optim.AdamW(theirs.parameters(), fused=True, **SETTINGS)
     without = torch.optim.AdamW(plain.parameters(), fused=True, **SETTINGS)
     loss = torch.tensor(1.0, device=device)
 
     def by_autograd() -> None:
-        for weight, gradient in zip(theirs.weights, theirs.task, strict=True):
-            weight.grad.copy_(gradient)  # what the task's backward pass would have left
+        theirs.restore_gradients()
         theirs.penalty_by_autograd().backward()
         adamw.step()
 
     value = theirs.penalty_by_autograd().item()
     by_autograd()
     fused.step(loss=loss)
-    check_equal(fused, adamw, moments_only=True)
+    check_equal(fused, adamw, parameters=False)
     assert float(fused.diagnostics["penalty"]) == pytest.approx(value, rel=1e-5)
 
-    def only_copies() -> None:
-        for weight, gradient in zip(theirs.weights, theirs.task, strict=True):
-            weight.grad.copy_(gradient)
-
     candidates = {
-        "EWC by autograd + AdamW(fused=True)": by_autograd,
+        baseline: by_autograd,
         "ARSAdamW(penalty=EWC)": lambda: fused.step(loss=loss),
         "AdamW(fused=True) without a penalty": without.step,
-        "the baseline's gradient copies": only_copies,
+        "copies": theirs.restore_gradients,
     }
-    seconds = time_all(candidates, device)
-    seconds["EWC by autograd + AdamW(fused=True)"] -= seconds.pop("the baseline's gradient copies")
-    numel = sum(weight.numel() for weight in ours.weights)
-    traffic = {
-        "ARSAdamW(penalty=EWC)": 36.0 * numel,
-        "AdamW(fused=True) without a penalty": 28.0 * numel,
-    }
-    name = "ewc " + request.node.callspec.id
-    report(
-        name.replace(" ", "-"),
-        rows_of(seconds, "EWC by autograd + AdamW(fused=True)", traffic, copy_bandwidth),
-    )
+    rows = measure(
+        candidates, baseline,
+        {"ARSAdamW(penalty=EWC)": 36.0, "AdamW(fused=True) without a penalty": 28.0},
+        numel=sum(map(math.prod, shapes)), device=device, copy_bandwidth=copy_bandwidth,
+        overhead="copies",
+    )  # fmt: skip
+    report(f"ewc {request.node.callspec.id}".replace(" ", "-"), rows)
