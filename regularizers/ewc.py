@@ -2,17 +2,21 @@ r"""Elastic weight consolidation: a quadratic pull towards an anchor, weighted b
 
     E(theta) = 1/2 lambda sum_i Omega_i (theta_i - theta*_i)^2
 
-The value is :func:`ars.reference.ewc_value`; its two steps are defined beside it.
+The value is :func:`ars.reference.ewc_value`; its two steps are defined beside it. After further
+tasks the pull is towards the newest model (:meth:`EWC.consolidate`), or towards all of them
+(:meth:`EWC.add_task`):
+
+    sum_t F_t (theta - theta_t)^2 = Omega (theta - mu)^2 + const,
+    Omega = sum_t F_t,   mu = sum_t F_t theta_t / Omega
 """
 
-import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ars.reference import ewc_value
 from ars.regularizers.checks import (
     check_names,
     check_state,
@@ -23,11 +27,14 @@ from ars.regularizers.checks import (
     copy_like,
 )
 from ars.regularizers.fisher import DiagonalFisher
+from ars.regularizers.importance import check_importance, embedded, importance_of, layer_factors
+from ars.regularizers.quadratic import Pull, quadratic_value
+from ars.regularizers.storage import dequantize
 
 __all__ = ["EWC"]
 
 Mode: TypeAlias = Literal["coupled", "proximal"]
-_MODES: tuple[Mode, ...] = get_args(Mode)
+Storage: TypeAlias = Literal["full", "compact"]
 
 
 class EWC:
@@ -48,9 +55,14 @@ class EWC:
 
     With any other optimizer add :meth:`value` to the loss.
 
-    Anchor and importance are copies, in float32 (float64 for a float64 parameter), with the
-    parameter's strides and device: 8 bytes a parameter in float32. Move the model before building
-    the penalty. Parameters that ``fisher`` does not name are left alone.
+    Anchor and importance are copies with the parameter's strides and device; move the model before
+    building the penalty. Parameters that ``fisher`` does not name are left alone. Storage, whatever
+    the number of tasks:
+
+    * ``"full"``: float32 (float64 for a float64 parameter), 8 bytes a parameter;
+    * ``"compact"``: importance in uint8 (:func:`~ars.regularizers.quantize`), anchor in bfloat16,
+      3.06 bytes. The anchor of a float32 parameter is then off by up to 1 part in 512, and so the
+      penalty is not exactly 0 at the start.
 
     Args:
         model: Its current parameters become the anchor.
@@ -59,13 +71,18 @@ class EWC:
         strength: lambda, finite, >= 0; a number or a 0-d tensor. A plain attribute, which may be
             changed at any time.
         mode: ``"coupled"`` or ``"proximal"``.
+        layer_strengths: Factors of lambda, finite, >= 0, by parameter name or shell pattern
+            (``"blocks.*.weight"``); a name goes before patterns, patterns in their order, and what
+            none matches has 1. They are folded into the importance.
+        storage: ``"full"`` or ``"compact"``, which needs contiguous parameters.
 
     Raises:
         TypeError: ``model`` is not a module, ``fisher`` neither of the two, an importance not a
             floating-point tensor, or ``strength`` not a number.
         ValueError: ``fisher`` is not fitted, is empty, names a parameter that the model does not
             have, or holds a wrong shape or a value that is negative or not finite; ``strength`` is
-            negative or not finite; ``mode`` is unknown.
+            negative or not finite; ``mode`` or ``storage`` is unknown; a key of ``layer_strengths``
+            matches no penalised parameter.
 
     Example:
         >>> import torch
@@ -80,6 +97,8 @@ class EWC:
     References:
         Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks",
         arXiv:1612.00796.
+        Huszar, "On quadratic penalties in elastic weight consolidation", arXiv:1712.03847.
+        Schwarz et al., "Progress & Compress", arXiv:1805.06370.
     """
 
     def __init__(
@@ -88,19 +107,27 @@ class EWC:
         fisher: DiagonalFisher | Mapping[str, Tensor],
         strength: float | Tensor = 1.0,
         mode: Mode = "coupled",
+        *,
+        layer_strengths: Mapping[str, float] | None = None,
+        storage: Storage = "full",
     ) -> None:
         parameters = dict(checked_module(model).named_parameters())
-        importance = _importance_of(fisher)
+        importance = importance_of(fisher)
         check_names(importance, model, "fisher")
         self._parameters = {name: p for name, p in parameters.items() if name in importance}
-        for name, p in self._parameters.items():
-            check_tensor(f"the importance of {name!r}", importance[name], p, minimum=0.0)
+        check_importance(importance, self._parameters)
         self.strength = strength
-        self.mode: Mode = checked_choice("mode", mode, _MODES)
-        self.anchor = {name: copy_like(p, p) for name, p in self._parameters.items()}
-        self.importance = {
-            name: copy_like(p, importance[name]) for name, p in self._parameters.items()
+        self.mode: Mode = checked_choice("mode", mode, get_args(Mode))
+        self.storage: Storage = checked_choice("storage", storage, get_args(Storage))
+        self._factors = layer_factors(layer_strengths, self._parameters)
+        self._pulls = {
+            name: Pull(
+                name, p, importance[name] * self._factors[name], compact=storage == "compact"
+            )
+            for name, p in self._parameters.items()
         }
+        self.estimator = fisher.estimator if isinstance(fisher, DiagonalFisher) else None
+        self.constant = 0.0
 
     @property
     def strength(self) -> Any:
@@ -111,60 +138,160 @@ class EWC:
     def strength(self, value: float | Tensor) -> None:
         self._strength = checked_strength(value)
 
-    def terms(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Parameter, anchor and importance of every penalised tensor, in the model's order."""
-        return [
-            (p, self.anchor[name], self.importance[name]) for name, p in self._parameters.items()
-        ]
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """The anchor by parameter name, as it is stored."""
+        return {name: pull.anchor for name, pull in self._pulls.items()}
+
+    @property
+    def importance(self) -> dict[str, Tensor]:
+        """Omega by parameter name: what is stored, or with ``"compact"`` an expanded copy."""
+        return {name: pull.omega() for name, pull in self._pulls.items()}
+
+    def terms(self) -> list[tuple[Any, ...]]:
+        """Parameter, anchor and importance of every penalised tensor, in the model's order.
+
+        With ``"compact"``: parameter, anchor, uint8 importance and its blocks' scales.
+        """
+        return [pull.term() for pull in self._pulls.values()]
 
     def value(self) -> Tensor:
-        """Return the penalty E, 0-d and differentiable, on the first parameter's device."""
-        values = [ewc_value(p, anchor, omega, self.strength) for p, anchor, omega in self.terms()]
-        return torch.stack([v.to(values[0].device) for v in values]).sum()
+        """Return the penalty E, 0-d, on the first parameter's device.
+
+        One differentiable operation, of any order, which keeps only references for the backward
+        pass.
+        """
+        return quadratic_value(list(self._pulls.values()), self.strength)
+
+    @torch.no_grad()
+    def consolidate(
+        self, fisher: DiagonalFisher | Mapping[str, Tensor], *, decay: float = 1.0
+    ) -> None:
+        r"""Online EWC: :math:`\Omega \leftarrow \gamma \Omega + F`, anchored at the model as it is.
+
+        Tensors keep their addresses: an optimizer that holds this penalty goes on with the new one.
+
+        Args:
+            fisher: F of the task that was learned last, for the same parameters.
+            decay: gamma in [0, 1], how much of the earlier tasks is kept.
+
+        Raises:
+            TypeError: As for the constructor. Nothing has changed then.
+            ValueError: As for the constructor, or ``decay`` is out of range. Nothing has changed
+                then.
+        """
+        if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay <= 1:
+            raise ValueError(f"decay must be a number in [0, 1], got {decay!r}")
+        for name, new in self._checked(fisher).items():
+            pull = self._pulls[name]
+            pull.assign(pull.omega() * decay + new, pull.param)
+        self.constant = 0.0
+
+    @torch.no_grad()
+    def add_task(self, fisher: DiagonalFisher | Mapping[str, Tensor]) -> None:
+        r"""EWC with a term for each task, in the memory of one.
+
+        The sum of K quadratic terms is one: :math:`\Omega = \sum_t F_t` around
+        :math:`\mu = \sum_t F_t \theta_t / \Omega`. Gradients are those of the sum; its value is
+        ``value() + strength * constant``. Tensors keep their addresses.
+
+        Args:
+            fisher: F of the task that was learned last, for the same parameters; the model as it is
+                is its anchor.
+
+        Raises:
+            TypeError: As for the constructor. Nothing has changed then.
+            ValueError: As for the constructor. Nothing has changed then.
+        """
+        for name, new in self._checked(fisher).items():
+            pull = self._pulls[name]
+            old, anchor = pull.omega(), pull.anchor.to(new.dtype)
+            total = old + new
+            # Where no task cares the anchor follows the model.
+            share = torch.where(total > 0, new / total, 1.0)
+            delta = pull.param - anchor
+            self.constant += 0.5 * float((old * share * delta * delta).sum(dtype=torch.float64))
+            pull.assign(total, anchor + share * delta)
+
+    @torch.no_grad()
+    def grown(self, model: nn.Module) -> "EWC":
+        """Return this penalty for a model whose parameters have become larger.
+
+        The leading block of each parameter is penalised as before; what is new is free. For a head
+        that got more classes, say; a model that was rescaled as it grew maps its own importance.
+
+        Args:
+            model: Has the same names, each of at least the old size in every dimension.
+
+        Returns:
+            A new penalty, with the same options.
+
+        Raises:
+            ValueError: A parameter is missing or smaller in ``model``.
+        """
+        parameters = dict(checked_module(model).named_parameters())
+        check_names(self._pulls, model, "this penalty")
+        old = self.importance
+        importance = {name: embedded(name, old[name], parameters[name]) for name in old}
+        penalty = EWC(model, importance, self.strength, self.mode, storage=self.storage)
+        for name, pull in penalty._pulls.items():
+            anchor = self._pulls[name].anchor
+            pull.anchor[tuple(slice(n) for n in anchor.shape)] = anchor
+        penalty._factors = dict(self._factors)
+        penalty.estimator, penalty.constant = self.estimator, self.constant
+        return penalty
 
     def state_dict(self) -> dict[str, Any]:
-        """Strength, mode, and references to the anchor and importance tensors by parameter name."""
-        return {
+        """Options, and references to the anchor and importance tensors by parameter name."""
+        terms = {name: pull.term() for name, pull in self._pulls.items()}
+        state = {
             "strength": float(self.strength),
             "mode": self.mode,
-            "anchor": dict(self.anchor),
-            "importance": dict(self.importance),
+            "estimator": self.estimator,
+            "constant": self.constant,
+            "anchor": {name: term[1] for name, term in terms.items()},
+            "importance": {name: term[2] for name, term in terms.items()},
         }
+        if self.storage == "compact":
+            state["scale"] = {name: term[3] for name, term in terms.items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy a state into this penalty's own tensors, whose addresses do not change.
 
         Args:
-            state: What :meth:`state_dict` returned, on any device.
+            state: What :meth:`state_dict` returned, on any device, of the same storage.
 
         Raises:
             TypeError: An entry has the wrong type. Nothing has changed then.
             ValueError: The state is of another model or holds an invalid value. Nothing has changed
                 then; the message names the first difference.
         """
-        parts = {"anchor", "importance"}
-        check_state("an EWC", state, {"strength", "mode"} | parts, parts, self._parameters)
+        parts = {"anchor", "importance"} | ({"scale"} if self.storage == "compact" else set())
+        options = {"strength", "mode", "estimator", "constant"}
+        check_state("an EWC", state, options | parts, parts, self._pulls)
         strength = checked_strength(state["strength"])
-        mode = checked_choice("mode", state["mode"], _MODES)
-        for part, minimum in (("anchor", -math.inf), ("importance", 0.0)):
-            for name, p in self._parameters.items():
-                check_tensor(f"the state's {part} of {name!r}", state[part][name], p, minimum)
-        self.strength, self.mode = strength, mode
-        for name in self._parameters:
-            self.anchor[name].copy_(state["anchor"][name])
-            self.importance[name].copy_(state["importance"][name])
+        constant = float(checked_strength(state["constant"]))
+        mode: Mode = checked_choice("mode", state["mode"], get_args(Mode))
+        loaded = {}
+        for name, p in self._parameters.items():
+            anchor, omega = state["anchor"][name], state["importance"][name]
+            if self.storage == "compact":
+                omega = dequantize(omega, state["scale"][name])
+            check_tensor(f"the state's anchor of {name!r}", anchor, p)
+            check_tensor(f"the state's importance of {name!r}", omega, p, minimum=0.0)
+            loaded[name] = omega, anchor
+        self.strength, self.mode, self.constant = strength, mode, constant
+        self.estimator = state["estimator"]
+        for name, pull in self._pulls.items():
+            omega, anchor = loaded[name]
+            pull.assign(omega.to(pull.param.device), anchor)
 
-
-def _importance_of(fisher: DiagonalFisher | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if isinstance(fisher, DiagonalFisher):
-        if fisher.n_samples == 0:
-            raise ValueError("the DiagonalFisher is not fitted; call fit(batches) first")
-        return fisher.importance
-    if not isinstance(fisher, Mapping):
-        raise TypeError(
-            "fisher must be a DiagonalFisher or a mapping from parameter name to tensor, "
-            f"got {type(fisher).__name__}"
-        )
-    if not fisher:
-        raise ValueError("fisher is empty: there is nothing to penalise")
-    return fisher
+    def _checked(self, fisher: DiagonalFisher | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a further task's importance, factors included, once all of it has been checked."""
+        importance = importance_of(fisher)
+        check_importance(importance, self._parameters)
+        return {
+            name: copy_like(p, importance[name]).mul_(self._factors[name])
+            for name, p in self._parameters.items()
+        }

@@ -5,29 +5,9 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from ewc_models import move, random_importance, small_model
 
 from ars.regularizers import EWC
-
-
-def small_model(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
-
-
-def random_importance(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        n: torch.rand(p.shape, generator=generator, dtype=torch.float64)
-        for n, p in model.named_parameters()
-    }
-
-
-def move(model, scale=0.3, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
 
 
 def test_state_round_trip(tmp_path):

@@ -1,0 +1,132 @@
+"""What an EWC penalty makes of a Fisher: checked, weighted by layer, embedded in larger shapes."""
+
+import math
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from ars.regularizers.checks import check_tensor
+from ars.regularizers.fisher import DiagonalFisher
+
+__all__ = ["check_importance", "embedded", "importance_of", "layer_factors"]
+
+
+def importance_of(fisher: DiagonalFisher | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the importance by parameter name, in floating point.
+
+    Args:
+        fisher: A fitted Fisher, or the mapping itself.
+
+    Returns:
+        The mapping, not empty.
+
+    Raises:
+        TypeError: Neither of the two.
+        ValueError: Not fitted, or empty.
+    """
+    if isinstance(fisher, DiagonalFisher):
+        if fisher.n_samples == 0:
+            raise ValueError("the DiagonalFisher is not fitted; call fit(batches) first")
+        return fisher.importance
+    if not isinstance(fisher, Mapping):
+        raise TypeError(
+            "fisher must be a DiagonalFisher or a mapping from parameter name to tensor, "
+            f"got {type(fisher).__name__}"
+        )
+    if not fisher:
+        raise ValueError("fisher is empty: there is nothing to penalise")
+    return fisher
+
+
+def check_importance(importance: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse an importance that is not of exactly these parameters, finite and >= 0.
+
+    Args:
+        importance: Omega by parameter name.
+        parameters: The parameters by name.
+
+    Raises:
+        ValueError: A name is missing or too many, or as :func:`check_tensor` says.
+    """
+    for name in importance:
+        if name not in parameters:
+            raise ValueError(
+                f"fisher names {name!r}, which this penalty does not hold; a further task's "
+                "Fisher is of the same parameters as the first"
+            )
+    for name, param in parameters.items():
+        if name not in importance:
+            raise ValueError(
+                f"fisher lacks {name!r}, which this penalty holds; a further task's Fisher is of "
+                "the same parameters as the first"
+            )
+        check_tensor(f"the importance of {name!r}", importance[name], param, minimum=0.0)
+
+
+def layer_factors(
+    strengths: Mapping[str, float] | None, names: Collection[str]
+) -> dict[str, float]:
+    """Resolve factors given by name or pattern to one for each parameter.
+
+    Args:
+        strengths: Finite factors >= 0 by parameter name or shell pattern.
+        names: The parameters.
+
+    Returns:
+        For each name the factor given for it, else that of the first pattern it matches, else 1.
+
+    Raises:
+        TypeError: Not a mapping, or a factor is not a number.
+        ValueError: A factor is negative or not finite, or a key matches nothing.
+    """
+    if strengths is None:
+        strengths = {}
+    if not isinstance(strengths, Mapping):
+        raise TypeError(
+            "layer_strengths must be a mapping from name or pattern to number, "
+            f"got {type(strengths).__name__}"
+        )
+    for key, factor in strengths.items():
+        if isinstance(factor, bool) or not isinstance(factor, Real):
+            raise TypeError(f"layer_strengths[{key!r}] must be a number, got {factor!r}")
+        if not math.isfinite(factor) or factor < 0:
+            raise ValueError(f"layer_strengths[{key!r}] must be finite and >= 0, got {factor}")
+        if key not in names and not any(fnmatchcase(name, key) for name in names):
+            raise ValueError(
+                f"layer_strengths[{key!r}] matches none of the penalised parameters {list(names)}"
+            )
+    factors = {}
+    for name in names:
+        key = (
+            name if name in strengths else next((k for k in strengths if fnmatchcase(name, k)), "")
+        )
+        factors[name] = float(strengths.get(key, 1.0))
+    return factors
+
+
+def embedded(name: str, old: Tensor, grown: Tensor) -> Tensor:
+    """Return zeros of the shape of ``grown`` with ``old`` as their leading block.
+
+    Args:
+        name: Of the parameter, for messages.
+        old: Any tensor.
+        grown: Of at least its size in every dimension.
+
+    Returns:
+        A tensor of the dtype of ``old`` on the device of ``grown``.
+
+    Raises:
+        ValueError: ``grown`` does not hold ``old``.
+    """
+    same = old.ndim == grown.ndim
+    if not same or any(n > m for n, m in zip(old.shape, grown.shape, strict=True)):
+        raise ValueError(
+            f"{name!r} has shape {tuple(grown.shape)}, which does not hold its old "
+            f"{tuple(old.shape)}; leave the parameter out, or compute its Fisher again"
+        )
+    result = torch.zeros_like(grown, dtype=old.dtype)
+    result[tuple(slice(n) for n in old.shape)] = old
+    return result

@@ -1,0 +1,96 @@
+"""EWC with the importance in uint8 and the anchor in bfloat16."""
+
+import pytest
+import torch
+from ewc_models import move, random_importance, small_model
+from torch import nn
+
+from ars.regularizers import EWC, dequantize, quantize
+
+
+def compact(model, **options):
+    return EWC(model, random_importance(model), 3.0, storage="compact", **options)
+
+
+def test_terms_hold_what_the_codec_made():
+    model = small_model()
+    importance = random_importance(model)
+    for name, (p, anchor, values, scale) in zip(importance, compact(model).terms(), strict=True):
+        expected = quantize(importance[name])
+        assert p is dict(model.named_parameters())[name]
+        assert torch.equal(anchor, p.detach().bfloat16())
+        assert torch.equal(values, expected.values)
+        assert torch.equal(scale, expected.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_value_and_gradient_are_those_of_what_is_stored(dtype):
+    model = small_model(dtype)
+    penalty = compact(model)
+    move(model)
+    value = penalty.value()
+    value.backward()
+    total = 0.0
+    for p, anchor, values, scale in penalty.terms():
+        delta = p.detach().double() - anchor.double()
+        omega = dequantize(values, scale).double()
+        total += 1.5 * float((omega * delta**2).sum())
+        expected = (3.0 * omega * delta).to(dtype)
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-2  # one rounding to bfloat16
+        torch.testing.assert_close(p.grad, expected, rtol=tolerance, atol=0.0)
+    assert value.item() == pytest.approx(total, rel=1e-6)
+
+
+def test_bytes_a_parameter():
+    model = nn.Linear(256, 256, bias=False)
+    ((p, *stored),) = EWC(model, {"weight": torch.rand(256, 256)}, storage="compact").terms()
+    assert sum(t.numel() * t.element_size() for t in stored) / p.numel() == 3.0625
+
+
+def test_is_close_to_full_storage():
+    model = small_model(torch.bfloat16)  # whose anchor bfloat16 holds exactly
+    full, small = EWC(model, random_importance(model), 3.0), compact(model)
+    move(model)
+    assert small.value().item() == pytest.approx(full.value().item(), rel=0.01)
+
+
+def test_further_tasks_keep_the_addresses():
+    model = small_model(torch.bfloat16)
+    full, small = EWC(model, random_importance(model), 3.0), compact(model)
+    addresses = [t.data_ptr() for term in small.terms() for t in term]
+    for seed in range(2):
+        move(model, seed=seed)
+        for penalty in (full, small):
+            penalty.consolidate(random_importance(model, seed=seed), decay=0.5)
+    move(model, seed=7)
+    for penalty in (full, small):
+        penalty.add_task(random_importance(model, seed=8))
+    move(model, seed=9)
+    assert [t.data_ptr() for term in small.terms() for t in term] == addresses
+    assert small.value().item() == pytest.approx(full.value().item(), rel=0.02)
+    assert small.constant == pytest.approx(full.constant, rel=0.02)
+
+
+def test_state_round_trip(tmp_path):
+    model = small_model()
+    saved = compact(model)
+    saved.add_task(random_importance(model, seed=4))
+    torch.save(saved.state_dict(), tmp_path / "ewc.pt")
+    state = torch.load(tmp_path / "ewc.pt", weights_only=True)
+    move(model)
+    loaded = EWC(model, random_importance(model, seed=9), storage="compact")
+    loaded.load_state_dict(state)
+    assert loaded.value().item() == saved.value().item() > 0
+    assert loaded.constant == saved.constant
+    for ours, theirs in zip(loaded.terms(), saved.terms(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    with pytest.raises(ValueError, match=r"an EWC state is a mapping with keys .*'scale'"):
+        EWC(model, random_importance(model)).load_state_dict(state)
+
+
+def test_refuses_what_it_cannot_store():
+    model = nn.Conv2d(2, 4, 3, bias=False).to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"'weight' is not contiguous, .* use storage='full'"):
+        EWC(model, {"weight": torch.rand(4, 2, 3, 3)}, storage="compact")
+    with pytest.raises(ValueError, match=r"unknown storage 'tiny'; choose one of \['full', 'comp"):
+        EWC(model, {"weight": torch.rand(4, 2, 3, 3)}, storage="tiny")
