@@ -11,7 +11,7 @@ from ars import functional
 from ars.batch import DIAGNOSTICS, Batch, Options, is_decoupled, read_hyper
 from ars.collect import Collector
 from ars.controller import ARSConfig, ARSController, read_surprise
-from ars.penalty import Penalty, Term, read_terms
+from ars.penalty import Penalty, Term, parameter_names, read_terms
 from ars.state import complete_state, restore_dtypes, step_kind
 
 __all__ = ["CONDITIONED", "ARSAdam"]
@@ -78,10 +78,7 @@ class ARSAdam(torch.optim.Adam):
         # A GradScaler must unscale the gradients itself, and skip the step on inf.
         self._step_supports_amp_scaling = False
         params = self._parameters()
-        self._implementation = functional.choose(
-            params, foreach=foreach, fused=fused, differentiable=differentiable
-        )
-        device = params[0].device
+        device = params[0].device if params else torch.device("cpu")
         self._controller = None if ars is None else ARSController(ars, device)
         self._watches: str | None = None
         self._max_grad_norm = max_grad_norm
@@ -89,10 +86,33 @@ class ARSAdam(torch.optim.Adam):
         self._tables = functional.DeviceStep()
         self._collector = Collector()
         self.penalty = penalty
+        self._implementation: functional.Implementation = "loop"
+        if device.type != "meta":  # those may get data, elsewhere, before the first step
+            self._place()
 
     def _parameters(self) -> list[Tensor]:
         """Return the parameters of all groups, in order."""
         return [param for group in self.param_groups for param in group["params"]]
+
+    def _place(self) -> None:
+        """Choose the implementation, and bring what the step keeps, where the parameters are.
+
+        Raises:
+            RuntimeError: ``foreach`` or ``fused`` was forced where it cannot be had.
+        """
+        params = self._parameters()
+        flags = {name: self.defaults[name] for name in ("foreach", "fused", "differentiable")}
+        self._implementation = functional.choose(params, **flags)
+        if not params or params[0].device == self._buffer.device:
+            return
+        self._buffer = torch.zeros_like(self._buffer, device=params[0].device)
+        self._tables = functional.DeviceStep()
+        if self._controller is not None:
+            memory = self._controller.state_dict()
+            self._controller = ARSController(self._controller.config, params[0].device)
+            if not memory["window"].is_meta:
+                self._controller.load_state_dict(memory)
+        self.penalty = self._penalty  # checked again
 
     @property
     def penalty(self) -> Penalty | None:
@@ -101,11 +121,7 @@ class ARSAdam(torch.optim.Adam):
 
     @penalty.setter
     def penalty(self, penalty: Penalty | None) -> None:
-        names = {}
-        for g, group in enumerate(self.param_groups):
-            known = group.get("param_names", [])
-            for i, param in enumerate(group["params"]):
-                names[param] = known[i] if i < len(known) else f"parameter {i} of group {g}"
+        names = parameter_names(self.param_groups)
         self._terms: dict[Tensor, Term] = {} if penalty is None else read_terms(penalty, names)
         self._penalty = penalty
 
@@ -146,7 +162,8 @@ class ARSAdam(torch.optim.Adam):
             TypeError: The loss is neither a tensor nor a number.
             ValueError: The loss is not a scalar, the surprise changed its kind between steps, or
                 the groups differ in ``decoupled_weight_decay``.
-            RuntimeError: A gradient is sparse.
+            RuntimeError: A gradient is sparse, or ``foreach`` or ``fused`` was forced where the
+                parameters are.
         """
         self._accelerator_graph_capture_health_check()
         returned = None
@@ -160,6 +177,8 @@ class ARSAdam(torch.optim.Adam):
                 f"the controller has watched the {self._watches} and now gets the {watches}: "
                 "pass loss= to every step, or to none"
             )
+        if functional.have_moved(self.param_groups, self._buffer.device):
+            self._place()
         batch = self._collector.collect(self.param_groups, self.state, self._terms, self._append)
         if not batch.params:
             return returned

@@ -100,7 +100,7 @@ class Collector:
             grads = list(compress(grads, present))
         if any(map(_IS_SPARSE, grads)):
             raise RuntimeError(
-                "a gradient is sparse, which this optimizer does not support: use "
+                "this optimizer does not support sparse gradients: use "
                 "torch.optim.SparseAdam, or an embedding with sparse=False"
             )
         kept = self._kept

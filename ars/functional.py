@@ -3,15 +3,16 @@
 import functools
 import importlib.util
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from ars import host, loop
 from ars.batch import Batch, Hyper, Options
 from ars.device import DeviceStep
 
-__all__ = ["DeviceStep", "Implementation", "choose", "step_"]
+__all__ = ["DeviceStep", "Implementation", "choose", "have_moved", "step_"]
 
 Implementation: TypeAlias = Literal["loop", "foreach", "fused", "triton"]
 
@@ -43,26 +44,40 @@ def choose(
     if differentiable:
         return "loop"
     if foreach:
-        if devices != {"cpu"}:
+        if not devices <= {"cpu"}:
             raise RuntimeError(
-                f"foreach=True works on CPU parameters, these are on {sorted(devices)}: torch's "
-                "foreach kernels take the gate from the host, which would wait for the device at "
-                "every step. Use fused=True, or leave both None"
+                "`foreach=True` requires all the params to be on the CPU, not on "
+                f"{sorted(devices)}: torch's foreach kernels take the gate from the host, which "
+                "would wait for the device at every step. Use fused=True, or leave both None"
             )
         return "foreach"
     if not fused and (foreach is False or fused is False):
         return "loop"
-    if devices == {"cpu"}:
+    if devices <= {"cpu"}:
         return "fused"
     if devices == {"cuda"} and _has_triton() and len({p.device for p in params}) == 1:
         return "triton"
     if fused:
         raise RuntimeError(
-            "fused=True needs all parameters on the CPU, or on one GPU with Triton installed; they "
-            f"are on {sorted({str(p.device) for p in params})} and Triton is "
-            f"{'installed' if _has_triton() else 'missing'}. Leave fused=None for the loop"
+            "`fused=True` requires all the params to be floating point Tensors on the CPU, or on "
+            f"one GPU with Triton installed; they are on {sorted({str(p.device) for p in params})} "
+            f"and Triton is {'installed' if _has_triton() else 'missing'}. Leave fused=None for "
+            "the loop"
         )
     return "loop"
+
+
+def have_moved(groups: list[dict[str, Any]], device: torch.device) -> bool:
+    """Whether parameters with gradients are elsewhere than on ``device``, or without data (meta).
+
+    Args:
+        groups: The optimizer's parameter groups; the first parameter is looked at.
+        device: Where they were.
+    """
+    first = next((group["params"][0] for group in groups if group["params"]), None)
+    if first is None or (first.device == device and not first.is_meta):
+        return False
+    return any(param.grad is not None for group in groups for param in group["params"])
 
 
 def step_(

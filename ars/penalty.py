@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["Penalty", "Term", "read_terms"]
+__all__ = ["Penalty", "Term", "parameter_names", "read_terms"]
 
 
 class Term(NamedTuple):
@@ -36,6 +36,16 @@ class Penalty(Protocol):
     def terms(self) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Triples (parameter, anchor, importance)."""
         ...
+
+
+def parameter_names(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
+    """Return what to call each parameter of an optimizer's groups in an error."""
+    names = {}
+    for g, group in enumerate(groups):
+        known = group.get("param_names", [])
+        for i, param in enumerate(group["params"]):
+            names[param] = known[i] if i < len(known) else f"parameter {i} of group {g}"
+    return names
 
 
 def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]:

@@ -134,7 +134,7 @@ def advance(schedulers, loss) -> None:
     """Step the learning rate schedulers; the one that watches the loss is given it."""
     for scheduler in schedulers:
         plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-        scheduler.step(*[loss] * plateau)
+        scheduler.step(*[loss.item()] * plateau)
 
 
 def assert_same(a: object, b: object, where: str = "") -> None:
