@@ -5,6 +5,7 @@ from ars.regularizers.ewc import EWC
 from ars.regularizers.factors import KroneckerFactors
 from ars.regularizers.fisher import DiagonalFisher
 from ars.regularizers.kronecker import KroneckerFisher
+from ars.regularizers.progressive import ProgressiveInheritance
 from ars.regularizers.storage import Quantized, dequantize, quantize
 from ars.regularizers.subspace import SubspacePenalty
 
@@ -14,6 +15,7 @@ __all__ = [
     "DiagonalFisher",
     "KroneckerFactors",
     "KroneckerFisher",
+    "ProgressiveInheritance",
     "Quantized",
     "SubspacePenalty",
     "dequantize",

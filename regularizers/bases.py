@@ -5,12 +5,17 @@ vectors: the smallest k whose squared singular values reach a fraction of their 
 a given k.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from ars.regularizers.checks import check_names
+from ars.regularizers.covariance import ActivationCovariance
 from ars.regularizers.estimators import accumulation_dtype
 
-__all__ = ["check_basis", "check_size", "covariance_basis", "weight_basis"]
+__all__ = ["activation_bases", "check_basis", "covariance_basis", "weight_basis"]
 
 # How far U^T U may be from I. A basis orthonormalised in bfloat16 is off by 4e-3 and is refused;
 # one computed in float32 is off by about 1e-6.
@@ -165,3 +170,54 @@ def covariance_basis(
         raise ValueError(f"{what} is not symmetric; give the mean of a a^T over the activations a")
     values, vectors = torch.linalg.eigh(wide)
     return _leading(what, values.flip(0), vectors.flip(1), energy, rank)
+
+
+def activation_bases(
+    model: nn.Module,
+    activations: ActivationCovariance | Mapping[str, Tensor] | Iterable[Any],
+    names: Iterable[str] | None = None,
+    *,
+    energy: float | None = None,
+    rank: int | None = None,
+) -> dict[str, Tensor]:
+    """Span of the leading directions of each layer's inputs.
+
+    Args:
+        model: The model.
+        activations: A fitted covariance, second moments (d, d) by parameter or module name, or
+            batches.
+        names: Parameters; by default all that have a covariance.
+        energy: Fraction of the second moment to keep, in (0, 1].
+        rank: Instead of ``energy``: how many directions, at most.
+
+    Returns:
+        U by parameter name, (d, k).
+
+    Raises:
+        ValueError: A name that the model or the activations do not have.
+    """
+    check_size(energy, rank)
+    if isinstance(activations, Mapping):
+        given = dict(activations)
+    elif isinstance(activations, ActivationCovariance):
+        given = activations.covariance
+    else:
+        batches: Iterable[Any] = activations
+        given = ActivationCovariance(model).fit(batches).covariance
+    known = dict(model.named_parameters(remove_duplicate=False))
+    covariances = {
+        name if name in known else f"{name}.weight": covariance
+        for name, covariance in given.items()
+    }
+    wanted = list(covariances) if names is None else list(names)
+    for name in wanted:
+        if name not in covariances:
+            raise ValueError(
+                f"activations lack {name!r}, which names asks for; they have {list(covariances)}"
+            )
+    covariances = {name: covariances[name] for name in wanted}
+    check_names(covariances, model, "activations")
+    return {
+        name: covariance_basis(f"the covariance of {name!r}", c, energy=energy, rank=rank)
+        for name, c in covariances.items()
+    }

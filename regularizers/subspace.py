@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ars.reference.penalties import Protect, Side
-from ars.regularizers.activations import activation_bases
-from ars.regularizers.bases import check_basis, weight_basis
+from ars.regularizers.bases import activation_bases, check_basis, weight_basis
 from ars.regularizers.checks import (
     check_names,
     check_state,
@@ -24,6 +23,7 @@ from ars.regularizers.checks import (
     checked_strength,
     copy_like,
 )
+from ars.regularizers.covariance import ActivationCovariance
 from ars.regularizers.restraint import Restraint
 
 __all__ = ["SubspacePenalty"]
@@ -35,7 +35,7 @@ class SubspacePenalty:
     .. math:: R = \gamma \sum_W \|Q\,(W - W^*)\|_F^2
 
     :math:`W^*` (:attr:`anchor`) is the model as it is now, :math:`\gamma` is :attr:`strength`, and
-    with :math:`P = U U^T`, U orthonormal:
+    with :math:`P = U U^T`:
 
     * ``protect="inside"``: Q = P, what the subspace spans is kept; ``"outside"``: Q = I - P, only
       the subspace may change.
@@ -48,9 +48,9 @@ class SubspacePenalty:
     ``"outside"`` has its use after growth, where U is the coordinates of the old model
     (:meth:`from_coordinates`) and the new capacity is what is restrained.
 
-    Weights with more than two dimensions are matrices flattened from dimension 1 on: a
-    convolution's input side is its patches, in the order (channel, kernel). Biases and other
-    vectors have no sides; restrain them with an :class:`~ars.regularizers.EWC`.
+    Weights with more than two dimensions are flattened from dimension 1 on: a convolution's inputs
+    are its patches, (channel, kernel). Vectors have no sides; restrain them with an
+    :class:`~ars.regularizers.EWC`.
 
     An optimizer that takes a penalty calls :meth:`refresh` at the start of a step and adds the
     buffers of :meth:`gradients` after clipping: 4 k rows columns floating-point operations a
@@ -103,17 +103,17 @@ class SubspacePenalty:
             got = type(bases).__name__
             raise TypeError(f"bases must be a mapping from parameter name to tensor, got {got}")
         if not bases:
-            raise ValueError("bases is empty: there is nothing to penalise")
+            raise ValueError("bases is empty: nothing to penalise")
         check_names(bases, model, "bases")
         self.side: Side = checked_choice("side", side, get_args(Side))
         self.protect: Protect = checked_choice("protect", protect, get_args(Protect))
         self.strength = strength
-        self._parameters = {name: p for name, p in parameters.items() if name in bases}
+        self._parameters = {n: p for n, p in parameters.items() if n in bases}
         for name, p in self._parameters.items():
             check_basis(f"the basis of {name!r}", bases[name], p, self.side)
         self.anchor = {name: copy_like(p, p) for name, p in self._parameters.items()}
         self._restraints = {
-            name: Restraint(p, self.anchor[name], bases[name], self.side, self.protect)
+            name: Restraint(p, self.anchor[name], bases[name], side, protect)
             for name, p in self._parameters.items()
         }
 
@@ -136,7 +136,7 @@ class SubspacePenalty:
             strength: gamma.
             energy: Fraction of the squared singular values to keep, in (0, 1].
             rank: Instead of ``energy``: how many vectors, at most the weight's rank.
-            names: Parameters; by default all trainable ones with at least two dimensions.
+            names: Parameters; by default the trainable ones with two dimensions or more.
             side: ``"input"`` for the right singular vectors, ``"output"`` for the left ones.
             protect: ``"inside"`` or ``"outside"``.
 
@@ -158,7 +158,7 @@ class SubspacePenalty:
     def from_activations(
         cls,
         model: nn.Module,
-        activations: Mapping[str, Tensor] | Iterable[Any],
+        activations: ActivationCovariance | Mapping[str, Tensor] | Iterable[Any],
         strength: float | Tensor = 1.0,
         *,
         energy: float | None = None,
@@ -170,21 +170,20 @@ class SubspacePenalty:
 
         Args:
             model: The model.
-            activations: Second moments of the inputs, (d, d), by parameter or module name (summed,
-                for several tasks); or batches to run: inputs, or tuples that begin with them.
+            activations: A fitted :class:`~ars.regularizers.ActivationCovariance` (merged, for
+                several tasks), second moments (d, d) by parameter or module name, or the batches
+                to fit one on.
             strength: gamma.
             energy: Fraction of the second moment to keep, in (0, 1].
             rank: Instead of ``energy``: how many directions, at most.
-            names: Parameters; by default all in the mapping, or all linear and convolutional
-                weights that the batches reach.
+            names: Parameters; by default all that have a covariance.
             protect: ``"inside"`` or ``"outside"``.
 
         Returns:
             The penalty, on the input side.
         """
-        bases = activation_bases(
-            checked_module(model), activations, names, energy=energy, rank=rank
-        )
+        checked_module(model)
+        bases = activation_bases(model, activations, names, energy=energy, rank=rank)
         return cls(model, bases, strength, side="input", protect=protect)
 
     @classmethod
@@ -209,10 +208,7 @@ class SubspacePenalty:
         Returns:
             The penalty; it needs no matrix products.
         """
-        bases = {
-            name: torch.arange(old) if isinstance(old, int) else old
-            for name, old in coordinates.items()
-        }
+        bases = {n: torch.arange(c) if isinstance(c, int) else c for n, c in coordinates.items()}
         return cls(model, bases, strength, side=side, protect=protect)
 
     @property
@@ -227,7 +223,7 @@ class SubspacePenalty:
     @property
     def bases(self) -> dict[str, Tensor]:
         """U by parameter name, in the dtype of the computation, or int64 indices."""
-        return {name: restraint.basis for name, restraint in self._restraints.items()}
+        return {name: r.basis for name, r in self._restraints.items()}
 
     def terms(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """No elementwise term: this penalty mixes the entries of a weight."""
@@ -253,8 +249,8 @@ class SubspacePenalty:
     def project_(self) -> None:
         """Remove the penalised part of the change: W <- W* + (I - Q)(W - W*), exactly.
 
-        Call it after each ``opt.step()`` of an optimizer that does not hold this penalty.
-        Projecting gradients would not do: Adam's step leaves their subspace.
+        Call it after each ``opt.step()`` of an optimizer without this penalty: projecting gradients
+        would not do, as Adam's step leaves their subspace.
         """
         for restraint in self._restraints.values():
             restraint.pull_(1.0)
@@ -270,31 +266,35 @@ class SubspacePenalty:
             "bases": self.bases,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a state into this penalty; its anchor and buffers keep their addresses.
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise what :meth:`load_state_dict` would, and change nothing.
 
         Args:
             state: What :meth:`state_dict` returned, on any device; its bases may have another k.
 
         Raises:
-            TypeError: An entry has the wrong type. Nothing has changed then.
+            TypeError: An entry has the wrong type.
             ValueError: Another model, side or kind, or an invalid value; names the first
-                difference. Nothing has changed then.
+                difference.
         """
         parts = {"anchor", "bases"}
         expected = {"strength", "side", "protect"} | parts
         check_state("a SubspacePenalty", state, expected, parts, self._parameters)
-        strength = checked_strength(state["strength"])
-        for option in ("side", "protect"):
-            if state[option] != getattr(self, option):
+        checked_strength(state["strength"])
+        for option, own in (("side", self.side), ("protect", self.protect)):
+            if (other := state[option]) != own:
                 raise ValueError(
-                    f"the state has {option}={state[option]!r}, this penalty "
-                    f"{getattr(self, option)!r}; build it with {option}={state[option]!r}"
+                    f"the state has {option}={other!r}, this penalty {own!r}; build it "
+                    f"with {option}={other!r}"
                 )
         for name, p in self._parameters.items():
             check_tensor(f"the state's anchor of {name!r}", state["anchor"][name], p)
             check_basis(f"the state's basis of {name!r}", state["bases"][name], p, self.side)
-        self.strength = strength
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy a state that passes :meth:`check_state_dict`; anchor and buffers stay in place."""
+        self.check_state_dict(state)
+        self.strength = state["strength"]
         for name, restraint in self._restraints.items():
             restraint.anchor.copy_(state["anchor"][name])
             restraint.set_basis(state["bases"][name])
