@@ -11,8 +11,11 @@ from torch import Tensor
 from ars import host, loop
 from ars.batch import Batch, Hyper, Options
 from ars.device import DeviceStep
+from ars.squares import add_squared_products_
 
-__all__ = ["DeviceStep", "Implementation", "choose", "have_moved", "step_"]
+__all__ = [
+    "DeviceStep", "Implementation", "add_squared_products_", "choose", "have_moved", "step_",
+]  # fmt: skip
 
 Implementation: TypeAlias = Literal["loop", "foreach", "fused", "triton"]
 

@@ -18,11 +18,10 @@ from ars.regularizers.cotangents import UNITS, Unit
 from ars.regularizers.estimators import ESTIMATORS
 from ars.regularizers.evaluation import trainable
 from ars.regularizers.fisher_pass import Settings, sum_squares
-from ars.regularizers.storage import Quantized, dequantize, quantize
+from ars.regularizers.methods import METHODS, Method
+from ars.regularizers.storage import STORED, Quantized, dequantize, stored_as
 
 __all__ = ["DiagonalFisher"]
-
-STORED = (None, torch.float32, torch.bfloat16, torch.uint8)
 
 
 class DiagonalFisher:
@@ -56,11 +55,10 @@ class DiagonalFisher:
     float64 parameters, and :attr:`importance` is of that dtype. The softmax and the cotangents are
     likewise formed in float32 at least.
 
-    Cost: about one forward and backward pass a sample (``"exact"``: see above), and one more
-    forward pass in all. Measured with torch 2.13, CPU time on one core, ms a sample: a GPT of 3.3 M
-    parameters and 256 tokens takes 60 for a plain forward and backward pass at batch 16, 69 here
-    with ``chunk_size=1`` and 78 with 8; a 64-256-256-10 classifier takes 0.37 with 1, 0.31 with 8
-    and 0.17 with 32. Hence the default of 1, and the advice to raise it for small models.
+    All samples of a batch share one forward and one backward pass (``method="hooks"``), in which
+    each layer's input and output gradient give the squares of its weights' gradients: known are
+    linear, embedding, 1d and 2d convolution, layer, RMS, group and batch norm, their biases, tied
+    and broadcast weights. It is compared with plain autograd on the first two samples.
 
     Args:
         model: Maps a batch of inputs, shape (B, ...), to logits of shape (B, C), or (B, T, C) for
@@ -72,10 +70,12 @@ class DiagonalFisher:
             masked. Segments and tokens take a backward pass each, as positions may mix.
         draws: Independent signs or labels a sample, >= 1, averaged; ``"sketch"`` and ``"mc"`` only.
             A backward pass each, sharing one forward pass.
-        chunk_size: Samples differentiated together, >= 1; each needs the memory of a gradient. With
-            1 they are taken one by one with plain autograd, which supports every module; above 1
-            with ``torch.func.vmap``, which excludes activation checkpointing and modules that read
-            tensor values back, and sees a parameter only where a module owns it.
+        method: ``"auto"`` is ``"hooks"``, or, where that does not know a layer or gives another
+            result on two samples, ``"vmap"`` (``torch.func.vmap``) or else ``"loop"`` (plain
+            autograd, one sample at a time), with a warning that names the layer. One of the three
+            is taken or refused.
+        chunk_size: Samples differentiated together, >= 1; by default a batch, with ``"vmap"`` 8.
+            With hooks it bounds the activations held; with vmap each needs a gradient's memory.
         generator: Source of the random signs and labels; by default torch's own for the device.
         dtype: What the result is stored in: ``torch.float32``, ``torch.bfloat16`` or
             ``torch.uint8`` (:func:`~ars.regularizers.quantize`: 1.06 bytes a parameter); by default
@@ -83,8 +83,8 @@ class DiagonalFisher:
 
     Raises:
         TypeError: ``model`` is not a module, or ``generator`` not a generator.
-        ValueError: Unknown ``estimator``, ``unit`` or ``dtype``; ``chunk_size`` or ``draws`` not a
-            positive integer; a combination that has no meaning.
+        ValueError: Unknown ``estimator``, ``unit``, ``method`` or ``dtype``; ``chunk_size`` or
+            ``draws`` not a positive integer; a combination that has no meaning.
 
     Example:
         >>> import torch
@@ -114,7 +114,8 @@ class DiagonalFisher:
         *,
         unit: Unit = "sequence",
         draws: int = 1,
-        chunk_size: int = 1,
+        method: Method = "auto",
+        chunk_size: int | None = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -132,9 +133,12 @@ class DiagonalFisher:
                 f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
                 "for a seed pass torch.Generator().manual_seed(seed)"
             )
-        if dtype not in STORED:
+        if dtype not in {None, *STORED}:
             raise ValueError(f"importance cannot be stored in {dtype}; choose one of {STORED}")
-        _check_positive_int("chunk_size", chunk_size)
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; choose one of {list(METHODS)}")
+        if chunk_size is not None:
+            _check_positive_int("chunk_size", chunk_size)
         _check_positive_int("draws", draws)
         if draws > 1 and estimator not in {"sketch", "mc"}:
             raise ValueError(f"estimator={estimator!r} draws nothing; leave draws=1")
@@ -142,6 +146,7 @@ class DiagonalFisher:
         self.estimator = estimator
         self.unit = unit
         self.draws = draws
+        self.method = method
         self.chunk_size = chunk_size
         self.generator = generator
         self.dtype = dtype
@@ -213,7 +218,7 @@ class DiagonalFisher:
             ValueError: No samples, or fewer than ``n_samples``; an empty batch; shapes or devices
                 that do not fit; a target out of range; nothing to differentiate; more than 4096
                 backward passes a sample; an importance that is not finite.
-            RuntimeError: ``chunk_size > 1`` and ``torch.func.vmap`` cannot run the model.
+            RuntimeError: The ``method`` asked for cannot differentiate the model.
         """
         if self.estimator == "adam":
             raise ValueError(
@@ -221,7 +226,9 @@ class DiagonalFisher:
             )
         if n_samples is not None:
             _check_positive_int("n_samples", n_samples)
-        settings = Settings(self.estimator, self.unit, self.draws, self.chunk_size, self.generator)
+        settings = Settings(
+            self.estimator, self.unit, self.draws, self.method, self.chunk_size, self.generator
+        )
         total, seen, units = sum_squares(self.model, settings, batches, n_samples)
         return self._keep({name: tensor.div_(units) for name, tensor in total.items()}, seen)
 
@@ -282,7 +289,7 @@ class DiagonalFisher:
                     f"the importance of {name!r} is not finite; check that the model's logits and "
                     "gradients are finite (float16 overflows: use bfloat16 or float32)"
                 )
-        self._importance = _stored(importance, self.dtype)
+        self._importance = stored_as(importance, self.dtype)
         self._n_samples = samples
         return self
 
@@ -290,11 +297,3 @@ class DiagonalFisher:
 def _check_positive_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def _stored(
-    importance: dict[str, Tensor], dtype: torch.dtype | None
-) -> dict[str, Tensor] | dict[str, Quantized]:
-    if dtype == torch.uint8:
-        return {name: quantize(tensor) for name, tensor in importance.items()}
-    return {name: tensor.to(dtype or tensor.dtype) for name, tensor in importance.items()}

@@ -8,13 +8,10 @@ from torch import Tensor, nn
 
 from ars.regularizers.batches import check_cost, check_logits, check_targets, checked_batch
 from ars.regularizers.cotangents import Chunk, Unit, count_units, units_of
-from ars.regularizers.estimators import ESTIMATORS, accumulation_dtype
+from ars.regularizers.estimators import ESTIMATORS
 from ars.regularizers.evaluation import evaluation_mode, trainable
-from ars.regularizers.sample_gradients import (
-    add_squared_batch_gradient,
-    add_squares_by_vmap,
-    add_squares_one_by_one,
-)
+from ars.regularizers.methods import Differentiator, Method
+from ars.regularizers.sample_gradients import add_squared_batch_gradient, zero_sums
 
 __all__ = ["Settings", "sum_squares"]
 
@@ -25,7 +22,8 @@ class Settings(NamedTuple):
     estimator: str
     unit: Unit
     draws: int
-    chunk_size: int
+    method: Method
+    chunk_size: int | None
     generator: torch.Generator | None
 
 
@@ -50,10 +48,8 @@ def sum_squares(
         ValueError: No samples, fewer than ``n_samples``, or all positions masked.
     """
     parameters = trainable(model)
-    total = {
-        name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
-        for name, p in parameters.items()
-    }
+    total = zero_sums(parameters)
+    way = Differentiator(model, parameters, settings.method, settings.chunk_size)
     seen = units = classes = 0
     with evaluation_mode(model), torch.enable_grad():
         for index, batch in enumerate(batches):
@@ -68,7 +64,10 @@ def sum_squares(
                 classes = check_logits(model(inputs[:1]), targets[:1]).shape[-1]
             check_targets(targets, classes, index)
             whole = _chunk(settings, inputs, targets, segments, classes)
-            _add(total, model, parameters, settings, whole)
+            if settings.estimator == "batched":
+                add_squared_batch_gradient(total, model, parameters, whole)
+            else:
+                way.add_squares(total, settings.estimator, whole)
             seen += len(targets)
             units += len(targets) if whole.units is None else count_units(whole.units)
             if seen == n_samples:
@@ -89,7 +88,9 @@ def _chunk(
     settings: Settings, inputs: Tensor, targets: Tensor, segments: Tensor | None, classes: int
 ) -> Chunk:
     """Number the units of a batch and draw the random numbers of each sample in turn."""
-    estimator, unit, draws, _, generator = settings
+    estimator, unit, draws, generator = (
+        settings.estimator, settings.unit, settings.draws, settings.generator,
+    )  # fmt: skip
     positions = targets[0].numel()
     units = units_of(unit, targets, segments)
     n_units = 1 if units is None else int(units.max()) + 1
@@ -101,18 +102,3 @@ def _chunk(
     device = targets.device if generator is None else generator.device
     noise = torch.stack([draw((draws, positions, classes), generator, device) for _ in targets])
     return Chunk(inputs, targets, noise.to(targets.device), units, n_units)
-
-
-def _add(
-    total: dict[str, Tensor],
-    model: nn.Module,
-    parameters: dict[str, nn.Parameter],
-    settings: Settings,
-    whole: Chunk,
-) -> None:
-    if settings.estimator == "batched":
-        add_squared_batch_gradient(total, model, parameters, settings.estimator, whole)
-        return
-    add = add_squares_one_by_one if settings.chunk_size == 1 else add_squares_by_vmap
-    for chunk in whole.split(settings.chunk_size):
-        add(total, model, parameters, settings.estimator, chunk)

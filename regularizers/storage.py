@@ -21,8 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Quantized", "dequantize", "quantize"]
+__all__ = ["BLOCK", "STORED", "Quantized", "dequantize", "quantize", "stored_as"]
 
+# What an importance may be stored in, beside the dtype it was summed in.
+STORED = (torch.float32, torch.bfloat16, torch.uint8)
 BLOCK = 64  # values that share a scale
 _LEVELS = 255
 
@@ -109,3 +111,17 @@ def dequantize(values: Tensor, scale: Tensor, shape: Sequence[int] | None = None
     root = values.reshape(-1).to(torch.float32) / _LEVELS
     each = scale.repeat_interleave(BLOCK)[: root.numel()]
     return (each * root * root).reshape(values.shape if shape is None else tuple(shape))
+
+
+def stored_as(
+    importance: dict[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor] | dict[str, Quantized]:
+    """Round importances once, to one of ``STORED``; None leaves them as they are.
+
+    Args:
+        importance: By parameter name.
+        dtype: What to store them in.
+    """
+    if dtype == torch.uint8:
+        return {name: quantize(tensor) for name, tensor in importance.items()}
+    return {name: tensor.to(dtype or tensor.dtype) for name, tensor in importance.items()}

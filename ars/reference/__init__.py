@@ -6,11 +6,12 @@ tensors; 0-d tensors keep a step free of host synchronisation.
 
 The equations are numbered as the kernels cite them: controller (1) rho, (2) Psi, (3) Phi, (4) chi;
 Adam (5) moments, (6) bias-correction product, (7) update; penalties (8) EWC coupled, (9) EWC
-proximal, (10) subspace.
+proximal, (10) subspace; Fisher (11) per-sample squares.
 """
 
 from ars.reference.adam import AdamResult, adam_denominator, adam_step, clip_coefficient, grad_norm
 from ars.reference.controller import Signals, controller_step_
+from ars.reference.fisher import squared_products
 from ars.reference.penalties import (
     ewc_gradient,
     ewc_proximal,
@@ -37,6 +38,7 @@ __all__ = [
     "philox_uniform",
     "rounding_bits",
     "split_master",
+    "squared_products",
     "stochastic_round",
     "subspace_gradient",
     "subspace_value",

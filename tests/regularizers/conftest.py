@@ -8,6 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 VOCAB, LENGTH, WIDTH, HEADS = 11, 6, 8, 2
+WAYS = {
+    "loop": {"method": "loop"},
+    "vmap": {"method": "vmap", "chunk_size": 5},
+    "hooks": {"method": "hooks"},
+    "hooks-chunks": {"method": "hooks", "chunk_size": 5},
+}
 
 
 class TiedBlock(nn.Module):
@@ -45,6 +51,12 @@ class TiedGPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.lm_head(self.norm(x))
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
+def way(request: pytest.FixtureRequest) -> dict[str, object]:
+    """How to differentiate: every method must give the same."""
+    return request.param
 
 
 @pytest.fixture

@@ -33,13 +33,10 @@ def position_losses(model, x, y, sign=1):
         yield [loss for loss, label in zip(losses, labels, strict=True) if label != -100]
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3])
-def test_token_squares_every_position_that_is_not_masked(
-    tied_gpt, tokens, relative_error, chunk_size
-):
+def test_token_squares_every_position_that_is_not_masked(tied_gpt, tokens, relative_error, way):
     x, y = tokens(7)
     model = tied_gpt(torch.float64)
-    fisher = DiagonalFisher(model, "empirical", unit="token", chunk_size=chunk_size).fit([(x, y)])
+    fisher = DiagonalFisher(model, "empirical", unit="token", **way).fit([(x, y)])
     losses = [loss for sample in position_losses(model.eval(), x, y) for loss in sample]
     assert 0 < len(losses) < y.numel()
     expected = scaled(gradient_squares(model, losses), 1 / len(losses))
@@ -47,13 +44,12 @@ def test_token_squares_every_position_that_is_not_masked(
     assert fisher.n_samples == 7
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3])
-def test_segment_squares_every_document(tied_gpt, tokens, relative_error, chunk_size):
+def test_segment_squares_every_document(tied_gpt, tokens, relative_error, way):
     x, y = tokens(7)
     segments = torch.tensor([5, 5, 9, 9, 9, -2]).expand(7, 6).clone()
     segments[3] = 4
     model = tied_gpt(torch.float64)
-    fisher = DiagonalFisher(model, "empirical", unit="segment", chunk_size=chunk_size)
+    fisher = DiagonalFisher(model, "empirical", unit="segment", **way)
     fisher.fit([(x, y, segments)])
     losses = []
     for sample, labels, ids in zip(position_losses(model.eval(), x, y), y, segments, strict=True):
@@ -99,7 +95,7 @@ def test_units_do_not_depend_on_batch_size(tied_gpt, tokens, relative_error, uni
     results = []
     for b in (1, 7, 64):
         fisher = DiagonalFisher(
-            model, "sketch", unit=unit, chunk_size=b, generator=torch.Generator().manual_seed(3)
+            model, "sketch", unit=unit, generator=torch.Generator().manual_seed(3)
         )
         fisher.fit(zip(*(part.split(b) for part in batch), strict=True))
         results.append(fisher.importance)
@@ -107,9 +103,8 @@ def test_units_do_not_depend_on_batch_size(tied_gpt, tokens, relative_error, uni
     assert relative_error(results[2], results[0]) < 1e-6
 
 
-@pytest.mark.parametrize("chunk_size", [1, 5])
 @pytest.mark.parametrize("estimator", ["sketch", "mc"])
-def test_draws_are_averaged(tied_gpt, tokens, relative_error, estimator, chunk_size):
+def test_draws_are_averaged(tied_gpt, tokens, relative_error, estimator, way):
     """One pass with three draws is the mean of three passes with the same random numbers."""
     x, y = tokens(1, masked=False)
     model = tied_gpt(torch.float64)
@@ -121,9 +116,7 @@ def test_draws_are_averaged(tied_gpt, tokens, relative_error, estimator, chunk_s
     mean = {n: sum(p[n] for p in passes) / 3 for n in passes[0]}
     assert relative_error(passes[0], passes[1]) > 0.01
     generator.manual_seed(4)
-    fisher = DiagonalFisher(
-        model, estimator, draws=3, chunk_size=chunk_size, generator=generator
-    ).fit([(x, y)])
+    fisher = DiagonalFisher(model, estimator, draws=3, generator=generator, **way).fit([(x, y)])
     assert relative_error(fisher.importance, mean) < 1e-12
 
 
@@ -242,7 +235,9 @@ def test_recurrent_layers_are_differentiated_without_dropout_and_left_as_they_we
     model = Recurrent()
     model.rnn.eval()
     batch = torch.randn(3, 5, 3), torch.randint(2, (3, 5))
-    first, second = (DiagonalFisher(model, "empirical").fit([batch]).importance for _ in range(2))
+    first, second = (
+        DiagonalFisher(model, "empirical", method="loop").fit([batch]).importance for _ in range(2)
+    )
     assert all(torch.equal(first[n], second[n]) for n in first)
     assert model.rnn.dropout == 0.5
     assert not model.rnn.training

@@ -32,8 +32,8 @@ def labelled(n=6):
     return torch.randn(n, 3, generator=generator), torch.arange(n) % 2
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4])
-def test_leaves_the_model_as_it_was(chunk_size):
+@pytest.mark.parametrize("method", ["loop", "vmap"])
+def test_leaves_the_model_as_it_was(method):
     torch.manual_seed(0)
     model = Wrapped()
     model.norm.running_mean.fill_(0.5)
@@ -41,7 +41,7 @@ def test_leaves_the_model_as_it_was(chunk_size):
     model.linear.weight.grad = torch.ones_like(model.linear.weight)
     grads = {n: p.grad for n, p in model.named_parameters()}
     before = copy.deepcopy(model.state_dict())
-    fisher = DiagonalFisher(model, "empirical", chunk_size=chunk_size)
+    fisher = DiagonalFisher(model, "empirical", method=method)
     with torch.no_grad():  # the caller's context does not matter
         fisher.fit([labelled()])
     assert model.training
@@ -68,7 +68,7 @@ def test_leaves_the_model_as_it_was(chunk_size):
 
 def test_restores_the_model_and_keeps_the_result_when_fit_fails():
     model = Wrapped()
-    fisher = DiagonalFisher(model, "empirical").fit([labelled()])
+    fisher = DiagonalFisher(model, "empirical", method="loop").fit([labelled()])
     importance = fisher.importance
 
     def broken():
@@ -146,12 +146,14 @@ class Checkpointed(nn.Module):
 def test_module_that_vmap_cannot_run(relative_error):
     torch.manual_seed(0)
     model = Checkpointed(recompute=True)
-    with pytest.raises(RuntimeError, match=r"Checkpointed in chunks of 4(.|\n)*chunk_size=1"):
-        DiagonalFisher(model, "empirical", chunk_size=4).fit([labelled()])
+    with pytest.raises(RuntimeError, match=r"Checkpointed in chunks of 4(.|\n)*method='loop'"):
+        DiagonalFisher(model, "empirical", method="vmap", chunk_size=4).fit([labelled()])
     assert model.training
-    one_by_one = DiagonalFisher(model, "empirical").fit([labelled()]).importance
+    one_by_one = DiagonalFisher(model, "empirical", method="loop").fit([labelled()]).importance
     model.recompute = False
-    plain = DiagonalFisher(model, "empirical", chunk_size=4).fit([labelled()]).importance
+    plain = (
+        DiagonalFisher(model, "empirical", method="vmap", chunk_size=4).fit([labelled()]).importance
+    )
     assert relative_error(one_by_one, plain) < 1e-6
 
 
@@ -225,6 +227,7 @@ def test_names_the_parameter_of_an_importance_that_is_not_finite(value):
         ({"chunk_size": 0}, ValueError, "chunk_size must be a positive integer, got 0"),
         ({"chunk_size": 2.0}, ValueError, "chunk_size"),
         ({"chunk_size": True}, ValueError, "chunk_size"),
+        ({"method": "fast"}, ValueError, "unknown method 'fast'"),
         ({"generator": 3}, TypeError, "manual_seed"),
         ({"model": "gpt"}, TypeError, "torch.nn.Module, got str"),
     ],

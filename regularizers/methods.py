@@ -1,0 +1,147 @@
+"""Which of the ways to single samples' gradients is taken, and the proof that it may be."""
+
+import warnings
+from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ars.regularizers.cotangents import Chunk
+from ars.regularizers.sample_gradients import (
+    add_squares_by_vmap,
+    add_squares_one_by_one,
+    zero_sums,
+)
+from ars.regularizers.taps import Taps, UnsupportedModelError
+
+__all__ = ["METHODS", "Differentiator", "Method"]
+
+Method: TypeAlias = Literal["auto", "hooks", "vmap", "loop"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+# Samples that vmap differentiates together if not told otherwise: each needs a gradient's memory.
+VMAP_CHUNK = 8
+# Largest deviation from plain autograd, relative to the tensor's largest entry, that is rounding
+# (TF32 included) and not another quantity: known mistakes are off by 9 % and more.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
+HALF_TOLERANCE = 0.2
+
+_Add: TypeAlias = Callable[[dict[str, Tensor], str, Chunk], None]
+
+
+class Differentiator:
+    """Adds up squared gradients by the fastest way that gives what plain autograd gives.
+
+    Before ``hooks``, or ``vmap`` in its place, is relied upon, it is compared with plain autograd
+    on two samples: a rule that does not fit what the model really does (a weight used outside of
+    its layer, positions taken for samples, samples that mix) cannot pass unnoticed.
+
+    Args:
+        model: In evaluation mode.
+        parameters: The parameters to differentiate by, by name.
+        method: ``auto`` tries hooks, vmap and the loop in this order and warns if it is not the
+            first; the others are taken or refused.
+        chunk_size: Samples to differentiate together; None for a batch with hooks, 8 with vmap.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        method: Method,
+        chunk_size: int | None,
+    ) -> None:
+        self._model, self._parameters = model, parameters
+        self._method, self._chunk_size = method, chunk_size
+        self._chosen: _Add | None = self._loop if method == "loop" else None
+        if method == "vmap":
+            self._chosen = self._vmap
+
+    def add_squares(self, total: dict[str, Tensor], estimator: str, whole: Chunk) -> None:
+        """Add the squared gradients of every sample to ``total``, in place.
+
+        Args:
+            total: Sums by parameter name, contiguous, in the dtype to square and add in.
+            estimator: A name in ``ESTIMATORS``.
+            whole: A batch of samples.
+
+        Raises:
+            RuntimeError: The method that was asked for cannot do this model.
+        """
+        for chunk in whole.split(self._chunk_size or len(whole.targets)):
+            if len(chunk.targets) == 1 and self._method != "vmap":
+                self._loop(total, estimator, chunk)
+                continue
+            if self._chosen is None:
+                self._chosen = self._choose(chunk)
+            try:
+                self._chosen(total, estimator, chunk)
+            except UnsupportedModelError as error:  # raised before total was touched
+                self._chosen = self._instead(chunk, str(error))
+                self._chosen(total, estimator, chunk)
+
+    def _choose(self, chunk: Chunk) -> _Add:
+        try:
+            taps = Taps(self._model, self._parameters, chunk.inputs)
+            self._verify(taps.add_squares, chunk)
+        except UnsupportedModelError as error:
+            return self._instead(chunk, str(error))
+        except Exception as error:  # whatever the expanded outputs do to the model
+            return self._instead(chunk, f"{type(error).__name__}: {error}")
+        return taps.add_squares
+
+    def _instead(self, chunk: Chunk, reason: str) -> _Add:
+        name = type(self._model).__name__
+        reason = f"{name} cannot be differentiated in one pass for all samples: {reason}"
+        if self._method == "hooks":
+            raise RuntimeError(f"{reason}. Use method='auto', 'vmap' or 'loop'")
+        try:
+            self._verify(self._vmap, chunk)
+        except (RuntimeError, UnsupportedModelError) as error:
+            self._warn(f"{reason}. Nor by torch.func.vmap: {error}. Samples are taken one by one")
+            return self._loop
+        size = self._chunk_size or VMAP_CHUNK
+        self._warn(f"{reason}. Samples are taken by torch.func.vmap, {size} at a time")
+        return self._vmap
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"{message}; choose a method to silence this", UserWarning, stacklevel=6)
+
+    def _loop(self, total: dict[str, Tensor], estimator: str, chunk: Chunk) -> None:
+        add_squares_one_by_one(total, self._model, self._parameters, estimator, chunk)
+
+    def _vmap(self, total: dict[str, Tensor], estimator: str, chunk: Chunk) -> None:
+        for part in chunk.split(self._chunk_size or VMAP_CHUNK):
+            add_squares_by_vmap(total, self._model, self._parameters, estimator, part)
+
+    def _verify(self, add: _Add, chunk: Chunk) -> None:
+        """Compare ``add`` with plain autograd on two samples.
+
+        Raises:
+            UnsupportedModelError: They differ; names the parameter.
+        """
+        targets = torch.zeros_like(chunk.targets[:2])  # of class 0, so that none is masked
+        noise = torch.empty(2, 1, 0, device=targets.device)
+        two = Chunk(chunk.inputs[:2], targets, noise, None, 1)
+        ours, theirs = zero_sums(self._parameters), zero_sums(self._parameters)
+        add(ours, "empirical", two)
+        self._loop(theirs, "empirical", two)
+        names = [name for name, tensor in theirs.items() if tensor.numel()]
+        peaks = torch.stack([theirs[name].max().double().cpu() for name in names])
+        errors = torch.stack([(ours[n] - theirs[n]).abs().max().double().cpu() for n in names])
+        dtype = self._computed_in(two.inputs)
+        # Gradients that are 0 but for rounding, as of a key's bias, differ by their rounding.
+        noise_floor = (32 * torch.finfo(dtype).eps) ** 2 * peaks.max()
+        wrong = ~(errors <= TOLERANCE.get(dtype, HALF_TOLERANCE) * peaks + noise_floor)
+        if wrong.any() and peaks.isfinite().all():
+            raise UnsupportedModelError(
+                f"it gives {names[int(wrong.nonzero()[0])]!r} another gradient than plain autograd"
+            )
+
+    def _computed_in(self, inputs: Tensor) -> torch.dtype:
+        device = inputs.device.type
+        dtypes = [p.dtype for p in self._parameters.values()]
+        if torch.is_autocast_enabled(device):
+            dtypes.append(torch.get_autocast_dtype(device))
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

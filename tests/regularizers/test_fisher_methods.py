@@ -1,0 +1,212 @@
+"""Which method is chosen, what is checked before, and models that hooks cannot do."""
+
+import warnings
+
+import pytest
+import torch
+from fisher_models import Reused, randomised, sequences
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from ars.regularizers import DiagonalFisher
+from ars.regularizers.cotangents import Chunk
+from ars.regularizers.sample_gradients import zero_sums
+from ars.regularizers.taps import Taps
+
+TOLERANCE = 1e-11
+
+
+def test_torch_transformer_without_its_attention(relative_error):
+    """nn.MultiheadAttention reads a projection's weight without calling it: no rule, vmap."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    model = randomised(nn.Sequential(layer, nn.Linear(4, 3)))
+    batch = sequences()
+    loop = DiagonalFisher(model, "empirical", method="loop").fit([batch]).importance
+    with pytest.warns(UserWarning, match=r"MultiheadAttention '0\.self_attn' has no rule"):
+        auto = DiagonalFisher(model, "empirical").fit([batch]).importance
+    assert relative_error(auto, loop) < TOLERANCE
+    with pytest.raises(RuntimeError, match=r"MultiheadAttention.*method='auto', 'vmap' or 'loop'"):
+        DiagonalFisher(model, "empirical", method="hooks").fit([batch])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_networks(kind, relative_error):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = kind(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0])
+
+    model, batch = randomised(Recurrent()), sequences()
+    loop = DiagonalFisher(model, "empirical", method="loop").fit([batch]).importance
+    with pytest.warns(UserWarning, match=f"{kind.__name__} 'rnn' has no rule") as caught:
+        auto = DiagonalFisher(model, "empirical").fit([batch, batch]).importance
+    assert len(caught) == 1
+    assert relative_error(auto, loop) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["auto", "hooks"])
+def test_checkpointed_layers_are_counted_once(method, relative_error):
+    class Recomputed(nn.Module):
+        def __init__(self, recompute):
+            super().__init__()
+            self.recompute = recompute
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh()) for _ in range(3)
+            )
+            self.blocks.append(self.blocks[0])
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+            return self.head(x)
+
+    batch = sequences()
+    results = []
+    for recompute in (True, False):
+        model = randomised(Recomputed(recompute))
+        results.append(DiagonalFisher(model, "exact", method=method).fit([batch]).importance)
+    assert relative_error(results[0], results[1]) < 1e-15
+    model = randomised(Recomputed(recompute=True))
+    loop = DiagonalFisher(model, "exact", method="loop").fit([batch]).importance
+    assert relative_error(results[0], loop) < TOLERANCE
+
+
+def test_checkpoints_keep_nothing_that_they_recompute():
+    """What a tap saves goes through the checkpoint's hooks, not around them."""
+    model = randomised(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)))
+    x, _ = sequences()
+    packed = []
+
+    def pack(tensor):
+        packed.append(tensor.shape)
+        return tensor
+
+    parameters = dict(model.named_parameters())
+    taps, total = Taps(model, parameters, x), zero_sums(parameters)
+    chunk = Chunk(x, torch.zeros(5, 6).long(), torch.empty(5, 1, 0), None, 1)
+    counts = []
+    for run in (lambda: model(x), lambda: taps.add_squares(total, "empirical", chunk)):
+        packed.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run()
+        counts.append(packed.count(x.shape))
+    assert counts[1] == counts[0] + 2  # the inputs of two layers
+
+
+def test_autocast(tied_gpt, tokens):
+    x, y = tokens(16)
+    model = tied_gpt()
+    full = DiagonalFisher(model, "empirical").fit([(x, y)]).importance
+    with torch.autocast("cpu", torch.bfloat16):
+        loop = DiagonalFisher(model, "empirical", method="loop").fit([(x, y)]).importance
+        hooks = DiagonalFisher(model, "empirical", method="hooks").fit([(x, y)]).importance
+    for name, tensor in full.items():
+        assert hooks[name].dtype == torch.float32
+        if name.endswith("qkv.bias"):
+            tensor = tensor[:8]  # a key's bias has no gradient but for rounding
+        size = len(tensor)
+        assert (loop[name][:size] - tensor).norm() < 0.1 * tensor.norm()
+        assert (hooks[name][:size] - tensor).norm() < 0.1 * tensor.norm()
+
+
+class Elsewhere(nn.Module):
+    """Uses a weight outside of the layer that owns it, too: no hook sees that."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(functional.linear(self.layer(x).tanh(), self.layer.weight))
+
+
+class Mixing(nn.Module):
+    """Centred by the batch's mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x - x.mean(0, keepdim=True) / 2))
+
+
+class Broken(nn.Module):
+    """Puts the samples in front of a position embedding itself, in a way that expects none."""
+
+    def __init__(self):
+        super().__init__()
+        self.position, self.head = nn.Embedding(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(x + self.position(torch.arange(6)).t().t().unsqueeze(0))
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (Elsewhere, "gives 'layer.weight' another gradient than plain autograd"),
+        (Mixing, "gives 'layer.weight' another gradient than plain autograd"),
+        (Broken, "RuntimeError: t\\(\\) expects"),
+    ],
+)
+def test_what_hooks_get_wrong_is_noticed(build, match, relative_error):
+    model, batch = randomised(build()), sequences()
+    loop = DiagonalFisher(model, "empirical", method="loop").fit([batch]).importance
+    with pytest.warns(UserWarning, match=f"{match}.*torch.func.vmap, 8 at a time"):
+        auto = DiagonalFisher(model, "empirical").fit([batch]).importance
+    assert relative_error(auto, loop) < TOLERANCE
+    with pytest.raises(RuntimeError, match=match):
+        DiagonalFisher(model, "empirical", method="hooks").fit([batch])
+
+
+def test_falls_to_the_loop_where_vmap_cannot_go(relative_error):
+    class Item(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x * self.weight * float(x[0, 0, 0] > 0))
+
+    model, batch = randomised(Item()), sequences(n=4)
+    batch[0][:, 0, 0] = 1.0
+    loop = DiagonalFisher(model, "empirical", method="loop").fit([batch]).importance
+    with pytest.warns(UserWarning, match=r"Item 'itself' has no rule(.|\n)*Samples are taken one"):
+        auto = DiagonalFisher(model, "empirical").fit([batch]).importance
+    assert relative_error(auto, loop) == 0.0
+
+
+def test_a_layer_that_is_called_otherwise_later_is_noticed(relative_error):
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.layer(x)
+            return self.head(self.layer(x) if len(x) > 2 else x)
+
+    model, (x, y) = randomised(Fickle()), sequences(n=4)
+    with pytest.warns(UserWarning, match="'layer' was called 1 times at first, now 2"):
+        DiagonalFisher(model, "empirical").fit([(x, y)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pairs = zip(x.split(2), y.split(2), strict=True)
+        hooks = DiagonalFisher(model, "empirical").fit(pairs).importance
+    loop = DiagonalFisher(model, "empirical", method="loop").fit([(x, y)]).importance
+    assert relative_error(hooks, loop) < TOLERANCE
+
+
+def test_layers_are_left_without_hooks():
+    model, batch = randomised(Reused()), sequences()
+    DiagonalFisher(model, "empirical").fit([batch])
+    assert not any(m._forward_hooks for m in model.modules())
+    with pytest.raises(ValueError, match="not finite"):
+        DiagonalFisher(model, "empirical").fit([(batch[0] * float("nan"), batch[1])])
+    assert not any(m._forward_hooks for m in model.modules())
