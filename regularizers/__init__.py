@@ -5,6 +5,7 @@ from ars.regularizers.ewc import EWC
 from ars.regularizers.factors import KroneckerFactors
 from ars.regularizers.fisher import DiagonalFisher
 from ars.regularizers.kronecker import KroneckerFisher
+from ars.regularizers.kronecker_penalty import KroneckerPenalty
 from ars.regularizers.progressive import ProgressiveInheritance
 from ars.regularizers.storage import Quantized, dequantize, quantize
 from ars.regularizers.subspace import SubspacePenalty
@@ -15,6 +16,7 @@ __all__ = [
     "DiagonalFisher",
     "KroneckerFactors",
     "KroneckerFisher",
+    "KroneckerPenalty",
     "ProgressiveInheritance",
     "Quantized",
     "SubspacePenalty",

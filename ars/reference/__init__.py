@@ -6,12 +6,13 @@ tensors; 0-d tensors keep a step free of host synchronisation.
 
 The equations are numbered as the kernels cite them: controller (1) rho, (2) Psi, (3) Phi, (4) chi;
 Adam (5) moments, (6) bias-correction product, (7) update; penalties (8) EWC coupled, (9) EWC
-proximal, (10) subspace; Fisher (11) per-sample squares.
+proximal, (10) subspace, (12) Kronecker-factored; Fisher (11) per-sample squares.
 """
 
 from ars.reference.adam import AdamResult, adam_denominator, adam_step, clip_coefficient, grad_norm
 from ars.reference.controller import Signals, controller_step_
 from ars.reference.fisher import squared_products
+from ars.reference.kronecker import kronecker_gradient, kronecker_value
 from ars.reference.penalties import (
     ewc_gradient,
     ewc_proximal,
@@ -34,6 +35,8 @@ __all__ = [
     "ewc_value",
     "grad_norm",
     "join_master",
+    "kronecker_gradient",
+    "kronecker_value",
     "philox",
     "philox_uniform",
     "rounding_bits",
