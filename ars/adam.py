@@ -83,7 +83,7 @@ class ARSAdam(torch.optim.Adam):
         self._watches: str | None = None
         self._max_grad_norm = max_grad_norm
         self._buffer = torch.zeros(len(DIAGNOSTICS), dtype=torch.float64, device=device)
-        self._tables = functional.DeviceStep()
+        self._kept = functional.Kept()
         self._collector = Collector()
         self.penalty = penalty
         self._implementation: functional.Implementation = "loop"
@@ -106,7 +106,7 @@ class ARSAdam(torch.optim.Adam):
         if not params or params[0].device == self._buffer.device:
             return
         self._buffer = torch.zeros_like(self._buffer, device=params[0].device)
-        self._tables = functional.DeviceStep()
+        self._kept = functional.Kept()
         if self._controller is not None:
             memory = self._controller.state_dict()
             self._controller = ARSController(self._controller.config, params[0].device)
@@ -194,7 +194,7 @@ class ARSAdam(torch.optim.Adam):
         )
         hypers = [read_hyper(group) for group in self.param_groups]
         try:
-            functional.step_(self._implementation, batch, hypers, options, self._tables)
+            functional.step_(self._implementation, batch, hypers, options, self._kept)
         finally:
             batch.grads = []  # zero_grad(set_to_none=True) must free their memory
         return returned
@@ -291,5 +291,5 @@ class ARSAdam(torch.optim.Adam):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; the kernel's tables are made anew."""
         super().__setstate__(state)
-        self._tables = functional.DeviceStep()
+        self._kept = functional.Kept()
         self._collector = Collector()

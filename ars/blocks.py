@@ -1,73 +1,141 @@
 """The tensors of a step cut into runs that stay in a CPU's cache between operations."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ars.batch import Batch
 
-__all__ = ["BLOCK", "Piece", "runs"]
+__all__ = ["BLOCK", "Operands", "Piece", "Run", "Scratch", "as_flat", "operands", "runs"]
 
 # Elements of a run: long enough to hide the calls, short enough for a second-level cache.
 BLOCK = 1 << 17
 
 
-class Piece(NamedTuple):
-    """A stretch of one tensor's operands, all of them flat and of the same length."""
+class Operands(NamedTuple):
+    """What one tensor's update reads and writes, but for its gradient; all of one shape."""
 
     param: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None
-    grad: Tensor
     anchor: Tensor | None
     importance: Tensor | None
+
+    @property
+    def written(self) -> list[Tensor]:
+        """Those that the update changes."""
+        return [t for t in self[:4] if t is not None]
+
+
+def operands(batch: Batch, i: int) -> Operands:
+    """Return the operands of tensor i."""
+    return Operands(
+        batch.params[i],
+        batch.exp_avgs[i],
+        batch.exp_avg_sqs[i],
+        batch.max_exp_avg_sqs[i],
+        batch.anchors[i],
+        batch.importances[i],
+    )
+
+
+def as_flat(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return a tensor's elements as one row, in the memory order that ``strides`` mean.
+
+    A view if the tensor has these strides; otherwise a copy.
+
+    Args:
+        tensor: Any tensor.
+        strides: Strides of a dense tensor of its shape.
+
+    Returns:
+        The elements, shape (numel,).
+    """
+    if tensor.stride() != strides:
+        dense = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
+        tensor = dense.copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+class Piece(NamedTuple):
+    """A stretch of one tensor's operands, each of them a row of the same length."""
+
+    operands: Operands
     step: Tensor  # 0-d, of the whole tensor
+    tensor: int  # its index in the batch
+    part: int  # which of its stretches of BLOCK elements
 
     @property
     def kind(self) -> tuple[torch.dtype, bool, bool]:
         """What must be alike to be updated in one call: dtype, amsgrad, penalty."""
-        return self.exp_avg.dtype, self.max_exp_avg_sq is not None, self.anchor is not None
+        _, exp_avg, _, largest, anchor, _ = self.operands
+        return exp_avg.dtype, largest is not None, anchor is not None
 
 
-def runs(batch: Batch, members: list[int]) -> Iterator[list[Piece]]:
-    """Cut large tensors, and gather small ones, into runs of at most ``BLOCK`` elements.
+class Scratch:
+    """Memory for intermediate results: new memory for each would cost more than the arithmetic."""
 
-    A strided operand is worked on as a dense copy, written back after the last run.
+    def __init__(self) -> None:
+        self._rows: dict[torch.dtype, Tensor] = {}
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """Return four rows of a dtype, shape (4, BLOCK)."""
+        if dtype not in self._rows:
+            self._rows[dtype] = torch.empty(4, BLOCK, dtype=dtype)
+        return self._rows[dtype]
+
+
+class Run:
+    """Pieces of one kind that are updated together: at most ``BLOCK`` elements.
+
+    Attributes:
+        pieces: The pieces.
+        columns: The lists of their operands.
+        steps: Their tensors' step counters.
+        theta, gradient, delta, pull: A stretch of scratch for each piece.
+        all_delta, all_pull: Those stretches as one.
+    """
+
+    def __init__(self, pieces: list[Piece], scratch: Scratch) -> None:
+        self.pieces = pieces
+        self.dtype, self.amsgrad, self.penalized = pieces[0].kind
+        self.columns: Any = Operands._make(
+            list(column) for column in zip(*(piece.operands for piece in pieces), strict=True)
+        )
+        self.steps = [piece.step for piece in pieces]
+        sizes = [piece.operands.param.numel() for piece in pieces]
+        rows = scratch.rows(self.dtype)[:, : sum(sizes)]
+        self.theta, self.gradient, self.delta, self.pull = (row.split(sizes) for row in rows)
+        self.all_delta, self.all_pull = rows[2], rows[3]
+
+
+def runs(batch: Batch, tensors: Iterable[tuple[int, Operands]], scratch: Scratch) -> Iterator[Run]:
+    """Cut large tensors, and gather small ones, into runs.
 
     Args:
-        batch: The tensors.
-        members: Which of them.
+        batch: The batch they are in.
+        tensors: Their indices and operands, as rows.
+        scratch: Memory that all runs share.
 
     Yields:
-        Pieces of one kind; to be updated before the next run is asked for.
+        The runs.
     """
-    run: list[Piece] = []
+    pending: list[Piece] = []
     size = 0
-    copies: list[tuple[Tensor, Tensor]] = []
-    for i in members:
-        written = (
-            batch.params[i], batch.exp_avgs[i], batch.exp_avg_sqs[i], batch.max_exp_avg_sqs[i]
-        )  # fmt: skip
-        read = (batch.grads[i], batch.anchors[i], batch.importances[i])
-        dense = [None if t is None else t.contiguous() for t in written + read]
-        for original, copy in zip(written, dense, strict=False):
-            if original is not None and copy is not None and copy is not original:
-                copies.append((original, copy))
-        flat = [None if t is None else t.view(-1) for t in dense]
-        numel = batch.params[i].numel()
-        for start in range(0, numel, BLOCK):
+    for index, rows in tensors:
+        numel = rows.param.numel()
+        for part, start in enumerate(range(0, numel, BLOCK)):
             stop = min(start + BLOCK, numel)
-            cut = flat if numel <= BLOCK else [None if t is None else t[start:stop] for t in flat]
-            piece = Piece._make([*cut, batch.steps[i]])
-            if run and (size + stop - start > BLOCK or piece.kind != run[0].kind):
-                yield run
-                run, size = [], 0
-            run.append(piece)
+            whole = numel <= BLOCK
+            cut = rows if whole else [None if t is None else t[start:stop] for t in rows]
+            piece = Piece(Operands._make(cut), batch.steps[index], index, part)
+            if pending and (size + stop - start > BLOCK or piece.kind != pending[0].kind):
+                yield Run(pending, scratch)
+                pending, size = [], 0
+            pending.append(piece)
             size += stop - start
-    if run:
-        yield run
-    for original, copy in copies:
-        original.copy_(copy)
+    if pending:
+        yield Run(pending, scratch)

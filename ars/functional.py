@@ -8,13 +8,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ars import host, loop
+from ars import loop
 from ars.batch import Batch, Hyper, Options
 from ars.device import DeviceStep
+from ars.host import HostStep
 from ars.squares import add_squared_products_
 
 __all__ = [
-    "DeviceStep", "Implementation", "add_squared_products_", "choose", "have_moved", "step_",
+    "Implementation", "Kept", "add_squared_products_", "choose", "have_moved", "step_",
 ]  # fmt: skip
 
 Implementation: TypeAlias = Literal["loop", "foreach", "fused", "triton"]
@@ -83,12 +84,20 @@ def have_moved(groups: list[dict[str, Any]], device: torch.device) -> bool:
     return any(param.grad is not None for group in groups for param in group["params"])
 
 
+class Kept:
+    """What the implementations keep between the steps of one optimizer."""
+
+    def __init__(self) -> None:
+        self.device = DeviceStep()
+        self.host = HostStep()
+
+
 def step_(
     implementation: Implementation,
     batch: Batch,
     hypers: list[Hyper],
     options: Options,
-    tables: DeviceStep,
+    kept: Kept,
 ) -> None:
     """Take one step in place; all implementations compute the same step.
 
@@ -97,11 +106,11 @@ def step_(
         batch: The tensors.
         hypers: Each group's hyperparameters.
         options: What holds for all groups.
-        tables: What the Triton kernels keep between the steps of one optimizer.
+        kept: What is kept from step to step.
     """
     if implementation == "triton":
-        tables.step_(batch, hypers, options)
+        kept.device.step_(batch, hypers, options)
     elif implementation == "loop":
         loop.step_(batch, hypers, options)
     else:
-        host.step_(batch, hypers, options, foreach=implementation == "foreach")
+        kept.host.step_(batch, hypers, options, foreach=implementation == "foreach")

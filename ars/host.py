@@ -10,12 +10,11 @@ step so large that its own corrections are 1, and the right ones by a change of 
 
 Tensors whose gradient must be changed first (penalty, clipping, half precision) are updated in runs
 that stay in the cache between the operations, so main memory sees each element once: 28 bytes a
-float32 parameter, 36 with a float32 penalty.
+float32 parameter, 36 with a float32 penalty. The way the tensors are cut is kept from step to step.
 """
 
-import itertools
 import math
-from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,53 +23,63 @@ from torch.optim.adam import adam
 
 from ars import reference
 from ars.batch import Batch, Hyper, Options, Scalar, gated, write_diagnostics
-from ars.blocks import BLOCK, Piece, runs
+from ars.blocks import Piece, Run, Scratch
+from ars.plan import Plan
 
-__all__ = ["step_"]
+__all__ = ["HostStep"]
 
 # A step at which every beta ** step is 0, so that torch's own bias corrections are 1.
-FOREVER = 1e9
+FOREVER = torch.tensor(1e9, dtype=torch.float32)
 
 
-def step_(batch: Batch, hypers: list[Hyper], options: Options, *, foreach: bool) -> None:
-    """Take one step with torch's kernels, in place.
+class HostStep:
+    """Takes steps with torch's kernels."""
 
-    Args:
-        batch: The tensors, all on the CPU.
-        hypers: Each group's hyperparameters.
-        options: What holds for all groups.
-        foreach: Use torch's foreach kernels instead of its fused one.
-    """
-    hypers = [_numbers(hyper) for hyper in hypers]
-    norm = grad_norm(batch.grads) if options.needs_norm else math.nan
-    values: dict[str, Scalar] = {"surprise": math.nan, "rho": 0.0, "psi": 1.0, "phi": 1.0}
-    values |= {"chi": 0.0, "grad_norm": norm, "penalty": 0.0}
-    controller = options.controller
-    if controller is not None:
-        surprise = options.surprise
-        if surprise is None:
-            surprise = torch.tensor(norm, dtype=torch.float64)
-        signals = controller.observe(surprise)
-        values |= signals._asdict()
-        hypers = [gated(hyper, float(signals.phi), float(signals.chi)) for hyper in hypers]
-    clip = 1.0
-    if options.max_norm is not None:
-        clip = float(
-            reference.clip_coefficient(torch.tensor(norm, dtype=torch.float64), options.max_norm)
-        )
+    def __init__(self) -> None:
+        self._scratch = Scratch()
+        self._plan: Plan | None = None
 
-    torch._foreach_add_(batch.steps, 1.0)
-    scratch: dict[torch.dtype, Tensor] = {}
-    for (group, products), members in _classes(batch, hypers).items():
-        update = _Update(hypers[group], products, options, clip, foreach)
-        direct = [i for i in members if update.is_direct(batch, i)]
-        if direct:
-            update.tensors(batch, direct)
-        for pieces in runs(batch, sorted(set(members) - set(direct))):
-            values["penalty"] += update.run(pieces, scratch)
+    def step_(self, batch: Batch, hypers: list[Hyper], options: Options, *, foreach: bool) -> None:
+        """Take one step, in place.
 
-    values |= {"lr": hypers[0].lr, "beta1": hypers[0].beta1, "beta2": hypers[0].beta2}
-    write_diagnostics(options.diagnostics, values)
+        Args:
+            batch: The tensors, all on the CPU.
+            hypers: Each group's hyperparameters.
+            options: What holds for all groups.
+            foreach: Use torch's foreach kernels instead of its fused one.
+        """
+        hypers = [_numbers(hyper) for hyper in hypers]
+        norm = grad_norm(batch.grads) if options.needs_norm else math.nan
+        values: dict[str, Scalar] = {"surprise": math.nan, "rho": 0.0, "psi": 1.0, "phi": 1.0}
+        values |= {"chi": 0.0, "grad_norm": norm, "penalty": 0.0}
+        controller = options.controller
+        if controller is not None:
+            surprise = norm if options.surprise is None else options.surprise
+            signals = controller.observe(surprise)
+            values |= signals._asdict()
+            hypers = [gated(hyper, signals.phi, signals.chi) for hyper in hypers]
+        clip = 1.0
+        if options.max_norm is not None:
+            number = torch.tensor(norm, dtype=torch.float64)
+            clip = float(reference.clip_coefficient(number, options.max_norm))
+
+        plan = self._plan
+        if plan is None or not plan.holds(batch, scaled=clip != 1.0):
+            plan = self._plan = Plan(batch, self._scratch, scaled=clip != 1.0)
+        plan.count_(hypers)
+        stretches = plan.stretches(batch.grads)
+        for alike in plan.classes:
+            products = plan.products_of(alike)
+            update = _Update(hypers[alike.group], products, options, clip, foreach)
+            if alike.direct:
+                update.tensors(batch, alike.direct)
+            for run in alike.runs:
+                values["penalty"] += update.run(run, stretches)
+            for run, gradients in plan.strided(alike, self._scratch):
+                values["penalty"] += update.run(run, gradients)
+
+        values |= {"lr": hypers[0].lr, "beta1": hypers[0].beta1, "beta2": hypers[0].beta2}
+        write_diagnostics(options.diagnostics, values)
 
 
 def grad_norm(grads: list[Tensor]) -> float:
@@ -96,22 +105,6 @@ def _numbers(hyper: Hyper) -> Hyper:
     """Read tensor hyperparameters as numbers: on a CPU that waits for nothing."""
     lr, beta1, beta2 = (float(value) for value in (hyper.lr, hyper.beta1, hyper.beta2))
     return hyper._replace(lr=lr, beta1=beta1, beta2=beta2)
-
-
-def _classes(
-    batch: Batch, hypers: list[Hyper]
-) -> dict[tuple[int, tuple[float, float] | None], list[int]]:
-    """Sort the tensors by group and by the products of their betas, which differ after a miss."""
-    classes: dict[tuple[int, tuple[float, float] | None], list[int]] = defaultdict(list)
-    if not batch.products:
-        for i, group in enumerate(batch.groups):
-            classes[group, None].append(i)
-        return classes
-    betas = [torch.tensor([hyper.beta1, hyper.beta2], dtype=torch.float64) for hyper in hypers]
-    torch._foreach_mul_(batch.products, [betas[group] for group in batch.groups])
-    for i, (product1, product2) in enumerate(torch.stack(batch.products).tolist()):
-        classes[batch.groups[i], (product1, product2)].append(i)
-    return classes
 
 
 class _Update:
@@ -141,16 +134,6 @@ class _Update:
             if options.decoupled:  # torch decays by lr' w'; L2 decay does not meet the lr
                 self.arguments["weight_decay"] = hyper.weight_decay * correction1 / root2
 
-    def is_direct(self, batch: Batch, i: int) -> bool:
-        """Whether torch's kernel can read the gradient and write the parameter as they are."""
-        param = batch.params[i]
-        operands = (param, batch.grads[i], batch.exp_avgs[i], batch.exp_avg_sqs[i])
-        return (
-            abs(self.sign) == 1.0
-            and batch.anchors[i] is None
-            and all(t.dtype == param.dtype and t.is_contiguous() for t in operands)
-        )
-
     def tensors(self, batch: Batch, members: list[int]) -> None:
         """Update whole tensors, all in one call."""
         lists = (batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs)
@@ -160,68 +143,62 @@ class _Update:
         maximize = self.hyper.maximize
         self._adam(params, grads, exp_avgs, exp_avg_sqs, largest, steps, maximize=maximize)
 
-    def run(self, pieces: list[Piece], scratch: dict[torch.dtype, Tensor]) -> float:
+    def run(self, run: Run, stretches: Mapping[int, Sequence[Tensor]]) -> float:
         """Update one run of pieces, and return its penalty before the step.
 
         Args:
-            pieces: Of one kind, together no more elements than a run may have.
-            scratch: Buffers for intermediate results by dtype: new memory for each would cost more
-                than the arithmetic, in page faults.
+            run: The pieces.
+            stretches: The gradient of each tensor of the batch, cut as the tensor is.
         """
-        dtype, amsgrad, penalized = pieces[0].kind
-        if dtype not in scratch:
-            scratch[dtype] = torch.empty(4, BLOCK, dtype=dtype)
-        theta_row, gradient_row, delta_row, pull_row = scratch[dtype]
-        ends = list(itertools.accumulate(piece.param.numel() for piece in pieces))
-        cuts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-
-        thetas, gradients = [], []
-        for piece, cut in zip(pieces, cuts, strict=True):
-            theta, gradient = piece.param, piece.grad
-            if theta.dtype != dtype:
-                theta = theta_row[cut].copy_(theta)
-            if gradient.dtype != dtype:  # before the product, which would round to half precision
-                gradient = gradient_row[cut].copy_(gradient)
+        columns = run.columns
+        thetas = [
+            theta if theta.dtype == run.dtype else row.copy_(theta)
+            for theta, row in zip(columns.param, run.theta, strict=True)
+        ]
+        gradients = []
+        for piece, row in zip(run.pieces, run.gradient, strict=True):
+            gradient = stretches[piece.tensor][piece.part]
+            if gradient.dtype != run.dtype:  # before the product, which would round to it
+                gradient = row.copy_(gradient)
             if self.sign != 1.0:
-                gradient = torch.mul(gradient, self.sign, out=gradient_row[cut])
-            thetas.append(theta)
+                gradient = torch.mul(gradient, self.sign, out=row)
             gradients.append(gradient)
 
         penalty, strength = 0.0, self.options.strength
-        if penalized:
-            for piece, theta, cut in zip(pieces, thetas, cuts, strict=True):
-                assert piece.anchor is not None
-                assert piece.importance is not None
-                delta = torch.sub(theta, piece.anchor, out=delta_row[cut])
-                torch.mul(delta, piece.importance, out=pull_row[cut])
-            penalty = 0.5 * strength * float(torch.dot(delta_row[: ends[-1]], pull_row[: ends[-1]]))
+        if run.penalized:
+            for theta, anchor, importance, delta, pull in zip(
+                thetas, columns.anchor, columns.importance, run.delta, run.pull, strict=True
+            ):
+                torch.sub(theta, anchor, out=delta)
+                torch.mul(delta, importance, out=pull)
+            penalty = 0.5 * strength * float(torch.dot(run.all_delta, run.all_pull))
             if not self.options.proximal:  # eq. 8; delta has served, its memory is used again
                 gradients = [
-                    torch.add(gradient, pull_row[cut], alpha=strength, out=delta_row[cut])
-                    for gradient, cut in zip(gradients, cuts, strict=True)
+                    torch.add(gradient, pull, alpha=strength, out=delta)
+                    for gradient, pull, delta in zip(gradients, run.pull, run.delta, strict=True)
                 ]
 
-        columns = (list(column) for column in zip(*pieces, strict=True))
-        params, exp_avgs, exp_avg_sqs, largest, _, _, _, steps = columns
-        self._adam(thetas, gradients, exp_avgs, exp_avg_sqs, largest if amsgrad else [], steps)
-        if penalized and self.options.proximal:
-            for theta, piece in zip(thetas, pieces, strict=True):
+        largest = columns.max_exp_avg_sq if run.amsgrad else []
+        self._adam(thetas, gradients, columns.exp_avg, columns.exp_avg_sq, largest, run.steps)
+        if run.penalized and self.options.proximal:
+            for theta, piece in zip(thetas, run.pieces, strict=True):
                 self._proximal(theta, piece)
-        for param, theta in zip(params, thetas, strict=True):
+        for param, theta in zip(columns.param, thetas, strict=True):
             if theta is not param:
                 param.copy_(theta)
         return penalty
 
     def _proximal(self, theta: Tensor, piece: Piece) -> None:
         """Take the proximal step (9) after Adam's, in its metric."""
-        assert piece.anchor is not None
-        assert piece.importance is not None
+        _, _, exp_avg_sq, largest, anchor, importance = piece.operands
+        assert anchor is not None
+        assert importance is not None
         beta2 = float(self.hyper.beta2)
         product2 = beta2 ** float(piece.step) if self.products is None else self.products[1]
-        second = piece.exp_avg_sq if piece.max_exp_avg_sq is None else piece.max_exp_avg_sq
+        second = exp_avg_sq if largest is None else largest
         denominator = reference.adam_denominator(second, 1 - product2, self.hyper.eps)
         metric = float(self.hyper.lr) * self.options.strength / denominator
-        theta.copy_(reference.ewc_proximal(theta, piece.anchor, piece.importance, metric))
+        theta.copy_(reference.ewc_proximal(theta, anchor, importance, metric))
 
     def _adam(
         self,
@@ -236,7 +213,7 @@ class _Update:
     ) -> None:
         """Call torch's kernel."""
         if self.products is not None:
-            steps = [torch.tensor(FOREVER, dtype=torch.float32)] * len(params)
+            steps = [FOREVER] * len(params)
         arguments = self.arguments | {"amsgrad": bool(largest), "maximize": maximize}
         if self.foreach:  # torch advances the steps it is given
             steps = [step - 1 for step in steps]

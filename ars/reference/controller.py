@@ -80,7 +80,7 @@ def controller_step_(
     Returns:
         The signals. ``surprise`` is what was observed, before any standardisation.
     """
-    value = read(torch.as_tensor(surprise).detach().to(window))
+    value = read(torch.as_tensor(surprise, dtype=torch.float64).detach().to(window))
     finite = is_finite(value)
 
     gated = value

@@ -28,7 +28,7 @@ def rebuilds(optimizer):
 @pytest.mark.parametrize("implementation", ["loop", "foreach", "fused", "triton"])
 def test_steps_that_change_only_gradients_and_rates_gather_nothing(implementation):
     optimizer, params = trained(implementation, penalty=None)
-    tables = optimizer._tables._fused
+    tables = optimizer._kept.device._fused
     for seed in range(3):
         gradients(params, seed)
         optimizer.param_groups[0]["lr"] *= 0.5
@@ -36,7 +36,7 @@ def test_steps_that_change_only_gradients_and_rates_gather_nothing(implementatio
         optimizer.step(loss=1.0)
         assert float(optimizer.diagnostics["beta2"]) == 0.9 + 0.01 * seed
     assert rebuilds(optimizer) == 1
-    assert optimizer._tables._fused is tables
+    assert optimizer._kept.device._fused is tables
 
 
 def calls(function):
@@ -76,7 +76,7 @@ def test_python_calls_of_the_tables_do_not_depend_on_the_number_of_tensors():
         gradients(params, 0)
         optimizer.step(loss=1.0)
         gradients(params, 1)
-        fused, grads = optimizer._tables._fused, [param.grad for param in params]
+        fused, grads = optimizer._kept.device._fused, [param.grad for param in params]
         return calls(lambda: (fused.moved(), fused._check_gradients(grads)))
 
     assert count(3) == count(20) < 20

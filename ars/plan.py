@@ -1,0 +1,153 @@
+"""How a step on a CPU is divided into calls of torch's kernels, kept from step to step."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ars.batch import Batch, Hyper
+from ars.blocks import BLOCK, Operands, Run, Scratch, as_flat, operands, runs
+
+__all__ = ["Alike", "Plan"]
+
+
+class Alike(NamedTuple):
+    """Tensors of one group whose betas have the same products: they differ after a miss."""
+
+    group: int
+    first: int  # any of them
+    direct: list[int]  # those that torch's kernel can update as they are
+    runs: list[Run]  # those that need work before
+    strided: list[int]  # those whose elements lie apart, or in different orders
+
+
+class Plan:
+    """The division of one batch.
+
+    Args:
+        batch: The tensors.
+        scratch: Memory for the runs.
+        scaled: Whether gradients must be multiplied before torch's kernel may see them.
+    """
+
+    def __init__(self, batch: Batch, scratch: Scratch, *, scaled: bool) -> None:
+        self._batch, self._scaled = batch, scaled
+        self._products = _share_(batch.products) if batch.products else None
+        self._factors: list[int] = batch.groups
+        self._strides = [param.stride() for param in batch.params]
+        self._fitting = self._fits(batch.grads)
+        self._static = [operands(batch, i) for i in range(len(batch.params))]
+        self._addresses = self._layout()
+        self._cut: list[int] = []
+        members: dict[Any, list[int]] = defaultdict(list)
+        products = None if self._products is None else self._products.tolist()
+        for i, group in enumerate(batch.groups):
+            members[group, None if products is None else tuple(products[i])].append(i)
+        self.classes = [self._alike(indices, scratch) for indices in members.values()]
+
+    def _alike(self, indices: list[int], scratch: Scratch) -> Alike:
+        """Sort tensors by what their update takes."""
+        direct, in_rows, strided = [], [], []
+        for i in indices:
+            tensors = [t for t in self._static[i] if t is not None]
+            param, strides = tensors[0], self._strides[i]
+            # What zeros_like would lay out in another way has gaps or overlaps.
+            dense = param.is_contiguous() or torch.empty_like(param).stride() == strides
+            if not dense or any(t.stride() != strides for t in tensors):
+                strided.append(i)
+            elif (
+                self._scaled
+                or not self._fitting[i]
+                or self._static[i].anchor is not None
+                or any(t.dtype != param.dtype for t in tensors)
+            ):
+                in_rows.append(i)
+            else:
+                direct.append(i)
+        self._cut += in_rows
+        rows = ((i, self._as_rows(i, self._strides[i])) for i in in_rows)
+        group = self._batch.groups[indices[0]]
+        return Alike(group, indices[0], direct, list(runs(self._batch, rows, scratch)), strided)
+
+    def _as_rows(self, i: int, strides: tuple[int, ...]) -> Operands:
+        return Operands._make(None if t is None else as_flat(t, strides) for t in self._static[i])
+
+    def holds(self, batch: Batch, *, scaled: bool) -> bool:
+        """Whether this is the division of these tensors as they are now."""
+        return (
+            batch is self._batch
+            and scaled == self._scaled
+            and self._fitting == self._fits(batch.grads)
+            and self._addresses == self._layout()
+        )
+
+    def _fits(self, grads: list[Tensor]) -> list[bool]:
+        """Whether each gradient is laid out as its parameter, in the same dtype."""
+        return [
+            gradient.dtype == param.dtype and gradient.stride() == strides
+            for gradient, param, strides in zip(
+                grads, self._batch.params, self._strides, strict=True
+            )
+        ]
+
+    def _layout(self) -> list[Any]:
+        """Where the operands lie, and how."""
+        tensors = [t for row in self._static for t in row if t is not None]
+        tensors += self._batch.products
+        return [list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))]
+
+    def count_(self, hypers: list[Hyper]) -> None:
+        """Advance the steps, and the products of the betas."""
+        torch._foreach_add_(self._batch.steps, 1.0)
+        if self._products is not None:
+            betas = torch.tensor([(h.beta1, h.beta2) for h in hypers], dtype=torch.float64)
+            self._products *= betas if len(hypers) == 1 else betas[self._factors]
+
+    def products_of(self, alike: Alike) -> tuple[float, float] | None:
+        """Return the products of these tensors' betas, None if nothing makes the betas vary."""
+        if self._products is None:
+            return None
+        product1, product2 = self._products[alike.first].tolist()
+        return product1, product2
+
+    def stretches(self, grads: list[Tensor]) -> dict[int, tuple[Tensor, ...]]:
+        """Cut the gradients of the tensors in runs as the runs are cut."""
+        return {i: as_flat(grads[i], self._strides[i]).split(BLOCK) for i in self._cut}
+
+    def strided(
+        self, alike: Alike, scratch: Scratch
+    ) -> Iterator[tuple[Run, dict[int, tuple[Tensor, ...]]]]:
+        """Lay strided tensors out in rows, and write them back.
+
+        Args:
+            alike: The tensors.
+            scratch: Memory for the runs.
+
+        Yields:
+            A run and the stretches of its gradients, to be updated before the next is asked for.
+        """
+        for i in alike.strided:
+            strides = torch.empty(self._static[i].param.shape).stride()
+            rows = self._as_rows(i, strides)
+            stretches = {i: as_flat(self._batch.grads[i], strides).split(BLOCK)}
+            for run in runs(self._batch, [(i, rows)], scratch):
+                yield run, stretches
+            for original, row in zip(self._static[i].written, rows.written, strict=True):
+                original.copy_(row.view(original.shape))
+
+
+def _share_(tensors: list[Tensor]) -> Tensor:
+    """Move tensors of one shape and dtype into one memory, so that one call updates them all.
+
+    Args:
+        tensors: The tensors; they stay the same objects, with the same values.
+
+    Returns:
+        All of them, stacked.
+    """
+    shared = torch.stack(tensors)
+    for tensor, row in zip(tensors, shared.unbind(), strict=True):
+        tensor.set_(row.untyped_storage(), row.storage_offset(), row.size(), row.stride())
+    return shared
