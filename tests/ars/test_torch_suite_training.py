@@ -10,6 +10,7 @@ import inspect
 
 import pytest
 import torch
+from optimizers import Pull
 from torch_suite import (
     CLASSES,
     FLAGS,
@@ -222,6 +223,19 @@ def test_explicit_choice_on_meta_parameters(case, flag, swap):
     moved = [bool(param.detach().abs().min() > 1e-4) for param in model.parameters()]
     assert moved == [swap, swap]
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_penalty_is_checked_again_where_the_parameters_are():
+    param = torch.nn.Parameter(torch.empty(3, device="meta"))
+    penalty = Pull([])
+    penalty.rows = [(param, torch.empty_like(param), torch.empty_like(param))]
+    optimizer = ARSAdamW([("weight", param)], penalty=penalty)
+    weight = torch.nn.Parameter(torch.ones(3))
+    torch.utils.swap_tensors(param, weight)
+    param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="anchor of weight is on meta"):
+        optimizer.step()
+    assert (param == 1).all()
 
 
 @cases(implementations=["", *IMPLEMENTATIONS])
