@@ -1,6 +1,7 @@
 """What an EWC penalty makes of a Fisher: checked, weighted by layer, embedded in larger shapes."""
 
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -12,6 +13,10 @@ from ars.regularizers.checks import check_tensor
 from ars.regularizers.fisher import DiagonalFisher
 
 __all__ = ["check_importance", "embedded", "importance_of", "layer_factors"]
+
+# Below it an importance does nothing at any usable strength; above this share of such entries the
+# penalty is one of a few parameters. Inputs that are always 0 leave fewer.
+_NEGLIGIBLE, _COLLAPSED = 1e-12, 0.99
 
 
 def importance_of(fisher: DiagonalFisher | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -44,6 +49,8 @@ def importance_of(fisher: DiagonalFisher | Mapping[str, Tensor]) -> Mapping[str,
 def check_importance(importance: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     """Refuse an importance that is not of exactly these parameters, finite and >= 0.
 
+    Warn of one that has collapsed: almost all entries negligible, as of a model that is certain.
+
     Args:
         importance: Omega by parameter name.
         parameters: The parameters by name.
@@ -64,6 +71,15 @@ def check_importance(importance: Mapping[str, Tensor], parameters: Mapping[str, 
                 "the same parameters as the first"
             )
         check_tensor(f"the importance of {name!r}", importance[name], param, minimum=0.0)
+    total = sum(omega.numel() for omega in importance.values())
+    small = sum(int((omega < _NEGLIGIBLE).sum()) for omega in importance.values())
+    if small >= _COLLAPSED * total > 0:
+        warnings.warn(
+            f"the importance has collapsed: {small} of {total} entries are below {_NEGLIGIBLE}, so "
+            "the penalty holds next to nothing. The empirical Fisher vanishes where the model is "
+            "right: use estimator='sketch' or 'logit_reversal', or fit before the loss reaches 0",
+            stacklevel=3,
+        )
 
 
 def layer_factors(

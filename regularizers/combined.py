@@ -1,0 +1,190 @@
+r"""Task loss and penalties in one loss, its parts kept, and warnings where they say something.
+
+L = L_task + sum_k R_k + 1/2 l2 sum_i theta_i^2
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ars.regularizers.evaluation import trainable
+from ars.regularizers.ewc import EWC
+from ars.regularizers.progressive import ProgressiveInheritance
+from ars.regularizers.subspace import SubspacePenalty
+
+__all__ = ["CombinedLoss", "PenaltyMonitor"]
+
+# Observations in a row with a penalty of exactly 0 before it is called identically 0: at the anchor
+# it is 0 rightly, and with a learning rate that warms up from 0 the second one is as well.
+_PATIENCE = 3
+
+
+class Valued(Protocol):
+    """What a penalty must have to be added to a loss."""
+
+    def value(self) -> Tensor:
+        """Return the penalty, 0-d and differentiable."""
+        ...
+
+
+class PenaltyMonitor:
+    """Warns, once each, when the parts of a loss are out of proportion.
+
+    For a penalty within an optimizer give it the loss and the ``penalty`` of its diagnostics now
+    and then; :class:`CombinedLoss` has one of its own. Reading a tensor waits for the device.
+
+    Example:
+        >>> import warnings
+        >>> from ars.regularizers import PenaltyMonitor
+        >>> monitor = PenaltyMonitor()
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     for _ in range(3):
+        ...         monitor.observe(task=1.0, penalty=5.0)
+        >>> len(caught)
+        1
+    """
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+        self._zeros = 0
+
+    def observe(
+        self, task: float | Tensor, penalty: float | Tensor, subspace: float | Tensor = 0.0
+    ) -> None:
+        """Compare the parts, and warn of what has not been warned of yet.
+
+        Args:
+            task: The task's loss; the proportions are looked at where it is > 0.
+            penalty: All penalties together.
+            subspace: The part of them that is a subspace penalty's.
+        """
+        parts = [torch.as_tensor(part).detach() for part in (task, penalty, subspace)]
+        device = next((part.device for part in parts if part.device.type != "cpu"), "cpu")
+        task, penalty, subspace = torch.stack([p.to(device, torch.float64) for p in parts]).tolist()
+        if penalty > task > 0:
+            self._warn(
+                "exceeds",
+                f"the penalty, {penalty:.3g}, exceeds the task loss, {task:.3g}: the model will "
+                "hardly learn the new task. Lower its strength, or let AdaptiveStrength(ratio=...) "
+                "choose it",
+            )
+        if subspace > task / 2 > 0:
+            self._warn(
+                "subspace",
+                f"the subspace penalty, {subspace:.3g}, exceeds half of the task loss, {task:.3g}. "
+                "Lower its strength, or protect less: a lower energy or rank",
+            )
+        self._zeros = self._zeros + 1 if penalty == 0 else 0
+        if self._zeros >= _PATIENCE:
+            self._warn(
+                "zero",
+                f"the penalty was exactly 0 {_PATIENCE} times: it protects nothing. Is its "
+                "strength 0, its importance 0, or was it built for another copy of the model than "
+                "the one that is trained?",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._given:
+            self._given.add(kind)
+            warnings.warn(message, stacklevel=4)
+
+
+class CombinedLoss:
+    r"""Task loss, penalties and L2 in one differentiable loss, for an optimizer of one's own.
+
+    .. math:: L = L_{\text{task}} + \sum_k R_k + \tfrac12 \ell_2 \sum_i \theta_i^2
+
+    With :class:`ars.ARSAdamW` give the penalty to the optimizer instead: there it costs no pass of
+    its own and is not clipped with the gradient.
+
+    :attr:`parts` holds the last call's parts as detached 0-d tensors: ``"task"``, ``"ewc"``,
+    ``"subspace"``, ``"l2"`` and ``"total"``, and any other penalty under the name of its class. A
+    :class:`PenaltyMonitor` looks at them at the first call and then every ``check_every`` calls,
+    which is the only time that anything waits for the device.
+
+    Args:
+        *penalties: Objects with a differentiable ``value()``.
+        l2: Factor of the sum of squares, >= 0.
+        model: Whose trainable parameters are squared, for ``l2``.
+        check_every: Calls between two looks, >= 1.
+
+    Raises:
+        TypeError: A penalty has no ``value``.
+        ValueError: Nothing to add, ``l2`` negative or without a model, or ``check_every`` < 1.
+
+    Example:
+        >>> import torch
+        >>> from ars.regularizers import EWC, CombinedLoss
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> loss_of = CombinedLoss(EWC(model, {"weight": torch.ones(1, 2)}), l2=0.5, model=model)
+        >>> loss = loss_of(model(torch.ones(1, 2)).sum())
+        >>> {name: part.item() for name, part in loss_of.parts.items()}
+        {'task': 2.0, 'ewc': 0.0, 'l2': 0.5, 'total': 2.5}
+    """
+
+    def __init__(
+        self,
+        *penalties: Valued,
+        l2: float = 0.0,
+        model: nn.Module | None = None,
+        check_every: int = 100,
+    ) -> None:
+        for penalty in penalties:
+            if not callable(getattr(penalty, "value", None)):
+                raise TypeError(f"penalty {type(penalty).__name__} has no method value()")
+        if not 0 <= l2 < torch.inf:
+            raise ValueError(f"l2 must be finite and >= 0, got {l2!r}")
+        if l2 and model is None:
+            raise ValueError(f"l2={l2} needs to know the parameters; pass model")
+        if not penalties and not l2:
+            raise ValueError("there is nothing to add to the task's loss; give a penalty or l2")
+        if not isinstance(check_every, int) or check_every < 1:
+            raise ValueError(f"check_every must be an integer >= 1, got {check_every!r}")
+        self.penalties, self.l2, self.check_every = penalties, l2, check_every
+        self.parts: dict[str, Tensor] = {}
+        self._parameters = [] if model is None else list(trainable(model).values())
+        self._monitor = PenaltyMonitor()
+        self._calls = 0
+
+    def __call__(self, task: Tensor) -> Tensor:
+        """Return the whole loss, 0-d and differentiable.
+
+        Args:
+            task: The task's loss, 0-d.
+
+        Returns:
+            The loss, on the device of ``task``.
+
+        Raises:
+            ValueError: ``task`` is not 0-d.
+        """
+        if not isinstance(task, Tensor) or task.ndim:
+            got = tuple(task.shape) if isinstance(task, Tensor) else type(task).__name__
+            raise ValueError(f"task must be a 0-d tensor, got {got}; reduce it by .mean()")
+        parts: dict[str, Tensor] = {}
+        for penalty in self.penalties:
+            for name, value in _values(penalty).items():
+                parts[name] = parts[name] + value if name in parts else value.to(task.device)
+        penalties = sum(parts.values(), torch.zeros_like(task, requires_grad=False))
+        if self.l2:
+            squares = [p.square().sum().to(task.device) for p in self._parameters]
+            parts["l2"] = 0.5 * self.l2 * torch.stack(squares).sum()
+        total = sum(parts.values(), task)
+        parts = {"task": task, **parts, "total": total}
+        self.parts = {name: part.detach() for name, part in parts.items()}
+        if self.penalties and self._calls % self.check_every == 0:
+            self._monitor.observe(task, penalties, parts.get("subspace", 0.0))
+        self._calls += 1
+        return total
+
+
+def _values(penalty: Valued) -> Mapping[str, Tensor]:
+    if isinstance(penalty, ProgressiveInheritance):
+        return penalty.parts()
+    names = {EWC: "ewc", SubspacePenalty: "subspace"}
+    return {names.get(type(penalty), type(penalty).__name__): penalty.value()}

@@ -1,0 +1,229 @@
+r"""How strong a penalty is: by schedule, by layer, or in proportion to the task's gradient.
+
+    schedule   gamma_t = gamma_0 (1 - t / T)^p
+    layer      factor_l = mean_m tr(Omega_m) / tr(Omega_l)
+    ratio      lambda* = rho ||g_task|| / ||g_penalty||,   g_penalty at strength 1
+               log lambda <- s log lambda + (1 - s) log clamp(lambda*, low, high)
+
+The mean of the logarithm, because a strength is a scale: a target that is off by the factor 10
+upwards and then downwards leaves it where it was.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ars.regularizers.checks import check_state, checked_strength
+from ars.regularizers.fisher import DiagonalFisher
+from ars.regularizers.importance import importance_of
+from ars.regularizers.storage import dequantize
+
+__all__ = ["AdaptiveStrength", "trace_strengths"]
+
+
+class AdaptiveStrength:
+    r"""Strength of a penalty that follows a schedule, the gradients, or both.
+
+    .. math:: \lambda_t = \bar\lambda_t \, (1 - t/T)^p, \qquad
+              \bar\lambda \leftarrow \bar\lambda^{\,s} \,
+              \mathrm{clamp}\big(\rho \|g\| / \|g_E\|,\, \text{low},\, \text{high}\big)^{1-s}
+
+    :math:`g` is the task's gradient and :math:`g_E` the penalty's at strength 1, both over the
+    penalised parameters; where either is 0 or not finite, :math:`\bar\lambda` stays. Without
+    ``ratio`` it is the initial strength, without ``total_steps`` the schedule is 1. For strengths
+    by layer see :func:`trace_strengths`.
+
+    The strength is a 0-d float32 tensor on the parameters' device, which the penalty and the
+    optimizer read where it is: nothing waits for the device. A step with ``ratio`` reads parameter,
+    anchor, importance and gradient once more; to spare that, call it every few steps only.
+
+    Args:
+        penalty: An :class:`EWC`, a :class:`SubspacePenalty`, or an object with the same members.
+            Its ``strength`` becomes the tensor; what it was is the initial one.
+        total_steps: T, >= 1: after as many steps the strength is 0.
+        power: p > 0 of the schedule.
+        ratio: rho > 0, the norm of the penalty's gradient relative to the task's to aim at.
+        smoothing: s in [0, 1), the weight of the past.
+        bounds: The smallest and the largest :math:`\bar\lambda` that ``ratio`` may lead to,
+            0 < low <= high, finite.
+
+    Raises:
+        TypeError: ``penalty`` has not one strength.
+        ValueError: Neither ``total_steps`` nor ``ratio``, or an argument out of its range.
+
+    Example:
+        >>> import torch
+        >>> from ars.regularizers import EWC, AdaptiveStrength
+        >>> model = torch.nn.Linear(2, 1)
+        >>> penalty = EWC(model, {"weight": torch.ones(1, 2)}, strength=8.0)
+        >>> adaptive = AdaptiveStrength(penalty, total_steps=4, power=2.0)
+        >>> for _ in range(5):
+        ...     adaptive.step()
+        ...     print(penalty.strength.item())
+        8.0
+        4.5
+        2.0
+        0.5
+        0.0
+    """
+
+    def __init__(
+        self,
+        penalty: Any,
+        *,
+        total_steps: int | None = None,
+        power: float = 1.0,
+        ratio: float | None = None,
+        smoothing: float = 0.95,
+        bounds: tuple[float, float] = (1e-3, 1e6),
+    ) -> None:
+        if not hasattr(penalty, "strength") or not hasattr(penalty, "terms"):
+            raise TypeError(f"penalty {type(penalty).__name__} has no strength or no terms()")
+        if hasattr(penalty, "subspace"):
+            raise TypeError(
+                f"penalty {type(penalty).__name__} has two strengths; adapt its .ewc, its "
+                ".subspace, or each by an AdaptiveStrength of its own"
+            )
+        if total_steps is None and ratio is None:
+            raise ValueError("give total_steps for a schedule, ratio to follow the gradients")
+        if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 1):
+            raise ValueError(f"total_steps must be an integer >= 1, got {total_steps!r}")
+        if not 0 < power < math.inf:
+            raise ValueError(f"power must be finite and > 0, got {power!r}")
+        if ratio is not None and not 0 < ratio < math.inf:
+            raise ValueError(f"ratio must be finite and > 0, got {ratio!r}")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must be in [0, 1), got {smoothing!r}")
+        low, high = bounds
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"bounds must be 0 < low <= high, finite, got {bounds!r}")
+        initial = float(penalty.strength)
+        if ratio is not None and not low <= initial <= high:
+            raise ValueError(
+                f"the penalty's strength {initial} is outside bounds={bounds!r}; start inside them"
+            )
+        self.penalty = penalty
+        self.total_steps, self.power, self.ratio = total_steps, power, ratio
+        self.smoothing, self.bounds = smoothing, (float(low), float(high))
+        self.steps = 0
+        self._parameters = _penalised(penalty)
+        self._level = torch.tensor(initial, device=self._parameters[0].device, dtype=torch.float32)
+        self.strength = self._level.clone()
+        penalty.strength = self.strength
+
+    @torch.no_grad()
+    def step(self, grad_norm: Tensor | None = None) -> None:
+        """Set the strength of the next optimizer step; call it after the backward pass.
+
+        Args:
+            grad_norm: Norm of the task's gradient, 0-d, for ``ratio``; by default that of the
+                penalised parameters' ``grad``, which must then be of the task loss alone (as it is
+                when the optimizer applies the penalty).
+        """
+        if self.ratio is not None:
+            norm = self._grad_norm() if grad_norm is None else grad_norm.to(self._level)
+            self._follow(self.ratio * norm / self._unit_norm())
+        factor = 1.0
+        if self.total_steps is not None:
+            left = max(0, self.total_steps - self.steps)
+            factor = (left / self.total_steps) ** self.power
+        torch.mul(self._level, factor, out=self.strength)
+        self.steps += 1
+
+    def _follow(self, target: Tensor) -> None:
+        valid = target.isfinite() & (target > 0)
+        log = self._level.log() * self.smoothing
+        log += (1 - self.smoothing) * target.clamp(*self.bounds).log()
+        self._level.copy_(torch.where(valid, log.exp().clamp(*self.bounds), self._level))
+
+    def _grad_norm(self) -> Tensor:
+        return self._norm([p.grad for p in self._parameters if p.grad is not None])
+
+    def _unit_norm(self) -> Tensor:
+        """Norm of the penalty's gradient at strength 1."""
+        pulls = []
+        for param, anchor, importance, *scale in self.penalty.terms():
+            omega = dequantize(importance, *scale) if scale else importance
+            pulls.append(torch.linalg.vector_norm((param - anchor) * omega))
+        if hasattr(self.penalty, "gradients"):
+            self.penalty.refresh()  # fills the buffers, with the strength in them
+            buffers = [buffer for _, buffer in self.penalty.gradients()]
+            pulls.append(self._norm(buffers) / self.strength)
+        return self._norm(pulls)
+
+    def _norm(self, tensors: list[Tensor]) -> Tensor:
+        norms = [torch.linalg.vector_norm(t).to(self._level) for t in tensors]
+        if not norms:
+            return torch.zeros_like(self._level)
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps taken, the smoothed strength and the one in force, as numbers."""
+        level, strength = float(self._level), float(self.strength)
+        return {"steps": self.steps, "level": level, "strength": strength}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state, in the same tensor.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Raises:
+            TypeError: An entry is not a number. Nothing has changed then.
+            ValueError: An entry is missing or out of range. Nothing has changed then.
+        """
+        check_state("an AdaptiveStrength", state, {"steps", "level", "strength"}, set(), {})
+        steps = state["steps"]
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
+        level, strength = checked_strength(state["level"]), checked_strength(state["strength"])
+        self.steps = steps
+        self._level.copy_(torch.as_tensor(level))
+        self.strength.copy_(torch.as_tensor(strength))
+
+
+def _penalised(penalty: Any) -> list[Tensor]:
+    pairs = [*penalty.terms(), *(penalty.gradients() if hasattr(penalty, "gradients") else ())]
+    return list(dict.fromkeys(pair[0] for pair in pairs))
+
+
+def trace_strengths(
+    fisher: DiagonalFisher | Mapping[str, Tensor],
+    *,
+    bounds: tuple[float, float] = (1e-2, 1e2),
+) -> dict[str, float]:
+    r"""Strengths by parameter that give each the same total importance.
+
+    .. math:: f_l = \operatorname{mean}_m \operatorname{tr}(\Omega_m) / \operatorname{tr}(\Omega_l)
+
+    For ``EWC(..., layer_strengths=trace_strengths(fisher))``: the Fisher of one layer is often
+    orders of magnitude above another's, and one lambda then holds the first and not the second.
+
+    Args:
+        fisher: A fitted Fisher, or importances by parameter name.
+        bounds: The smallest and the largest factor, 0 < low <= high, finite.
+
+    Returns:
+        The factor of each parameter; 1 where the importance is 0.
+
+    Raises:
+        ValueError: ``fisher`` is not fitted or empty, or ``bounds`` out of range.
+
+    Example:
+        >>> import torch
+        >>> from ars.regularizers import trace_strengths
+        >>> trace_strengths({"a": torch.ones(3), "b": torch.ones(1), "c": torch.zeros(1)})
+        {'a': 0.444..., 'b': 1.333..., 'c': 1.0}
+    """
+    low, high = bounds
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"bounds must be 0 < low <= high, finite, got {bounds!r}")
+    traces = {n: float(t.sum(dtype=torch.float64)) for n, t in importance_of(fisher).items()}
+    mean = sum(traces.values()) / len(traces)
+    return {
+        name: min(max(mean / trace, low), high) if trace > 0 else 1.0
+        for name, trace in traces.items()
+    }

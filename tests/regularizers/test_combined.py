@@ -1,0 +1,161 @@
+"""CombinedLoss, and the warnings of its monitor and of a collapsed importance."""
+
+import warnings
+
+import pytest
+import torch
+from ewc_models import move, random_importance, small_model
+
+from ars.regularizers import (
+    EWC,
+    CombinedLoss,
+    DiagonalFisher,
+    PenaltyMonitor,
+    ProgressiveInheritance,
+    SubspacePenalty,
+)
+
+
+def penalties(model, strength=1e-3):
+    basis = torch.linalg.qr(torch.randn(4, 2, dtype=torch.float64)).Q
+    return (
+        EWC(model, random_importance(model), strength),
+        SubspacePenalty(model, {"2.weight": basis}, strength),
+    )
+
+
+def task_loss(model):
+    return model(torch.ones(2, 3, dtype=model[0].weight.dtype)).square().sum() + 1.0
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_is_the_sum_of_its_parts(joined):
+    model = small_model(torch.float64)
+    ewc, subspace = penalties(model)
+    given = [ProgressiveInheritance(ewc, subspace)] if joined else [ewc, subspace]
+    loss_of = CombinedLoss(*given, l2=0.5, model=model)
+    move(model)
+    expected = {
+        "task": task_loss(model),
+        "ewc": ewc.value(),
+        "subspace": subspace.value(),
+        "l2": 0.25 * sum(p.square().sum() for p in model.parameters()),
+    }
+    total = loss_of(task_loss(model))
+    assert list(loss_of.parts) == [*expected, "total"]
+    for name, part in expected.items():
+        assert not loss_of.parts[name].requires_grad
+        assert loss_of.parts[name].item() == pytest.approx(part.item(), rel=1e-14)
+    torch.testing.assert_close(total, sum(expected.values()), rtol=1e-14, atol=0.0)
+    assert loss_of.parts["total"].item() == total.item()
+    ours = torch.autograd.grad(total, list(model.parameters()))
+    theirs = torch.autograd.grad(sum(expected.values()), list(model.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_penalties_of_one_kind_are_one_part():
+    model = small_model(torch.float64)
+    ewc, _ = penalties(model)
+    loss_of = CombinedLoss(ewc, ewc)
+    move(model)
+    loss_of(task_loss(model))
+    assert loss_of.parts["ewc"].item() == pytest.approx(2 * ewc.value().item(), rel=1e-14)
+
+
+def test_any_object_with_a_value_will_do():
+    class Constant:
+        def value(self):
+            return torch.tensor(0.25)
+
+    loss_of = CombinedLoss(Constant())
+    assert loss_of(torch.tensor(1.0)).item() == 1.25
+    assert loss_of.parts["Constant"].item() == 0.25
+
+
+def messages(monitor, *observations):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for observation in observations:
+            monitor.observe(*observation)
+    return [str(warning.message) for warning in caught]
+
+
+def test_monitor_warns_once_of_each():
+    monitor = PenaltyMonitor()
+    assert messages(monitor, (1.0, 0.9, 0.5), (1.0, 1.0, 0.5), (-1.0, 0.5, 0.4)) == []
+    (message,) = messages(monitor, (1.0, 1.1), (1.0, torch.tensor(9.0)))
+    assert "the penalty, 1.1, exceeds the task loss, 1" in message
+    assert "Lower its strength" in message
+    (message,) = messages(monitor, (1.0, 0.9, 0.6), (1.0, 0.9, 0.7))
+    assert "the subspace penalty, 0.6, exceeds half of the task loss" in message
+    (message,) = messages(monitor, *[(1.0, 0.0)] * 5)
+    assert "was exactly 0 3 times: it protects nothing" in message
+
+
+def test_monitor_lets_a_penalty_start_at_zero():
+    assert messages(PenaltyMonitor(), *[(1.0, 0.0), (1.0, 0.0), (1.0, 1e-30)] * 3) == []
+
+
+def test_combined_loss_looks_now_and_then():
+    model = small_model(torch.float64)
+    ewc, _ = penalties(model, strength=1e6)
+    loss_of = CombinedLoss(ewc, check_every=3)
+    loss_of(task_loss(model))
+    move(model)
+    loss_of(task_loss(model))
+    loss_of(task_loss(model))
+    with pytest.warns(UserWarning, match="exceeds the task loss") as caught:
+        loss_of(task_loss(model))
+    assert caught[0].filename == __file__
+    for _ in range(6):
+        loss_of(task_loss(model))
+
+
+def test_a_penalty_of_another_copy_of_the_model_is_noticed():
+    ewc, _ = penalties(small_model(torch.float64))
+    trained = small_model(torch.float64)
+    loss_of = CombinedLoss(ewc, check_every=1)
+    loss_of(task_loss(trained))
+    loss_of(task_loss(trained))
+    with pytest.warns(UserWarning, match="built for another copy of the model"):
+        loss_of(task_loss(trained))
+
+
+def test_a_collapsed_importance_is_noticed():
+    model = torch.nn.Linear(10, 10, bias=False)
+    importance = torch.full((10, 10), 1e-13)
+    importance[0, 0] = 1.0
+    with pytest.warns(UserWarning, match="collapsed: 99 of 100 entries are below 1e-12.*sketch"):
+        EWC(model, {"weight": importance})
+    importance[0, 1] = 1.0
+    penalty = EWC(model, {"weight": importance})
+    with pytest.warns(UserWarning, match="collapsed: 100 of 100"):
+        penalty.consolidate({"weight": torch.zeros(10, 10)})
+
+
+def test_the_empirical_fisher_of_a_certain_model_collapses():
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1e3, 0.0], [-1e3, 0.0]]))
+    batch = torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="the importance has collapsed"):
+        EWC(model, DiagonalFisher(model, "empirical").fit([batch]))
+
+
+def test_refuses_wrong_arguments():
+    model = small_model()
+    with pytest.raises(TypeError, match=r"penalty Sequential has no method value\(\)"):
+        CombinedLoss(model)
+    with pytest.raises(ValueError, match="nothing to add"):
+        CombinedLoss()
+    with pytest.raises(ValueError, match="l2 must be finite and >= 0, got -1"):
+        CombinedLoss(l2=-1.0, model=model)
+    with pytest.raises(ValueError, match=r"l2=1.0 needs to know the parameters; pass model"):
+        CombinedLoss(l2=1.0)
+    with pytest.raises(ValueError, match="check_every must be an integer >= 1"):
+        CombinedLoss(l2=1.0, model=model, check_every=0)
+    with pytest.raises(ValueError, match=r"task must be a 0-d tensor, got \(2,\)"):
+        CombinedLoss(l2=1.0, model=model)(torch.ones(2))
+    with pytest.raises(ValueError, match="task must be a 0-d tensor, got float"):
+        CombinedLoss(l2=1.0, model=model)(1.0)
