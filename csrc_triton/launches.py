@@ -6,22 +6,23 @@ import torch
 import triton
 from torch import Tensor
 
-from ars.csrc_triton.adam import COUPLED, NO_PENALTY, PROXIMAL, adam_kernel
+from ars.csrc_triton.adam import COUPLED, NO_PENALTY, PROXIMAL, THREADS
 from ars.csrc_triton.control import control_kernel
 from ars.csrc_triton.layout import Correction, Diagnostic, Scalar
 from ars.csrc_triton.plan import TRITON_DTYPES, Controller, Launch
 from ars.csrc_triton.tiles import TILE, upload
+from ars.csrc_triton.update import adam_kernel
 
 __all__ = ["DEVICE_TYPE", "Launches", "launch"]
 
-# 128 threads x 4 elements: one 128-bit access of fp32, or 64-bit of bf16, a thread and
-# operand. Twice that is 94 registers instead of 56, and moves bf16 results through shared memory.
-BLOCK = 512
+# 128 threads x 16 bytes of a moment: 128-bit accesses of the moments, and of all that is as wide.
+# Twice that is half as many registers more, and moves bf16 results through shared memory.
+BLOCK_BYTES = 16 * THREADS.value
 # 256 threads x 4 and x 8: the control kernel's last program takes so many tensors, and partials.
 TENSOR_BLOCK = 1024
 SUM_BLOCK = 2048
 WARP = 32 if torch.version.hip is None else 64
-ADAM_WARPS = 128 // WARP
+ADAM_WARPS = THREADS.value // WARP
 CONTROL_WARPS = 256 // WARP
 # Contraction is off at every launch, whatever the default of the Triton version: results then do
 # not depend on it. One stage, as the loops must not be pipelined through shared memory.
@@ -46,6 +47,7 @@ class Launches:
         controller: The controller, or None for constant betas.
         decoupled: AdamW's weight decay rather than Adam's.
         proximal: EWC as the proximal step (9) rather than as a gradient (8).
+        seed: Key of the stochastic rounding, 64 bits.
         diagnostics: Where steps report to, (10,) float64; None makes it.
     """
 
@@ -58,6 +60,7 @@ class Launches:
         *,
         decoupled: bool,
         proximal: bool,
+        seed: int,
         diagnostics: Tensor | None,
     ) -> None:
         self._parts = parts
@@ -82,7 +85,8 @@ class Launches:
         start[Diagnostic.PSI] = start[Diagnostic.PHI] = 1.0
         start = upload(start, device)
         self.diagnostics = start if diagnostics is None else diagnostics.copy_(start)
-        self._seed = upload(torch.tensor([as_int64(controller.seed if controller else 0)]), device)
+        seeds = [as_int64(controller.seed if controller else 0), as_int64(seed)]
+        self._seed, self._rounding_seed = upload(torch.tensor(seeds), device).split(1)
 
     def control(
         self,
@@ -136,6 +140,7 @@ class Launches:
                 (len(part.tiles),),
                 self._table, grad_table, part.tiles,
                 self._scalars, self._corrections,
+                self._rounding_seed,
                 self._penalty_partials, self._penalty_ticket, self.diagnostics,
                 part.first_partial, len(self._penalty_partials),
                 PARAM=TRITON_DTYPES[part.param],
@@ -145,9 +150,11 @@ class Launches:
                 AMSGRAD=part.amsgrad,
                 DECOUPLED=self._decoupled,
                 PENALTY=self._penalty if part.penalized else NO_PENALTY.value,
+                PULLED=part.pulled,
+                ROUNDING=part.rounding,
                 LAST=index == last,
                 TILE=TILE,
-                BLOCK=BLOCK if part.moment == torch.float32 else BLOCK // 2,
+                BLOCK=BLOCK_BYTES // part.moment.itemsize,
                 SUM_BLOCK=SUM_BLOCK,
                 num_warps=ADAM_WARPS,
             )  # fmt: skip

@@ -77,3 +77,7 @@ class Table(IntEnum):
     PRODUCTS = 7
     NUMEL = 8
     GROUP = 9
+    PULL = 10  # a gradient of the penalty that is not elementwise
+    REMAINDER = 11  # of a master weight
+    SCALE = 12  # of a uint8 importance
+    NUMBER = 13  # of the parameter in its optimizer

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ars.csrc_triton.layout import Table
+from ars.csrc_triton.rounding import MASTER, NEAREST, STOCHASTIC
 from ars.csrc_triton.tiles import addresses, tile_map
 
 __all__ = ["TRITON_DTYPES", "Controller", "Launch", "Operands", "plan_launches"]
@@ -20,6 +21,7 @@ TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
 }
 
 
@@ -34,6 +36,9 @@ class Operands(NamedTuple):
     products: list[Tensor] | None
     anchors: Sequence[Tensor | None] | None
     importances: Sequence[Tensor | None] | None
+    remainders: Sequence[Tensor | None] | None = None
+    pulls: Sequence[Tensor | None] | None = None
+    scales: Sequence[Tensor | None] | None = None
 
     def addresses(self) -> dict[Table, list[int]]:
         """Where all of them are."""
@@ -46,6 +51,9 @@ class Operands(NamedTuple):
             Table.IMPORTANCE: self.importances,
             Table.STEP: self.steps,
             Table.PRODUCTS: self.products,
+            Table.REMAINDER: self.remainders,
+            Table.PULL: self.pulls,
+            Table.SCALE: self.scales,
         }
         count = len(self.params)
         return {column: addresses(tensors, count) for column, tensors in operands.items()}
@@ -74,39 +82,45 @@ class Launch:
     importance: torch.dtype
     amsgrad: bool
     penalized: bool
+    pulled: bool
+    rounding: int  # see rounding.py
 
 
 def plan_launches(operands: Operands, device: torch.device) -> list[Launch]:
     """Split the tensors into launches, in order of appearance: one for each parameter dtype.
 
-    Amsgrad in some groups only doubles that. A parameter without a penalty shares a launch with
-    those that have one; penalties stored in several pairs of dtypes cost a launch for each pair.
+    Amsgrad in some groups only doubles that, as would remainders. A parameter without a penalty
+    shares a launch with those that have one; penalties stored in several pairs of dtypes cost a
+    launch for each pair.
     """
     params = operands.params
     absent = [None] * len(params)
-    classes: dict[tuple[torch.dtype, bool], dict[Pair | None, list[int]]] = {}
-    for index, (param, largest, anchor, importance) in enumerate(
+    classes: dict[tuple[torch.dtype, bool, bool], dict[Pair | None, list[int]]] = {}
+    for index, (param, largest, remainder, anchor, importance) in enumerate(
         zip(
             params,
             operands.max_exp_avg_sqs or absent,
+            operands.remainders or absent,
             operands.anchors or absent,
             operands.importances or absent,
             strict=True,
         )
     ):
         pair = None if anchor is None or importance is None else (anchor.dtype, importance.dtype)
-        amsgrad = largest is not None
-        members = classes.setdefault((param.dtype, amsgrad), {})
+        kind = (param.dtype, largest is not None, remainder is not None)
+        members = classes.setdefault(kind, {})
         members.setdefault(pair, []).append(index)
 
     launches: list[Launch] = []
     first_partial = 0
-    for (dtype, amsgrad), members in classes.items():
+    pulls = operands.pulls or absent
+    for (dtype, amsgrad, mastered), members in classes.items():
         free = members.pop(None, [])
         for pair, penalized in list(members.items()) or [(None, [])]:
             tensors = sorted(penalized + free)
             free = []
             moment = operands.exp_avgs[tensors[0]].dtype
+            rounding = STOCHASTIC if moment == torch.bfloat16 else MASTER if mastered else NEAREST
             anchor_dtype, importance_dtype = pair or (moment, moment)
             launches.append(
                 Launch(
@@ -118,6 +132,8 @@ def plan_launches(operands: Operands, device: torch.device) -> list[Launch]:
                     importance=importance_dtype,
                     amsgrad=amsgrad,
                     penalized=pair is not None,
+                    pulled=any(pulls[index] is not None for index in tensors),
+                    rounding=rounding.value,
                 )
             )
             first_partial += len(launches[-1].tiles)

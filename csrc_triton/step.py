@@ -18,6 +18,7 @@ from ars.csrc_triton.validation import (
     check_buffer,
     check_controller,
     check_hyper,
+    check_numbers,
     check_operands,
     check_params,
     check_same,
@@ -39,8 +40,8 @@ class FusedAdam:
 
     Args:
         params: Parameters, float16, bfloat16, float32 or float64, dense, on one device.
-        exp_avgs: First moments, one for each and in the same memory order; float32, or float64
-            with a float64 parameter.
+        exp_avgs: First moments, one for each and in the same memory order; float32, but float64
+            with a float64 parameter, and bfloat16 with a stochastically rounded one.
         exp_avg_sqs: Second moments, likewise.
         max_exp_avg_sqs: Running maxima of the second moments, likewise, None without amsgrad.
         steps: Steps taken, 0-d float32 tensors.
@@ -50,8 +51,21 @@ class FusedAdam:
         decoupled: AdamW's weight decay; otherwise it joins the gradient (Adam).
         controller: The controller, or None for constant betas.
         anchors: EWC anchors, of any float dtype, None for a parameter without a penalty.
-        importances: EWC importances >= 0, None in the same places.
+        importances: EWC importances >= 0, None in the same places; of any float dtype, or uint8
+            if there is a scale.
         proximal: Apply EWC as the proximal step (9) instead of as a gradient (8).
+        remainders: What bfloat16 parameters lack to be float32 master weights, int16, see
+            :func:`ars.reference.split_master`; None for a parameter that is none.
+        pulls: Gradients added to the parameters' own after unscaling, clipping and the sign,
+            float32, or float64 with a float64 parameter; None for a parameter without. They are
+            read at every step, and their penalty's value is not in the diagnostics.
+        scales: Scales of uint8 importances, (ceil(numel / 64),) float32: Omega_i is
+            ``scale[i // 64] * (q_i / 255) ** 2``, i counting the elements of a contiguous
+            parameter. None for others.
+        stochastic: Round bfloat16 parameters and their moments stochastically, see
+            :func:`ars.reference.rounding_bits`.
+        seed: Key of that rounding, 64 bits.
+        numbers: Index of each parameter for that rounding; by default its place in ``params``.
         diagnostics: Where steps report to, (10,) float64; None makes it.
 
     Attributes:
@@ -86,14 +100,23 @@ class FusedAdam:
         anchors: Sequence[Tensor | None] | None = None,
         importances: Sequence[Tensor | None] | None = None,
         proximal: bool = False,
+        remainders: Sequence[Tensor | None] | None = None,
+        pulls: Sequence[Tensor | None] | None = None,
+        scales: Sequence[Tensor | None] | None = None,
+        stochastic: bool = False,
+        seed: int = 0,
+        numbers: list[int] | None = None,
         diagnostics: Tensor | None = None,
     ) -> None:
         check_params(params, launches.DEVICE_TYPE)
         check_hyper(hyper, groups, params)
         operands = Operands(
-            params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, products, anchors, importances
-        )
-        check_operands(operands, gated=controller is not None)
+            params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, products, anchors, importances,
+            remainders, pulls, scales,
+        )  # fmt: skip
+        check_operands(operands, gated=controller is not None, stochastic=stochastic)
+        numbers = list(range(len(params))) if numbers is None else numbers
+        check_numbers(numbers, params)
         if controller is not None:
             check_controller(controller.window, controller.counts, controller.config, hyper)
         if diagnostics is not None:
@@ -110,12 +133,18 @@ class FusedAdam:
         numels = [param.numel() for param in params]
         with torch.cuda.device_of(params[0]):
             self._table = address_table(
-                {**operands.addresses(), Table.NUMEL: numels, Table.GROUP: groups}, device
+                {
+                    **operands.addresses(),
+                    Table.NUMEL: numels,
+                    Table.GROUP: groups,
+                    Table.NUMBER: numbers,
+                },
+                device,
             )
             self._gradients = GradientTable(len(params), device)
             self._launches = Launches(
                 plan_launches(operands, device), self._table, hyper, controller,
-                decoupled=decoupled, proximal=proximal, diagnostics=diagnostics,
+                decoupled=decoupled, proximal=proximal, seed=seed, diagnostics=diagnostics,
             )  # fmt: skip
         self.diagnostics = self._launches.diagnostics
         self._like = _likeness(params)

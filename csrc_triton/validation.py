@@ -136,7 +136,20 @@ def check_controller(window: Tensor, counts: Tensor, config: Tensor, like: Tenso
         raise ValueError(f"counts must be a contiguous pair on {like.device}; it is not")
 
 
-def check_operands(operands: Operands, *, gated: bool) -> None:
+def check_numbers(numbers: list[int], params: list[Tensor]) -> None:
+    """Raise unless every parameter has a number of 32 bits.
+
+    Raises:
+        ValueError: If there is not one for each parameter, or it is out of range.
+    """
+    if len(numbers) != len(params):
+        raise ValueError(f"{len(numbers)} numbers for {len(params)} parameters; pass one for each")
+    for index, number in enumerate(numbers):
+        if not 0 <= number < 1 << 32:
+            raise ValueError(f"number {index} is {number}; pass one in [0, 2^32)")
+
+
+def check_operands(operands: Operands, *, gated: bool, stochastic: bool) -> None:
     """Raise unless everything that belongs to a parameter fits it.
 
     Raises:
@@ -154,7 +167,9 @@ def check_operands(operands: Operands, *, gated: bool) -> None:
 
     absent: list[Tensor | None] = [None] * len(params)
     for index, param in enumerate(params):
-        moment = torch.float64 if param.dtype == torch.float64 else torch.float32
+        double = torch.float64 if param.dtype == torch.float64 else torch.float32
+        rounded = stochastic and param.dtype == torch.bfloat16
+        moment = torch.bfloat16 if rounded else double
         check_same("exp_avg", index, operands.exp_avgs[index], param, moment)
         check_same("exp_avg_sq", index, operands.exp_avg_sqs[index], param, moment)
         largest = (operands.max_exp_avg_sqs or absent)[index]
@@ -164,15 +179,63 @@ def check_operands(operands: Operands, *, gated: bool) -> None:
         if operands.products is not None:
             products = operands.products[index]
             check_counter("beta_products", index, products, param, torch.float64, (2,))
-        anchor = (operands.anchors or absent)[index]
-        importance = (operands.importances or absent)[index]
-        if (anchor is None) != (importance is None):
-            raise ValueError(f"parameter {index} has only one of anchor and importance; pass both")
-        for name, tensor in (("anchor", anchor), ("importance", importance)):
-            if tensor is not None:
-                if tensor.dtype not in PARAM_DTYPES:
-                    raise TypeError(f"{name} {index} is {tensor.dtype}; convert it to a float one")
-                check_same(name, index, tensor, param, tensor.dtype)
+        pull = (operands.pulls or absent)[index]
+        if pull is not None:
+            check_same("pull", index, pull, param, double)
+        remainder = (operands.remainders or absent)[index]
+        if remainder is not None:
+            if param.dtype != torch.bfloat16 or stochastic:
+                reason = "stochastically rounded" if stochastic else str(param.dtype)
+                raise ValueError(
+                    f"parameter {index} is {reason} and has a remainder; only bfloat16 master "
+                    "weights have one, pass None"
+                )
+            check_same("remainder", index, remainder, param, torch.int16)
+        check_penalty(
+            index,
+            param,
+            (operands.anchors or absent)[index],
+            (operands.importances or absent)[index],
+            (operands.scales or absent)[index],
+        )
+
+
+def check_penalty(
+    index: int,
+    param: Tensor,
+    anchor: Tensor | None,
+    importance: Tensor | None,
+    scale: Tensor | None,
+) -> None:
+    """Raise unless a parameter has a whole penalty that fits it, or none.
+
+    Raises:
+        TypeError: If a dtype is another than the kernels take.
+        ValueError: If a part is missing, elsewhere, or of another shape or memory order.
+    """
+    if (anchor is None) != (importance is None):
+        raise ValueError(f"parameter {index} has only one of anchor and importance; pass both")
+    for name, tensor in (("anchor", anchor), ("importance", importance)):
+        if tensor is not None:
+            quantized = name == "importance" and scale is not None
+            if quantized and tensor.dtype != torch.uint8:
+                raise TypeError(f"importance {index} has a scale but is {tensor.dtype}, not uint8")
+            if not quantized and tensor.dtype not in PARAM_DTYPES:
+                remedy = (
+                    "pass its scale" if tensor.dtype == torch.uint8 else "convert it to a float one"
+                )
+                raise TypeError(f"{name} {index} is {tensor.dtype}; {remedy}")
+            check_same(name, index, tensor, param, tensor.dtype)
+    if scale is None:
+        return
+    if importance is None:
+        raise ValueError(f"parameter {index} has a scale but no importance; pass both")
+    if not param.is_contiguous():
+        raise ValueError(
+            f"parameter {index} has strides {param.stride()} and an importance with a scale, which "
+            "belongs to elements in order; call .contiguous() on it"
+        )
+    check_counter("scale", index, scale, param, torch.float32, ((param.numel() + 63) // 64,))
 
 
 def check_counter(
@@ -183,7 +246,7 @@ def check_counter(
     dtype: torch.dtype,
     shape: tuple[int, ...],
 ) -> None:
-    """Raise unless a parameter's counter has this dtype and shape, on its device.
+    """Raise unless something of a parameter has this dtype and shape, on its device.
 
     Raises:
         TypeError: If its dtype is another.

@@ -17,20 +17,27 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ars.csrc_triton import adam, control, launches
+from ars.csrc_triton import adam, control, launches, rounding, update
 from ars.csrc_triton.tiles import TILE
 
 # Every variant is compiled for the first; those of EVERYWHERE for all.
 ARCHITECTURES = (90, 80, 100, "gfx942")
-EVERYWHERE = ("fp32", "fp32-coupled", "bf16", "control-norm", "control-constant-betas")
+EVERYWHERE = (
+    "fp32", "fp32-coupled", "fp32-compact", "bf16", "master", "pure", "control-norm",
+    "control-constant-betas",
+)  # fmt: skip
 BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
 
 NO_PENALTY, COUPLED, PROXIMAL = (
     kind.value for kind in (adam.NO_PENALTY, adam.COUPLED, adam.PROXIMAL)
 )
-FLOAT = {"PARAM": tl.float32, "MOMENT": tl.float32, "ANCHOR": tl.float32, "IMPORTANCE": tl.float32}
+OPERANDS = ("PARAM", "MOMENT", "ANCHOR", "IMPORTANCE")
+FLOAT = dict.fromkeys(OPERANDS, tl.float32)
 BF16 = FLOAT | {"PARAM": tl.bfloat16}
-DOUBLE = dict.fromkeys(FLOAT, tl.float64)
+DOUBLE = dict.fromkeys(OPERANDS, tl.float64)
+COMPACT = {"PENALTY": COUPLED, "ANCHOR": tl.bfloat16, "IMPORTANCE": tl.uint8}
+MASTER = BF16 | {"ROUNDING": rounding.MASTER.value}
+PURE = dict.fromkeys(OPERANDS, tl.bfloat16) | {"ROUNDING": rounding.STOCHASTIC.value}
 ADAM: dict[str, dict[str, Any]] = {
     "fp32": FLOAT,
     "fp32-adam": FLOAT | {"DECOUPLED": False},
@@ -42,6 +49,14 @@ ADAM: dict[str, dict[str, Any]] = {
     },
     "bf16": BF16,
     "bf16-proximal": BF16 | {"PENALTY": PROXIMAL, "ANCHOR": tl.bfloat16},
+    "fp32-pulled": FLOAT | {"PULLED": True},
+    "fp32-compact": FLOAT | COMPACT,
+    "master": MASTER,
+    "master-coupled": MASTER | {"PENALTY": COUPLED},
+    "pure": PURE,
+    "pure-amsgrad": PURE | {"AMSGRAD": True},
+    "pure-coupled": PURE | {"PENALTY": COUPLED},
+    "pure-compact": PURE | COMPACT,
     "fp64-proximal-amsgrad": DOUBLE | {"PENALTY": PROXIMAL, "AMSGRAD": True},
 }  # fmt: skip
 NUMBERS = ("loss", "grad_scale", "found_inf")  # optional pointers, at any alignment
@@ -78,12 +93,14 @@ def build(
 def build_adam(variant: dict[str, Any], target: GPUTarget) -> Any:
     double = variant["MOMENT"] == tl.float64
     constants = {
-        "AMSGRAD": False, "DECOUPLED": True, "PENALTY": NO_PENALTY, "LAST": True, "TILE": TILE,
-        "BLOCK": launches.BLOCK // (2 if double else 1), "SUM_BLOCK": launches.SUM_BLOCK,
+        "AMSGRAD": False, "DECOUPLED": True, "PENALTY": NO_PENALTY, "PULLED": False,
+        "ROUNDING": rounding.NEAREST.value, "LAST": True, "TILE": TILE,
+        "BLOCK": launches.BLOCK_BYTES * 8 // variant["MOMENT"].primitive_bitwidth,
+        "SUM_BLOCK": launches.SUM_BLOCK,
     } | variant  # fmt: skip
     number = "*fp64" if double else "*fp32"
     arguments = POINTERS | {"scalars": number, "corrections": number}
-    return build(adam.adam_kernel, arguments, constants, target, launches.ADAM_WARPS)
+    return build(update.adam_kernel, arguments, constants, target, launches.ADAM_WARPS)
 
 
 def build_control(variant: dict[str, Any], target: GPUTarget) -> Any:
@@ -102,16 +119,23 @@ def tool(name: str, *args: str) -> str:
     return done.stdout + done.stderr
 
 
-def hot_loops(sass: str) -> list[list[tuple[str, int, bool]]]:
-    """Global accesses (LDG or STG, bytes, predicated) of each loop that has a 128-bit one."""
+Loop = list[tuple[str, int, bool]]
+
+
+def hot_loops(sass: str) -> tuple[list[Loop], list[int], int]:
+    """Of each loop that has a 128-bit access: its global accesses, and how many instructions.
+
+    An access is (LDG or STG, bytes, predicated). The last number is of accesses to shared memory
+    and of barriers in all these loops.
+    """
     lines = sass.splitlines()
     labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L")}
     loops = []
     for end, line in enumerate(lines):
-        target = re.search(r"\bBRA `\((\.L\w+)\)", line)
+        target = re.search(r"\bBRA(?:\.U)? .*`\((\.L\w+)\)", line)
         if target and labels[target[1]] < end:
             loops.append(lines[labels[target[1]] : end])
-    found = []
+    found, lengths, exchanges = [], [], 0
     for body in loops:
         accesses = []
         for line in body:
@@ -119,11 +143,18 @@ def hot_loops(sass: str) -> list[list[tuple[str, int, bool]]]:
             if access:
                 suffixes = access[3].split(".")
                 size = 16 if "128" in suffixes else 8 if "64" in suffixes else 4
-                size = 2 if "U16" in suffixes else size
+                size = 2 if {"U16", "S16"} & set(suffixes) else size
+                size = 1 if {"U8", "S8"} & set(suffixes) else size
                 accesses.append((access[2], size, access[1] is not None))
         if any(size == 16 for _, size, _ in accesses):
             found.append(accesses)
-    return found
+            lengths.append(
+                sum(re.search(r"/\*[0-9a-f]{4,}\*/ ", line) is not None for line in body)
+            )
+            exchanges += sum(
+                re.search(r"\b(LDS|STS|SHFL|BAR)\b", line) is not None for line in body
+            )
+    return found, lengths, exchanges
 
 
 def report_cuda(kernel: Any) -> dict[str, Any]:
@@ -132,11 +163,14 @@ def report_cuda(kernel: Any) -> dict[str, Any]:
         path.write_bytes(kernel.asm["cubin"])
         usage = tool("cuobjdump", "-res-usage", str(path))
         sass = tool("nvdisasm", "-c", str(path))
+    loops, instructions, exchanges = hot_loops(sass)
     numbers = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": numbers["REG"],
         "local": numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "loops": hot_loops(sass),
+        "loops": loops,
+        "instructions": instructions,
+        "exchanges": exchanges,
         "wide_loads": len(re.findall(r"\bLDG\.E\.128\b", sass)),
         "contractions": len(re.findall(r"\bfma\.\w", kernel.asm["ptx"])),
         "acquires": len(re.findall(r"\batom\.global\.gpu\.acq_rel\.add", kernel.asm["ptx"])),

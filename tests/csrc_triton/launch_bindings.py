@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import triton
-from fused_oracle import make_problem
+from fused_problem import make_problem
 from triton.backends.compiler import GPUTarget
 
 from ars.csrc_triton import launches as host
-from ars.csrc_triton.adam import adam_kernel
 from ars.csrc_triton.control import control_kernel
+from ars.csrc_triton.update import adam_kernel
 
 
 class Driver:

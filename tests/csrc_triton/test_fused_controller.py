@@ -5,12 +5,8 @@ import math
 import pytest
 import torch
 from controller_cases import CONTROLLERS, observe
-from fused_oracle import (
-    SIGNAL_TOLERANCE,
-    Problem,
-    assert_diagnostics,
-    make_problem,
-)
+from fused_oracle import SIGNAL_TOLERANCE, assert_diagnostics
+from fused_problem import Problem, make_problem
 
 from ars.csrc_triton import controller as kernel
 from ars.csrc_triton.layout import Diagnostic

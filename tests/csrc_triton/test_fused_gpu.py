@@ -4,16 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from fused_oracle import (
-    HYPER,
-    MOMENT_ULPS,
-    PARAM_ULPS,
-    PENALTY_TOLERANCE,
-    Problem,
-    assert_step,
-    make_problem,
-    ulps,
-)
+from fused_oracle import MOMENT_ULPS, PARAM_ULPS, PENALTY_TOLERANCE, assert_step, ulps
+from fused_problem import HYPER, Problem, make_problem
 from torch import Tensor
 
 from ars import reference

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from fused_oracle import assert_step, make_problem
+from fused_oracle import assert_step
+from fused_problem import make_problem
 
 from ars.csrc_triton import launches as host
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from fused_oracle import HYPER, assert_step, make_problem
+from fused_oracle import assert_step
+from fused_problem import HYPER, make_problem
 from torch import Tensor
 
 from ars.csrc_triton import launches as host

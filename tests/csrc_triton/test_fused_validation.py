@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_oracle import Problem, make_problem
+from fused_problem import Problem, make_problem
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 

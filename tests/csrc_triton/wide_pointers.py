@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import torch
-from fused_oracle import Problem, make_problem
+from fused_problem import Problem, make_problem
 from torch import Tensor
 
 from ars.csrc_triton import adam, control

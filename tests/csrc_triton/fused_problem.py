@@ -1,0 +1,276 @@
+"""A problem that the fused step can be given, and the same step by the reference."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from controller_cases import make_controller, observe
+from torch import Tensor
+
+from ars import reference
+from ars.csrc_triton.layout import Diagnostic, Hyper
+from ars.csrc_triton.step import Controller, FusedAdam
+from ars.regularizers import dequantize
+
+# Every term of the update must weigh enough to be seen in the result.
+HYPER = {"lr": 0.3, "beta1": 0.7, "beta2": 0.6, "eps": 0.05, "weight_decay": 0.2, "strength": 1.5}
+RAGGED: tuple[tuple[int, ...], ...] = ((), (7,), (33, 65), (0,))
+
+
+@dataclass
+class Problem:
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: Sequence[Tensor | None] | None
+    steps: list[Tensor]
+    products: list[Tensor] | None
+    groups: list[int]
+    hyper: Tensor
+    decoupled: bool = True
+    controller: Controller | None = None
+    anchors: Sequence[Tensor | None] | None = None
+    importances: Sequence[Tensor | None] | None = None
+    proximal: bool = False
+    remainders: Sequence[Tensor | None] | None = None
+    pulls: Sequence[Tensor | None] | None = None
+    scales: Sequence[Tensor | None] | None = None
+    stochastic: bool = False
+    seed: int = 0
+    numbers: list[int] | None = None
+
+    def entry(self, name: str, i: int) -> Tensor | None:
+        """Parameter i's entry of an optional list."""
+        values = getattr(self, name)
+        return None if values is None else values[i]
+
+    def weight(self, i: int) -> Tensor:
+        """Parameter i as the step computes with it: its master weight, if there is one."""
+        remainder = self.entry("remainders", i)
+        if remainder is not None:
+            return reference.join_master(self.params[i], remainder)
+        return self.params[i]
+
+    def importance(self, i: int) -> Tensor | None:
+        importance, scale = self.entry("importances", i), self.entry("scales", i)
+        if importance is None or scale is None:
+            return importance
+        return dequantize(importance, scale)
+
+    def write(self, i: int, result: reference.AdamResult) -> None:
+        """Store what the reference computed in parameter i's tensors."""
+        values = list(result)
+        targets = [self.params[i], self.exp_avgs[i], self.exp_avg_sqs[i]]
+        targets += [self.entry("max_exp_avg_sqs", i)]
+        remainder = self.entry("remainders", i)
+        if remainder is not None:
+            values[0], rest = reference.split_master(result.param)
+            remainder.copy_(rest)
+        if self.exp_avgs[i].dtype == torch.bfloat16:
+            number = i if self.numbers is None else self.numbers[i]
+            bits = reference.rounding_bits(
+                self.params[i], seed=self.seed, step=self.steps[i], number=number
+            )
+            values = [
+                value if value is None else reference.stochastic_round(value, torch.bfloat16, bit)
+                for value, bit in zip(values, (*bits, bits[2]), strict=True)
+            ]
+        for target, value in zip(targets, values, strict=True):
+            if target is not None and value is not None:
+                target.copy_(value)
+
+    def fused(self, **options: Any) -> FusedAdam:
+        return FusedAdam(**(self.__dict__ | options))
+
+    def clone(self) -> "Problem":
+        return copy.deepcopy(self)
+
+    def gradients(self) -> list[Tensor]:
+        return [torch.randn_like(param) for param in self.params]
+
+    def reference_step_(
+        self,
+        grads: list[Tensor],
+        *,
+        loss: Tensor | None,
+        clip: bool,
+        reported: Tensor,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """Take the step by the reference; return the diagnostics.
+
+        Norm, phi and chi are those that the kernel reported: they are compared on their own, and
+        their rounding errors must not count as the update's.
+        """
+        norm = reported[Diagnostic.GRAD_NORM]
+        phi, chi = 1.0, 0.0
+        said = {Diagnostic.SURPRISE: math.nan, Diagnostic.RHO: 0.0, Diagnostic.PSI: 1.0}
+        said |= {Diagnostic.PHI: phi, Diagnostic.CHI: chi}
+        if self.controller is not None:
+            signals = observe(self.controller, norm if loss is None else loss)
+            phi, chi = float(reported[Diagnostic.PHI]), float(reported[Diagnostic.CHI])
+            said = {
+                Diagnostic.SURPRISE: float(signals.surprise),
+                Diagnostic.RHO: float(signals.rho),
+                Diagnostic.PSI: float(signals.psi),
+                Diagnostic.PHI: float(signals.phi),
+                Diagnostic.CHI: float(signals.chi),
+            }
+        penalty = 0.0
+        for i, param in enumerate(self.params):
+            row = self.hyper[self.groups[i]].tolist()
+            lr, beta1, beta2 = row[Hyper.LR] * (1 + chi), row[Hyper.BETA1], row[Hyper.BETA2]
+            beta1, beta2 = beta1 * phi, beta2 * phi
+            self.steps[i] += 1
+            if self.products is None:
+                product1, product2 = (beta ** float(self.steps[i]) for beta in (beta1, beta2))
+            else:
+                self.products[i] *= self.products[i].new_tensor([beta1, beta2])
+                product1, product2 = self.products[i].tolist()
+            anchor, importance = self.entry("anchors", i), self.importance(i)
+            strength = row[Hyper.STRENGTH]
+            if anchor is not None and importance is not None:
+                operands = (t.double() for t in (self.weight(i), anchor, importance))
+                penalty += float(reference.ewc_value(*operands, strength))
+            coefficient = 1.0
+            if clip and row[Hyper.MAX_NORM] < math.inf:
+                coefficient = float(reference.clip_coefficient(norm, row[Hyper.MAX_NORM]))
+            # Divided by the scale with the coefficient, before either is rounded.
+            coefficient *= row[Hyper.SIGN] / scale
+            exact = torch.float64 if param.dtype == torch.float64 else torch.float32
+            grad = grads[i].to(exact) * coefficient
+            pull, largest = self.entry("pulls", i), self.entry("max_exp_avg_sqs", i)
+            result = reference.adam_step(
+                self.weight(i).to(exact) if self.stochastic else self.weight(i),
+                grad if pull is None else grad + pull,
+                self.exp_avgs[i].to(exact),
+                self.exp_avg_sqs[i].to(exact),
+                None if largest is None else largest.to(exact),
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                correction1=1 - product1,
+                correction2=1 - product2,
+                eps=row[Hyper.EPS],
+                weight_decay=row[Hyper.WEIGHT_DECAY],
+                decoupled=self.decoupled,
+                anchor=anchor,
+                importance=importance,
+                strength=strength,
+                proximal=self.proximal,
+            )
+            self.write(i, result)
+        row = self.hyper[0].tolist()
+        said |= {
+            Diagnostic.LR: row[Hyper.LR] * (1 + chi),
+            Diagnostic.BETA1: row[Hyper.BETA1] * phi,
+            Diagnostic.BETA2: row[Hyper.BETA2] * phi,
+            Diagnostic.GRAD_NORM: float(norm),
+            Diagnostic.PENALTY: penalty,
+        }
+        return torch.tensor([said[entry] for entry in Diagnostic], dtype=torch.float64)
+
+
+def make_problem(
+    device: str,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    shapes: Sequence[tuple[int, ...]] = RAGGED,
+    *,
+    group_count: int = 1,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    max_norm: float = math.inf,
+    controller: str | None = None,
+    window: int = 20,
+    history: int = 12,
+    penalty: str | None = None,
+    penalty_dtypes: Sequence[torch.dtype] = (torch.float32,),
+    unpenalized: Sequence[int] = (),
+    decoupled: bool = True,
+    pulled: Sequence[int] = (),
+    master: bool = False,
+    stochastic: bool = False,
+) -> Problem:
+    """Every shape in every dtype; groups, and penalties of the given dtypes, in turn."""
+    params = [torch.randn(s, dtype=dtype, device=device) for dtype in dtypes for s in shapes]
+    count = len(params)
+    exact = [p.to(torch.float64 if p.dtype == torch.float64 else torch.float32) for p in params]
+    moment = [
+        p if stochastic and p.dtype == torch.bfloat16 else e
+        for p, e in zip(params, exact, strict=True)
+    ]
+    rows = []
+    for group in range(group_count):
+        row = [0.0] * len(Hyper)
+        for name, value in HYPER.items():  # each group's own, in the same range
+            row[Hyper[name.upper()]] = value / (1 + 0.25 * group)
+        row[Hyper.MAX_NORM] = max_norm * (1 + group)
+        row[Hyper.SIGN] = -1.0 if maximize else 1.0
+        rows.append(row)
+    anchors, importances, scales = None, None, None
+    if penalty is not None:
+        stored = [penalty_dtypes[i % len(penalty_dtypes)] for i in range(count)]
+        # A quantized importance has a bf16 anchor.
+        quantized = [dtype == torch.uint8 for dtype in stored]
+        anchors = [
+            None
+            if i in unpenalized
+            else (p + torch.randn_like(p)).to(torch.bfloat16 if quantized[i] else stored[i])
+            for i, p in enumerate(params)
+        ]
+        importances = [
+            None
+            if i in unpenalized
+            else torch.rand_like(p).to(stored[i])
+            if not quantized[i]
+            else torch.randint_like(p, 256, dtype=torch.uint8)
+            for i, p in enumerate(exact)
+        ]
+        if any(quantized):
+            scales = [
+                0.1 + torch.rand((p.numel() + 63) // 64, device=device)
+                if quantized[i] and i not in unpenalized
+                else None
+                for i, p in enumerate(params)
+            ]
+    remainders = None
+    if master:
+        remainders = [
+            torch.randint_like(p, -(1 << 15), 1 << 15, dtype=torch.int16)
+            if p.dtype == torch.bfloat16
+            else None
+            for p in params
+        ]
+    return Problem(
+        params=params,
+        exp_avgs=[0.5 * torch.randn_like(m) for m in moment],
+        exp_avg_sqs=[0.5 * torch.rand_like(m) for m in moment],
+        max_exp_avg_sqs=[0.5 * torch.rand_like(m) for m in moment] if amsgrad else None,
+        steps=[torch.tensor(float(i % 3), device=device) for i in range(count)],
+        products=None
+        if controller is None
+        else [
+            torch.tensor([0.9, 0.8], dtype=torch.float64, device=device) / (1 + i)
+            for i in range(count)
+        ],
+        groups=[i % group_count for i in range(count)],
+        hyper=torch.tensor(rows, dtype=torch.float64, device=device),
+        decoupled=decoupled,
+        controller=None
+        if controller is None
+        else make_controller(controller, window, device, history),
+        anchors=anchors,
+        importances=importances,
+        proximal=penalty == "proximal",
+        remainders=remainders,
+        pulls=[torch.randn_like(p) if i in pulled else None for i, p in enumerate(exact)]
+        if pulled
+        else None,
+        scales=scales,
+        stochastic=stochastic,
+        seed=-(2**50) - 3,
+        numbers=[3 * i + 1 for i in range(count)],
+    )
