@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
-from ars import functional
+from ars import compiled, functional
 from ars.batch import DIAGNOSTICS, Batch, Options, is_decoupled, read_hyper
 from ars.collect import Collector
-from ars.controller import ARSConfig, ARSController, read_surprise
+from ars.controller import ARSConfig, ARSController, check_watched, read_surprise
 from ars.penalty import Penalty, Term, parameter_names, read_terms
 from ars.state import complete_state, restore_dtypes, step_kind
 
@@ -85,6 +85,7 @@ class ARSAdam(torch.optim.Adam):
         self._buffer = torch.zeros(len(DIAGNOSTICS), dtype=torch.float64, device=device)
         self._kept = functional.Kept()
         self._collector = Collector()
+        self._traced = compiled.TracedOptimizer(self)
         self.penalty = penalty
         self._implementation: functional.Implementation = "loop"
         if device.type != "meta":  # those may get data, elsewhere, before the first step
@@ -141,7 +142,6 @@ class ARSAdam(torch.optim.Adam):
         """
         return dict(zip(DIAGNOSTICS, self._buffer.unbind(), strict=True))
 
-    @_use_grad_for_differentiable
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -165,6 +165,13 @@ class ARSAdam(torch.optim.Adam):
             RuntimeError: A gradient is sparse, or ``foreach`` or ``fused`` was forced where the
                 parameters are.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return compiled.step_(self, closure, loss)
+        return self._step(closure, loss)
+
+    @_use_grad_for_differentiable
+    def _step(self, closure: Callable[[], Any] | None, loss: Tensor | float | None) -> Any:
+        """Take one step, as :meth:`step` describes it."""
         self._accelerator_graph_capture_health_check()
         returned = None
         if closure is not None:
@@ -172,11 +179,8 @@ class ARSAdam(torch.optim.Adam):
                 returned = closure()
         surprise = read_surprise(returned if loss is None else loss)
         watches = "grad_norm" if surprise is None else "loss"
-        if self._controller is not None and self._watches not in (None, watches):
-            raise ValueError(
-                f"the controller has watched the {self._watches} and now gets the {watches}: "
-                "pass loss= to every step, or to none"
-            )
+        if self._controller is not None:
+            check_watched(self._watches, watches)
         if functional.have_moved(self.param_groups, self._buffer.device):
             self._place()
         batch = self._collector.collect(self.param_groups, self.state, self._terms, self._append)
@@ -293,3 +297,4 @@ class ARSAdam(torch.optim.Adam):
         super().__setstate__(state)
         self._kept = functional.Kept()
         self._collector = Collector()
+        self._traced = compiled.TracedOptimizer(self)

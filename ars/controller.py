@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ars import reference
 
-__all__ = ["ARSConfig", "ARSController", "read_surprise"]
+__all__ = ["ARSConfig", "ARSController", "check_watched", "read_surprise"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +151,23 @@ class ARSController:
         self.counts.copy_(state["counts"])
 
 
+def check_watched(before: str | None, now: str) -> None:
+    """Check that a controller goes on watching what it has watched.
+
+    Args:
+        before: ``loss``, ``grad_norm``, or None before the first step.
+        now: What it would watch in this step.
+
+    Raises:
+        ValueError: It is not the same.
+    """
+    if before not in (None, now):
+        raise ValueError(
+            f"the controller has watched the {before} and now gets the {now}: "
+            "pass loss= to every step, or to none"
+        )
+
+
 def read_surprise(loss: Any) -> Tensor | None:
     """Return the loss as a detached 0-d tensor, or None if there is none.
 
@@ -161,7 +178,8 @@ def read_surprise(loss: Any) -> Tensor | None:
     if loss is None:
         return None
     if isinstance(loss, (int, float)):
-        return torch.tensor(float(loss), dtype=torch.float64)
+        # Of an addition Dynamo can make an input of the number, of a constructor only a constant.
+        return torch.zeros((), dtype=torch.float64) + loss
     if not isinstance(loss, Tensor):
         raise TypeError(f"the loss must be a 0-d tensor or a number, got {type(loss).__name__}")
     if loss.numel() != 1:

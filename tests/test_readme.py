@@ -13,6 +13,8 @@ def test_there_are_blocks():
     assert len(BLOCKS) >= 3
 
 
+# Of Dynamo, which hides it elsewhere.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[1][:40])
 def test_block_runs(block, capsys):
     exec(compile(block, str(README), "exec"), {})
