@@ -5,6 +5,7 @@ from ars.regularizers.covariance import ActivationCovariance
 from ars.regularizers.distillation import Distillation, distillation_loss
 from ars.regularizers.ewc import EWC
 from ars.regularizers.factors import KroneckerFactors
+from ars.regularizers.files import load_penalty, save_penalty
 from ars.regularizers.fisher import DiagonalFisher
 from ars.regularizers.kronecker import KroneckerFisher
 from ars.regularizers.kronecker_penalty import KroneckerPenalty
@@ -29,6 +30,8 @@ __all__ = [
     "SubspacePenalty",
     "dequantize",
     "distillation_loss",
+    "load_penalty",
     "quantize",
+    "save_penalty",
     "trace_strengths",
 ]

@@ -182,7 +182,9 @@ def test_constraints_pin_every_requirement_exactly() -> None:
     pinned = {pin.split("==")[0].lower() for pin in pins}
     # ... of pyproject.toml: the quoted strings of its requirement lists.
     text = (ROOT / "pyproject.toml").read_text()
-    lists = re.findall(r"^(?:dependencies|examples|bench|test) = \[(.*?)\]$", text, re.S | re.M)
+    lists = re.findall(
+        r"^(?:dependencies|examples|bench|safetensors|test) = \[(.*?)\]$", text, re.S | re.M
+    )
     names = {name for body in lists for name in re.findall(r'"([A-Za-z0-9-]+)(?=[">=])', body)}
     assert {"torch", "triton", "numpy", "pytest", "ruff"} <= names
     assert names <= pinned
