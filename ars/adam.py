@@ -9,10 +9,12 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from ars import compiled, functional
 from ars.batch import DIAGNOSTICS, Batch, Options, is_decoupled, read_hyper
+from ars.checkpoint import CheckpointedAdam
 from ars.collect import Collector
 from ars.controller import ARSConfig, ARSController, check_watched, read_surprise
-from ars.penalty import Penalty, Term, parameter_names, read_terms
-from ars.state import complete_state, restore_dtypes, step_kind
+from ars.groups import check_duplicates, is_trial
+from ars.penalty import Penalty, Term, parameter_names, read_settings, read_terms
+from ars.state import Precision, complete_state
 
 __all__ = ["CONDITIONED", "ARSAdam"]
 
@@ -20,7 +22,7 @@ __all__ = ["CONDITIONED", "ARSAdam"]
 CONDITIONED = ARSConfig()
 
 
-class ARSAdam(torch.optim.Adam):
+class ARSAdam(CheckpointedAdam):
     r"""Adam with an on-device stability controller and an inheritance penalty in the same pass.
 
     As :class:`ars.ARSAdamW`, with L2 weight decay (``weight_decay * param`` joins the gradient)
@@ -56,11 +58,16 @@ class ARSAdam(torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        stochastic_rounding: bool = False,
+        master_weights: bool = False,
+        seed: int = 0,
     ) -> None:
         if ars is not None and not isinstance(ars, ARSConfig):
             raise TypeError(f"ars must be an ARSConfig or None, got {ars!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be > 0, or None not to clip, got {max_grad_norm}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be an int in [0, 2^63), got {seed!r}")
         super().__init__(
             params,
             lr,
@@ -75,21 +82,36 @@ class ARSAdam(torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        # A GradScaler must unscale the gradients itself, and skip the step on inf.
-        self._step_supports_amp_scaling = False
+        self.defaults["penalty_strength"] = None
+        for group in self.param_groups:
+            group.setdefault("penalty_strength", None)
         params = self._parameters()
+        self._seed, self._precision = seed, Precision(stochastic_rounding, master_weights)
+        self._precision.check(params, differentiable=differentiable)
         device = params[0].device if params else torch.device("cpu")
         self._controller = None if ars is None else ARSController(ars, device)
         self._watches: str | None = None
         self._max_grad_norm = max_grad_norm
         self._buffer = torch.zeros(len(DIAGNOSTICS), dtype=torch.float64, device=device)
+        self._renew()
+        self.penalty = penalty
+        self._implementation: functional.Implementation = "loop"
+        self._step_supports_amp_scaling = False
+        if device.type != "meta":  # those may get data, elsewhere, before the first step
+            self._place()
+
+    def _renew(self) -> None:
+        """Make what is kept from step to step anew."""
         self._kept = functional.Kept()
         self._collector = Collector()
         self._traced = compiled.TracedOptimizer(self)
-        self.penalty = penalty
-        self._implementation: functional.Implementation = "loop"
-        if device.type != "meta":  # those may get data, elsewhere, before the first step
-            self._place()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`__getstate__` returned, or what another version did."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("penalty_strength", None)
+        self._renew()
 
     def _parameters(self) -> list[Tensor]:
         """Return the parameters of all groups, in order."""
@@ -103,7 +125,12 @@ class ARSAdam(torch.optim.Adam):
         """
         params = self._parameters()
         flags = {name: self.defaults[name] for name in ("foreach", "fused", "differentiable")}
-        self._implementation = functional.choose(params, **flags)
+        rounding = any(self._precision)
+        self._implementation = functional.choose(params, **flags, rounding=rounding)
+        # On a GPU the loop would have to wait for found_inf: there a GradScaler unscales the
+        # gradients itself, and skips the step.
+        on_cpu = all(param.device.type == "cpu" for param in params)
+        self._step_supports_amp_scaling = self._implementation != "loop" or on_cpu
         if not params or params[0].device == self._buffer.device:
             return
         self._buffer = torch.zeros_like(self._buffer, device=params[0].device)
@@ -115,6 +142,27 @@ class ARSAdam(torch.optim.Adam):
                 self._controller.load_state_dict(memory)
         self.penalty = self._penalty  # checked again
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as with every torch optimizer.
+
+        Args:
+            param_group: Its parameters, and what differs from the defaults.
+
+        Raises:
+            ValueError: A parameter is in it twice, or in another group too.
+            RuntimeError: ``foreach`` or ``fused`` was forced and cannot be had for all groups.
+        """
+        check_duplicates(param_group)
+        super().add_param_group(param_group)
+        if "_implementation" in self.__dict__:  # after the constructor
+            device = self._buffer.device
+            if any(param.device != device for param in param_group["params"]):
+                try:
+                    self._place()
+                except RuntimeError:
+                    self.param_groups.pop()
+                    raise
+
     @property
     def penalty(self) -> Penalty | None:
         """The penalty towards what an earlier model knew; may be replaced between steps."""
@@ -122,6 +170,8 @@ class ARSAdam(torch.optim.Adam):
 
     @penalty.setter
     def penalty(self, penalty: Penalty | None) -> None:
+        for group in self.param_groups:
+            read_hyper(group, 0.0)
         names = parameter_names(self.param_groups)
         self._terms: dict[Tensor, Term] = {} if penalty is None else read_terms(penalty, names)
         self._penalty = penalty
@@ -173,6 +223,9 @@ class ARSAdam(torch.optim.Adam):
     def _step(self, closure: Callable[[], Any] | None, loss: Tensor | float | None) -> Any:
         """Take one step, as :meth:`step` describes it."""
         self._accelerator_graph_capture_health_check()
+        if not self.state and is_trial(self.param_groups):
+            self._collector.collect(self.param_groups, self.state, self._terms, self._append)
+            return None if closure is None else closure()
         returned = None
         if closure is not None:
             with torch.enable_grad():
@@ -183,6 +236,9 @@ class ARSAdam(torch.optim.Adam):
             check_watched(self._watches, watches)
         if functional.have_moved(self.param_groups, self._buffer.device):
             self._place()
+        strength, proximal = read_settings(self._penalty)
+        hypers = [read_hyper(group, strength) for group in self.param_groups]
+        value = self._refresh()
         batch = self._collector.collect(self.param_groups, self.state, self._terms, self._append)
         if not batch.params:
             return returned
@@ -192,18 +248,38 @@ class ARSAdam(torch.optim.Adam):
             controller=self._controller,
             surprise=surprise,
             max_norm=self._max_grad_norm,
-            strength=0.0 if self._penalty is None else self._penalty.strength,
-            proximal=self._penalty is not None and self._penalty.mode == "proximal",
+            proximal=proximal,
+            penalty=value,
             diagnostics=self._buffer,
+            grad_scale=getattr(self, "grad_scale", None),  # set by a GradScaler for this step
+            found_inf=getattr(self, "found_inf", None),
+            stochastic=self._precision.stochastic,
+            seed=self._seed,
         )
-        hypers = [read_hyper(group) for group in self.param_groups]
         try:
             functional.step_(self._implementation, batch, hypers, options, self._kept)
         finally:
             batch.grads = []  # zero_grad(set_to_none=True) must free their memory
         return returned
 
-    def _append(self, batch: Batch, index: int, param: Tensor) -> None:
+    def _refresh(self) -> Tensor | None:
+        """Let the penalty fill its buffers, if it has any, and return the value that is theirs.
+
+        Raises:
+            ValueError: A group has a strength of its own, which these do not know.
+        """
+        if self._penalty is None or all(term.pull is None for term in self._terms.values()):
+            return None
+        if any(group["penalty_strength"] is not None for group in self.param_groups):
+            raise ValueError(
+                f"the gradients of a {type(self._penalty).__name__} have its own strength in them: "
+                "set penalty_strength to None in every group"
+            )
+        with torch.no_grad():
+            value: Tensor = self._penalty.refresh()  # type: ignore[attr-defined]
+        return value
+
+    def _append(self, batch: Batch, index: int, number: int, param: Tensor) -> None:
         """Complete a parameter's state and add it to the batch."""
         group, state = self.param_groups[index], self.state[param]
         gated = self._controller is not None
@@ -214,87 +290,15 @@ class ARSAdam(torch.optim.Adam):
             amsgrad=group["amsgrad"],
             step_kind=self._step_kind(group, param),
             gated=gated,
+            precision=self._precision,
         )
-        term = self._terms.get(param)
-        batch.append(param, index, state, amsgrad=group["amsgrad"], gated=gated, term=term)
-
-    def _step_kind(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """Return the device and dtype of the parameter's step counter."""
-        return step_kind(group, param, triton=self._implementation == "triton")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict; with a controller, its tensors under ``"controller"`` too."""
-
-        def add(_: Any, state_dict: dict[str, Any]) -> None:
-            if self._controller is not None:
-                memory = self._controller.state_dict()
-                state_dict["controller"] = {**memory, "watches": self._watches}
-
-        handle = self.register_state_dict_post_hook(add, prepend=True)  # the user's see it whole
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state saved by this class or by torch's Adam and AdamW.
-
-        Moments stay float32 under half-precision parameters. A state without a controller starts
-        this optimizer's controller afresh.
-
-        Args:
-            state_dict: What ``state_dict()`` returned.
-
-        Raises:
-            ValueError: The state is of other parameters or of another controller; nothing has
-                been changed then.
-        """
-        loaded: dict[str, Any] = {}
-
-        def check(_: Any, state_dict: dict[str, Any]) -> None:
-            saved = state_dict.get("controller")
-            if self._controller is not None and saved is not None:
-                self._controller.check_state_dict(saved)
-            loaded.update(state_dict)
-
-        # Hooks of the user's may replace the state before, and change what was loaded after.
-        handles = (
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True),
+        batch.append(
+            param,
+            index,
+            number,
+            state,
+            amsgrad=group["amsgrad"],
+            gated=gated,
+            master=self._precision.master,
+            term=self._terms.get(param, Term()),
         )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _restore(self, loaded: dict[str, Any]) -> None:
-        """Bring back what torch has cast or does not know of a state that it has loaded."""
-        for group, old in zip(self.param_groups, loaded["param_groups"], strict=True):
-            for param, key in zip(group["params"], old["params"], strict=True):
-                if key in loaded["state"]:
-                    kind = self._step_kind(group, param)
-                    restore_dtypes(self.state[param], param, loaded["state"][key], kind)
-        if self._controller is not None:
-            saved = loaded.get("controller")
-            fresh = ARSController(self._controller.config).state_dict()
-            self._controller.load_state_dict(fresh if saved is None else saved)
-            self._watches = None if saved is None else saved.get("watches")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle the controller and the penalty too; the kernel's tables are made anew."""
-        state: dict[str, Any] = super().__getstate__()
-        for name in (
-            "_controller", "_watches", "_penalty", "_terms", "_max_grad_norm", "_buffer",
-            "_implementation", "_step_supports_amp_scaling",
-        ):  # fmt: skip
-            state[name] = self.__dict__[name]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore; the kernel's tables are made anew."""
-        super().__setstate__(state)
-        self._kept = functional.Kept()
-        self._collector = Collector()
-        self._traced = compiled.TracedOptimizer(self)

@@ -29,7 +29,8 @@ class ARSAdamW(ARSAdam):
     are float32 (float64 for float64 parameters), also under half-precision parameters.
 
     Args:
-        params: Parameters, named parameters or parameter groups.
+        params: Parameters, named parameters or parameter groups, which may also have their own
+            ``penalty_strength`` (None: the penalty's).
         lr: Learning rate, >= 0; a 1-element tensor stays on its device.
         betas: Decays of the moments, in [0, 1).
         eps: Added to the root, >= 0.
@@ -43,6 +44,11 @@ class ARSAdamW(ARSAdam):
         capturable: The step may be captured in a CUDA graph.
         differentiable: Autograd may run through the step.
         fused: True: one fused kernel, Triton on a GPU and torch's on a CPU. None: the fastest.
+        stochastic_rounding: bfloat16 parameters have bfloat16 moments, and all three are rounded
+            up or down at random, so that small updates are not lost on average.
+        master_weights: bfloat16 parameters keep the 16 bits that they lack to float32 master
+            weights in ``state[p]["param_remainder"]``.
+        seed: Key of the random rounding, 0 <= seed < 2^63; the same on all replicas.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -87,6 +93,9 @@ class ARSAdamW(ARSAdam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        stochastic_rounding: bool = False,
+        master_weights: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -103,6 +112,9 @@ class ARSAdamW(ARSAdam):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
+            stochastic_rounding=stochastic_rounding,
+            master_weights=master_weights,
+            seed=seed,
             decoupled_weight_decay=True,
         )
 

@@ -2,17 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ars.controller import ARSController
-from ars.penalty import Term
+from ars.penalty import Scalar, Term, check_strength
 
 __all__ = ["DIAGNOSTICS", "Batch", "Hyper", "Options", "is_decoupled"]
-
-Scalar: TypeAlias = float | Tensor
 
 # The order of the entries of an optimizer's diagnostics buffer, shape (10,), float64.
 DIAGNOSTICS = (
@@ -27,14 +25,19 @@ class Batch:
     Args:
         params: Parameters that have a gradient; complex ones as their real view.
         grads: Their gradients.
-        exp_avgs: First moments, float32, or float64 for float64 parameters.
+        exp_avgs: First moments, float32, or float64 for float64 parameters, or bfloat16 for
+            bfloat16 ones that are rounded stochastically.
         exp_avg_sqs: Second moments, likewise.
         max_exp_avg_sqs: Running maxima of the second moments, None where amsgrad is off.
         steps: Steps taken, 0-d float32.
         products: Products of the betas of all steps, (2,) float64; empty without a controller.
         groups: Index of the parameter's group in the list of :class:`Hyper`.
         anchors: Where the penalty pulls, None where it does not.
-        importances: How hard, None where it does not.
+        importances: How hard, None where it does not; float or uint8.
+        scales: Of uint8 importances, float32, one for 64 elements; otherwise None.
+        pulls: Gradients of the penalty that join the task's, float32 or float64, or None.
+        remainders: What makes bfloat16 parameters float32 master weights, int16, or None.
+        numbers: Index of the parameter in its optimizer.
     """
 
     params: list[Tensor] = dataclasses.field(default_factory=list)
@@ -47,26 +50,34 @@ class Batch:
     groups: list[int] = dataclasses.field(default_factory=list)
     anchors: list[Tensor | None] = dataclasses.field(default_factory=list)
     importances: list[Tensor | None] = dataclasses.field(default_factory=list)
+    scales: list[Tensor | None] = dataclasses.field(default_factory=list)
+    pulls: list[Tensor | None] = dataclasses.field(default_factory=list)
+    remainders: list[Tensor | None] = dataclasses.field(default_factory=list)
+    numbers: list[int] = dataclasses.field(default_factory=list)
 
     def append(
         self,
         param: Tensor,
         group: int,
+        number: int,
         state: dict[str, Any],
         *,
         amsgrad: bool,
         gated: bool,
-        term: Term | None,
+        master: bool,
+        term: Term,
     ) -> None:
         """Add a parameter, but not its gradient; complex tensors enter as their real view.
 
         Args:
             param: The parameter.
             group: Index of its group.
+            number: Its own index in the optimizer.
             state: Its optimizer state, complete.
             amsgrad: Whether the running maximum of the second moment is used.
             gated: Whether a controller makes the betas vary.
-            term: Its penalty, or None.
+            master: Whether bfloat16 parameters are master weights with their remainder.
+            term: Its penalty.
         """
         view: Callable[[Any], Any] = torch.view_as_real if param.is_complex() else lambda t: t
         self.params.append(view(param))
@@ -77,8 +88,12 @@ class Batch:
         if gated:
             self.products.append(state["beta_products"])
         self.groups.append(group)
-        self.anchors.append(None if term is None else view(term.anchor))
-        self.importances.append(None if term is None else view(term.importance))
+        self.anchors.append(term.anchor)
+        self.importances.append(term.importance)
+        self.scales.append(term.scale)
+        self.pulls.append(term.pull)
+        self.remainders.append(state.get("param_remainder") if master else None)
+        self.numbers.append(number)
 
 
 class Hyper(NamedTuple):
@@ -90,6 +105,7 @@ class Hyper(NamedTuple):
     eps: float
     weight_decay: float
     maximize: bool
+    strength: Scalar  # of the penalty
 
 
 class Options(NamedTuple):
@@ -99,9 +115,13 @@ class Options(NamedTuple):
     controller: ARSController | None
     surprise: Tensor | None  # None: the gradient norm
     max_norm: float | None
-    strength: float  # of the penalty
     proximal: bool
+    penalty: Tensor | None  # 0-d, value of the part of the penalty that the pulls are of
     diagnostics: Tensor  # (10,) float64, written by the step; see DIAGNOSTICS
+    grad_scale: Tensor | None = None  # 1 element, what the gradients are to be divided by
+    found_inf: Tensor | None = None  # 1 element; unless 0, nothing moves
+    stochastic: bool = False  # rounding of bfloat16 parameters and their moments
+    seed: int = 0  # of that rounding
 
     @property
     def needs_norm(self) -> bool:
@@ -124,9 +144,21 @@ def is_decoupled(groups: list[dict[str, Any]]) -> bool:
     return kinds.pop()
 
 
-def read_hyper(group: dict[str, Any]) -> Hyper:
-    """Read a parameter group's hyperparameters, which schedulers change between steps."""
+def read_hyper(group: dict[str, Any], strength: Scalar) -> Hyper:
+    """Read a parameter group's hyperparameters, which schedulers change between steps.
+
+    Args:
+        group: The group.
+        strength: The penalty's, if the group has none of its own.
+
+    Raises:
+        TypeError: The group's strength is not a number.
+        ValueError: The group's strength is out of its range.
+    """
     beta1, beta2 = group["betas"]
+    own = group["penalty_strength"]
+    if own is not None:
+        check_strength("penalty_strength", own)
     return Hyper(
         lr=group["lr"],
         beta1=beta1,
@@ -134,6 +166,7 @@ def read_hyper(group: dict[str, Any]) -> Hyper:
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         maximize=group["maximize"],
+        strength=strength if own is None else own,
     )
 
 

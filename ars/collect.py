@@ -18,7 +18,7 @@ _PARAMS = itemgetter("params")
 
 Groups = list[dict[str, Any]]
 State = dict[Tensor, dict[str, Any]]
-Append = Callable[[Batch, int, Tensor], None]
+Append = Callable[[Batch, int, int, Tensor], None]
 
 
 class _Kept(NamedTuple):
@@ -83,8 +83,9 @@ class Collector:
             groups: The optimizer's parameter groups.
             state: Its state.
             terms: Its penalty; a new dictionary for a new penalty.
-            append: Called for each of them in order, with the batch, the index of its group, and
-                itself: completes its state and puts all but its gradient into the batch.
+            append: Called for each of them in order, with the batch, the index of its group, its
+                own index among all parameters, and itself: completes its state and puts all but its
+                gradient into the batch.
 
         Returns:
             The batch, the same object until something but the gradients changes. Forget its
@@ -126,11 +127,11 @@ def _make(
     batch = Batch()
     owners = chain.from_iterable([i] * len(group["params"]) for i, group in enumerate(groups))
     active, viewed = [], []
-    for param, index in compress(zip(params, owners, strict=True), present):
-        append(batch, index, param)
+    for number, (param, index) in compress(enumerate(zip(params, owners, strict=True)), present):
+        append(batch, index, number, param)
         active.append(state[param])
         if param.is_complex():
-            operands = (param, *state[param].values(), *terms.get(param, ()))
+            operands = (param, *state[param].values())
             viewed += [t for t in operands if isinstance(t, Tensor) and t.is_complex()]
     return _Kept(
         batch=batch,

@@ -2,12 +2,12 @@
 
 import math
 from operator import is_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ars.batch import Batch, Hyper, Options
+from ars.batch import DIAGNOSTICS, Batch, Hyper, Options
 from ars.controller import ARSController
 
 if TYPE_CHECKING:
@@ -40,12 +40,29 @@ class DeviceStep:
         device = batch.params[0].device
         self._write_hyper(hypers, options, device)
         fused = self._tables_for(batch, options)
-        surprise = options.surprise
-        if surprise is not None:
-            surprise = surprise.to(device, non_blocking=True)
-            if not surprise.is_floating_point():
-                surprise = surprise.double()
-        fused.step(batch.grads, loss=surprise, clip=options.max_norm is not None)
+        surprise = _there(options.surprise, device)
+        if surprise is not None and not surprise.is_floating_point():
+            surprise = surprise.double()
+        fused.step(
+            batch.grads,
+            loss=surprise,
+            clip=options.max_norm is not None,
+            grad_scale=_there(options.grad_scale, device),
+            found_inf=_there(options.found_inf, device),
+        )
+        if options.penalty is not None:
+            self._report(batch, options.penalty, options)
+
+    def _report(self, batch: Batch, penalty: Tensor, options: Options) -> None:
+        """Add the value of the part of the penalty that the kernels do not see."""
+        place = options.diagnostics[DIAGNOSTICS.index("penalty")]
+        penalty = penalty.detach().to(place.device, place.dtype, non_blocking=True)
+        if any(anchor is not None for anchor in batch.anchors):  # of which they have put theirs
+            penalty = place + penalty
+        if options.found_inf is not None:
+            found_inf = options.found_inf.to(place.device, non_blocking=True).reshape(())
+            penalty = torch.where(found_inf != 0, place, penalty)
+        place.copy_(penalty)
 
     def _write_hyper(self, hypers: list[Hyper], options: Options, device: torch.device) -> None:
         """Bring the hyperparameters on the device up to date."""
@@ -55,6 +72,7 @@ class DeviceStep:
         rows, live = [], []
         for index, hyper in enumerate(hypers):
             columns = {Column.LR: hyper.lr, Column.BETA1: hyper.beta1, Column.BETA2: hyper.beta2}
+            columns[Column.STRENGTH] = hyper.strength
             row = [0.0] * len(Column)
             for column, value in columns.items():
                 if isinstance(value, Tensor) and value.device == device:
@@ -62,7 +80,7 @@ class DeviceStep:
                 else:
                     row[column] = float(value)
             row[Column.EPS], row[Column.WEIGHT_DECAY] = hyper.eps, hyper.weight_decay
-            row[Column.STRENGTH], row[Column.MAX_NORM] = options.strength, max_norm
+            row[Column.MAX_NORM] = max_norm
             row[Column.SIGN] = -1.0 if hyper.maximize else 1.0
             rows.append(row)
         if self._hyper is None or self._hyper.shape[0] != len(rows) or self._rows != rows:
@@ -99,9 +117,27 @@ class DeviceStep:
                 importances=batch.importances,
                 proximal=options.proximal,
                 diagnostics=options.diagnostics,
+                **_extras(batch, options),
             )
             self._fused, self._key = fused, key
         return fused
+
+
+def _there(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """Bring a number to the device without waiting for it."""
+    return None if tensor is None else tensor.to(device, non_blocking=True)
+
+
+def _extras(batch: Batch, options: Options) -> dict[str, Any]:
+    """What only some optimizers need of the kernels."""
+    extras: dict[str, Any] = {}
+    for name in ("remainders", "pulls", "scales"):
+        column = getattr(batch, name)
+        if any(tensor is not None for tensor in column):
+            extras[name] = column
+    if options.stochastic:
+        extras |= {"stochastic": True, "seed": options.seed, "numbers": batch.numbers}
+    return extras
 
 
 def _on_device(controller: ARSController | None) -> "Controller | None":

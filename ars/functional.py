@@ -11,7 +11,7 @@ from torch import Tensor
 from ars import loop
 from ars.batch import Batch, Hyper, Options
 from ars.device import DeviceStep
-from ars.host import HostStep
+from ars.host import HostStep, can_step
 from ars.squares import add_squared_products_
 
 __all__ = [
@@ -28,7 +28,12 @@ def _has_triton() -> bool:
 
 
 def choose(
-    params: Sequence[Tensor], *, foreach: bool | None, fused: bool | None, differentiable: bool
+    params: Sequence[Tensor],
+    *,
+    foreach: bool | None,
+    fused: bool | None,
+    differentiable: bool,
+    rounding: bool = False,
 ) -> Implementation:
     """Choose the implementation as torch's arguments ask; with neither, the fastest there is.
 
@@ -37,6 +42,8 @@ def choose(
         foreach: True forces torch's foreach kernels (CPU); False with ``fused`` not True, the loop.
         fused: True forces the fused kernels: Triton on a GPU, torch's on a CPU.
         differentiable: Forces the loop.
+        rounding: Whether bfloat16 parameters are rounded stochastically or master weights, which
+            torch's kernels cannot do: on a CPU that takes the loop.
 
     Returns:
         ``loop``, ``foreach``, ``fused`` (torch's on a CPU) or ``triton``.
@@ -46,6 +53,13 @@ def choose(
     """
     devices = {p.device.type for p in params}
     if differentiable:
+        return "loop"
+    if rounding and devices == {"cpu"}:
+        if foreach or fused:
+            raise RuntimeError(
+                "stochastic_rounding and master_weights are not in torch's CPU kernels, which "
+                "foreach=True and fused=True ask for: leave both None for the loop"
+            )
         return "loop"
     if foreach:
         if not devices <= {"cpu"}:
@@ -110,7 +124,7 @@ def step_(
     """
     if implementation == "triton":
         kept.device.step_(batch, hypers, options)
-    elif implementation == "loop":
+    elif implementation == "loop" or not can_step(batch, options):
         loop.step_(batch, hypers, options)
     else:
         kept.host.step_(batch, hypers, options, foreach=implementation == "foreach")

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from ars import reference
-from ars.batch import Batch, Hyper, Options, Scalar, gated, write_diagnostics
+from ars.batch import Batch, Hyper, Options, gated, write_diagnostics
 from ars.blocks import Piece, Run, Scratch
+from ars.penalty import Scalar
 from ars.plan import Plan
 
-__all__ = ["HostStep"]
+__all__ = ["HostStep", "can_step"]
 
 # A step at which every beta ** step is 0, so that torch's own bias corrections are 1.
 FOREVER = torch.tensor(1e9, dtype=torch.float32)
@@ -82,6 +83,14 @@ class HostStep:
         write_diagnostics(options.diagnostics, values)
 
 
+def can_step(batch: Batch, options: Options) -> bool:
+    """Whether :class:`HostStep` knows everything that is asked of the step."""
+    extra = any(pull is not None for pull in batch.pulls) or any(
+        scale is not None for scale in batch.scales
+    )
+    return not extra and options.grad_scale is None and options.found_inf is None
+
+
 def grad_norm(grads: list[Tensor]) -> float:
     """Euclidean norm of all gradients as one vector.
 
@@ -104,7 +113,7 @@ def grad_norm(grads: list[Tensor]) -> float:
 def _numbers(hyper: Hyper) -> Hyper:
     """Read tensor hyperparameters as numbers: on a CPU that waits for nothing."""
     lr, beta1, beta2 = (float(value) for value in (hyper.lr, hyper.beta1, hyper.beta2))
-    return hyper._replace(lr=lr, beta1=beta1, beta2=beta2)
+    return hyper._replace(lr=lr, beta1=beta1, beta2=beta2, strength=float(hyper.strength))
 
 
 class _Update:
@@ -164,7 +173,7 @@ class _Update:
                 gradient = torch.mul(gradient, self.sign, out=row)
             gradients.append(gradient)
 
-        penalty, strength = 0.0, self.options.strength
+        penalty, strength = 0.0, float(self.hyper.strength)
         if run.penalized:
             for theta, anchor, importance, delta, pull in zip(
                 thetas, columns.anchor, columns.importance, run.delta, run.pull, strict=True
@@ -197,7 +206,7 @@ class _Update:
         product2 = beta2 ** float(piece.step) if self.products is None else self.products[1]
         second = exp_avg_sq if largest is None else largest
         denominator = reference.adam_denominator(second, 1 - product2, self.hyper.eps)
-        metric = float(self.hyper.lr) * self.options.strength / denominator
+        metric = float(self.hyper.lr) * float(self.hyper.strength) / denominator
         theta.copy_(reference.ewc_proximal(theta, anchor, importance, metric))
 
     def _adam(

@@ -5,7 +5,8 @@ import math
 import torch
 
 from ars import reference
-from ars.batch import Batch, Hyper, Options, Scalar, gated, write_diagnostics
+from ars.batch import Batch, Hyper, Options, gated, write_diagnostics
+from ars.penalty import Scalar
 
 __all__ = ["step_"]
 
@@ -13,14 +14,22 @@ __all__ = ["step_"]
 def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
     """Take one step with :func:`ars.reference.adam_step` for every tensor, in place.
 
-    Scalars that live on the device stay there, so nothing waits for it.
+    Scalars that live on the device stay there, so nothing waits for it; but ``found_inf`` is read.
 
     Args:
         batch: The tensors.
         hypers: Each group's hyperparameters.
         options: What holds for all groups.
     """
-    norm: Scalar = reference.grad_norm(batch.grads) if options.needs_norm else math.nan
+    if options.found_inf is not None and options.found_inf.item() != 0:
+        return
+    device = options.diagnostics.device
+    unscale: Scalar = 1.0
+    if options.grad_scale is not None:
+        unscale = 1 / options.grad_scale.to(device, torch.float64).reshape(())
+    norm: Scalar = math.nan
+    if options.needs_norm:
+        norm = reference.grad_norm(batch.grads) * unscale
     values: dict[str, Scalar] = {"surprise": math.nan, "rho": 0.0, "psi": 1.0, "phi": 1.0}
     values |= {"chi": 0.0, "grad_norm": norm, "penalty": 0.0}
     controller = options.controller
@@ -29,54 +38,104 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
         signals = controller.observe(surprise)
         values |= signals._asdict()
         hypers = [gated(hyper, signals.phi, signals.chi) for hyper in hypers]
-    clip: Scalar = 1.0
+    clip = unscale
     if options.max_norm is not None:
-        clip = reference.clip_coefficient(torch.as_tensor(norm), options.max_norm)
+        clip = reference.clip_coefficient(torch.as_tensor(norm), options.max_norm) * unscale
 
-    penalty: list[torch.Tensor] = []
+    penalty = [] if options.penalty is None else [options.penalty.detach().to(device).double()]
     for i, param in enumerate(batch.params):
         # 0-d tensors of another device are moved; on the same device this is free.
         hyper = hypers[batch.groups[i]]
-        lr, beta1, beta2 = (_on(param, value) for value in (hyper.lr, hyper.beta1, hyper.beta2))
-        hyper = hyper._replace(lr=lr, beta1=beta1, beta2=beta2)
-        batch.steps[i] += 1
-        correction1, correction2 = _corrections(batch, i, hyper)
-        anchor, importance = batch.anchors[i], batch.importances[i]
-        if anchor is not None and importance is not None:
-            value = reference.ewc_value(param.detach(), anchor, importance, options.strength)
-            penalty.append(value.double().to(options.diagnostics.device))
-        largest = batch.max_exp_avg_sqs[i]
-        result = reference.adam_step(
-            _kept(param),
-            batch.grads[i],
-            _kept(batch.exp_avgs[i]),
-            _kept(batch.exp_avg_sqs[i]),
-            None if largest is None else _kept(largest),
-            lr=hyper.lr,
-            beta1=hyper.beta1,
-            beta2=hyper.beta2,
-            correction1=correction1,
-            correction2=correction2,
-            eps=hyper.eps,
-            weight_decay=hyper.weight_decay,
-            decoupled=options.decoupled,
-            maximize=hyper.maximize,
-            clip=_on(param, clip),
-            anchor=anchor,
-            importance=importance,
-            strength=options.strength,
-            proximal=options.proximal,
+        lr, beta1, beta2, strength = (
+            _on(param, value) for value in (hyper.lr, hyper.beta1, hyper.beta2, hyper.strength)
         )
-        param.copy_(result.param)
-        batch.exp_avgs[i].copy_(result.exp_avg)
-        batch.exp_avg_sqs[i].copy_(result.exp_avg_sq)
-        if largest is not None and result.max_exp_avg_sq is not None:
-            largest.copy_(result.max_exp_avg_sq)
+        hyper = hyper._replace(lr=lr, beta1=beta1, beta2=beta2, strength=strength)
+        batch.steps[i] += 1
+        value = _update(batch, i, hyper, options, _on(param, clip))
+        if value is not None:
+            penalty.append(value.to(device).double())
 
     if penalty:
-        values["penalty"] = torch.stack(penalty).sum()
+        values["penalty"] = torch.stack([value.reshape(()) for value in penalty]).sum()
     values |= {"lr": hypers[0].lr, "beta1": hypers[0].beta1, "beta2": hypers[0].beta2}
     write_diagnostics(options.diagnostics, values)
+
+
+def _update(
+    batch: Batch, i: int, hyper: Hyper, options: Options, clip: Scalar
+) -> torch.Tensor | None:
+    """Update tensor i, and return its penalty before the step."""
+    correction1, correction2 = _corrections(batch, i, hyper)
+    param, remainder = batch.params[i], batch.remainders[i]
+    anchor, importance, scale = batch.anchors[i], batch.importances[i], batch.scales[i]
+    if importance is not None and scale is not None:
+        importance = reference.decode_importance(importance, scale)
+    theta = _kept(param) if remainder is None else reference.join_master(param, remainder)
+    moments = [batch.exp_avgs[i], batch.exp_avg_sqs[i], batch.max_exp_avg_sqs[i]]
+    stochastic = options.stochastic and param.dtype == torch.bfloat16
+    if stochastic:
+        theta = theta.float()
+        moments = [moment if moment is None else moment.float() for moment in moments]
+    exp_avg, exp_avg_sq, largest = moments
+    assert exp_avg is not None
+    assert exp_avg_sq is not None
+    value = None
+    if anchor is not None and importance is not None:
+        value = reference.ewc_value(
+            theta.detach().to(exp_avg.dtype), anchor, importance, hyper.strength
+        )
+    result = reference.adam_step(
+        theta,
+        batch.grads[i],
+        _kept(exp_avg),
+        _kept(exp_avg_sq),
+        None if largest is None else _kept(largest),
+        lr=hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        correction1=correction1,
+        correction2=correction2,
+        eps=hyper.eps,
+        weight_decay=hyper.weight_decay,
+        decoupled=options.decoupled,
+        maximize=hyper.maximize,
+        clip=clip,
+        anchor=anchor,
+        importance=importance,
+        strength=hyper.strength,
+        proximal=options.proximal,
+        pull=batch.pulls[i],
+    )
+    if stochastic:
+        result = _rounded(result, param, options.seed, batch.steps[i], batch.numbers[i])
+    if remainder is None:
+        param.copy_(result.param)
+    else:
+        rounded, rest = reference.split_master(result.param)
+        param.copy_(rounded)
+        remainder.copy_(rest)
+    batch.exp_avgs[i].copy_(result.exp_avg)
+    batch.exp_avg_sqs[i].copy_(result.exp_avg_sq)
+    stored = batch.max_exp_avg_sqs[i]
+    if stored is not None and result.max_exp_avg_sq is not None:
+        stored.copy_(result.max_exp_avg_sq)
+    return value
+
+
+def _rounded(
+    result: reference.AdamResult, param: torch.Tensor, seed: int, step: torch.Tensor, number: int
+) -> reference.AdamResult:
+    """Round what a step produced to bfloat16, stochastically; the maximum with the bits of v."""
+    bits, bits1, bits2 = reference.rounding_bits(
+        param, seed=seed, step=step.to(param.device), number=number
+    )
+    dtype, largest = param.dtype, result.max_exp_avg_sq
+    return reference.AdamResult(
+        reference.stochastic_round(result.param, dtype, bits),
+        reference.stochastic_round(result.exp_avg, dtype, bits1),
+        reference.stochastic_round(result.exp_avg_sq, dtype, bits2),
+        None if largest is None else reference.stochastic_round(largest, dtype, bits2),
+    )
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:

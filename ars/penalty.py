@@ -2,30 +2,51 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
-__all__ = ["Penalty", "Term", "parameter_names", "read_terms"]
+from ars.reference.penalties import SCALED
+
+__all__ = ["Penalty", "Term", "check_strength", "parameter_names", "read_settings", "read_terms"]
+
+Scalar: TypeAlias = float | Tensor
 
 
 class Term(NamedTuple):
-    """Quadratic pull of one parameter towards an anchor, both of the parameter's shape."""
+    """What pulls at one parameter: a quadratic pull towards an anchor, another gradient, or both.
 
-    anchor: Tensor
-    importance: Tensor
+    Args:
+        anchor: Of the parameter's shape, floating point.
+        importance: Of the parameter's shape, floating point or uint8.
+        scale: Of a uint8 importance, one float32 for every 64 elements.
+        pull: Of the parameter's shape, filled by the penalty before every step.
+    """
+
+    anchor: Tensor | None = None
+    importance: Tensor | None = None
+    scale: Tensor | None = None
+    pull: Tensor | None = None
 
 
 class Penalty(Protocol):
     r"""A quadratic penalty :math:`\frac{\lambda}{2} \sum \Omega (\theta - \theta^*)^2`.
 
     Any object with these members will do; :class:`ars.regularizers.EWC` is one. The optimizer calls
-    :meth:`terms` once, and reads ``strength`` at every step.
+    :meth:`terms` once, and reads ``strength`` and ``mode`` at every step.
+
+    A penalty that is not elementwise has two members more. ``gradients()``, called once, returns
+    pairs (parameter, buffer), the buffer of the parameter's shape, float32 (float64 for a float64
+    parameter). ``refresh()``, called at the start of every step, fills the buffers with the
+    penalty's whole gradient at the parameters as they are, strength included, and returns its
+    value, 0-d, without waiting for a device. The step adds the buffers to the gradient after
+    unscaling and clipping. ``terms()`` may then return nothing.
     """
 
     @property
-    def strength(self) -> float:
-        """Lambda, finite and >= 0."""
+    def strength(self) -> Scalar:
+        """Lambda, finite and >= 0; a 0-d tensor on the device is read there."""
         ...
 
     @property
@@ -33,8 +54,12 @@ class Penalty(Protocol):
         """``coupled``: its gradient joins the task's. ``proximal``: its own step after Adam's."""
         ...
 
-    def terms(self) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        """Triples (parameter, anchor, importance)."""
+    def terms(self) -> Iterable[tuple[Tensor, ...]]:
+        """Triples (parameter, anchor, importance), or with the scale of a uint8 importance.
+
+        The importance of element i of the flattened parameter is then
+        ``scale[i // 64] * (importance[i] / 255) ** 2``.
+        """
         ...
 
 
@@ -48,6 +73,49 @@ def parameter_names(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
     return names
 
 
+def check_strength(what: str, strength: Any) -> None:
+    """Raise unless a strength is a finite number >= 0; a tensor on another device is not read.
+
+    Args:
+        what: What to call it in an error.
+        strength: The strength.
+
+    Raises:
+        TypeError: It is neither a number nor a tensor.
+        ValueError: It is out of its range, or not one number.
+    """
+    if isinstance(strength, Tensor):
+        if strength.numel() != 1 or not strength.is_floating_point():
+            raise ValueError(
+                f"{what} must be one floating-point number, is {strength.dtype} of shape "
+                f"{tuple(strength.shape)}"
+            )
+        if strength.device.type != "cpu":
+            return
+    elif not isinstance(strength, (int, float)) or isinstance(strength, bool):
+        raise TypeError(f"{what} must be a number or a 0-d tensor, got {type(strength).__name__}")
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"{what} must be finite and >= 0, got {float(strength)}")
+
+
+def read_settings(penalty: Penalty | None) -> tuple[Scalar, bool]:
+    """Return a penalty's strength, and whether it is proximal.
+
+    Args:
+        penalty: The penalty, or None.
+
+    Raises:
+        TypeError: The strength is not a number.
+        ValueError: The strength is out of its range, or the mode unknown.
+    """
+    if penalty is None:
+        return 0.0, False
+    if penalty.mode not in ("coupled", "proximal"):
+        raise ValueError(f"penalty mode must be 'coupled' or 'proximal', got {penalty.mode!r}")
+    check_strength("penalty strength", penalty.strength)
+    return penalty.strength, penalty.mode == "proximal"
+
+
 def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]:
     """Ask a penalty for its terms and check them against the parameters being optimized.
 
@@ -59,7 +127,7 @@ def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]
         The term of each penalised parameter.
 
     Raises:
-        TypeError: ``penalty`` lacks a member of :class:`Penalty`.
+        TypeError: ``penalty`` lacks a member of :class:`Penalty`, or its strength is not a number.
         ValueError: Its mode, its strength, or a term does not fit; names the parameter.
     """
     for member in ("strength", "mode", "terms"):
@@ -67,31 +135,109 @@ def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]
             raise TypeError(
                 f"penalty {type(penalty).__name__} has no {member!r}: see ars.penalty.Penalty"
             )
-    if penalty.mode not in ("coupled", "proximal"):
-        raise ValueError(f"penalty mode must be 'coupled' or 'proximal', got {penalty.mode!r}")
-    if not 0 <= penalty.strength < math.inf:
-        raise ValueError(f"penalty strength must be finite and >= 0, got {penalty.strength!r}")
+    read_settings(penalty)
     terms: dict[Tensor, Term] = {}
-    for index, (param, anchor, importance) in enumerate(penalty.terms()):
-        if param not in names:
-            raise ValueError(
-                f"term {index} of the penalty, of shape {tuple(param.shape)}, belongs to no "
-                "parameter of this optimizer: build the penalty from the same model"
-            )
+    for index, (param, anchor, importance, *rest) in enumerate(penalty.terms()):
+        name = _name(param, f"term {index}", names)
         if param in terms:
-            raise ValueError(f"the penalty has two terms for {names[param]}: merge them into one")
-        for what, tensor in (("anchor", anchor), ("importance", importance)):
-            if tensor.shape != param.shape:
-                raise ValueError(
-                    f"{what} of {names[param]} has shape {tuple(tensor.shape)}, the parameter "
-                    f"{tuple(param.shape)}: was the penalty made for another model?"
-                )
-            if tensor.device != param.device:
-                raise ValueError(
-                    f"{what} of {names[param]} is on {tensor.device}, the parameter on "
-                    f"{param.device}: move the model first, then build the penalty"
-                )
-            if not tensor.is_floating_point():
-                raise ValueError(f"{what} of {names[param]} must be floating, is {tensor.dtype}")
-        terms[param] = Term(anchor.detach(), importance.detach())
+            raise ValueError(f"the penalty has two terms for {name}: merge them into one")
+        _check_anchor(name, param, anchor)
+        _check_importance(name, param, importance, *rest)
+        scale = rest[0].detach() if rest else None
+        terms[param] = Term(anchor.detach(), importance.detach(), scale)
+    if hasattr(penalty, "gradients"):
+        if not hasattr(penalty, "refresh"):
+            raise TypeError(
+                f"penalty {type(penalty).__name__} has gradients() but no refresh() to fill them: "
+                "see ars.penalty.Penalty"
+            )
+        for index, (param, buffer) in enumerate(penalty.gradients()):
+            name = _name(param, f"gradient {index}", names)
+            term = terms.get(param, Term())
+            if term.pull is not None:
+                raise ValueError(f"the penalty has two gradients for {name}: add them up")
+            _check_pull(name, param, buffer)
+            terms[param] = term._replace(pull=buffer.detach())
     return terms
+
+
+def _name(param: Tensor, what: str, names: dict[Tensor, str]) -> str:
+    if param not in names:
+        raise ValueError(
+            f"{what} of the penalty, of shape {tuple(param.shape)}, belongs to no "
+            "parameter of this optimizer: build the penalty from the same model"
+        )
+    return names[param]
+
+
+def _check_place(what: str, name: str, param: Tensor, tensor: Tensor) -> None:
+    if tensor.shape != param.shape:
+        raise ValueError(
+            f"{what} of {name} has shape {tuple(tensor.shape)}, the parameter "
+            f"{tuple(param.shape)}: was the penalty made for another model?"
+        )
+    if tensor.device != param.device:
+        raise ValueError(
+            f"{what} of {name} is on {tensor.device}, the parameter on "
+            f"{param.device}: move the model first, then build the penalty"
+        )
+
+
+def _check_anchor(name: str, param: Tensor, anchor: Tensor) -> None:
+    _check_place("anchor", name, param, anchor)
+    if not anchor.is_floating_point():
+        raise ValueError(f"anchor of {name} must be floating, is {anchor.dtype}")
+    if not anchor.isfinite().all():
+        raise ValueError(
+            f"anchor of {name} holds a value that is not finite: anchor a model that has converged"
+        )
+
+
+def _check_importance(name: str, param: Tensor, importance: Tensor, *rest: Tensor) -> None:
+    _check_place("importance", name, param, importance)
+    values = importance
+    if rest:
+        (values,) = rest
+        _check_scale(name, param, importance, values)
+    elif not importance.is_floating_point():
+        raise ValueError(
+            f"importance of {name} must be floating, is {importance.dtype}; "
+            "uint8 needs a scale beside it"
+        )
+    if not values.isfinite().all():
+        raise ValueError(
+            f"importance of {name} holds a value that is not finite: look for an overflow where "
+            "it was computed"
+        )
+    if (values < 0).any():
+        raise ValueError(
+            f"importance of {name} holds a negative value: importances are mean squares, so >= 0"
+        )
+
+
+def _check_scale(name: str, param: Tensor, importance: Tensor, scale: Tensor) -> None:
+    blocks = math.ceil(param.numel() / SCALED)
+    if importance.dtype != torch.uint8:
+        raise ValueError(
+            f"importance of {name} has a scale beside it, so must be uint8, is {importance.dtype}"
+        )
+    if scale.dtype != torch.float32 or scale.shape != (blocks,) or scale.device != param.device:
+        raise ValueError(
+            f"scale of {name} must be float32 of shape ({blocks},) on {param.device}, is "
+            f"{scale.dtype} of shape {tuple(scale.shape)} on {scale.device}"
+        )
+    if not (param.is_contiguous() and importance.is_contiguous() and scale.is_contiguous()):
+        raise ValueError(
+            f"{name}, its uint8 importance and their scale must be contiguous: 64 elements that "
+            "follow each other share a scale"
+        )
+
+
+def _check_pull(name: str, param: Tensor, buffer: Tensor) -> None:
+    _check_place("gradient", name, param, buffer)
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    if buffer.dtype != dtype or param.is_complex():
+        raise ValueError(
+            f"gradient of {name} must be {dtype} and the parameter real: is "
+            f"{buffer.dtype}, the parameter {param.dtype}"
+        )

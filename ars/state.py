@@ -1,15 +1,60 @@
 """Each parameter's optimizer state: how it starts, and its dtypes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["complete_state", "moment_dtype", "restore_dtypes", "step_kind"]
+__all__ = ["Precision", "complete_state", "moment_dtype", "restore_dtypes", "step_kind"]
 
 
-def moment_dtype(param: Tensor) -> torch.dtype:
-    """Moments are at least single precision, and complex for complex parameters."""
+class Precision(NamedTuple):
+    """What becomes of bfloat16 parameters; others are not concerned.
+
+    Args:
+        stochastic: They have bfloat16 moments, and all three are rounded stochastically.
+        master: They have a remainder, which makes them float32 master weights.
+    """
+
+    stochastic: bool = False
+    master: bool = False
+
+    def check(self, params: list[Tensor], *, differentiable: bool) -> None:
+        """Raise unless these choices make sense together, and for these parameters.
+
+        Args:
+            params: The optimizer's parameters.
+            differentiable: Whether autograd is to run through the step.
+
+        Raises:
+            ValueError: They do not; says why.
+        """
+        if not any(self):
+            return
+        name = "stochastic_rounding" if self.stochastic else "master_weights"
+        if all(self):
+            raise ValueError(
+                "stochastic_rounding and master_weights cannot be True together: a master weight "
+                "needs no rounding"
+            )
+        if differentiable:
+            raise ValueError(f"differentiable=True: autograd cannot run through {name}=True")
+        if all(param.dtype != torch.bfloat16 for param in params):
+            raise ValueError(
+                f"{name}=True is for bfloat16 parameters, and there are none: convert the model "
+                "with .bfloat16() first"
+            )
+
+
+def moment_dtype(param: Tensor, precision: Precision) -> torch.dtype:
+    """Moments are at least single precision unless rounded stochastically, and complex for complex.
+
+    Args:
+        param: The parameter.
+        precision: What becomes of bfloat16 parameters.
+    """
+    if precision.stochastic and param.dtype == torch.bfloat16:
+        return torch.bfloat16
     return torch.promote_types(param.dtype, torch.float32)
 
 
@@ -40,6 +85,7 @@ def complete_state(
     amsgrad: bool,
     step_kind: dict[str, Any],
     gated: bool,
+    precision: Precision,
 ) -> None:
     """Start what is missing in a parameter's state: all of it, or what plain AdamW does not keep.
 
@@ -50,12 +96,15 @@ def complete_state(
         amsgrad: Keep the running maximum of the second moment.
         step_kind: Device and dtype of the step counter.
         gated: Keep the products of the betas (eq. 6), which a controller makes vary.
+        precision: What becomes of bfloat16 parameters.
     """
     if "step" not in state:
         state["step"] = torch.zeros((), **step_kind)
     for name in ("exp_avg", "exp_avg_sq") + ("max_exp_avg_sq",) * amsgrad:
         if name not in state:
-            state[name] = torch.zeros_like(param, dtype=moment_dtype(param))
+            state[name] = torch.zeros_like(param, dtype=moment_dtype(param, precision))
+    if precision.master and param.dtype == torch.bfloat16 and "param_remainder" not in state:
+        state["param_remainder"] = torch.zeros_like(param, dtype=torch.int16)
     if gated and "beta_products" not in state:
         constant = torch.tensor([float(beta) for beta in betas], dtype=torch.float64)
         products = constant ** state["step"].double().cpu()
@@ -63,7 +112,11 @@ def complete_state(
 
 
 def restore_dtypes(
-    state: dict[str, Any], param: Tensor, saved: dict[str, Any], step_kind: dict[str, Any]
+    state: dict[str, Any],
+    param: Tensor,
+    saved: dict[str, Any],
+    step_kind: dict[str, Any],
+    precision: Precision,
 ) -> None:
     """Undo torch's cast of a loaded state to the parameter's dtype.
 
@@ -72,6 +125,7 @@ def restore_dtypes(
         param: The parameter.
         saved: The parameter's state as it was saved.
         step_kind: Device and dtype of the step counter.
+        precision: What becomes of bfloat16 parameters.
     """
     for name, value in saved.items():
         if name == "step":  # a number in old states, which torch has made a tensor
@@ -80,5 +134,10 @@ def restore_dtypes(
             continue
         elif name == "beta_products":
             state[name] = value.to(param.device, torch.float64)
+        elif name == "param_remainder":
+            if precision.master and param.dtype == torch.bfloat16:
+                state[name] = value.to(param.device, torch.int16)
+            else:  # it would not follow the parameter
+                del state[name]
         elif value.is_floating_point() or value.is_complex():
-            state[name] = value.to(param.device, moment_dtype(param))
+            state[name] = value.to(param.device, moment_dtype(param, precision))

@@ -14,6 +14,7 @@ from ars.reference.controller import Signals, controller_step_
 from ars.reference.fisher import squared_products
 from ars.reference.kronecker import kronecker_gradient, kronecker_value
 from ars.reference.penalties import (
+    decode_importance,
     ewc_gradient,
     ewc_proximal,
     ewc_value,
@@ -30,6 +31,7 @@ __all__ = [
     "adam_step",
     "clip_coefficient",
     "controller_step_",
+    "decode_importance",
     "ewc_gradient",
     "ewc_proximal",
     "ewc_value",

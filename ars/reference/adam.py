@@ -57,6 +57,7 @@ def adam_step(
     importance: Tensor | None = None,
     strength: Scalar = 0.0,
     proximal: bool = False,
+    pull: Tensor | None = None,
 ) -> AdamResult:
     r"""One AdamW step, with the EWC penalty in it, for one tensor.
 
@@ -94,6 +95,7 @@ def adam_step(
         importance: EWC importance Omega >= 0, same shape.
         strength: EWC strength lambda >= 0.
         proximal: Apply EWC as the proximal step (9) instead of as a gradient (8).
+        pull: Gradient of another penalty, same shape, or None; joins as it is, as (8) does.
 
     Returns:
         The new values; the arguments are not changed.
@@ -106,6 +108,8 @@ def adam_step(
     g = grad.to(dtype) * (-clip if maximize else clip)
     if anchor is not None and importance is not None and not proximal:
         g = g + ewc_gradient(theta, anchor.to(dtype), importance.to(dtype), strength)
+    if pull is not None:
+        g = g + pull.to(dtype)
     if decoupled:
         theta = theta * (1 - lr * weight_decay)
     else:

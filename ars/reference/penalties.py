@@ -9,6 +9,27 @@ Scalar: TypeAlias = float | Tensor
 Side: TypeAlias = Literal["output", "input"]
 Protect: TypeAlias = Literal["inside", "outside"]
 
+SCALED = 64  # elements that share a scale of their uint8 importance
+
+
+def decode_importance(values: Tensor, scale: Tensor) -> Tensor:
+    r"""Expand a compressed importance, :math:`\Omega_i = s_{\lfloor i/64 \rfloor} (q_i / 255)^2`.
+
+    Args:
+        values: q, uint8, of the parameter's shape.
+        scale: s, float32, one for every 64 elements of the flattened values.
+
+    Returns:
+        The importance, float32, of the same shape.
+
+    Example:
+        >>> decode_importance(torch.tensor([0, 51, 255], dtype=torch.uint8), torch.tensor([25.0]))
+        tensor([ 0.,  1., 25.])
+    """
+    root = values.reshape(-1).to(scale.dtype) / 255
+    each = scale.repeat_interleave(SCALED)[: root.numel()]
+    return (each * root * root).reshape(values.shape)
+
 
 def ewc_value(param: Tensor, anchor: Tensor, importance: Tensor, strength: Scalar) -> Tensor:
     r"""EWC penalty of one tensor, 0-d: :math:`\frac{\lambda}{2} \sum \Omega (\theta - \theta^*)^2`.

@@ -1,0 +1,96 @@
+"""Saving and loading an optimizer: its state, the controller's, and what pickle must not take."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ars import functional
+from ars.controller import ARSController
+from ars.state import Precision, restore_dtypes, step_kind
+
+__all__ = ["CheckpointedAdam"]
+
+
+class CheckpointedAdam(torch.optim.Adam):
+    """Adam whose state dict holds the controller, and whose state keeps its dtypes on loading."""
+
+    _implementation: functional.Implementation
+    _controller: ARSController | None
+    _watches: str | None
+    _precision: Precision
+
+    def _step_kind(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """Return the device and dtype of the parameter's step counter."""
+        return step_kind(group, param, triton=self._implementation == "triton")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict; with a controller, its tensors under ``"controller"`` too."""
+
+        def add(_: Any, state_dict: dict[str, Any]) -> None:
+            if self._controller is not None:
+                memory = self._controller.state_dict()
+                state_dict["controller"] = {**memory, "watches": self._watches}
+
+        handle = self.register_state_dict_post_hook(add, prepend=True)  # the user's see it whole
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by this class or by torch's Adam and AdamW.
+
+        Moments stay float32 under half-precision parameters. A state without a controller starts
+        this optimizer's controller afresh.
+
+        Args:
+            state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            ValueError: The state is of other parameters or of another controller; nothing has
+                been changed then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(_: Any, state_dict: dict[str, Any]) -> None:
+            saved = state_dict.get("controller")
+            if self._controller is not None and saved is not None:
+                self._controller.check_state_dict(saved)
+            loaded.update(state_dict)
+
+        # Hooks of the user's may replace the state before, and change what was loaded after.
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        """Bring back what torch has cast or does not know of a state that it has loaded."""
+        for group, old in zip(self.param_groups, loaded["param_groups"], strict=True):
+            for param, key in zip(group["params"], old["params"], strict=True):
+                if key in loaded["state"]:
+                    kind = self._step_kind(group, param)
+                    own, old_state = self.state[param], loaded["state"][key]
+                    restore_dtypes(own, param, old_state, kind, self._precision)
+        if self._controller is not None:
+            saved = loaded.get("controller")
+            fresh = ARSController(self._controller.config).state_dict()
+            self._controller.load_state_dict(fresh if saved is None else saved)
+            self._watches = None if saved is None else saved.get("watches")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the controller and the penalty too; the kernel's tables are made anew."""
+        state: dict[str, Any] = super().__getstate__()
+        for name in (
+            "_controller", "_watches", "_penalty", "_terms", "_max_grad_norm", "_buffer",
+            "_implementation", "_step_supports_amp_scaling", "_precision", "_seed",
+        ):  # fmt: skip
+            state[name] = self.__dict__[name]
+        return state

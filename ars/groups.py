@@ -1,0 +1,48 @@
+"""What is asked of parameter groups, beyond what torch asks."""
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["check_duplicates", "is_trial"]
+
+
+def check_duplicates(group: dict[str, Any]) -> None:
+    """Raise if a group lists a parameter twice: torch warns; our kernels would race for it.
+
+    Args:
+        group: The group; an iterator in it becomes a list.
+
+    Raises:
+        ValueError: It does; names the parameter.
+    """
+    if isinstance(group["params"], (Tensor, set)):
+        return
+    group["params"] = list(group["params"])  # which may be an iterator
+    first: dict[int, int] = {}
+    for i, entry in enumerate(group["params"]):
+        name, param = entry if isinstance(entry, tuple) else (f"parameter {i}", entry)
+        if id(param) in first:
+            raise ValueError(
+                f"a parameter group with duplicate parameters: {name} is the same tensor as "
+                f"parameter {first[id(param)]}; list every parameter once, as "
+                "Module.parameters() does"
+            )
+        first[id(param)] = i
+
+
+def is_trial(groups: list[dict[str, Any]]) -> bool:
+    """Whether a step is only to make the state: all learning rates and all gradients are 0.
+
+    ``torch.distributed.checkpoint`` takes one before it saves or loads. To be asked only while
+    there is no state: reading gradients waits for the device, where every known learning rate is 0.
+
+    Args:
+        groups: The parameter groups.
+    """
+    for group in groups:
+        lr = group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]
+        if (isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0:
+            return False
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return bool(grads) and not any(grad.is_sparse or bool(grad.any()) for grad in grads)
