@@ -1,4 +1,4 @@
-"""Penalties in the step: strengths of groups and on the device, compressed ones, other gradients."""
+"""Penalties in the step: strengths of groups, compressed importances, gradients of other kinds."""
 
 import math
 
@@ -254,7 +254,7 @@ def test_two_buffers_for_one_parameter_and_none_to_fill_them():
         def gradients(self):
             return []
 
-    with pytest.raises(TypeError, match="Unfilled has gradients.* no refresh"):
+    with pytest.raises(TypeError, match=r"Unfilled has gradients\(\) but no refresh"):
         ARSAdamW(params, penalty=Unfilled(params))
 
 

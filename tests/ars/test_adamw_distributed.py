@@ -1,0 +1,99 @@
+"""torch.distributed.checkpoint: its trial step moves nothing, and its state goes back and forth."""
+
+import copy
+
+import pytest
+import torch
+from optimizers import IMPLEMENTATIONS, Pull, gradients, make, parameters, train
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ars import ARSAdamW
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.ParameterList(
+            torch.nn.Parameter(p.detach()) for p in parameters(shapes=((5,), (3, 4)))
+        )
+
+
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["float", "tensor"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_trial_step_makes_the_state_and_moves_nothing(implementation, lr):
+    model = Model()
+    params = list(model.parameters())
+    before = copy.deepcopy(params)
+    if implementation == "foreach" and isinstance(lr, torch.Tensor):
+        lr = float(lr)  # torch's foreach does not take one
+    optimizer = make(implementation, params, lr=lr, weight_decay=0.5, penalty=Pull(params))
+    diagnostics = optimizer._buffer.clone()
+    get_optimizer_state_dict(model, optimizer)
+    assert all(map(torch.equal, params, before))
+    for param in params:
+        state = optimizer.state[param]
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq", "beta_products"}
+        assert state["beta_products"].tolist() == [1.0, 1.0]
+        assert not any(state[name].any() for name in ("step", "exp_avg", "exp_avg_sq"))
+    assert not optimizer.controller.counts.any()
+    assert not optimizer.controller.window.any()
+    assert torch.equal(optimizer._buffer, diagnostics)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.01)
+    for param, gradient in zip(params, before, strict=True):
+        param.grad = gradient.detach().clone()
+    optimizer.step(loss=1.0)  # and it may watch a loss
+    assert float(optimizer.state[params[0]]["step"]) == 1
+
+
+def test_a_state_goes_through_a_checkpoint():
+    model, other = Model(), Model()
+    params, copies = list(model.parameters()), list(other.parameters())
+    first = ARSAdamW(params, ars=None)
+    train(first, params, 3)
+    state = copy.deepcopy(get_optimizer_state_dict(model, first))
+    other.load_state_dict(model.state_dict())
+    second = ARSAdamW(copies, ars=None)
+    set_optimizer_state_dict(other, second, state)
+    expected = train(first, params, 3, first=3)
+    assert all(map(torch.equal, train(second, copies, 3, first=3), expected))
+
+
+@pytest.mark.parametrize("implementation", ["loop", "fused", "triton"])
+def test_a_warm_up_from_zero_is_torchs(implementation):
+    def run(build):
+        params = parameters(shapes=((5,), (3, 4)))
+        optimizer = build(params)
+        for step in range(4):
+            optimizer.param_groups[0]["lr"] = 0.01 * step
+            gradients(params, step)
+            if step == 0:  # one gradient of zeros among others is no trial
+                params[0].grad.zero_()
+            optimizer.step()
+        return params, optimizer
+
+    expected, theirs = run(lambda params: torch.optim.AdamW(params, lr=0.0))
+    params, ours = run(lambda params: make(implementation, params, lr=0.0, ars=None))
+    for a, b in zip(params, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        assert float(ours.state[a]["step"]) == float(theirs.state[b]["step"]) == 4
+
+
+def test_gradients_of_zeros_at_another_rate_are_a_step():
+    params = parameters(shapes=((5,),))
+    optimizer = ARSAdamW(params, lr=0.1)
+    params[0].grad = torch.zeros(5)
+    optimizer.step()
+    assert float(optimizer.state[params[0]]["step"]) == 1
+
+
+def test_once_there_is_state_a_step_is_a_step():
+    params = parameters(shapes=((5,),))
+    optimizer = ARSAdamW(params)
+    train(optimizer, params, 2)
+    optimizer.param_groups[0]["lr"] = 0.0
+    params[0].grad.zero_()
+    optimizer.step()
+    assert float(optimizer.state[params[0]]["step"]) == 3

@@ -1,0 +1,225 @@
+"""bfloat16 parameters without their loss: stochastic rounding, and float32 master weights."""
+
+import copy
+import io
+
+import pytest
+import torch
+from optimizers import Pull, gradients, parameters
+
+from ars import ARSAdamW, reference
+
+MODES = {"stochastic": {"stochastic_rounding": True}, "master": {"master_weights": True}}
+mode = pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+SHAPES = ((5,), (4, 3), (2,))
+
+
+def bf16():
+    return parameters(torch.bfloat16, SHAPES)
+
+
+def run(optimizer, params, steps, first=0):
+    for seed in range(first, first + steps):
+        gradients(params, seed)
+        optimizer.step(loss=1.0)
+
+
+def saved(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def master(optimizer, param):
+    return reference.join_master(param, optimizer.state[param]["param_remainder"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"amsgrad": True, "max_grad_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("pull", ["coupled", "proximal", None])
+def test_master_weights_are_the_float32_run_bit_for_bit(pull, settings):
+    """100 steps on the same gradients: rounded in the end as if it had been float32 throughout."""
+    params, wide = bf16(), [p.detach().float().requires_grad_() for p in bf16()]
+    build = {"lr": 1e-3, "foreach": False, **settings}
+    penalty, plain = (
+        (None, None) if pull is None else (Pull(params, mode=pull), Pull(wide, mode=pull))
+    )
+    ours = ARSAdamW(params, master_weights=True, penalty=penalty, **build)
+    theirs = ARSAdamW(wide, penalty=plain, **build)
+    for seed in range(100):
+        gradients(params, seed)
+        for a, b in zip(wide, params, strict=True):
+            a.grad = b.grad.float()
+        ours.step(loss=1.0)
+        theirs.step(loss=1.0)
+    for a, b in zip(params, wide, strict=True):
+        assert torch.equal(master(ours, a), b)
+        assert torch.equal(a, reference.split_master(b.detach())[0])
+        assert ours.state[a]["exp_avg"].dtype == torch.float32
+
+
+def test_small_updates_are_not_lost():
+    """Updates of 1e-4 at 1, where bfloat16 is spaced by 2^-8: the nearest is no update."""
+
+    def distance(**options):
+        param = torch.ones(4096, dtype=torch.bfloat16, requires_grad=True)
+        optimizer = ARSAdamW([param], lr=1e-4, weight_decay=0.0, ars=None, **options)
+        for _ in range(50):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        weight = master(optimizer, param) if "master_weights" in options else param.detach()
+        return 1 - float(weight.double().mean())
+
+    assert distance() == 0.0
+    assert distance(master_weights=True) == pytest.approx(50e-4, rel=1e-3)
+    assert distance(stochastic_rounding=True) == pytest.approx(50e-4, rel=0.1)
+
+
+def test_a_stochastic_step_by_the_reference():
+    """Parameter and moments rounded with the bits of (seed, step, number, element)."""
+    params = bf16()
+    optimizer = ARSAdamW(params, ars=None, stochastic_rounding=True, seed=7, amsgrad=True)
+    before = [param.detach().clone() for param in params]
+    gradients(params, 0)
+    params[1].grad = None  # the numbers of those after it must not change
+    optimizer.step()
+    param, state = params[2], optimizer.state[params[2]]
+    zeros = torch.zeros(param.shape)
+    expected = reference.adam_step(
+        before[2].float(), param.grad, zeros, zeros, zeros, lr=1e-3, beta1=0.9, beta2=0.999,
+        correction1=1 - 0.9, correction2=1 - 0.999, eps=1e-8, weight_decay=0.01,
+    )  # fmt: skip
+    bits = reference.rounding_bits(param, seed=7, step=1, number=2)
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    ours = [param.detach(), *(state[name] for name in names)]
+    for value, exact, random in zip(ours, expected, (*bits, bits[2]), strict=True):
+        assert torch.equal(value, reference.stochastic_round(exact, torch.bfloat16, random))
+
+
+def test_replicas_round_alike_and_seeds_differ():
+    def end(seed):
+        params = bf16()
+        optimizer = ARSAdamW(params, lr=0.01, stochastic_rounding=True, seed=seed)
+        run(optimizer, params, 4)
+        return torch.cat([param.detach().flatten() for param in params])
+
+    assert torch.equal(end(0), end(0))
+    assert not torch.equal(end(0), end(1))
+
+
+@mode
+def test_other_dtypes_are_as_before(options):
+    def build():
+        return [*bf16()[:1], *parameters(torch.float32, SHAPES[1:])]
+
+    params, plain = build(), build()
+    run(ARSAdamW(params, **options), params, 3)
+    run(ARSAdamW(plain, foreach=False), plain, 3)
+    assert all(map(torch.equal, params[1:], plain[1:]))
+
+
+@mode
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(options):
+    straight, params = bf16(), bf16()
+    optimizer = ARSAdamW(straight, **options)
+    run(optimizer, straight, 8)
+    first = ARSAdamW(params, **options)
+    run(first, params, 4)
+    second = ARSAdamW(params, **options)
+    second.load_state_dict(saved(first))
+    run(second, params, 4, first=4)
+    for a, b in zip(params, straight, strict=True):
+        assert torch.equal(a, b)
+        assert second.state[a].keys() == optimizer.state[b].keys()
+        for name, value in optimizer.state[b].items():
+            assert torch.equal(second.state[a][name], value)
+            assert second.state[a][name].dtype == value.dtype
+
+
+@mode
+def test_a_copy_goes_on_alike(options):
+    params = bf16()
+    optimizer = ARSAdamW(params, **options)
+    run(optimizer, params, 3)
+    other = copy.deepcopy(optimizer)
+    copies = other.param_groups[0]["params"]
+    run(optimizer, params, 3, first=3)
+    run(other, copies, 3, first=3)
+    assert all(map(torch.equal, params, copies))
+
+
+@mode
+def test_a_plain_state_is_taken_over_and_given_back(options):
+    """float32 moments become the mode's, and the other way; a remainder is not left to rot."""
+    params = bf16()
+    plain = ARSAdamW(params)
+    run(plain, params, 2)
+    special = ARSAdamW(params, **options)
+    special.load_state_dict(saved(plain))
+    dtype = torch.bfloat16 if "stochastic_rounding" in options else torch.float32
+    assert {special.state[p]["exp_avg"].dtype for p in params} == {dtype}
+    run(special, params, 2, first=2)
+    assert ("param_remainder" in special.state[params[0]]) == ("master_weights" in options)
+    plain.load_state_dict(saved(special))
+    assert {plain.state[p]["exp_avg_sq"].dtype for p in params} == {torch.float32}
+    assert "param_remainder" not in plain.state[params[0]]
+    run(plain, params, 2, first=4)
+
+
+def test_the_remainder_is_loaded_exactly():
+    params = bf16()
+    first = ARSAdamW(params, lr=0.01, master_weights=True)
+    run(first, params, 3)
+    second = ARSAdamW(params, master_weights=True)
+    second.load_state_dict(saved(first))
+    for param in params:
+        remainder = first.state[param]["param_remainder"]
+        assert remainder.dtype == torch.int16
+        assert remainder.any()
+        assert torch.equal(second.state[param]["param_remainder"], remainder)
+
+
+@mode
+def test_an_overflow_moves_nothing(options):
+    params = bf16()
+    optimizer = ARSAdamW(params, **options)
+    run(optimizer, params, 2)
+    before = copy.deepcopy(optimizer.state_dict()["state"]), copy.deepcopy(params)
+    gradients(params, 5)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step(loss=1.0)
+    assert all(map(torch.equal, params, before[1]))
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[0][index][name]) for name, value in state.items())
+
+
+@mode
+@pytest.mark.parametrize("explicit", [{"foreach": True}, {"fused": True}], ids=str)
+def test_torchs_kernels_cannot(options, explicit):
+    with pytest.raises(RuntimeError, match="leave both None for the loop"):
+        ARSAdamW(bf16(), **options, **explicit)
+
+
+@mode
+def test_what_makes_no_sense_is_refused(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}=True is for bfloat16 parameters"):
+        ARSAdamW(parameters(shapes=SHAPES), **options)
+    with pytest.raises(ValueError, match=f"autograd cannot run through {name}=True"):
+        ARSAdamW(bf16(), differentiable=True, **options)
+    with pytest.raises(ValueError, match="cannot be True together"):
+        ARSAdamW(bf16(), stochastic_rounding=True, master_weights=True)
+    for seed in (-1, 2**63, 0.5):
+        with pytest.raises(ValueError, match="seed must be an int"):
+            ARSAdamW(bf16(), seed=seed, **options)
+
+
+@mode
+def test_a_group_that_is_added_later(options):
+    params = bf16()
+    optimizer = ARSAdamW(params[:1], **options)
+    run(optimizer, params, 1)
+    optimizer.add_param_group({"params": params[1:]})
+    run(optimizer, params, 2, first=1)
+    keys = {frozenset(optimizer.state[param]) for param in params}
+    assert len(keys) == 1
