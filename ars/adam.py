@@ -82,9 +82,6 @@ class ARSAdam(CheckpointedAdam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self.defaults["penalty_strength"] = None
-        for group in self.param_groups:
-            group.setdefault("penalty_strength", None)
         params = self._parameters()
         self._seed, self._precision = seed, Precision(stochastic_rounding, master_weights)
         self._precision.check(params, differentiable=differentiable)
@@ -153,6 +150,7 @@ class ARSAdam(CheckpointedAdam):
             RuntimeError: ``foreach`` or ``fused`` was forced and cannot be had for all groups.
         """
         check_duplicates(param_group)
+        param_group.setdefault("penalty_strength", None)
         super().add_param_group(param_group)
         if "_implementation" in self.__dict__:  # after the constructor
             device = self._buffer.device
