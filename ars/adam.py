@@ -66,8 +66,6 @@ class ARSAdam(CheckpointedAdam):
             raise TypeError(f"ars must be an ARSConfig or None, got {ars!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be > 0, or None not to clip, got {max_grad_norm}")
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be an int in [0, 2^63), got {seed!r}")
         super().__init__(
             params,
             lr,
@@ -83,7 +81,7 @@ class ARSAdam(CheckpointedAdam):
             decoupled_weight_decay=decoupled_weight_decay,
         )
         params = self._parameters()
-        self._seed, self._precision = seed, Precision(stochastic_rounding, master_weights)
+        self._precision = Precision(stochastic_rounding, master_weights, seed)
         self._precision.check(params, differentiable=differentiable)
         device = params[0].device if params else torch.device("cpu")
         self._controller = None if ars is None else ARSController(ars, device)
@@ -122,8 +120,8 @@ class ARSAdam(CheckpointedAdam):
         """
         params = self._parameters()
         flags = {name: self.defaults[name] for name in ("foreach", "fused", "differentiable")}
-        rounding = any(self._precision)
-        self._implementation = functional.choose(params, **flags, rounding=rounding)
+        plain = self._precision.is_plain
+        self._implementation = functional.choose(params, **flags, rounding=not plain)
         # On a GPU the loop would have to wait for found_inf: there a GradScaler unscales the
         # gradients itself, and skips the step.
         on_cpu = all(param.device.type == "cpu" for param in params)
@@ -252,7 +250,7 @@ class ARSAdam(CheckpointedAdam):
             grad_scale=getattr(self, "grad_scale", None),  # set by a GradScaler for this step
             found_inf=getattr(self, "found_inf", None),
             stochastic=self._precision.stochastic,
-            seed=self._seed,
+            seed=self._precision.seed,
         )
         try:
             functional.step_(self._implementation, batch, hypers, options, self._kept)

@@ -90,7 +90,7 @@ class CheckpointedAdam(torch.optim.Adam):
         state: dict[str, Any] = super().__getstate__()
         for name in (
             "_controller", "_watches", "_penalty", "_terms", "_max_grad_norm", "_buffer",
-            "_implementation", "_step_supports_amp_scaling", "_precision", "_seed",
+            "_implementation", "_step_supports_amp_scaling", "_precision",
         ):  # fmt: skip
             state[name] = self.__dict__[name]
         return state

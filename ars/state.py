@@ -14,10 +14,17 @@ class Precision(NamedTuple):
     Args:
         stochastic: They have bfloat16 moments, and all three are rounded stochastically.
         master: They have a remainder, which makes them float32 master weights.
+        seed: Of the stochastic rounding.
     """
 
-    stochastic: bool = False
-    master: bool = False
+    stochastic: bool
+    master: bool
+    seed: int
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether they are rounded to the nearest, as all others."""
+        return not (self.stochastic or self.master)
 
     def check(self, params: list[Tensor], *, differentiable: bool) -> None:
         """Raise unless these choices make sense together, and for these parameters.
@@ -29,10 +36,12 @@ class Precision(NamedTuple):
         Raises:
             ValueError: They do not; says why.
         """
-        if not any(self):
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be an int in [0, 2^63), got {self.seed!r}")
+        if self.is_plain:
             return
         name = "stochastic_rounding" if self.stochastic else "master_weights"
-        if all(self):
+        if self.stochastic and self.master:
             raise ValueError(
                 "stochastic_rounding and master_weights cannot be True together: a master weight "
                 "needs no rounding"
