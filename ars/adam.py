@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from ars import compiled, functional
-from ars.batch import DIAGNOSTICS, Batch, Options, is_decoupled, read_hyper
+from ars.batch import DIAGNOSTICS, Batch, Hyper, Options, is_decoupled, read_hyper
 from ars.checkpoint import CheckpointedAdam
 from ars.collect import Collector
 from ars.controller import ARSConfig, ARSController, check_watched, read_surprise
 from ars.groups import check_duplicates, is_trial
-from ars.penalty import Penalty, Term, parameter_names, read_settings, read_terms
+from ars.penalty import Penalty, Term, parameter_names, read_settings, read_terms, refresh_
 from ars.state import Precision, complete_state
 
 __all__ = ["CONDITIONED", "ARSAdam"]
@@ -232,48 +232,34 @@ class ARSAdam(CheckpointedAdam):
             check_watched(self._watches, watches)
         if functional.have_moved(self.param_groups, self._buffer.device):
             self._place()
-        strength, proximal = read_settings(self._penalty)
-        hypers = [read_hyper(group, strength) for group in self.param_groups]
-        value = self._refresh()
+        hypers, options = self._settings(surprise)
         batch = self._collector.collect(self.param_groups, self.state, self._terms, self._append)
         if not batch.params:
             return returned
         self._watches = watches
-        options = Options(
-            decoupled=is_decoupled(self.param_groups),
-            controller=self._controller,
-            surprise=surprise,
-            max_norm=self._max_grad_norm,
-            proximal=proximal,
-            penalty=value,
-            diagnostics=self._buffer,
-            grad_scale=getattr(self, "grad_scale", None),  # set by a GradScaler for this step
-            found_inf=getattr(self, "found_inf", None),
-            stochastic=self._precision.stochastic,
-            seed=self._precision.seed,
-        )
         try:
             functional.step_(self._implementation, batch, hypers, options, self._kept)
         finally:
             batch.grads = []  # zero_grad(set_to_none=True) must free their memory
         return returned
 
-    def _refresh(self) -> Tensor | None:
-        """Let the penalty fill its buffers, if it has any, and return the value that is theirs.
-
-        Raises:
-            ValueError: A group has a strength of its own, which these do not know.
-        """
-        if self._penalty is None or all(term.pull is None for term in self._terms.values()):
-            return None
-        if any(group["penalty_strength"] is not None for group in self.param_groups):
-            raise ValueError(
-                f"the gradients of a {type(self._penalty).__name__} have its own strength in them: "
-                "set penalty_strength to None in every group"
-            )
-        with torch.no_grad():
-            value: Tensor = self._penalty.refresh()  # type: ignore[attr-defined]
-        return value
+    def _settings(self, surprise: Tensor | None) -> tuple[list[Hyper], Options]:
+        """Read what this step shall do, and let the penalty prepare for it."""
+        strength, proximal = read_settings(self._penalty)
+        hypers = [read_hyper(group, strength) for group in self.param_groups]
+        return hypers, Options(
+            decoupled=is_decoupled(self.param_groups),
+            controller=self._controller,
+            surprise=surprise,
+            max_norm=self._max_grad_norm,
+            proximal=proximal,
+            penalty=refresh_(self._penalty, self._terms, self.param_groups),
+            diagnostics=self._buffer,
+            grad_scale=getattr(self, "grad_scale", None),  # set by a GradScaler for this step
+            found_inf=getattr(self, "found_inf", None),
+            stochastic=self._precision.stochastic,
+            seed=self._precision.seed,
+        )
 
     def _append(self, batch: Batch, index: int, number: int, param: Tensor) -> None:
         """Complete a parameter's state and add it to the batch."""

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ars.reference.penalties import SCALED
 
-__all__ = ["Penalty", "Term", "check_strength", "parameter_names", "read_settings", "read_terms"]
+__all__ = [
+    "Penalty", "Term", "check_strength", "parameter_names", "read_settings", "read_terms",
+    "refresh_",
+]  # fmt: skip
 
 Scalar: TypeAlias = float | Tensor
 
@@ -241,3 +244,31 @@ def _check_pull(name: str, param: Tensor, buffer: Tensor) -> None:
             f"gradient of {name} must be {dtype} and the parameter real: is "
             f"{buffer.dtype}, the parameter {param.dtype}"
         )
+
+
+def refresh_(
+    penalty: Penalty | None, terms: dict[Tensor, Term], groups: list[dict[str, Any]]
+) -> Tensor | None:
+    """Let the penalty fill its buffers, if it has any, and return the value that is theirs.
+
+    Args:
+        penalty: The penalty, if there is one.
+        terms: What :func:`read_terms` has read of it.
+        groups: The optimizer's parameter groups.
+
+    Returns:
+        The value, 0-d, or None without buffers.
+
+    Raises:
+        ValueError: A group has a strength of its own, which these do not know.
+    """
+    if penalty is None or all(term.pull is None for term in terms.values()):
+        return None
+    if any(group["penalty_strength"] is not None for group in groups):
+        raise ValueError(
+            f"the gradients of a {type(penalty).__name__} have its own strength in them: "
+            "set penalty_strength to None in every group"
+        )
+    with torch.no_grad():
+        value: Tensor = penalty.refresh()  # type: ignore[attr-defined]
+    return value
