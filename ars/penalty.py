@@ -184,6 +184,11 @@ def _check_place(what: str, name: str, param: Tensor, tensor: Tensor) -> None:
             f"{what} of {name} is on {tensor.device}, the parameter on "
             f"{param.device}: move the model first, then build the penalty"
         )
+    if tensor.is_meta:
+        raise ValueError(
+            f"{what} of {name} is on the meta device, where it has no values: give the model its "
+            "data first, then build the penalty"
+        )
 
 
 def _check_anchor(name: str, param: Tensor, anchor: Tensor) -> None:
