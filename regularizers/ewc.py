@@ -130,7 +130,7 @@ class EWC:
         self.constant = 0.0
 
     @property
-    def strength(self) -> Any:
+    def strength(self) -> float | Tensor:
         """Lambda, finite and >= 0; a 0-d tensor is read at every step, where it is."""
         return self._strength
 
@@ -148,7 +148,7 @@ class EWC:
         """Omega by parameter name: what is stored, or with ``"compact"`` an expanded copy."""
         return {name: pull.omega() for name, pull in self._pulls.items()}
 
-    def terms(self) -> list[tuple[Any, ...]]:
+    def terms(self) -> list[tuple[Tensor, ...]]:
         """Parameter, anchor and importance of every penalised tensor, in the model's order.
 
         With ``"compact"``: parameter, anchor, uint8 importance and its blocks' scales.

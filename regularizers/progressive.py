@@ -59,7 +59,7 @@ class ProgressiveInheritance:
         self.subspace = subspace
 
     @property
-    def strength(self) -> Any:
+    def strength(self) -> float | Tensor:
         """Lambda of the EWC."""
         return self.ewc.strength
 
@@ -72,7 +72,7 @@ class ProgressiveInheritance:
         """How the EWC enters the step."""
         return self.ewc.mode
 
-    def terms(self) -> list[tuple[Any, ...]]:
+    def terms(self) -> list[tuple[Tensor, ...]]:
         """The terms of the EWC."""
         return self.ewc.terms()
 

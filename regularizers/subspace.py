@@ -212,7 +212,7 @@ class SubspacePenalty:
         return cls(model, bases, strength, side=side, protect=protect)
 
     @property
-    def strength(self) -> Any:
+    def strength(self) -> float | Tensor:
         """Gamma, finite and >= 0; a 0-d tensor is read at every step, where it is."""
         return self._strength
 
@@ -225,7 +225,7 @@ class SubspacePenalty:
         """U by parameter name, in the dtype of the computation, or int64 indices."""
         return {name: r.basis for name, r in self._restraints.items()}
 
-    def terms(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def terms(self) -> list[tuple[Tensor, ...]]:
         """No elementwise term: this penalty mixes the entries of a weight."""
         return []
 
