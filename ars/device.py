@@ -2,7 +2,7 @@
 
 import math
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -116,8 +116,13 @@ class DeviceStep:
                 anchors=batch.anchors,
                 importances=batch.importances,
                 proximal=options.proximal,
+                remainders=batch.remainders,
+                pulls=batch.pulls,
+                scales=batch.scales,
+                stochastic=options.stochastic,
+                seed=options.seed,
+                numbers=batch.numbers,
                 diagnostics=options.diagnostics,
-                **_extras(batch, options),
             )
             self._fused, self._key = fused, key
         return fused
@@ -126,18 +131,6 @@ class DeviceStep:
 def _there(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     """Bring a number to the device without waiting for it."""
     return None if tensor is None else tensor.to(device, non_blocking=True)
-
-
-def _extras(batch: Batch, options: Options) -> dict[str, Any]:
-    """What only some optimizers need of the kernels."""
-    extras: dict[str, Any] = {}
-    for name in ("remainders", "pulls", "scales"):
-        column = getattr(batch, name)
-        if any(tensor is not None for tensor in column):
-            extras[name] = column
-    if options.stochastic:
-        extras |= {"stochastic": True, "seed": options.seed, "numbers": batch.numbers}
-    return extras
 
 
 def _on_device(controller: ARSController | None) -> "Controller | None":

@@ -2,25 +2,70 @@ r"""Which implementation adds up the per-sample squares of a matrix's gradient.
 
     total += sum_n (sum_t g_nt a_nt^T)^2                                     (eq. 11)
 
-T = 1 is two squared matrices' product. Otherwise no formula is cheaper than the N gradients
+T = 1 is the product of two squared matrices. Otherwise no formula is cheaper than the N gradients
 themselves, 2 N T p d operations; what differs is where they live:
 
-    small p d          a few gradients at a time in one batched product
-    large p d          one gradient at a time in one scratch matrix, squared by ``addcmul_``
+    scratch   a matrix or a few at a time in memory, squared and added by a second operation
+    kernel    in registers (:mod:`ars.csrc_triton.fisher`), on a GPU in half precision
 
 Nothing of the size of N gradients is ever held.
 """
 
+import functools
+import importlib.util
 import itertools
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_squared_products_"]
+__all__ = ["add_squared_products_", "choose_squares"]
 
-# Elements of the scratch for several samples. 1 MiB of fp32 stays in a core's cache, where squaring
-# and adding cost least.
-SCRATCH = 2**18
+# Elements of the scratch for several samples. On a CPU 1 MiB of fp32, which stays in a core's
+# cache, where squaring and adding cost least.
+SCRATCH = {"cpu": 2**18}
+GPU_SCRATCH = 2**22
+# The scratch costs 16 bytes of traffic an element and sample whatever T, its product as much as the
+# kernel's, but on a library that may be a quarter faster: at 4.8 TB/s and 700 Tflop/s, by count of
+# bytes and operations, the two ways meet near T = 3500.
+LONG = 3500
+# Elements below which a matrix has too few tiles for a GPU; products of a batch fill it better.
+SMALL = 2**16
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose_squares(
+    device: torch.device, dtype: torch.dtype, positions: int, numel: int, *, aligned: bool
+) -> Literal["squared", "scratch", "kernel"]:
+    """Choose how to add up the squares.
+
+    Args:
+        device: Of all operands.
+        dtype: Of g and a, the narrower if they differ.
+        positions: T.
+        numel: Elements of the sum, p d.
+        aligned: Whether 16 bytes divide every row of g and a: the kernel reads others by element.
+
+    Returns:
+        ``squared`` for two squared matrices, ``scratch`` or ``kernel``. fp32 goes to the scratch:
+        without tensor cores there is nothing to gain on the library's product.
+    """
+    if positions == 1:
+        return "squared"
+    if (
+        device.type == "cuda"
+        and dtype in {torch.bfloat16, torch.float16}
+        and positions <= LONG
+        and numel >= SMALL
+        and aligned
+        and _has_triton()
+    ):
+        return "kernel"
+    return "scratch"
 
 
 def add_squared_products_(
@@ -28,10 +73,11 @@ def add_squared_products_(
 ) -> None:
     r"""Add :math:`\sum_n (\sum_t g_{nt} a_{nt}^T)^2` to ``total`` in place.
 
-    Computed in the dtype of ``total``, whatever the operands'.
+    Products are summed in the dtype of ``total``. On a GPU, of operands that differ in precision
+    the wider may be rounded to the narrower, as autocast does before the product itself.
 
     Args:
-        total: Shape (p, d), float32 or float64.
+        total: Shape (p, d), float32 or float64, contiguous.
         g: Gradients of a matrix product's outputs, floating point, shape (N, T, p); or, with
             ``offsets``, (rows, p).
         a: Its inputs, shape (N, T, d); or (rows, d).
@@ -51,27 +97,50 @@ def add_squared_products_(
         tensor([[4.]])
     """
     _check(total, g, a, offsets)
-    if offsets is not None:
-        bounds = offsets.tolist()
-        for start, end in itertools.pairwise(bounds):
-            add_squared_products_(total, g[None, start:end], a[None, start:end])
+    samples = len(g) if offsets is None else len(offsets) - 1
+    if not (samples and g.shape[-2] and total.numel()):
         return
-    samples, positions = g.shape[:2]
-    if not (samples and positions and total.numel()):
+    positions = g.shape[1] if offsets is None else max(2, len(g) // samples)
+    narrow = min(g.dtype, a.dtype, key=lambda dtype: dtype.itemsize)
+    aligned = all(t.stride(-2) * narrow.itemsize % 16 == 0 and t.stride(-1) == 1 for t in (g, a))
+    way = choose_squares(total.device, narrow, positions, total.numel(), aligned=aligned)
+    if way == "kernel" and total.dtype == torch.float32:
+        from ars.csrc_triton import fisher
+
+        fisher.add_squared_products_(total, g.to(narrow), a.to(narrow), offsets)
         return
-    g, a = g.to(total.dtype), a.to(total.dtype)
-    if positions == 1:
-        total.addmm_(g[:, 0].square().mT, a[:, 0].square())
+    if way == "squared":
+        g, a = g[:, 0].to(total.dtype), a[:, 0].to(total.dtype)
+        total.addmm_(g.square().mT, a.square())
         return
-    together = max(1, SCRATCH // total.numel())
-    if together == 1:
+    # A GPU multiplies half precision into fp32; elsewhere the operands are converted.
+    halves = total.device.type == "cuda" and total.dtype == torch.float32 and narrow.itemsize == 2
+    operand = narrow if halves else total.dtype
+    g, a = g.to(operand), a.to(operand)
+    if offsets is None:
+        _add_by_scratch(total, g, a)
+        return
+    for start, end in itertools.pairwise(offsets.tolist()):
+        _add_by_scratch(total, g[None, start:end], a[None, start:end])
+
+
+def _add_by_scratch(total: Tensor, g: Tensor, a: Tensor) -> None:
+    together = SCRATCH.get(total.device.type, GPU_SCRATCH) // total.numel()
+    if together <= 1:
         scratch = torch.empty_like(total)
         for gradient, inputs in zip(g, a, strict=True):
-            torch.mm(gradient.mT, inputs, out=scratch)
+            if g.dtype == total.dtype:
+                torch.mm(gradient.mT, inputs, out=scratch)
+            else:
+                torch.mm(gradient.mT, inputs, out_dtype=total.dtype, out=scratch)
             total.addcmul_(scratch, scratch)
         return
     for gradients, inputs in zip(g.split(together), a.split(together), strict=True):
-        total += torch.bmm(gradients.mT, inputs).square_().sum(0)
+        if g.dtype == total.dtype:
+            products = torch.bmm(gradients.mT, inputs)
+        else:
+            products = torch.bmm(gradients.mT, inputs, out_dtype=total.dtype)
+        total += products.square_().sum(0)
 
 
 def _check(total: Tensor, g: Tensor, a: Tensor, offsets: Tensor | None) -> None:

@@ -10,7 +10,7 @@ tasks the pull is towards the newest model (:meth:`EWC.consolidate`), or towards
     Omega = sum_t F_t,   mu = sum_t F_t theta_t / Omega
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -182,8 +182,7 @@ class EWC:
         """
         if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay <= 1:
             raise ValueError(f"decay must be a number in [0, 1], got {decay!r}")
-        for name, new in self._checked(fisher).items():
-            pull = self._pulls[name]
+        for pull, new in self._further(fisher):
             pull.assign(pull.omega() * decay + new, pull.param)
         self.constant = 0.0
 
@@ -203,8 +202,7 @@ class EWC:
             TypeError: As for the constructor. Nothing has changed then.
             ValueError: As for the constructor. Nothing has changed then.
         """
-        for name, new in self._checked(fisher).items():
-            pull = self._pulls[name]
+        for pull, new in self._further(fisher):
             old, anchor = pull.omega(), pull.anchor.to(new.dtype)
             total = old + new
             # Where no task cares the anchor follows the model.
@@ -287,11 +285,11 @@ class EWC:
             omega, anchor = loaded[name]
             pull.assign(omega.to(pull.param.device), anchor)
 
-    def _checked(self, fisher: DiagonalFisher | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a further task's importance, factors included, once all of it has been checked."""
+    def _further(
+        self, fisher: DiagonalFisher | Mapping[str, Tensor]
+    ) -> Iterator[tuple[Pull, Tensor]]:
+        """Yield a further task's importances, factors included, once all have been checked."""
         importance = importance_of(fisher)
         check_importance(importance, self._parameters)
-        return {
-            name: copy_like(p, importance[name]).mul_(self._factors[name])
-            for name, p in self._parameters.items()
-        }
+        for name, pull in self._pulls.items():
+            yield pull, copy_like(pull.param, importance[name]).mul_(self._factors[name])

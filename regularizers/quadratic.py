@@ -50,12 +50,11 @@ class Pull:
                     f"{name!r} is not contiguous, and the blocks of the uint8 importance follow "
                     "the row-major order; use storage='full', or make it contiguous"
                 )
-            self.anchor = torch.empty_like(param, dtype=torch.bfloat16)
+            self.anchor = param.detach().to(torch.bfloat16, copy=True)
             self.importance = quantize(importance.to(param.device))
         else:
             self.anchor = copy_like(param, param)
-            self.importance = torch.empty_like(self.anchor)
-        self.assign(importance.detach().to(param.device), param.detach())
+            self.importance = copy_like(param, importance)
 
     def omega(self) -> Tensor:
         """Return the importance in floating point; what is stored, where it is stored so."""

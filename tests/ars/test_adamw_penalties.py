@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from optimizers import Pull, gradients, make, parameters, train
+from optimizers import IMPLEMENTATIONS, Pull, gradients, make, parameters, train
 
 from ars import ARSAdamW, reference
 
 SHAPES = ((5,), (9, 16), (3,))
-HOST = ("loop", "foreach", "fused")
 
 
 class Other:
@@ -40,7 +39,7 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("elementwise", [False, True])
-@pytest.mark.parametrize("implementation", HOST)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_other_gradients_join_after_clipping(implementation, elementwise):
     """Against autograd's gradient of the penalty, added by hand to the clipped one."""
     params, plain = parameters(shapes=SHAPES), parameters(shapes=SHAPES)
@@ -66,7 +65,7 @@ def test_other_gradients_join_after_clipping(implementation, elementwise):
     assert_equal(params, plain)
 
 
-@pytest.mark.parametrize("implementation", HOST)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_other_gradients_pull_also_when_ascending(implementation):
     param = torch.ones(4, requires_grad=True)
     optimizer = make(implementation, [param], lr=0.1, penalty=Other([param]), maximize=True)
@@ -97,7 +96,7 @@ def test_other_gradients_have_no_strength_of_a_group():
 
 
 @pytest.mark.parametrize("mode", ["coupled", "proximal"])
-@pytest.mark.parametrize("implementation", ["loop", "foreach", "fused", "triton"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_group_may_have_its_own_strength(implementation, mode):
     """Equal to one optimizer for each group."""
 
@@ -160,7 +159,7 @@ class Compressed(Pull):
 
 
 @pytest.mark.parametrize("mode", ["coupled", "proximal"])
-@pytest.mark.parametrize("implementation", HOST)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_compressed_importance_equals_the_plain_one(implementation, mode):
     a, b = parameters(shapes=SHAPES), parameters(shapes=SHAPES)
     penalty, plain = Compressed(a, mode=mode), Pull(b, mode=mode)

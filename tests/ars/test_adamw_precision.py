@@ -5,10 +5,12 @@ import io
 
 import pytest
 import torch
-from optimizers import Pull, gradients, parameters
+from optimizers import Pull, gradients, make, parameters
 
 from ars import ARSAdamW, reference
 
+# On a CPU these modes run in the loop; "triton" is its kernels in the interpreter.
+both = pytest.mark.parametrize("implementation", ["loop", "triton"])
 MODES = {"stochastic": {"stochastic_rounding": True}, "master": {"master_weights": True}}
 mode = pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 SHAPES = ((5,), (4, 3), (2,))
@@ -96,6 +98,33 @@ def test_a_stochastic_step_by_the_reference():
         assert torch.equal(value, reference.stochastic_round(exact, torch.bfloat16, random))
 
 
+@mode
+@pytest.mark.parametrize("pull", ["coupled", "proximal", None])
+def test_the_kernels_agree_with_the_loop(pull, options):
+    """Up to a unit of bfloat16: rounding takes the other neighbour where the exact results differ
+    in their last bit, which is rare."""
+
+    def end(implementation):
+        params = [*bf16(), *parameters(torch.float32, ((6,),))]
+        penalty = None if pull is None else Pull(params, mode=pull)
+        optimizer = make(implementation, params, penalty=penalty, max_grad_norm=1.0, **options)
+        for seed in range(3):
+            gradients(params, seed)
+            if seed == 1:
+                params[0].grad = None
+            optimizer.step(loss=1.0)
+        if "master_weights" in options:
+            return torch.cat([master(optimizer, param).flatten() for param in params[:3]])
+        return torch.cat([param.detach().flatten() for param in params[:3]]).float()
+
+    ours, theirs = end("triton"), end("loop")
+    if "master_weights" in options:
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    else:
+        assert int((ours != theirs).sum()) <= 1
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)
+
+
 def test_replicas_round_alike_and_seeds_differ():
     def end(seed):
         params = bf16()
@@ -119,13 +148,14 @@ def test_other_dtypes_are_as_before(options):
 
 
 @mode
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(options):
+@both
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(implementation, options):
     straight, params = bf16(), bf16()
-    optimizer = ARSAdamW(straight, **options)
+    optimizer = make(implementation, straight, **options)
     run(optimizer, straight, 8)
-    first = ARSAdamW(params, **options)
+    first = make(implementation, params, **options)
     run(first, params, 4)
-    second = ARSAdamW(params, **options)
+    second = make(implementation, params, **options)
     second.load_state_dict(saved(first))
     run(second, params, 4, first=4)
     for a, b in zip(params, straight, strict=True):
@@ -180,9 +210,10 @@ def test_the_remainder_is_loaded_exactly():
 
 
 @mode
-def test_an_overflow_moves_nothing(options):
+@both
+def test_an_overflow_moves_nothing(implementation, options):
     params = bf16()
-    optimizer = ARSAdamW(params, **options)
+    optimizer = make(implementation, params, **options)
     run(optimizer, params, 2)
     before = copy.deepcopy(optimizer.state_dict()["state"]), copy.deepcopy(params)
     gradients(params, 5)

@@ -7,8 +7,6 @@ import pytest
 import torch
 from optimizers import IMPLEMENTATIONS, Pull, gradients, make, parameters, train
 
-from ars import ARSAdamW
-
 SHAPES = ((5,), (3, 4), (2,))
 SETTINGS = {"lr": 0.01, "max_grad_norm": 1.0}
 
@@ -121,7 +119,8 @@ def test_scaled_half_precision_gradients_are_unscaled_in_float32(implementation)
     assert float(param.grad[0]) == float(torch.tensor(0.001).half())  # as the user left it
 
 
-def test_penalty_gradients_are_not_unscaled():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_penalty_gradients_are_not_unscaled(implementation):
     class Constant:
         strength, mode = 1.0, "coupled"
 
@@ -139,7 +138,7 @@ def test_penalty_gradients_are_not_unscaled():
             return torch.tensor(5.0)
 
     param = torch.ones(4, requires_grad=True)
-    optimizer = ARSAdamW([param], ars=None, penalty=Constant(param))
+    optimizer = make(implementation, [param], ars=None, penalty=Constant(param))
     param.grad = torch.full((4,), 1024.0)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(512.0), torch.tensor(0.0)
     optimizer.step()

@@ -32,7 +32,7 @@ def test_definition_is_the_square_of_autograd_gradients():
     "sizes", [(5, 1, 3, 4), (5, 6, 3, 4), (1, 6, 3, 4), (7, 2, 1, 9), (0, 6, 3, 4), (5, 0, 3, 4)]
 )
 def test_adds_to_what_is_there(sizes, scratch, monkeypatch):
-    monkeypatch.setattr(squares, "SCRATCH", scratch)
+    monkeypatch.setitem(squares.SCRATCH, "cpu", scratch)
     g, a = operands(*sizes)
     total = torch.rand(sizes[2:], dtype=torch.float64)
     expected = total + squared_products(g, a)
@@ -87,3 +87,25 @@ def test_refuses_what_does_not_fit(g, a, total, offsets, match):
     with pytest.raises(ValueError, match=match):
         add_squared_products_(result, torch.ones(g), torch.ones(a), offsets)
     assert (result == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("expected", "change"),
+    [
+        ("kernel", {}),
+        ("kernel", {"dtype": torch.float16, "positions": 2}),
+        ("scratch", {"dtype": torch.float32}),
+        ("scratch", {"positions": 4096}),
+        ("scratch", {"numel": 128 * 128}),
+        ("scratch", {"aligned": False}),
+        ("scratch", {"device": torch.device("cpu")}),
+        ("squared", {"positions": 1}),
+        ("squared", {"positions": 1, "device": torch.device("cpu")}),
+    ],
+)
+def test_the_way_is_chosen_by_shape_dtype_and_device(expected, change):
+    usual = {
+        "device": torch.device("cuda"), "dtype": torch.bfloat16, "positions": 1024,
+        "numel": 768 * 768, "aligned": True,
+    }  # fmt: skip
+    assert squares.choose_squares(**usual | change) == expected

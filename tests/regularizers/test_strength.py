@@ -10,6 +10,7 @@ from ars.regularizers import (
     EWC,
     AdaptiveStrength,
     DiagonalFisher,
+    KroneckerPenalty,
     ProgressiveInheritance,
     SubspacePenalty,
     trace_strengths,
@@ -53,7 +54,14 @@ def test_schedule(power):
         assert penalty.strength.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("build", [ewc, subspace, lambda m: ewc(m, storage="compact")])
+def kronecker(model, strength=3.0):
+    root = torch.randn(4, 4)
+    return KroneckerPenalty(model, {"2.weight": (root @ root.T, None)}, strength)
+
+
+@pytest.mark.parametrize(
+    "build", [ewc, subspace, kronecker, lambda model: ewc(model, storage="compact")]
+)
 def test_ratio_is_reached_at_once_without_smoothing(build):
     model = small_model()
     penalty = build(model)
