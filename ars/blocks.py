@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ars.batch import Batch
 
-__all__ = ["BLOCK", "Operands", "Piece", "Run", "Scratch", "as_flat", "operands", "runs"]
+__all__ = [
+    "BLOCK", "Operands", "Piece", "Run", "Scratch", "as_flat", "gathered", "operands", "runs",
+]  # fmt: skip
 
 # Elements of a run: long enough to hide the calls, short enough for a second-level cache.
 BLOCK = 1 << 17
@@ -95,8 +97,8 @@ class Run:
         pieces: The pieces.
         columns: The lists of their operands.
         steps: Their tensors' step counters.
-        theta, gradient, delta, pull: A stretch of scratch for each piece.
-        all_delta, all_pull: Those stretches as one.
+        theta, gradient, delta, pull: Rows of scratch for all pieces together.
+        thetas, gradients: The stretches of the first two that belong to each piece.
     """
 
     def __init__(self, pieces: list[Piece], scratch: Scratch) -> None:
@@ -108,8 +110,15 @@ class Run:
         self.steps = [piece.step for piece in pieces]
         sizes = [piece.operands.param.numel() for piece in pieces]
         rows = scratch.rows(self.dtype)[:, : sum(sizes)]
-        self.theta, self.gradient, self.delta, self.pull = (row.split(sizes) for row in rows)
-        self.all_delta, self.all_pull = rows[2], rows[3]
+        self.theta, self.gradient, self.delta, self.pull = rows
+        self.thetas, self.gradients = self.theta.split(sizes), self.gradient.split(sizes)
+
+
+def gathered(stretches: list[Tensor], row: Tensor) -> Tensor:
+    """Return stretches as one, in the dtype of ``row``: a lone one as it is, or copied there."""
+    if len(stretches) > 1:
+        return torch.cat(stretches, out=row)
+    return stretches[0] if stretches[0].dtype == row.dtype else row.copy_(stretches[0])
 
 
 def runs(batch: Batch, tensors: Iterable[tuple[int, Operands]], scratch: Scratch) -> Iterator[Run]:

@@ -23,7 +23,7 @@ from torch.optim.adam import adam
 
 from ars import reference
 from ars.batch import Batch, Hyper, Options, gated, write_diagnostics
-from ars.blocks import Piece, Run, Scratch
+from ars.blocks import Piece, Run, Scratch, gathered
 from ars.penalty import Scalar
 from ars.plan import Plan
 
@@ -159,33 +159,27 @@ class _Update:
             run: The pieces.
             stretches: The gradient of each tensor of the batch, cut as the tensor is.
         """
-        columns = run.columns
-        thetas = [
-            theta if theta.dtype == run.dtype else row.copy_(theta)
-            for theta, row in zip(columns.param, run.theta, strict=True)
-        ]
-        gradients = []
-        for piece, row in zip(run.pieces, run.gradient, strict=True):
-            gradient = stretches[piece.tensor][piece.part]
-            if gradient.dtype != run.dtype:  # before the product, which would round to it
-                gradient = row.copy_(gradient)
-            if self.sign != 1.0:
-                gradient = torch.mul(gradient, self.sign, out=row)
-            gradients.append(gradient)
-
-        penalty, strength = 0.0, float(self.hyper.strength)
+        columns, strength = run.columns, float(self.hyper.strength)
+        thetas: list[Tensor] = columns.param
+        if any(theta.dtype != run.dtype for theta in thetas):
+            gathered(thetas, run.theta)
+            thetas = list(run.thetas)
+        gradients = [stretches[piece.tensor][piece.part] for piece in run.pieces]
+        penalty = 0.0
+        pulled = run.penalized and not self.options.proximal
         if run.penalized:
-            for theta, anchor, importance, delta, pull in zip(
-                thetas, columns.anchor, columns.importance, run.delta, run.pull, strict=True
-            ):
-                torch.sub(theta, anchor, out=delta)
-                torch.mul(delta, importance, out=pull)
-            penalty = 0.5 * strength * float(torch.dot(run.all_delta, run.all_pull))
-            if not self.options.proximal:  # eq. 8; delta has served, its memory is used again
-                gradients = [
-                    torch.add(gradient, pull, alpha=strength, out=delta)
-                    for gradient, pull, delta in zip(gradients, run.pull, run.delta, strict=True)
-                ]
+            anchor = gathered(columns.anchor, run.pull)
+            delta = torch.sub(gathered(thetas, run.delta), anchor, out=run.delta)
+            pull = torch.mul(delta, gathered(columns.importance, run.pull), out=run.pull)
+            penalty = 0.5 * strength * float(torch.dot(delta, pull))
+        if pulled or self.sign != 1.0 or any(g.dtype != run.dtype for g in gradients):
+            # Converted before the product, which would round to half precision.
+            gradient = gathered(gradients, run.gradient)
+            if self.sign != 1.0:
+                gradient = torch.mul(gradient, self.sign, out=run.gradient)
+            if pulled:  # eq. 8
+                gradient = torch.add(gradient, run.pull, alpha=strength, out=run.gradient)
+            gradients = list(run.gradients) if len(gradients) > 1 else [gradient]
 
         largest = columns.max_exp_avg_sq if run.amsgrad else []
         self._adam(thetas, gradients, columns.exp_avg, columns.exp_avg_sq, largest, run.steps)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from ars.batch import Batch, Hyper
 from ars.blocks import BLOCK, Operands, Run, Scratch, as_flat, operands, runs
 
 __all__ = ["Alike", "Plan"]
+
+_DTYPE = attrgetter("dtype")
 
 
 class Alike(NamedTuple):
@@ -34,18 +37,21 @@ class Plan:
 
     def __init__(self, batch: Batch, scratch: Scratch, *, scaled: bool) -> None:
         self._batch, self._scaled = batch, scaled
+        self._steps = _share_(batch.steps)
         self._products = _share_(batch.products) if batch.products else None
-        self._factors: list[int] = batch.groups
         self._strides = [param.stride() for param in batch.params]
-        self._fitting = self._fits(batch.grads)
+        self._kinds = _kinds(batch.grads)
         self._static = [operands(batch, i) for i in range(len(batch.params))]
-        self._addresses = self._layout()
         self._cut: list[int] = []
         members: dict[Any, list[int]] = defaultdict(list)
         products = None if self._products is None else self._products.tolist()
         for i, group in enumerate(batch.groups):
             members[group, None if products is None else tuple(products[i])].append(i)
         self.classes = [self._alike(indices, scratch) for indices in members.values()]
+        # Views are kept of these; the others are handed to torch's kernel as the objects they are.
+        self._viewed = [t for i in self._cut for t in self._static[i] if t is not None]
+        self._viewed += batch.steps + batch.products
+        self._addresses = list(map(Tensor.data_ptr, self._viewed))
 
     def _alike(self, indices: list[int], scratch: Scratch) -> Alike:
         """Sort tensors by what their update takes."""
@@ -59,7 +65,8 @@ class Plan:
                 strided.append(i)
             elif (
                 self._scaled
-                or not self._fitting[i]
+                or self._kinds[0][i] != param.dtype
+                or self._kinds[1][i] != strides
                 or self._static[i].anchor is not None
                 or any(t.dtype != param.dtype for t in tensors)
             ):
@@ -79,31 +86,17 @@ class Plan:
         return (
             batch is self._batch
             and scaled == self._scaled
-            and self._fitting == self._fits(batch.grads)
-            and self._addresses == self._layout()
+            and self._kinds == _kinds(batch.grads)
+            and self._strides == list(map(Tensor.stride, batch.params))
+            and self._addresses == list(map(Tensor.data_ptr, self._viewed))
         )
-
-    def _fits(self, grads: list[Tensor]) -> list[bool]:
-        """Whether each gradient is laid out as its parameter, in the same dtype."""
-        return [
-            gradient.dtype == param.dtype and gradient.stride() == strides
-            for gradient, param, strides in zip(
-                grads, self._batch.params, self._strides, strict=True
-            )
-        ]
-
-    def _layout(self) -> list[Any]:
-        """Where the operands lie, and how."""
-        tensors = [t for row in self._static for t in row if t is not None]
-        tensors += self._batch.products
-        return [list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))]
 
     def count_(self, hypers: list[Hyper]) -> None:
         """Advance the steps, and the products of the betas."""
-        torch._foreach_add_(self._batch.steps, 1.0)
+        self._steps += 1
         if self._products is not None:
             betas = torch.tensor([(h.beta1, h.beta2) for h in hypers], dtype=torch.float64)
-            self._products *= betas if len(hypers) == 1 else betas[self._factors]
+            self._products *= betas if len(hypers) == 1 else betas[self._batch.groups]
 
     def products_of(self, alike: Alike) -> tuple[float, float] | None:
         """Return the products of these tensors' betas, None if nothing makes the betas vary."""
@@ -136,6 +129,11 @@ class Plan:
                 yield run, stretches
             for original, row in zip(self._static[i].written, rows.written, strict=True):
                 original.copy_(row.view(original.shape))
+
+
+def _kinds(tensors: list[Tensor]) -> tuple[list[torch.dtype], list[tuple[int, ...]]]:
+    """How tensors are laid out."""
+    return list(map(_DTYPE, tensors)), list(map(Tensor.stride, tensors))
 
 
 def _share_(tensors: list[Tensor]) -> Tensor:
