@@ -107,7 +107,7 @@ class Plan:
 
     def stretches(self, grads: list[Tensor]) -> dict[int, tuple[Tensor, ...]]:
         """Cut the gradients of the tensors in runs as the runs are cut."""
-        return {i: as_flat(grads[i], self._strides[i]).split(BLOCK) for i in self._cut}
+        return {i: _cut(as_flat(grads[i], self._strides[i])) for i in self._cut}
 
     def strided(
         self, alike: Alike, scratch: Scratch
@@ -124,11 +124,16 @@ class Plan:
         for i in alike.strided:
             strides = torch.empty(self._static[i].param.shape).stride()
             rows = self._as_rows(i, strides)
-            stretches = {i: as_flat(self._batch.grads[i], strides).split(BLOCK)}
+            stretches = {i: _cut(as_flat(self._batch.grads[i], strides))}
             for run in runs(self._batch, [(i, rows)], scratch):
                 yield run, stretches
             for original, row in zip(self._static[i].written, rows.written, strict=True):
                 original.copy_(row.view(original.shape))
+
+
+def _cut(row: Tensor) -> tuple[Tensor, ...]:
+    """Cut a row into stretches of BLOCK elements."""
+    return (row,) if row.numel() <= BLOCK else row.split(BLOCK)
 
 
 def _kinds(tensors: list[Tensor]) -> tuple[list[torch.dtype], list[tuple[int, ...]]]:
