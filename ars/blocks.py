@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ars.batch import Batch
+from ars.reference.penalties import SCALED, decode_importance
 
 __all__ = [
     "BLOCK", "Operands", "Piece", "Run", "Scratch", "as_flat", "gathered", "operands", "runs",
@@ -25,6 +26,7 @@ class Operands(NamedTuple):
     max_exp_avg_sq: Tensor | None
     anchor: Tensor | None
     importance: Tensor | None
+    pull: Tensor | None
 
     @property
     def written(self) -> list[Tensor]:
@@ -41,6 +43,7 @@ def operands(batch: Batch, i: int) -> Operands:
         batch.max_exp_avg_sqs[i],
         batch.anchors[i],
         batch.importances[i],
+        batch.pulls[i],
     )
 
 
@@ -66,15 +69,22 @@ class Piece(NamedTuple):
     """A stretch of one tensor's operands, each of them a row of the same length."""
 
     operands: Operands
+    scale: Tensor | None  # of a compressed importance
     step: Tensor  # 0-d, of the whole tensor
     tensor: int  # its index in the batch
     part: int  # which of its stretches of BLOCK elements
 
     @property
-    def kind(self) -> tuple[torch.dtype, bool, bool]:
-        """What must be alike to be updated in one call: dtype, amsgrad, penalty."""
-        _, exp_avg, _, largest, anchor, _ = self.operands
-        return exp_avg.dtype, largest is not None, anchor is not None
+    def kind(self) -> tuple[torch.dtype, bool, bool, bool]:
+        """What must be alike to be updated in one call: dtype, amsgrad, penalty, pull."""
+        _, exp_avg, _, largest, anchor, _, pull = self.operands
+        return exp_avg.dtype, largest is not None, anchor is not None, pull is not None
+
+    def importance(self) -> Tensor:
+        """Return how hard the penalty pulls, a floating-point row; for penalised pieces only."""
+        importance = self.operands.importance
+        assert importance is not None
+        return importance if self.scale is None else decode_importance(importance, self.scale)
 
 
 class Scratch:
@@ -103,7 +113,7 @@ class Run:
 
     def __init__(self, pieces: list[Piece], scratch: Scratch) -> None:
         self.pieces = pieces
-        self.dtype, self.amsgrad, self.penalized = pieces[0].kind
+        self.dtype, self.amsgrad, self.penalized, self.pulled = pieces[0].kind
         self.columns: Any = Operands._make(
             list(column) for column in zip(*(piece.operands for piece in pieces), strict=True)
         )
@@ -140,7 +150,10 @@ def runs(batch: Batch, tensors: Iterable[tuple[int, Operands]], scratch: Scratch
             stop = min(start + BLOCK, numel)
             whole = numel <= BLOCK
             cut = rows if whole else [None if t is None else t[start:stop] for t in rows]
-            piece = Piece(Operands._make(cut), batch.steps[index], index, part)
+            scale = batch.scales[index]
+            if scale is not None:
+                scale = scale[start // SCALED : -(-stop // SCALED)]
+            piece = Piece(Operands._make(cut), scale, batch.steps[index], index, part)
             if pending and (size + stop - start > BLOCK or piece.kind != pending[0].kind):
                 yield Run(pending, scratch)
                 pending, size = [], 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from ars import loop
 from ars.batch import Batch, Hyper, Options
 from ars.device import DeviceStep
-from ars.host import HostStep, can_step
+from ars.host import HostStep
 from ars.squares import add_squared_products_
 
 __all__ = [
@@ -124,7 +124,7 @@ def step_(
     """
     if implementation == "triton":
         kept.device.step_(batch, hypers, options)
-    elif implementation == "loop" or not can_step(batch, options):
+    elif implementation == "loop":
         loop.step_(batch, hypers, options)
     else:
         kept.host.step_(batch, hypers, options, foreach=implementation == "foreach")

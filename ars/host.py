@@ -27,7 +27,7 @@ from ars.blocks import Piece, Run, Scratch, gathered
 from ars.penalty import Scalar
 from ars.plan import Plan
 
-__all__ = ["HostStep", "can_step"]
+__all__ = ["HostStep"]
 
 # A step at which every beta ** step is 0, so that torch's own bias corrections are 1.
 FOREVER = torch.tensor(1e9, dtype=torch.float32)
@@ -49,29 +49,33 @@ class HostStep:
             options: What holds for all groups.
             foreach: Use torch's foreach kernels instead of its fused one.
         """
+        if options.found_inf is not None and options.found_inf.item() != 0:
+            return
         hypers = [_numbers(hyper) for hyper in hypers]
-        norm = grad_norm(batch.grads) if options.needs_norm else math.nan
+        factor = 1.0 if options.grad_scale is None else 1 / options.grad_scale.item()
+        norm = grad_norm(batch.grads) * factor if options.needs_norm else math.nan
         values: dict[str, Scalar] = {"surprise": math.nan, "rho": 0.0, "psi": 1.0, "phi": 1.0}
         values |= {"chi": 0.0, "grad_norm": norm, "penalty": 0.0}
+        if options.penalty is not None:
+            values["penalty"] = float(options.penalty)
         controller = options.controller
         if controller is not None:
             surprise = norm if options.surprise is None else options.surprise
             signals = controller.observe(surprise)
             values |= signals._asdict()
             hypers = [gated(hyper, signals.phi, signals.chi) for hyper in hypers]
-        clip = 1.0
         if options.max_norm is not None:
             number = torch.tensor(norm, dtype=torch.float64)
-            clip = float(reference.clip_coefficient(number, options.max_norm))
+            factor *= float(reference.clip_coefficient(number, options.max_norm))
 
-        plan = self._plan
-        if plan is None or not plan.holds(batch, scaled=clip != 1.0):
-            plan = self._plan = Plan(batch, self._scratch, scaled=clip != 1.0)
+        plan, scaled = self._plan, factor != 1.0
+        if plan is None or not plan.holds(batch, scaled=scaled):
+            plan = self._plan = Plan(batch, self._scratch, scaled=scaled)
         plan.count_(hypers)
         stretches = plan.stretches(batch.grads)
         for alike in plan.classes:
             products = plan.products_of(alike)
-            update = _Update(hypers[alike.group], products, options, clip, foreach)
+            update = _Update(hypers[alike.group], products, options, factor, foreach)
             if alike.direct:
                 update.tensors(batch, alike.direct)
             for run in alike.runs:
@@ -81,14 +85,6 @@ class HostStep:
 
         values |= {"lr": hypers[0].lr, "beta1": hypers[0].beta1, "beta2": hypers[0].beta2}
         write_diagnostics(options.diagnostics, values)
-
-
-def can_step(batch: Batch, options: Options) -> bool:
-    """Whether :class:`HostStep` knows everything that is asked of the step."""
-    extra = any(pull is not None for pull in batch.pulls) or any(
-        scale is not None for scale in batch.scales
-    )
-    return not extra and options.grad_scale is None and options.found_inf is None
 
 
 def grad_norm(grads: list[Tensor]) -> float:
@@ -124,11 +120,11 @@ class _Update:
         hyper: Hyper,
         products: tuple[float, float] | None,
         options: Options,
-        clip: float,
+        factor: float,  # of the gradients: unscaling and clipping
         foreach: bool,
     ) -> None:
         self.hyper, self.products, self.options = hyper, products, options
-        self.sign, self.foreach = -clip if hyper.maximize else clip, foreach
+        self.factor, self.foreach = -factor if hyper.maximize else factor, foreach
         self.arguments: dict[str, Any] = {
             "lr": hyper.lr,
             "beta1": hyper.beta1,
@@ -166,19 +162,27 @@ class _Update:
             thetas = list(run.thetas)
         gradients = [stretches[piece.tensor][piece.part] for piece in run.pieces]
         penalty = 0.0
-        pulled = run.penalized and not self.options.proximal
+        coupled = run.penalized and not self.options.proximal
         if run.penalized:
             anchor = gathered(columns.anchor, run.pull)
             delta = torch.sub(gathered(thetas, run.delta), anchor, out=run.delta)
-            pull = torch.mul(delta, gathered(columns.importance, run.pull), out=run.pull)
+            pull = torch.mul(
+                delta,
+                gathered([piece.importance() for piece in run.pieces], run.pull),
+                out=run.pull,
+            )
             penalty = 0.5 * strength * float(torch.dot(delta, pull))
-        if pulled or self.sign != 1.0 or any(g.dtype != run.dtype for g in gradients):
+        kept = self.factor == 1.0 and not (coupled or run.pulled)
+        if not kept or any(gradient.dtype != run.dtype for gradient in gradients):
             # Converted before the product, which would round to half precision.
             gradient = gathered(gradients, run.gradient)
-            if self.sign != 1.0:
-                gradient = torch.mul(gradient, self.sign, out=run.gradient)
-            if pulled:  # eq. 8
+            if self.factor != 1.0:
+                gradient = torch.mul(gradient, self.factor, out=run.gradient)
+            if coupled:  # eq. 8
                 gradient = torch.add(gradient, run.pull, alpha=strength, out=run.gradient)
+            if run.pulled:
+                pull = gathered(columns.pull, run.pull)
+                gradient = torch.add(gradient, pull, out=run.gradient)
             gradients = list(run.gradients) if len(gradients) > 1 else [gradient]
 
         largest = columns.max_exp_avg_sq if run.amsgrad else []
@@ -193,15 +197,14 @@ class _Update:
 
     def _proximal(self, theta: Tensor, piece: Piece) -> None:
         """Take the proximal step (9) after Adam's, in its metric."""
-        _, _, exp_avg_sq, largest, anchor, importance = piece.operands
+        _, _, exp_avg_sq, largest, anchor, _, _ = piece.operands
         assert anchor is not None
-        assert importance is not None
         beta2 = float(self.hyper.beta2)
         product2 = beta2 ** float(piece.step) if self.products is None else self.products[1]
         second = exp_avg_sq if largest is None else largest
         denominator = reference.adam_denominator(second, 1 - product2, self.hyper.eps)
         metric = float(self.hyper.lr) * float(self.hyper.strength) / denominator
-        theta.copy_(reference.ewc_proximal(theta, anchor, importance, metric))
+        theta.copy_(reference.ewc_proximal(theta, anchor, piece.importance(), metric))
 
     def _adam(
         self,

@@ -61,13 +61,16 @@ class Plan:
             param, strides = tensors[0], self._strides[i]
             # What zeros_like would lay out in another way has gaps or overlaps.
             dense = param.is_contiguous() or torch.empty_like(param).stride() == strides
-            if not dense or any(t.stride() != strides for t in tensors):
+            # A compressed importance has a scale for so many elements in the order of a dense row.
+            ordered = self._batch.scales[i] is None or param.is_contiguous()
+            if not (dense and ordered) or any(t.stride() != strides for t in tensors):
                 strided.append(i)
             elif (
                 self._scaled
                 or self._kinds[0][i] != param.dtype
                 or self._kinds[1][i] != strides
                 or self._static[i].anchor is not None
+                or self._static[i].pull is not None
                 or any(t.dtype != param.dtype for t in tensors)
             ):
                 in_rows.append(i)
