@@ -5,7 +5,7 @@ r"""Which implementation adds up the per-sample squares of a matrix's gradient.
 T = 1 is the product of two squared matrices. Otherwise no formula is cheaper than the N gradients
 themselves, 2 N T p d operations; what differs is where they live:
 
-    scratch   a matrix or a few at a time in memory, squared and added by a second operation
+    scratch   some rows of one, or a few small ones, in memory, squared by a second operation
     kernel    in registers (:mod:`ars.csrc_triton.fisher`), on a GPU in half precision
 
 Nothing of the size of N gradients is ever held.
@@ -21,10 +21,12 @@ from torch import Tensor
 
 __all__ = ["add_squared_products_", "choose_squares"]
 
-# Elements of the scratch for several samples. On a CPU 1 MiB of fp32, which stays in a core's
-# cache, where squaring and adding cost least.
+# Elements of the scratch, and below which several samples share it. On a CPU it and its part of
+# the sum, 1 MiB each, stay in a core's cache; a GPU wants large products.
 SCRATCH = {"cpu": 2**18}
-GPU_SCRATCH = 2**22
+SHARED = {"cpu": 2**14}
+GPU_SCRATCH = 2**24
+GPU_SHARED = 2**18
 # The scratch costs 16 bytes of traffic an element and sample whatever T, its product as much as the
 # kernel's, but on a library that may be a quarter faster: at 4.8 TB/s and 700 Tflop/s, by count of
 # bytes and operations, the two ways meet near T = 3500.
@@ -125,22 +127,25 @@ def add_squared_products_(
 
 
 def _add_by_scratch(total: Tensor, g: Tensor, a: Tensor) -> None:
-    together = SCRATCH.get(total.device.type, GPU_SCRATCH) // total.numel()
-    if together <= 1:
-        scratch = torch.empty_like(total)
-        for gradient, inputs in zip(g, a, strict=True):
+    size = SCRATCH.get(total.device.type, GPU_SCRATCH)
+    if total.numel() <= SHARED.get(total.device.type, GPU_SHARED):
+        together = max(1, size // total.numel())
+        for gradients, inputs in zip(g.split(together), a.split(together), strict=True):
+            if g.dtype == total.dtype:
+                products = torch.bmm(gradients.mT, inputs)
+            else:
+                products = torch.bmm(gradients.mT, inputs, out_dtype=total.dtype)
+            total += products.square_().sum(0)
+        return
+    rows = max(1, size // total.shape[1])
+    for part, columns in zip(total.split(rows), g.split(rows, dim=2), strict=True):
+        scratch = torch.empty_like(part)
+        for gradient, inputs in zip(columns, a, strict=True):
             if g.dtype == total.dtype:
                 torch.mm(gradient.mT, inputs, out=scratch)
             else:
                 torch.mm(gradient.mT, inputs, out_dtype=total.dtype, out=scratch)
-            total.addcmul_(scratch, scratch)
-        return
-    for gradients, inputs in zip(g.split(together), a.split(together), strict=True):
-        if g.dtype == total.dtype:
-            products = torch.bmm(gradients.mT, inputs)
-        else:
-            products = torch.bmm(gradients.mT, inputs, out_dtype=total.dtype)
-        total += products.square_().sum(0)
+            part.addcmul_(scratch, scratch)
 
 
 def _check(total: Tensor, g: Tensor, a: Tensor, offsets: Tensor | None) -> None:

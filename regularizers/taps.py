@@ -8,7 +8,8 @@ What a tap saves goes through autograd like any layer's input: checkpointing rec
 Which dimension of a layer's input holds the samples is found by comparing one sample's forward pass
 with two samples': the dimension that doubles. Where none does (a position embedding, read once for
 all samples and broadcast) the layer's output is expanded to the samples before it is used, so that
-its gradient arrives before broadcasting adds the samples up.
+its gradient arrives before broadcasting adds the samples up. So is a parameter that a module adds
+or concatenates by itself, if its first dimension is 1 (a class token, a position embedding).
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.contributions import Contribution, add_squares_of_uses_
+from ars.regularizers.contributions import Contribution, Sums, add_squares_of_uses_
 from ars.regularizers.cotangents import Chunk, cotangents
 from ars.regularizers.layer_rules import rule_of, to_samples
 
@@ -83,6 +84,7 @@ class Taps:
     ) -> None:
         self._model = model
         self._names = {p: name for name, p in parameters.items()}
+        self._broadcast: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._layers = self._tapped_layers()
         one, two = self._shapes(inputs[:1]), self._shapes(inputs[:2])
         if [m for m, _ in one] != [m for m, _ in two]:
@@ -92,16 +94,22 @@ class Taps:
         for (module, alone), (_, both) in zip(one, two, strict=True):
             self._calls[module].append(_Call(self._sample_dim(module, alone, both), alone))
             uses.update(set(module.parameters(recurse=False)))
+        uses.update(p for _, _, p in self._broadcast)
         self._several = {p for p, n in uses.items() if n > 1}
         self._pending: dict[nn.Parameter, list[Contribution]] = {}
 
     def _tapped_layers(self) -> dict[nn.Module, str]:
         layers = {}
         for path, module in self._model.named_modules():
-            if any(p in self._names for p in module.parameters(recurse=False)):
+            own = {n: p for n, p in module.named_parameters(recurse=False) if p in self._names}
+            if own and rule_of(module) is not None:
                 layers[module] = f"{type(module).__name__} {path or 'itself'!r}"
-                if rule_of(module) is None:
-                    raise UnsupportedModelError(f"{layers[module]} has no rule")
+            elif all(p.ndim > 1 and len(p) == 1 for p in own.values()):
+                self._broadcast += [(module, name, p) for name, p in own.items()]
+            else:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} {path or 'itself'!r} has no rule"
+                )
         return layers
 
     def _shapes(self, inputs: Tensor) -> list[tuple[nn.Module, torch.Size]]:
@@ -140,6 +148,22 @@ class Taps:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def _expanded(self, samples: int, root: Tensor, total: dict[str, Tensor]) -> Iterator[None]:
+        """Put a copy for every sample in the place of each broadcast parameter."""
+
+        def recorder(p: nn.Parameter) -> Any:
+            return lambda _, gradient: self._add(total, p, Sums(gradient.unsqueeze(1)))
+
+        try:
+            for module, name, p in self._broadcast:
+                copies = p.detach().expand(samples, *p.shape[1:])
+                module._parameters[name] = _Tap.apply(copies, root.detach(), root, recorder(p))
+            yield
+        finally:
+            for module, name, p in self._broadcast:
+                module._parameters[name] = p
+
     def add_squares(self, total: dict[str, Tensor], estimator: str, chunk: Chunk) -> None:
         """Add the squared gradients of every sample to ``total``, in place.
 
@@ -177,7 +201,7 @@ class Taps:
             return _Tap.apply(output, x, root, record)
 
         self._pending.clear()
-        with self._hooks(tap):
+        with self._hooks(tap), self._expanded(samples, root, total):
             logits = self._model(chunk.inputs)
             for module, known in self._calls.items():
                 if calls[module] != len(known):
@@ -198,9 +222,11 @@ class Taps:
         assert rule is not None
         for name, contribution in rule[0](module, x, gradient).items():
             p = module._parameters.get(name)
-            if p not in self._names:
-                continue
-            if p in self._several:
-                self._pending.setdefault(p, []).append(contribution)
-            else:
-                contribution.add_squares_(total[self._names[p]])
+            if p in self._names:
+                self._add(total, p, contribution)
+
+    def _add(self, total: dict[str, Tensor], p: nn.Parameter, use: Contribution) -> None:
+        if p in self._several:
+            self._pending.setdefault(p, []).append(use)
+        else:
+            use.add_squares_(total[self._names[p]])

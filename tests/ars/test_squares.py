@@ -27,11 +27,13 @@ def test_definition_is_the_square_of_autograd_gradients():
     torch.testing.assert_close(squared_products(g, x), expected)
 
 
-@pytest.mark.parametrize("scratch", [1, 40, 2**18], ids=["one", "some", "all"])
+@pytest.mark.parametrize("shared", [0, 2**14], ids=["alone", "shared"])
+@pytest.mark.parametrize("scratch", [1, 9, 40, 2**18])
 @pytest.mark.parametrize(
     "sizes", [(5, 1, 3, 4), (5, 6, 3, 4), (1, 6, 3, 4), (7, 2, 1, 9), (0, 6, 3, 4), (5, 0, 3, 4)]
 )
-def test_adds_to_what_is_there(sizes, scratch, monkeypatch):
+def test_adds_to_what_is_there(sizes, scratch, shared, monkeypatch):
+    monkeypatch.setitem(squares.SHARED, "cpu", shared)
     monkeypatch.setitem(squares.SCRATCH, "cpu", scratch)
     g, a = operands(*sizes)
     total = torch.rand(sizes[2:], dtype=torch.float64)

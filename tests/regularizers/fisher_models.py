@@ -134,7 +134,28 @@ class Positions(nn.Module):
         return self.head(x.tanh() * self.scale(torch.ones(1, 1, 1, dtype=x.dtype)))
 
 
+class Vision(nn.Module):
+    """A class token and a position embedding that the model adds by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(4, 5, (4, 3), stride=(4, 3))
+        self.token, self.position = (
+            nn.Parameter(torch.ones(1, 1, 5)),
+            nn.Parameter(torch.ones(1, 8, 5)),
+        )
+        self.norm, self.head = nn.LayerNorm(5), nn.Linear(5, 3)
+        self.unused = nn.Parameter(torch.ones(1, 2))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), 1)
+        x = self.norm(x + self.position[:, : x.shape[1]]).tanh()
+        return self.head((x + self.token).prod(1))
+
+
 MODELS = {
+    "vision": lambda: (Vision(), images()),
     "mlp": lambda: (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
                     (torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 3)),
     "rms": lambda: (nn.Sequential(nn.Linear(4, 5), nn.RMSNorm(5), nn.Linear(5, 3)), sequences()),
