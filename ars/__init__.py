@@ -12,7 +12,8 @@
 from ars.adam import ARSAdam
 from ars.adamw import ARSAdamW
 from ars.controller import ARSConfig, ARSController
+from ars.release import GradientRelease
 
 __version__ = "0.1.0"
 
-__all__ = ["ARSAdam", "ARSAdamW", "ARSConfig", "ARSController", "__version__"]
+__all__ = ["ARSAdam", "ARSAdamW", "ARSConfig", "ARSController", "GradientRelease", "__version__"]
