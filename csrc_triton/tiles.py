@@ -16,6 +16,8 @@ from ars.csrc_triton.layout import Table
 # Elements per program. One program's table look-ups, ticket and partial sum serve 4096 elements
 # (112 kB of fp32 traffic), and a million elements still make 256 programs.
 TILE = 4096
+# Steps that can be captured in CUDA graphs without one outside of a capture in between.
+CAPTURES = 8
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -64,7 +66,8 @@ class GradientTable:
 
     A CUDA graph keeps reading the addresses it was captured with, whatever is uploaded afterwards,
     so a capture gets a table of its own, filled by a copy that is part of the graph. Its pinned
-    source is set aside beforehand, because pinned memory cannot be had during a capture.
+    source is set aside beforehand, because pinned memory cannot be had during a capture: enough
+    for some captures, and for as many again at the next step outside of one.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
@@ -72,10 +75,11 @@ class GradientTable:
         self._addresses: list[int] | None = None
         self._table = torch.empty(count, dtype=torch.int64, device=device)
         self._captured: list[tuple[Tensor, Tensor]] = []
-        self._spare: Tensor | None = self._pinned()
+        self._spares = self._pinned()
 
-    def _pinned(self) -> Tensor:
-        return torch.empty(self._table.shape, dtype=torch.int64, pin_memory=self._table.is_cuda)
+    def _pinned(self) -> list[Tensor]:
+        shape = (CAPTURES, len(self._table))
+        return list(torch.empty(shape, dtype=torch.int64, pin_memory=self._table.is_cuda))
 
     def moved(self, addresses: list[int]) -> bool:
         """Whether any gradient is elsewhere than in the last uploaded table."""
@@ -85,19 +89,22 @@ class GradientTable:
         """Return a table of these addresses, for the launches of one step.
 
         Raises:
-            RuntimeError: During a second CUDA-graph capture without an eager step before it.
+            RuntimeError: During one CUDA-graph capture too many without an eager step before it.
         """
         if self._table.is_cuda and torch.cuda.is_current_stream_capturing():
-            if self._spare is None:
-                raise RuntimeError("take one step outside of a capture before capturing another")
-            source, self._spare = self._spare, None
+            if not self._spares:
+                raise RuntimeError(
+                    f"{CAPTURES} steps were captured; take one step outside of a capture before "
+                    "capturing another"
+                )
+            source = self._spares.pop()
             source.copy_(torch.tensor(addresses, dtype=torch.int64))
             table = torch.empty_like(self._table)
             table.copy_(source, non_blocking=True)
             self._captured.append((source, table))
             return table
-        if self._spare is None:
-            self._spare = self._pinned()
+        if not self._spares:
+            self._spares = self._pinned()
         if self.moved(addresses):
             values = torch.frombuffer(array("q", addresses), dtype=torch.int64)
             values = values.pin_memory() if self._table.is_cuda else values

@@ -7,7 +7,7 @@ a program, added up in a fixed order by the last one to arrive: bitwise reproduc
 import triton
 import triton.language as tl
 
-from ars.csrc_triton.adam import NO_PENALTY, THREADS, update_block
+from ars.csrc_triton.adam import NO_PENALTY, update_block
 from ars.csrc_triton.device import (
     CORRECTION,
     DIAGNOSTIC,
@@ -37,8 +37,9 @@ def _update_tile(
     left = tl.minimum(numel - first, TILE).to(tl.int32)
     whole = tl.where((bits & 15) == 0, left // BLOCK, 0)
 
+    PART: tl.constexpr = BLOCK // 2
     total = tl.zeros((BLOCK,), COMPUTE)
-    rest = tl.zeros((THREADS,), COMPUTE)
+    rest = tl.zeros((PART,), COMPUTE)
     i = 0
     # Unmasked: a mask of unknown length would make every access scalar.
     while i < whole:
@@ -48,15 +49,15 @@ def _update_tile(
             COMPUTE, BLOCK, WIDE=True,
         )  # fmt: skip
         i += 1
-    # One element a thread: it is this loop that would take the most registers.
+    # Half as many elements a thread: it is this loop that would take the most registers.
     done = whole * BLOCK
     while done < left:
         rest += update_block(
             addresses, numbers, key, first + done, numel,
             PARAM, MOMENT, ANCHOR, IMPORTANCE, AMSGRAD, DECOUPLED, PENALTY, PULLED, ROUNDING,
-            COMPUTE, THREADS, WIDE=False,
+            COMPUTE, PART, WIDE=False,
         )  # fmt: skip
-        done += THREADS
+        done += PART
     return tl.sum(total) + tl.sum(rest) if PENALTY != NO_PENALTY else 0.0
 
 

@@ -93,8 +93,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """
     if x.dtype != torch.float32 or dtype != torch.bfloat16:
         raise TypeError(f"cannot round {x.dtype} to {dtype}; only float32 to bfloat16")
-    rounded = _quiet(x) + torch.where(x.isnan(), 0, bits)
-    return (rounded >> 16).to(torch.int16).view(dtype)
+    return ((_quiet(x) + bits) >> 16).to(torch.int16).view(dtype)
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:

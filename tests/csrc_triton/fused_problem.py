@@ -13,7 +13,6 @@ from torch import Tensor
 from ars import reference
 from ars.csrc_triton.layout import Diagnostic, Hyper
 from ars.csrc_triton.step import Controller, FusedAdam
-from ars.regularizers import dequantize
 
 # Every term of the update must weigh enough to be seen in the result.
 HYPER = {"lr": 0.3, "beta1": 0.7, "beta2": 0.6, "eps": 0.05, "weight_decay": 0.2, "strength": 1.5}
@@ -58,7 +57,7 @@ class Problem:
         importance, scale = self.entry("importances", i), self.entry("scales", i)
         if importance is None or scale is None:
             return importance
-        return dequantize(importance, scale)
+        return reference.decode_importance(importance, scale)
 
     def write(self, i: int, result: reference.AdamResult) -> None:
         """Store what the reference computed in parameter i's tensors."""
@@ -274,3 +273,12 @@ def make_problem(
         seed=-(2**50) - 3,
         numbers=[3 * i + 1 for i in range(count)],
     )
+
+
+def plain_numbers(problem: Problem) -> None:
+    """Numbers so round that the kernels' and the reference's float32 results are the same bits."""
+    row = {"lr": 0.25, "beta1": 0.5, "beta2": 0.75, "eps": 0.125, "weight_decay": 0.5}
+    for name, value in row.items():
+        problem.hyper[:, Hyper[name.upper()]] = value
+    for step in problem.steps:
+        step.zero_()

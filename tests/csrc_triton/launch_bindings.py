@@ -44,11 +44,13 @@ def main() -> None:
     )  # fmt: skip
     fused = problem.fused()
     losses = torch.rand(5)
+    scaler = {"grad_scale": losses[:1], "found_inf": losses[:1]}
     for index in range(5):  # at any alignment
         problem.hyper *= 0.5
-        fused.step(problem.gradients(), loss=losses[index], clip=True)
+        scaler = dict.fromkeys(scaler, losses[index : index + 1])
+        fused.step(problem.gradients(), loss=losses[index], clip=True, **scaler)
     misaligned = [torch.randn(p.numel() + 1)[1:].view_as(p) for p in problem.params]
-    fused.step(misaligned, loss=losses[0], clip=True)
+    fused.step(misaligned, loss=losses[0], clip=True, **scaler)
 
     # Another model of the same kind, whatever its size.
     for shapes in ([(5,)] * 16, [(3,)], [(40000,), (7,)]):
@@ -56,7 +58,7 @@ def main() -> None:
             "cpu", [torch.float32], shapes, controller="conditioned", penalty="coupled",
             unpenalized=(0,) if len(shapes) > 1 else (), max_norm=1.0, group_count=2,
         )  # fmt: skip
-        problem.fused().step(problem.gradients(), loss=losses[0], clip=True)
+        problem.fused().step(problem.gradients(), loss=losses[0], clip=True, **scaler)
     versions = {k.fn.__name__: len(k.device_caches[0][0]) for k in (adam_kernel, control_kernel)}
     json.dump(versions, sys.stdout)
 

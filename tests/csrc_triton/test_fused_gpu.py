@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from fused_oracle import MOMENT_ULPS, PARAM_ULPS, PENALTY_TOLERANCE, assert_step, ulps
-from fused_problem import HYPER, Problem, make_problem
+from fused_problem import HYPER, Problem, make_problem, plain_numbers
 from torch import Tensor
 
 from ars import reference
 from ars.csrc_triton.layout import Diagnostic
 from ars.csrc_triton.step import FusedAdam
+from ars.csrc_triton.tiles import CAPTURES
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -159,7 +160,7 @@ def test_captures_that_cannot_be_right_are_refused() -> None:
     grads = problem.gradients()
     fused = problem.fused()
     fused.step(grads, loss=loss, clip=True)
-    graph = capture(fused, grads, loss)
+    graphs = [capture(fused, [grad.clone() for grad in grads], loss) for _ in range(CAPTURES)]
     work = torch.zeros(3, device=DEVICE)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         work.add_(1)  # an empty capture would warn
@@ -168,11 +169,51 @@ def test_captures_that_cannot_be_right_are_refused() -> None:
         with pytest.raises(RuntimeError, match="before capturing"):
             problem.fused()
     fused.step(grads, loss=loss, clip=True)
-    second = capture(fused, grads, loss)
-    for each in (graph, second):
+    graphs.append(capture(fused, grads, loss))
+    for graph in graphs:
         before = problem.steps[0].item()
-        each.replay()
+        graph.replay()
         assert problem.steps[0].item() == before + 1
+
+
+@pytest.mark.parametrize("mode", ["master", "stochastic"])
+@pytest.mark.parametrize("penalty_dtype", [torch.float32, torch.uint8])
+def test_large_bfloat16_tensors_equal_the_reference(mode: str, penalty_dtype: torch.dtype) -> None:
+    options = EVERYTHING | {"penalty_dtypes": (penalty_dtype,), "pulled": (0, 2), mode: True}
+    shapes = [(2**20 + 3,), (4096, 257), *[(64,)] * 300, (1,)]
+    problem = make_problem(DEVICE, [torch.bfloat16], shapes, **options)
+    fused = problem.fused()
+    for _ in range(3):
+        assert_step(problem, fused, clip=True, scale=64.0)
+
+
+def test_stochastic_rounding_is_the_references_on_the_device() -> None:
+    problem = make_problem(DEVICE, [torch.bfloat16], [(2**20 + 5,), (77,)], stochastic=True)
+    plain_numbers(problem)
+    expected = problem.clone()
+    fused, grads = problem.fused(), problem.gradients()
+    fused.step(grads, loss=None, clip=False)
+    expected.reference_step_(grads, loss=None, clip=False, reported=fused.diagnostics)
+    for name in ("params", "exp_avgs", "exp_avg_sqs"):
+        assert all(map(torch.equal, getattr(problem, name), getattr(expected, name)))
+
+
+def test_master_weights_take_100_steps_of_float32() -> None:
+    problem = make_problem(
+        DEVICE, [torch.bfloat16], [(2**18 + 3,), (5,)], controller="conditioned", max_norm=5.0,
+        master=True,
+    )  # fmt: skip
+    full = problem.clone()
+    full.params, full.remainders = [problem.weight(i) for i in range(2)], None
+    fused, other = problem.fused(), full.fused()
+    for index in range(100):
+        grads = problem.gradients()
+        loss = torch.rand((), device=DEVICE) + index % 2
+        fused.step(grads, loss=loss, clip=False)
+        other.step([grad.float() for grad in grads], loss=loss, clip=False)
+    for i in range(2):
+        assert torch.equal(problem.weight(i), full.params[i])
+        assert torch.equal(problem.exp_avgs[i], full.exp_avgs[i])
 
 
 def test_more_elements_than_an_int32_counts() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from fused_oracle import assert_step
-from fused_problem import Problem, make_problem
+from fused_problem import make_problem, plain_numbers
 from torch import Tensor
 
 from ars import reference
@@ -111,15 +111,6 @@ def test_master_weights_take_the_steps_of_float32(device: str) -> None:
     assert torch.equal(problem.exp_avgs[0], full.exp_avgs[0])
 
 
-def plain_numbers(problem: Problem) -> None:
-    """Numbers so round that the kernels' and the reference's float32 results are the same bits."""
-    row = {"lr": 0.25, "beta1": 0.5, "beta2": 0.75, "eps": 0.125, "weight_decay": 0.5}
-    for name, value in row.items():
-        problem.hyper[:, Hyper[name.upper()]] = value
-    for step in problem.steps:
-        step.zero_()
-
-
 @pytest.mark.parametrize("seed", [0, 2**64 - 1, -(2**50) - 3])
 def test_stochastic_rounding_is_the_references_bit_by_bit(seed: int, device: str) -> None:
     problem = make_problem(device, [BF16], [(2 * TILE + 2047,), (3, 50)], stochastic=True)
@@ -213,6 +204,22 @@ def test_what_is_no_number_stays_so(value: float, mode: str, device: str) -> Non
     problem.fused().step([torch.zeros_like(problem.params[0])], loss=None, clip=False)
     assert not problem.params[0].isfinite().any()
     assert not problem.exp_avgs[0].isfinite().any()
+
+
+@pytest.mark.parametrize("mode", ["master", "stochastic"])
+def test_a_nan_that_rounding_would_turn_into_zero_stays_nan(mode: str, device: str) -> None:
+    """0x7FFFFFFF, which GPUs produce: one more is the pattern of -0."""
+    problem = make_problem(device, [BF16], [(1030,)], pulled=(0,), **MODES[mode])
+    assert problem.pulls is not None
+    nan = torch.full((1030,), 0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32)
+    problem.pulls = [nan]
+    if problem.remainders is not None:
+        problem.params[0].fill_(-0.0)
+        problem.remainders[0].fill_(-1)
+        assert torch.equal(problem.weight(0).view(torch.int32), nan.view(torch.int32))
+    problem.fused().step(problem.gradients(), loss=None, clip=False)
+    for values in (problem.params, problem.exp_avgs, problem.exp_avg_sqs):
+        assert values[0].isnan().all()
 
 
 def test_a_pull_is_not_scaled_clipped_or_turned_round(device: str) -> None:

@@ -16,16 +16,18 @@ from torch import Tensor
 from ars.csrc_triton import adam, control
 from ars.csrc_triton.tiles import TILE
 
-OPERANDS = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "anchors", "importances")
+OPERANDS = (
+    "params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "anchors", "importances", "pulls",
+    "remainders",
+)  # fmt: skip
 
 
 def misaligned(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].copy_(tensor)
 
 
-def record(module: Any, problem: Problem, grads: list[Tensor]) -> list[int]:
-    """Take a step; return the address modulo 16 of every pointer that ``module`` calls wide."""
-    promised: list[int] = []
+def recording(module: Any, promised: list[int]) -> Any:
+    """Make a module note the address modulo 16 of every pointer it calls wide; return the old."""
     original = module.pointer
 
     def pointer(address: Any, dtype: Any, wide: bool, **options: Any) -> Any:
@@ -34,25 +36,35 @@ def record(module: Any, problem: Problem, grads: list[Tensor]) -> list[int]:
         return original(address, dtype, wide, **options)
 
     module.pointer = pointer
+    return original
+
+
+def record(problem: Problem, grads: list[Tensor]) -> list[list[int]]:
+    """Take a step; return what the step and the norm noted."""
+    reports: list[list[int]] = [[], []]
+    modules = (adam, control)
+    originals = list(map(recording, modules, reports))
     try:
         problem.fused().step(grads, loss=None, clip=True)
     finally:
-        module.pointer = original
-    return promised
+        for module, original in zip(modules, originals, strict=True):
+            module.pointer = original
+    return reports
 
 
 def main() -> None:
     found = {}
     for name in ("nothing", "grads", *OPERANDS):
         problem = make_problem(
-            "cpu", shapes=[(TILE + 7,)], amsgrad=True, penalty="proximal", max_norm=1.0
-        )
+            "cpu", [torch.bfloat16], [(TILE + 7,)], amsgrad=True, penalty="proximal",
+            max_norm=1.0, pulled=(0,), master=True,
+        )  # fmt: skip
         grads = problem.gradients()
         if name == "grads":
             grads = [misaligned(grads[0])]
         elif name != "nothing":
             setattr(problem, name, [misaligned(getattr(problem, name)[0])])
-        reports = [record(module, problem, grads) for module in (adam, control)]
+        reports = record(problem, grads)
         found[name] = [(sorted(set(report)), len(report)) for report in reports]
     json.dump(found, sys.stdout)
 
