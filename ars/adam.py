@@ -104,6 +104,7 @@ class ARSAdam(CheckpointedAdam):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`__getstate__` returned, or what another version did."""
         super().__setstate__(state)
+        self.__dict__.setdefault("_precision", Precision(stochastic=False, master=False, seed=0))
         for group in self.param_groups:
             group.setdefault("penalty_strength", None)
         self._renew()
@@ -219,9 +220,9 @@ class ARSAdam(CheckpointedAdam):
     def _step(self, closure: Callable[[], Any] | None, loss: Tensor | float | None) -> Any:
         """Take one step, as :meth:`step` describes it."""
         self._accelerator_graph_capture_health_check()
-        if not self.state and is_trial(self.param_groups):
+        if not self.state and closure is None and loss is None and is_trial(self.param_groups):
             self._collector.collect(self.param_groups, self.state, self._terms, self._append)
-            return None if closure is None else closure()
+            return None
         returned = None
         if closure is not None:
             with torch.enable_grad():
@@ -253,7 +254,7 @@ class ARSAdam(CheckpointedAdam):
             surprise=surprise,
             max_norm=self._max_grad_norm,
             proximal=proximal,
-            penalty=refresh_(self._penalty, self._terms, self.param_groups),
+            penalty=refresh_(self._penalty, self.param_groups),
             diagnostics=self._buffer,
             grad_scale=getattr(self, "grad_scale", None),  # set by a GradScaler for this step
             found_inf=getattr(self, "found_inf", None),

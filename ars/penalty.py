@@ -251,14 +251,11 @@ def _check_pull(name: str, param: Tensor, buffer: Tensor) -> None:
         )
 
 
-def refresh_(
-    penalty: Penalty | None, terms: dict[Tensor, Term], groups: list[dict[str, Any]]
-) -> Tensor | None:
-    """Let the penalty fill its buffers, if it has any, and return the value that is theirs.
+def refresh_(penalty: Penalty | None, groups: list[dict[str, Any]]) -> Tensor | None:
+    """Let a penalty that has buffers fill them, and return the value that is theirs.
 
     Args:
         penalty: The penalty, if there is one.
-        terms: What :func:`read_terms` has read of it.
         groups: The optimizer's parameter groups.
 
     Returns:
@@ -267,7 +264,7 @@ def refresh_(
     Raises:
         ValueError: A group has a strength of its own, which these do not know.
     """
-    if penalty is None or all(term.pull is None for term in terms.values()):
+    if penalty is None or not hasattr(penalty, "gradients"):
         return None
     if any(group["penalty_strength"] is not None for group in groups):
         raise ValueError(

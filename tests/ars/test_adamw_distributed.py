@@ -81,6 +81,20 @@ def test_a_warm_up_from_zero_is_torchs(implementation):
         assert float(ours.state[a]["step"]) == float(theirs.state[b]["step"]) == 4
 
 
+def test_a_step_with_a_closure_is_no_trial():
+    """Its gradients are those before the closure, which may have been zeroed."""
+    params = parameters(shapes=((5,),))
+    optimizer = ARSAdamW(params, lr=0.0)
+    params[0].grad = torch.zeros(5)
+
+    def closure():
+        gradients(params, 0)
+        return torch.ones(())
+
+    optimizer.step(closure)
+    assert float(optimizer.state[params[0]]["step"]) == 1
+
+
 def test_gradients_of_zeros_at_another_rate_are_a_step():
     params = parameters(shapes=((5,),))
     optimizer = ARSAdamW(params, lr=0.1)

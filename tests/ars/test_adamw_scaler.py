@@ -119,6 +119,13 @@ def test_scaled_half_precision_gradients_are_unscaled_in_float32(implementation)
     assert float(param.grad[0]) == float(torch.tensor(0.001).half())  # as the user left it
 
 
+def test_where_reading_would_wait_the_scaler_skips_the_step_itself():
+    optimizer = make("loop", [torch.empty(3, device="meta", requires_grad=True)])
+    optimizer._place()  # as on a GPU: neither torch's CPU kernels nor ours
+    assert optimizer._implementation == "loop"
+    assert not optimizer._step_supports_amp_scaling
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_penalty_gradients_are_not_unscaled(implementation):
     class Constant:
