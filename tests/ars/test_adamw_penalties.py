@@ -189,53 +189,6 @@ def test_the_reference_decodes_by_hand():
     )
 
 
-def spoiled(**changes):
-    """A penalty of two named parameters, one entry of the second's term replaced."""
-    params = parameters(shapes=((5,), (3, 2)))
-    values = torch.ones(3, 2)
-    row = {"anchor": torch.zeros(3, 2), "importance": values} | changes
-    penalty = Pull(params)
-    penalty.rows = [penalty.rows[0], (params[1], *row.values())]
-    return list(zip("ab", params, strict=True)), penalty
-
-
-BYTES = torch.ones(3, 2, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"importance": torch.full((3, 2), math.nan)}, "importance of b .* not finite"),
-        ({"importance": torch.full((3, 2), math.inf)}, "importance of b .* not finite"),
-        ({"importance": torch.full((3, 2), -1e-9)}, "importance of b .* negative"),
-        ({"anchor": torch.full((3, 2), -math.inf)}, "anchor of b .* not finite"),
-        ({"importance": BYTES}, "importance of b must be floating, is torch.uint8; .* scale"),
-        ({"scale": torch.ones(1)}, "importance of b .* must be uint8, is torch.float32"),
-        ({"importance": BYTES, "scale": torch.ones(2)}, r"scale of b .* \(1,\) .* \(2,\)"),
-        ({"importance": BYTES, "scale": torch.ones(1).double()}, "scale of b must be float32"),
-        ({"importance": BYTES, "scale": torch.tensor([math.nan])}, "importance of b .* finite"),
-        ({"importance": BYTES, "scale": torch.tensor([-1.0])}, "importance of b .* negative"),
-        (
-            {"importance": BYTES.T.contiguous().T, "scale": torch.ones(1)},
-            "b, its uint8 importance and their scale must be contiguous",
-        ),
-    ],
-    ids=lambda value: None if isinstance(value, dict) else value[:30],
-)
-def test_a_bad_term_is_refused_by_name(changes, match):
-    named, penalty = spoiled(**changes)
-    with pytest.raises(ValueError, match=match):
-        ARSAdamW(named, penalty=penalty)
-    params = [param for _, param in named]
-    optimizer = ARSAdamW(named, penalty=(good := Pull(params)))
-    with pytest.raises(ValueError, match=match):
-        optimizer.penalty = penalty
-    assert optimizer.penalty is good
-    gradients(params, 0)
-    optimizer.step()
-    assert float(optimizer.diagnostics["penalty"]) > 0
-
-
 @pytest.mark.parametrize(
     ("buffer", "match"),
     [
@@ -266,36 +219,3 @@ def test_two_buffers_for_one_parameter_and_none_to_fill_them():
 
     with pytest.raises(TypeError, match=r"Unfilled has gradients\(\) but no refresh"):
         ARSAdamW(params, penalty=Unfilled(params))
-
-
-@pytest.mark.parametrize(
-    ("strength", "error", "match"),
-    [
-        (-1.0, ValueError, "must be finite and >= 0, got -1.0"),
-        (math.nan, ValueError, "must be finite"),
-        (torch.tensor(-2.0), ValueError, "must be finite and >= 0, got -2.0"),
-        (torch.ones(2), ValueError, r"must be one floating-point number, .* \(2,\)"),
-        (torch.tensor(1), ValueError, "must be one floating-point number, is torch.int64"),
-        ("1", TypeError, "must be a number or a 0-d tensor, got str"),
-        (True, TypeError, "must be a number"),
-    ],
-    ids=str,
-)
-def test_a_bad_strength_is_refused_when_it_is_set_and_when_it_is_used(strength, error, match):
-    params = parameters(shapes=SHAPES)
-    with pytest.raises(error, match="penalty strength " + match):
-        ARSAdamW(params, penalty=Pull(params, strength=strength))
-    with pytest.raises(error, match="penalty_strength " + match):
-        ARSAdamW([{"params": params, "penalty_strength": strength}])
-    optimizer = ARSAdamW(params, penalty=Pull(params))
-    gradients(params, 0)
-    optimizer.penalty.strength = strength
-    before = [param.detach().clone() for param in params]
-    with pytest.raises(error, match="penalty strength " + match):
-        optimizer.step()
-    optimizer.penalty.strength = 1.0
-    optimizer.param_groups[0]["penalty_strength"] = strength
-    with pytest.raises(error, match="penalty_strength " + match):
-        optimizer.step()
-    assert all(map(torch.equal, params, before))
-    assert not optimizer.state
