@@ -15,7 +15,7 @@ from ars.regularizers.checks import check_names
 from ars.regularizers.covariance import ActivationCovariance
 from ars.regularizers.estimators import accumulation_dtype
 
-__all__ = ["activation_bases", "check_basis", "covariance_basis", "weight_basis"]
+__all__ = ["activation_bases", "check_bases", "covariance_basis", "held_by", "weight_basis"]
 
 # How far U^T U may be from I. A basis orthonormalised in bfloat16 is off by 4e-3 and is refused;
 # one computed in float32 is off by about 1e-6.
@@ -67,6 +67,49 @@ def check_basis(what: str, basis: object, param: Tensor, side: str) -> None:
             f"{what} is not orthonormal: U^T U is off the identity by {error:.2g}; "
             "take torch.linalg.qr(basis).Q in float32"
         )
+
+
+def held_by(bases: object, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that ``bases`` are for, in the model's order.
+
+    Args:
+        bases: U by parameter name.
+        model: The model.
+
+    Returns:
+        The parameters by name, at least one.
+
+    Raises:
+        TypeError: Not a mapping.
+        ValueError: Empty.
+    """
+    if not isinstance(bases, Mapping):
+        got = type(bases).__name__
+        raise TypeError(f"bases must be a mapping from parameter name to tensor, got {got}")
+    if not bases:
+        raise ValueError("bases is empty: there is nothing to penalise")
+    check_names(bases, model, "bases")
+    return {name: p for name, p in model.named_parameters() if name in bases}
+
+
+def check_bases(bases: Mapping[str, Tensor], parameters: Mapping[str, Tensor], side: str) -> None:
+    """Refuse what is not one basis for each of the parameters.
+
+    Args:
+        bases: U by parameter name.
+        parameters: The parameters by name.
+        side: Side of the weights that the bases lie on.
+
+    Raises:
+        ValueError: A parameter without a basis, or as :func:`check_basis` says.
+    """
+    for name in bases:
+        if name not in parameters:
+            raise ValueError(f"bases has {name!r}, which this penalty does not hold")
+    for name, param in parameters.items():
+        if name not in bases:
+            raise ValueError(f"bases lacks {name!r}, which this penalty holds")
+        check_basis(f"the basis of {name!r}", bases[name], param, side)
 
 
 def check_size(energy: float | None, rank: int | None) -> None:

@@ -12,6 +12,7 @@ from ars.regularizers.estimators import accumulation_dtype
 
 __all__ = [
     "check_names",
+    "check_option",
     "check_shape",
     "check_state",
     "check_tensor",
@@ -144,6 +145,23 @@ def check_state(
                 raise ValueError(
                     f"the state's {part} has {name!r}, which this penalty does not hold; {remedy}"
                 )
+
+
+def check_option(name: str, found: object, own: object) -> None:
+    """Refuse a state in which an option that cannot be loaded is another than the penalty's.
+
+    Args:
+        name: Of the option.
+        found: In the state.
+        own: In the penalty.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if found != own:
+        raise ValueError(
+            f"the state has {name}={found!r}, this penalty {own!r}; build it with {name}={found!r}"
+        )
 
 
 def checked_strength(value: float | Tensor) -> float | Tensor:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ars.reference.penalties import Protect, Side
-from ars.regularizers.bases import activation_bases, check_basis, weight_basis
+from ars.regularizers.bases import activation_bases, check_bases, held_by, weight_basis
 from ars.regularizers.checks import (
     check_names,
+    check_option,
     check_state,
     check_tensor,
     checked_choice,
@@ -98,19 +99,11 @@ class SubspacePenalty:
         side: Side = "input",
         protect: Protect = "inside",
     ) -> None:
-        parameters = dict(checked_module(model).named_parameters())
-        if not isinstance(bases, Mapping):
-            got = type(bases).__name__
-            raise TypeError(f"bases must be a mapping from parameter name to tensor, got {got}")
-        if not bases:
-            raise ValueError("bases is empty: nothing to penalise")
-        check_names(bases, model, "bases")
+        self._parameters = held_by(bases, checked_module(model))
         self.side: Side = checked_choice("side", side, get_args(Side))
         self.protect: Protect = checked_choice("protect", protect, get_args(Protect))
         self.strength = strength
-        self._parameters = {n: p for n, p in parameters.items() if n in bases}
-        for name, p in self._parameters.items():
-            check_basis(f"the basis of {name!r}", bases[name], p, self.side)
+        check_bases(bases, self._parameters, side)
         self.anchor = {name: copy_like(p, p) for name, p in self._parameters.items()}
         self._restraints = {
             name: Restraint(p, self.anchor[name], bases[name], side, protect)
@@ -146,8 +139,7 @@ class SubspacePenalty:
         parameters = dict(checked_module(model).named_parameters())
         if names is None:
             names = [n for n, p in parameters.items() if p.ndim >= 2 and p.requires_grad]
-        chosen = dict.fromkeys(names)
-        check_names(chosen, model, "names")
+        check_names(chosen := dict.fromkeys(names), model, "names")
         bases = {
             name: weight_basis(repr(name), parameters[name], side, energy=energy, rank=rank)
             for name in chosen
@@ -246,6 +238,19 @@ class SubspacePenalty:
         return self.strength * torch.stack([s.to(squares[0].device) for s in squares]).sum()
 
     @torch.no_grad()
+    def consolidate(self, bases: Mapping[str, Tensor]) -> None:
+        """Protect other bases, of all tasks so far, around the model as it is, in place.
+
+        Args:
+            bases: As for the constructor, for the same parameters; another k is fine. Where the
+                constructor would raise, this does, and nothing has changed.
+        """
+        check_bases(bases, self._parameters, self.side)
+        for name, restraint in self._restraints.items():
+            restraint.anchor.copy_(restraint.param)
+            restraint.set_basis(bases[name])
+
+    @torch.no_grad()
     def project_(self) -> None:
         """Remove the penalised part of the change: W <- W* + (I - Q)(W - W*), exactly.
 
@@ -274,22 +279,17 @@ class SubspacePenalty:
 
         Raises:
             TypeError: An entry has the wrong type.
-            ValueError: Another model, side or kind, or an invalid value; names the first
-                difference.
+            ValueError: Another model, side or kind, or a wrong value; names the first difference.
         """
         parts = {"anchor", "bases"}
         expected = {"strength", "side", "protect"} | parts
         check_state("a SubspacePenalty", state, expected, parts, self._parameters)
         checked_strength(state["strength"])
-        for option, own in (("side", self.side), ("protect", self.protect)):
-            if (other := state[option]) != own:
-                raise ValueError(
-                    f"the state has {option}={other!r}, this penalty {own!r}; build it "
-                    f"with {option}={other!r}"
-                )
+        check_option("side", state["side"], self.side)
+        check_option("protect", state["protect"], self.protect)
+        check_bases(state["bases"], self._parameters, self.side)
         for name, p in self._parameters.items():
             check_tensor(f"the state's anchor of {name!r}", state["anchor"][name], p)
-            check_basis(f"the state's basis of {name!r}", state["bases"][name], p, self.side)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy a state that passes :meth:`check_state_dict`; anchor and buffers stay in place."""

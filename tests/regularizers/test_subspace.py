@@ -256,6 +256,30 @@ def test_state_round_trip_with_another_rank(tmp_path):
     assert [t.data_ptr() for pair in loaded.gradients() for t in pair] == addresses
 
 
+def test_consolidate_protects_other_bases_around_the_model_as_it_is():
+    model = conv_model()
+    penalty = SubspacePenalty(model, random_bases(model, "input", "dense"), 3.0)
+    addresses = [t.data_ptr() for pair in penalty.gradients() for t in pair]
+    move(model)
+    bases = random_bases(model, "input", "dense", k=3, seed=5)
+    fresh = SubspacePenalty(model, bases, 3.0)
+    value = penalty.value().item()
+    for broken, match in [
+        ({"2.weight": bases["2.weight"]}, r"bases lacks '0\.weight', which this penalty holds"),
+        (bases | {"2.bias": bases["2.weight"]}, r"bases has '2\.bias', which this penalty does"),
+        (bases | {"2.weight": bases["2.weight"] * 2}, r"basis of '2\.weight' is not orthonormal"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            penalty.consolidate(broken)
+        assert penalty.value().item() == value > 0
+    penalty.consolidate(bases)
+    assert penalty.value().item() == 0.0
+    move(model, seed=7)
+    assert penalty.refresh().item() == fresh.refresh().item() > 0
+    assert penalty.value().item() == fresh.value().item()
+    assert [t.data_ptr() for pair in penalty.gradients() for t in pair] == addresses
+
+
 def test_refuses_a_state_that_does_not_fit_before_changing_anything():
     model = conv_model()
     penalty = SubspacePenalty(model, random_bases(model, "input", "dense"), 3.0)
