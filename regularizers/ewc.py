@@ -34,7 +34,7 @@ from ars.regularizers.storage import dequantize
 __all__ = ["EWC"]
 
 Mode: TypeAlias = Literal["coupled", "proximal"]
-Storage: TypeAlias = Literal["full", "compact"]
+Storage: TypeAlias = Literal["full", "bfloat16", "compact"]
 
 
 class EWC:
@@ -60,9 +60,10 @@ class EWC:
     the number of tasks:
 
     * ``"full"``: float32 (float64 for a float64 parameter), 8 bytes a parameter;
-    * ``"compact"``: importance in uint8 (:func:`~ars.regularizers.quantize`), anchor in bfloat16,
-      3.06 bytes. The anchor of a float32 parameter is then off by up to 1 part in 512, and so the
-      penalty is not exactly 0 at the start.
+    * ``"bfloat16"``: 4 bytes. The anchor of a float32 parameter is then off by up to 1 part in 512,
+      and so the penalty is not exactly 0 at the start;
+    * ``"compact"``: the same with the importance in uint8 (:func:`~ars.regularizers.quantize`),
+      3.06 bytes.
 
     Args:
         model: Its current parameters become the anchor.
@@ -74,7 +75,7 @@ class EWC:
         layer_strengths: Factors of lambda, finite, >= 0, by parameter name or shell pattern
             (``"blocks.*.weight"``); a name goes before patterns, patterns in their order, and what
             none matches has 1. They are folded into the importance.
-        storage: ``"full"`` or ``"compact"``, which needs contiguous parameters.
+        storage: ``"full"``, ``"bfloat16"`` or ``"compact"``, which needs contiguous parameters.
 
     Raises:
         TypeError: ``model`` is not a module, ``fisher`` neither of the two, an importance not a
@@ -121,9 +122,7 @@ class EWC:
         self.storage: Storage = checked_choice("storage", storage, get_args(Storage))
         self._factors = layer_factors(layer_strengths, self._parameters)
         self._pulls = {
-            name: Pull(
-                name, p, importance[name] * self._factors[name], compact=storage == "compact"
-            )
+            name: Pull(name, p, importance[name] * self._factors[name], storage)
             for name, p in self._parameters.items()
         }
         self.estimator = fisher.estimator if isinstance(fisher, DiagonalFisher) else None
@@ -183,7 +182,7 @@ class EWC:
         if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay <= 1:
             raise ValueError(f"decay must be a number in [0, 1], got {decay!r}")
         for pull, new in self._further(fisher):
-            pull.assign(pull.omega() * decay + new, pull.param)
+            pull.assign(pull.omega().to(new.dtype) * decay + new, pull.param)
         self.constant = 0.0
 
     @torch.no_grad()

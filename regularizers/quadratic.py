@@ -34,27 +34,28 @@ class Pull:
         name: Of the parameter, for messages.
         param: The parameter, which becomes the anchor.
         importance: Omega, checked, of the parameter's shape.
-        compact: Store the anchor in bfloat16 and the importance in uint8
-            (:func:`~ars.regularizers.quantize`): 3.06 bytes an element rather than 8.
+        storage: ``"full"``, ``"bfloat16"`` or ``"compact"``, which is the anchor in bfloat16 and
+            the importance in uint8 (:func:`~ars.regularizers.quantize`): 8, 4 or 3.06 bytes.
 
     Raises:
-        ValueError: ``compact`` for a parameter that is not contiguous.
+        ValueError: ``"compact"`` for a parameter that is not contiguous.
     """
 
-    def __init__(self, name: str, param: Tensor, importance: Tensor, *, compact: bool) -> None:
+    def __init__(self, name: str, param: Tensor, importance: Tensor, storage: str) -> None:
         self.param = param
-        self.importance: Tensor | Quantized
-        if compact:
+        self.anchor = copy_like(param, param)
+        self.importance: Tensor | Quantized = copy_like(param, importance)
+        if storage != "full":
+            self.anchor = self.anchor.bfloat16()
+        if storage == "bfloat16":
+            self.importance = self.importance.bfloat16()
+        if storage == "compact":
             if not param.is_contiguous():
                 raise ValueError(
                     f"{name!r} is not contiguous, and the blocks of the uint8 importance follow "
-                    "the row-major order; use storage='full', or make it contiguous"
+                    "the row-major order; use storage='bfloat16', or make it contiguous"
                 )
-            self.anchor = param.detach().to(torch.bfloat16, copy=True)
-            self.importance = quantize(importance.to(param.device))
-        else:
-            self.anchor = copy_like(param, param)
-            self.importance = copy_like(param, importance)
+            self.importance = quantize(self.importance)
 
     def omega(self) -> Tensor:
         """Return the importance in floating point; what is stored, where it is stored so."""

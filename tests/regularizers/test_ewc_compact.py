@@ -1,4 +1,4 @@
-"""EWC with the importance in uint8 and the anchor in bfloat16."""
+"""EWC with the anchor in bfloat16 and the importance in bfloat16 or uint8."""
 
 import pytest
 import torch
@@ -41,10 +41,44 @@ def test_value_and_gradient_are_those_of_what_is_stored(dtype):
     assert value.item() == pytest.approx(total, rel=1e-6)
 
 
-def test_bytes_a_parameter():
+@pytest.mark.parametrize(
+    ("storage", "expected"), [("full", 8), ("bfloat16", 4), ("compact", 3.0625)]
+)
+def test_bytes_a_parameter(storage, expected):
     model = nn.Linear(256, 256, bias=False)
-    ((p, *stored),) = EWC(model, {"weight": torch.rand(256, 256)}, storage="compact").terms()
-    assert sum(t.numel() * t.element_size() for t in stored) / p.numel() == 3.0625
+    ((p, *stored),) = EWC(model, {"weight": torch.rand(256, 256)}, storage=storage).terms()
+    assert sum(t.numel() * t.element_size() for t in stored) / p.numel() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_terms_are_rounded_once_and_computed_in_float32(dtype):
+    model = nn.Conv2d(2, 4, 3).to(dtype).to(memory_format=torch.channels_last)
+    importance = random_importance(model)
+    penalty = EWC(model, importance, 3.0, storage="bfloat16")
+    move(model)
+    value = penalty.value()
+    value.backward()
+    total = 0.0
+    for (name, omega), (p, anchor, stored) in zip(importance.items(), penalty.terms(), strict=True):
+        assert anchor.dtype == stored.dtype == torch.bfloat16
+        assert anchor.stride() == stored.stride() == p.stride()
+        assert torch.equal(stored, omega.float().bfloat16()), name
+        delta = p.detach().double() - anchor.double()
+        total += 1.5 * float((stored.double() * delta**2).sum())
+        expected = (3.0 * stored.double() * delta).to(dtype)
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-2  # one rounding to bfloat16
+        torch.testing.assert_close(p.grad, expected, rtol=tolerance, atol=0.0)
+    assert value.item() == pytest.approx(total, rel=1e-6)
+
+
+def test_decay_is_computed_in_float32():
+    model = nn.Linear(64, 64, bias=False)
+    first, second = torch.rand(2, 64, 64)
+    penalty = EWC(model, {"weight": first}, storage="bfloat16")
+    stored = penalty.importance["weight"].float()
+    penalty.consolidate({"weight": second}, decay=0.9)
+    expected = (stored * 0.9 + second).bfloat16()
+    assert torch.equal(penalty.importance["weight"], expected)
 
 
 def test_is_close_to_full_storage():
@@ -90,7 +124,7 @@ def test_state_round_trip(tmp_path):
 
 def test_refuses_what_it_cannot_store():
     model = nn.Conv2d(2, 4, 3, bias=False).to(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match=r"'weight' is not contiguous, .* use storage='full'"):
+    with pytest.raises(ValueError, match=r"'weight' is not contiguous, .* use storage='bfloat16'"):
         EWC(model, {"weight": torch.rand(4, 2, 3, 3)}, storage="compact")
-    with pytest.raises(ValueError, match=r"unknown storage 'tiny'; choose one of \['full', 'comp"):
+    with pytest.raises(ValueError, match=r"unknown storage 'tiny'; choose one of \['full', 'bflo"):
         EWC(model, {"weight": torch.rand(4, 2, 3, 3)}, storage="tiny")

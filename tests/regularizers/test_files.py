@@ -46,6 +46,7 @@ def kronecker(model, seed=1):
 
 KINDS = {
     "ewc": ewc,
+    "bfloat16": lambda model, seed=1: ewc(model, seed, storage="bfloat16"),
     "compact": lambda model, seed=1: ewc(model, seed, storage="compact"),
     "subspace": lambda model, seed=1: subspace(model, seed, rank=seed),
     "progressive": lambda model, seed=1: ProgressiveInheritance(

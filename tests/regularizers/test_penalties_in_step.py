@@ -25,6 +25,7 @@ KINDS = {
     "subspace": subspace,
     "outside": lambda model: subspace(model, protect="outside"),
     "ewc": ewc,
+    "bfloat16": lambda model: ewc(model, storage="bfloat16"),
     "compact": lambda model: ewc(model, storage="compact"),
     "progressive": lambda model: ProgressiveInheritance(ewc(model), subspace(model)),
 }
