@@ -134,10 +134,21 @@ def check_size(energy: float | None, rank: int | None) -> None:
 
 
 def _leading(
-    what: str, squares: Tensor, vectors: Tensor, energy: float | None, rank: int | None
+    what: str,
+    squares: Tensor,
+    vectors: Tensor,
+    noise: float,
+    energy: float | None,
+    rank: int | None,
 ) -> Tensor:
-    """Return the leading columns of ``vectors``, whose ``squares`` descend."""  # noqa: DOC501
-    check_size(energy, rank)
+    """Return the leading columns of ``vectors``, whose ``squares`` descend.
+
+    Directions whose square is at most ``noise`` times the largest are rounding errors, and left
+    out whatever is asked for.
+
+    Raises:
+        ValueError: There is no direction.
+    """
     squares = squares.double().clamp(min=0)
     total = float(squares.sum())
     if not 0 < total < torch.inf:
@@ -145,9 +156,7 @@ def _leading(
             f"{what} is zero or not finite: it spans no subspace; leave it out, "
             "or look for an overflow where it was computed"
         )
-    # Directions below the rounding error of the largest are noise, whatever is asked for.
-    noise = torch.finfo(vectors.dtype).eps * len(squares) * float(squares[0])
-    k = int((squares > noise).sum())
+    k = int((squares > noise * float(squares[0])).sum())
     if rank is not None:
         k = min(k, rank)
     elif energy is not None:
@@ -179,7 +188,9 @@ def weight_basis(
     matrix = weight.detach().flatten(1).to(accumulation_dtype(weight.dtype))
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     vectors = left if side == "output" else right.mT
-    return _leading(what, values.square(), vectors, energy, rank)
+    # Singular values are off by this part of the largest, so their squares by its square.
+    error = torch.finfo(matrix.dtype).eps * max(matrix.shape)
+    return _leading(what, values.square(), vectors, error**2, energy, rank)
 
 
 def covariance_basis(
@@ -212,7 +223,10 @@ def covariance_basis(
     if not torch.allclose(wide, wide.T, rtol=1e-3, atol=1e-3 * float(wide.abs().max())):
         raise ValueError(f"{what} is not symmetric; give the mean of a a^T over the activations a")
     values, vectors = torch.linalg.eigh(wide)
-    return _leading(what, values.flip(0), vectors.flip(1), energy, rank)
+    # Eigenvalues are off by a few roundings of the largest. A bound that grew with d would cut the
+    # long flat tail of a wide layer, whose many small eigenvalues are much of the energy.
+    error = torch.finfo(wide.dtype).eps * max(10.0, len(wide) ** 0.5)
+    return _leading(what, values.flip(0), vectors.flip(1), error, energy, rank)
 
 
 def activation_bases(

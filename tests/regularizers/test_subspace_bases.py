@@ -47,6 +47,32 @@ def test_weights_give_their_leading_singular_vectors(side, options, k):
     assert span_distance(penalty.bases["weight"], expected) < 1e-12
 
 
+def test_small_singular_values_of_a_float32_weight_are_not_noise():
+    model = nn.Linear(300, 200)
+    weight, _, right = low_rank(200, 300, [1.0, 1e-3, 1e-4])
+    with torch.no_grad():
+        model.weight.copy_(weight)
+    basis = SubspacePenalty.from_weights(model, rank=9).bases["weight"]
+    assert basis.shape == (300, 3)
+    assert span_distance(basis.double(), right[:, :3]) < 0.02
+
+
+def test_a_long_flat_tail_of_activations_is_not_noise():
+    model = nn.Linear(1000, 2)
+    variances = torch.full((1000,), 5e-5)
+    variances[3] = 1.0
+    penalty = SubspacePenalty.from_activations(model, {"weight": variances.diag()}, energy=0.99)
+    # The sum is 1.04995, 0.99 of it 1.0394505: the first and 0.0394505 / 5e-5 = 789.01 of the tail.
+    assert penalty.bases["weight"].shape == (1000, 791)
+
+
+def test_rounding_errors_are_no_directions():
+    model = nn.Linear(64, 2)
+    inputs = torch.randn(5, 64)
+    penalty = SubspacePenalty.from_activations(model, [inputs], energy=1.0)
+    assert penalty.bases["weight"].shape == (64, 5)
+
+
 def test_weights_that_are_frozen_are_left_alone_unless_named():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].weight.requires_grad_(False)
