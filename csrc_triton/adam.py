@@ -140,7 +140,7 @@ def update_block(
         )
     if PULLED:
         # One condition for the whole block costs no width, and 0 no bytes.
-        there = pull != 0
+        there = tl.full((BLOCK,), pull, tl.int64) != 0
         there = there if WIDE else mask & there
         pulled = load(pointer(pull, COMPUTE, WIDE) + offs, there)
 
