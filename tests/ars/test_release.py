@@ -1,6 +1,7 @@
 """Gradient release: the ordinary step, parameter by parameter, with one gradient at a time."""
 
 import weakref
+from operator import is_
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ def parameters(dtype=torch.float32):
 
 
 def build(implementation, dtype=torch.float32, cls=ARSAdamW, mode="coupled", **settings):
-    """Two groups; the last parameter has no penalty."""
+    """Two groups; one parameter, the first to be stepped or not, has no penalty."""
     params = parameters(dtype)
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.02, "weight_decay": 0.1}]
-    settings = {"penalty": Pull(params, mode=mode, skip=(4,)), "lr": 0.05, **settings}
+    penalty = Pull(params, mode=mode, skip=(4 if mode == "coupled" else 1,))
+    settings = {"penalty": penalty, "lr": 0.05, **settings}
     return make(implementation, groups, cls, **settings)
 
 
@@ -120,12 +122,15 @@ def test_what_is_kept_from_step_to_step(implementation, monkeypatch):
     params = parameters()
     optimizer = make(implementation, params, penalty=Pull(params))
     release = GradientRelease(optimizer)
-    counts = []
+    counts, tables = [], []
     for _ in range(3):
         release.backward(sum(param.square().sum() for param in params))
         parts = [release._step._first, *release._step._parts.values()]
         counts.append(sum(part.collector.rebuilds for part in parts))
+        tables.append([part.kept.device._fused for part in parts])
     assert counts == [len(SHAPES)] * 3
+    assert all(map(is_, tables[0], tables[2]))
+    assert (None in tables[0]) == (implementation != "triton")
     assert len(launches) == (3 * 2 * len(SHAPES) if implementation == "triton" else 0)
 
 
@@ -135,10 +140,11 @@ def test_a_penalty_with_buffers_is_refreshed_once_before_anything_moves():
 
         def __init__(self, params):
             self.pairs = [(p, torch.zeros(p.shape)) for p in params]
+            self.rows = Pull(params).rows
             self.calls = 0
 
         def terms(self):
-            return []
+            return self.rows
 
         def gradients(self):
             return self.pairs

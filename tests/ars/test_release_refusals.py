@@ -179,6 +179,16 @@ def test_groups_added_and_parameters_thawed_are_released_too():
     assert int(optimizer.state[frozen]["step"]) == 1
 
 
+def test_a_parameter_taken_out_of_the_optimizer_is_left_alone():
+    optimizer = adam()
+    lost = torch.nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [lost]})
+    release = GradientRelease(optimizer)
+    optimizer.param_groups.pop()
+    release.backward(loss_of(optimizer) + lost.sum())
+    assert lost.grad.tolist() == [1, 1]
+
+
 def test_schedulers_checkpoints_and_compiled_models():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
