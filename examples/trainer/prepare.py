@@ -13,7 +13,7 @@ from trainer.errors import UsageError
 from trainer.series import check_folder
 from trainer.state import steps_for_ratio
 
-__all__ = ["prepare"]
+__all__ = ["check_writable", "prepare"]
 
 
 def prepare(arguments: Arguments) -> tuple[SeriesConfig, Corpus]:
@@ -31,7 +31,7 @@ def prepare(arguments: Arguments) -> tuple[SeriesConfig, Corpus]:
         torch.set_num_threads(arguments.threads)
     if arguments.ratio is not None:
         config = replace(config, steps=steps_for_ratio(config, arguments.ratio))
-    _check_writable(arguments.out)
+    check_writable(arguments.out)
     if arguments.data is None:
         corpus = load_standard_library()
     else:
@@ -55,7 +55,15 @@ def _use_device(name: str) -> None:
             )
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Check that an output folder exists or can be created, and may be written to.
+
+    Args:
+        folder: nothing is written to it.
+
+    Raises:
+        UsageError: it cannot be.
+    """
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

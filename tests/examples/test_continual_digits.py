@@ -1,0 +1,140 @@
+"""The digits' protocol: data, training, figures, and that the methods do what they are said to."""
+
+import doctest
+import importlib
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from continual.config import Run, Settings
+from continual.data import load, permutations
+from continual.memories import MEMORIES
+from continual.methods import METHODS
+from continual.report import markdown_table
+from continual.statistics import average_accuracy, estimate, forgetting
+from continual.train import run_tasks
+
+
+def train(method: str, *, tasks: int = 2, epochs: int = 2, strength: float | None = None) -> Any:
+    strength = METHODS[method].strength if strength is None else strength
+    torch.manual_seed(id(object()) % 1000)  # nothing may depend on the global state
+    record = run_tasks(
+        Run(method, strength, tasks, seed=0), Settings(epochs=epochs), load(), lambda: None
+    )
+    record.pop("cpu_seconds")
+    return record
+
+
+def test_images_are_split_once_and_for_all() -> None:
+    digits, tuning = load(), load(validation=True)
+    assert digits.train_images.shape == (1437, 64)
+    assert digits.test_images.shape == (360, 64)
+    assert digits.test_labels.bincount().min() >= 35  # stratified
+    assert (digits.train_images.min(), digits.train_images.max()) == (0, 1)
+    rows = {tuple(row) for row in digits.train_images.tolist()}
+    assert len(rows) == 1437
+    assert tuning.train_images.shape == (1077, 64)
+    parts = [{tuple(row) for row in t.tolist()} for t in (tuning.train_images, tuning.test_images)]
+    assert parts[0] | parts[1] == rows
+    assert not parts[0] & parts[1]
+    assert not rows & {tuple(row) for row in digits.test_images.tolist()}
+
+
+def test_permutations() -> None:
+    orders = permutations(4, seed=3)
+    assert torch.equal(orders[0], torch.arange(64))
+    assert all(torch.equal(order.sort().values, torch.arange(64)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    longer = permutations(6, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(orders, longer, strict=False))
+    assert not torch.equal(permutations(2, seed=4)[1], orders[1])
+
+
+def test_a_run_repeats_and_every_method_learns_the_first_task_alike() -> None:
+    plain = train("none", epochs=1)
+    assert train("none", epochs=1) == plain
+    assert [len(row) for row in plain["accuracy"]] == [2, 2]
+    for method in MEMORIES:
+        record = train(method, epochs=1)
+        assert record["accuracy"][0] == plain["accuracy"][0], method
+        assert record["accuracy"][1] != plain["accuracy"][1], method
+    assert record == train(method, epochs=1)
+    for method in ("ewc", "kfac"):  # without strength it is nothing
+        found = train(method, epochs=1, strength=0.0)["accuracy"]
+        assert found == plain["accuracy"], method
+
+
+def test_epochs_are_ticked() -> None:
+    ticks: list[None] = []
+    for count, method in enumerate(("none", "joint"), start=1):
+        run_tasks(Run(method, 0.0, 3, 0), Settings(epochs=2), load(), lambda: ticks.append(None))
+        assert len(ticks) == 6 * count
+
+
+@pytest.fixture(scope="module")
+def final() -> dict[str, float]:
+    """Accuracy on three tasks, six epochs each, of one seed."""
+    names = [*METHODS]
+    return {name: average_accuracy(train(name, tasks=3, epochs=6)["accuracy"]) for name in names}
+
+
+def test_what_protects_does_and_the_wrong_side_does_not(final: dict[str, float]) -> None:
+    none = final["none"]
+    assert final["joint"] > 93
+    for method in ("kfac", "activations", "subspace"):
+        assert final[method] > 85
+    for method in ("ewc", "ewc-proximal", "ewc-online", "ewc-compact"):
+        assert final[method] > none
+    for method in ("subspace-outside", "subspace-output"):
+        assert final[method] < none + 8
+        assert final[method] < final["subspace"] - 20
+
+
+def test_proximal_and_compact_are_close_to_coupled(final: dict[str, float]) -> None:
+    assert abs(final["ewc-proximal"] - final["ewc"]) < 6
+    assert abs(final["ewc-compact"] - final["ewc"]) < 6
+
+
+def test_proximal_stays_finite_at_any_strength() -> None:
+    record = train("ewc-proximal", strength=1e12, epochs=4)
+    # The first task is nearly kept: what it does not need is all that may change.
+    assert record["accuracy"][1][0] > record["accuracy"][0][0] - 10
+    assert record["accuracy"][1][0] > 70
+
+
+def test_forgetting_and_estimates() -> None:
+    assert forgetting([[90.0, 10.0], [60.0, 95.0]]) == 30.0
+    assert forgetting([[90.0, 95.0]]) is None
+    found = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found.mean == 3.0
+    assert found.error == pytest.approx(math.sqrt(2.5 / 5))
+    assert found.half == pytest.approx(2.776445 * found.error, rel=1e-6)
+    assert math.isnan(estimate([1.0]).half)
+
+
+def test_table() -> None:
+    def record(method: str, seed: int, last: float) -> dict[str, Any]:
+        accuracy = [[90.0, 10.0], [last, 94.0]]
+        rows = accuracy[1:] if method == "joint" else accuracy
+        strength = METHODS[method].strength
+        return {"method": method, "strength": strength, "tasks": 2, "seed": seed,
+                "accuracy": rows, "cpu_seconds": 1.25}  # fmt: skip
+
+    runs = [record(m, s, 50.0 + 4 * s) for m in ("none", "kfac", "joint") for s in (0, 1)]
+    lines = markdown_table(Settings(), runs).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
+    assert cells[2] == ["2", "none", "", "73.0 ± 1.0", "60.3 to 85.7", "38.0 ± 2.0", "1.2"]
+    assert cells[3][:3] == ["2", "kfac", f"{METHODS['kfac'].strength:g}"]
+    assert cells[4][5] == ""
+    assert len({len(line) for line in lines[:5]}) == 1
+    assert "of 2 seeds (0 to 1)" in lines[6]
+    assert "test set" in lines[6]
+
+
+@pytest.mark.parametrize("name", ["statistics"])
+def test_the_examples_in_docstrings_run(name: str) -> None:
+    outcome = doctest.testmod(importlib.import_module(f"continual.{name}"))
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
