@@ -110,13 +110,6 @@ def test_other_gradients_have_no_strength_of_a_group():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_group_may_have_its_own_strength(implementation, mode):
     """Equal to one optimizer for each group."""
-
-    def build(params, penalized, **group):
-        return make(
-            implementation, [{"params": params, **group}], ars=None, lr=0.01,
-            penalty=Pull(params, strength=3.0, mode=mode),
-        )  # fmt: skip
-
     params = parameters(shapes=SHAPES)
     rows = Pull(params, strength=3.0, mode=mode)
     groups = [{"params": params[:1]}, {"params": params[1:2], "penalty_strength": 0.5},
@@ -129,7 +122,7 @@ def test_a_group_may_have_its_own_strength(implementation, mode):
         alone = parameters(shapes=SHAPES)
         penalty = Pull(alone, strength=strength, mode=mode)
         penalty.rows = penalty.rows[index : index + 1]
-        single = make(implementation, alone[index : index + 1], ars=None, lr=0.01, penalty=penalty)
+        single = make("loop", alone[index : index + 1], ars=None, lr=0.01, penalty=penalty)
         for seed in range(3):
             gradients(alone, seed)
             single.step()
@@ -143,7 +136,7 @@ def test_the_strength_may_be_a_tensor_and_is_read_at_every_step(implementation):
     a, b = parameters(shapes=SHAPES), parameters(shapes=SHAPES)
     strength = torch.tensor(2.0)
     first = make(implementation, a, penalty=Pull(a, strength=strength))
-    second = make(implementation, b, penalty=Pull(b, strength=2.0))
+    second = make("loop", b, penalty=Pull(b, strength=2.0))
     train(first, a, 2)
     train(second, b, 2)
     strength.fill_(7.0)
