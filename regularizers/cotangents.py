@@ -22,6 +22,8 @@ from ars.regularizers.estimators import ESTIMATORS, IGNORE_INDEX, accumulation_d
 __all__ = ["UNITS", "Chunk", "Unit", "cotangents", "count_units", "units_of"]
 
 Unit: TypeAlias = Literal["sequence", "token", "segment"]
+# Logits to form the cotangents of at once: 64 MiB of fp32, of which there are a few at a time.
+LOGITS = 2**24
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
@@ -92,15 +94,21 @@ def cotangents(estimator: str, logits: Tensor, chunk: Chunk) -> Iterator[Tensor]
         Tensors of the shape and dtype of ``logits``.
     """
     batch, classes = len(logits), logits.shape[-1]
+    size = max(1, LOGITS // max(1, logits[:1].numel()))
+    if size < batch:
+        parts = zip(logits.split(size), chunk.split(size), strict=True)
+        each_part = (cotangents(estimator, *part) for part in parts)
+        yield from (torch.cat(each) for each in zip(*each_part, strict=True))
+        return
     flat = logits.reshape(batch, -1, classes)  # (B, positions, C)
     flat = flat.to(accumulation_dtype(flat.dtype))
     targets = chunk.targets.reshape(batch, -1)
     labels = targets.clamp(min=0)
-    valid = (targets != IGNORE_INDEX)[..., None]
     draws = chunk.noise.shape[1]
+    weight = (targets != IGNORE_INDEX)[..., None].to(flat.dtype) / math.sqrt(draws)
     for draw in range(draws):
         for each in ESTIMATORS[estimator].cotangents(flat, labels, chunk.noise[:, draw]):
-            whole = each * valid / math.sqrt(draws)
+            whole = each * weight
             # "exact" takes one position at a time already, whatever the unit.
             if chunk.units is None or estimator == "exact":
                 yield whole.reshape(logits.shape).to(logits.dtype)

@@ -31,9 +31,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
-__all__ = ["ESTIMATORS", "IGNORE_INDEX", "Estimator", "accumulation_dtype", "sampled_labels"]
+__all__ = [
+    "ESTIMATORS",
+    "IGNORE_INDEX",
+    "Estimator",
+    "accumulation_dtype",
+    "draw_nothing",
+    "sampled_labels",
+]
 
 # torch.nn.functional.cross_entropy's default: a target with this value masks its position.
 IGNORE_INDEX = -100
@@ -58,13 +64,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _one_hot(index: Tensor, like: Tensor) -> Tensor:
-    return one_hot(index, like.shape[-1]).to(like.dtype)
+def _minus_one_hot(p: Tensor, labels: Tensor) -> Tensor:
+    # Not by one_hot, whose int64 would be twice the memory of the logits.
+    index = labels[..., None]
+    return p.scatter_add(-1, index, -torch.ones_like(index, dtype=p.dtype))
 
 
-def _draw_nothing(
+def draw_nothing(
     shape: tuple[int, int, int], generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
+    """Return the random numbers of an estimator that has none, (draws, 0)."""
     return torch.empty((shape[0], 0), device=device)
 
 
@@ -88,7 +97,7 @@ def _sketch(logits: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
 
 def _mc(logits: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
     p = logits.softmax(-1)
-    yield p - _one_hot(sampled_labels(p, noise), p)
+    yield _minus_one_hot(p, sampled_labels(p, noise))
 
 
 def sampled_labels(p: Tensor, noise: Tensor) -> Tensor:
@@ -118,8 +127,7 @@ def _exact(logits: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
 
 
 def _empirical(logits: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
-    p = logits.softmax(-1)
-    yield p - _one_hot(labels, p)
+    yield _minus_one_hot(logits.softmax(-1), labels)
 
 
 def _logit_reversal(logits: Tensor, labels: Tensor, noise: Tensor) -> Iterator[Tensor]:
@@ -130,8 +138,8 @@ def _logit_reversal(logits: Tensor, labels: Tensor, noise: Tensor) -> Iterator[T
 ESTIMATORS = {
     "sketch": Estimator(_draw_signs, _sketch),
     "mc": Estimator(_draw_uniforms, _mc),
-    "exact": Estimator(_draw_nothing, _exact),
-    "empirical": Estimator(_draw_nothing, _empirical),
-    "logit_reversal": Estimator(_draw_nothing, _logit_reversal),
-    "batched": Estimator(_draw_nothing, _empirical),
+    "exact": Estimator(draw_nothing, _exact),
+    "empirical": Estimator(draw_nothing, _empirical),
+    "logit_reversal": Estimator(draw_nothing, _logit_reversal),
+    "batched": Estimator(draw_nothing, _empirical),
 }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ars.regularizers.batches import check_cost, check_logits, check_targets, checked_batch
 from ars.regularizers.cotangents import Chunk, Unit, count_units, units_of
-from ars.regularizers.estimators import ESTIMATORS
+from ars.regularizers.estimators import ESTIMATORS, draw_nothing
 from ars.regularizers.evaluation import evaluation_mode, trainable
 from ars.regularizers.methods import Differentiator, Method
 from ars.regularizers.sample_gradients import add_squared_batch_gradient, zero_sums
@@ -98,7 +98,10 @@ def _chunk(
         check_cost("estimator='exact'", "positions * classes", positions, classes)
     elif units is not None:
         check_cost(f"unit={unit!r}", "draws * units", draws, n_units)
-    draw = ESTIMATORS[estimator].draw
+    draw, shape = ESTIMATORS[estimator].draw, (draws, positions, classes)
     device = targets.device if generator is None else generator.device
-    noise = torch.stack([draw((draws, positions, classes), generator, device) for _ in targets])
+    if draw is draw_nothing:  # once, as a batch of small samples would notice the others
+        noise = torch.empty((len(targets), draws, 0))
+    else:
+        noise = torch.stack([draw(shape, generator, device) for _ in targets])
     return Chunk(inputs, targets, noise.to(targets.device), units, n_units)

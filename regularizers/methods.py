@@ -57,6 +57,7 @@ class Differentiator:
         self._chosen: _Add | None = self._loop if method == "loop" else None
         if method == "vmap":
             self._chosen = self._vmap
+        self._begun = False
 
     def add_squares(self, total: dict[str, Tensor], estimator: str, whole: Chunk) -> None:
         """Add the squared gradients of every sample to ``total``, in place.
@@ -72,32 +73,33 @@ class Differentiator:
         for chunk in whole.split(self._chunk_size or len(whole.targets)):
             if len(chunk.targets) == 1 and self._method != "vmap":
                 self._loop(total, estimator, chunk)
-                continue
-            if self._chosen is None:
-                self._chosen = self._choose(chunk)
-            try:
-                self._chosen(total, estimator, chunk)
-            except UnsupportedModelError as error:  # raised before total was touched
-                self._chosen = self._instead(chunk, str(error))
-                self._chosen(total, estimator, chunk)
+            else:
+                if self._chosen is None:
+                    self._chosen = self._choose(total, chunk)
+                try:
+                    self._chosen(total, estimator, chunk)
+                except UnsupportedModelError as error:  # raised before total was touched
+                    self._chosen = self._instead(total, chunk, str(error))
+                    self._chosen(total, estimator, chunk)
+            self._begun = True
 
-    def _choose(self, chunk: Chunk) -> _Add:
+    def _choose(self, total: dict[str, Tensor], chunk: Chunk) -> _Add:
         try:
             taps = Taps(self._model, self._parameters, chunk.inputs)
-            self._verify(taps.add_squares, chunk)
+            self._verify(taps.add_squares, total, chunk)
         except UnsupportedModelError as error:
-            return self._instead(chunk, str(error))
+            return self._instead(total, chunk, str(error))
         except Exception as error:  # whatever the expanded outputs do to the model
-            return self._instead(chunk, f"{type(error).__name__}: {error}")
+            return self._instead(total, chunk, f"{type(error).__name__}: {error}")
         return taps.add_squares
 
-    def _instead(self, chunk: Chunk, reason: str) -> _Add:
+    def _instead(self, total: dict[str, Tensor], chunk: Chunk, reason: str) -> _Add:
         name = type(self._model).__name__
         reason = f"{name} cannot be differentiated in one pass for all samples: {reason}"
         if self._method == "hooks":
             raise RuntimeError(f"{reason}. Use method='auto', 'vmap' or 'loop'")
         try:
-            self._verify(self._vmap, chunk)
+            self._verify(self._vmap, total, chunk)
         except (RuntimeError, UnsupportedModelError) as error:
             self._warn(f"{reason}. Nor by torch.func.vmap: {error}. Samples are taken one by one")
             return self._loop
@@ -115,21 +117,26 @@ class Differentiator:
         for part in chunk.split(self._chunk_size or VMAP_CHUNK):
             add_squares_by_vmap(total, self._model, self._parameters, estimator, part)
 
-    def _verify(self, add: _Add, chunk: Chunk) -> None:
+    def _verify(self, add: _Add, total: dict[str, Tensor], chunk: Chunk) -> None:
         """Compare ``add`` with plain autograd on two samples.
 
         Raises:
             UnsupportedModelError: They differ; names the parameter.
         """
+        # While nothing has been added, the sums lend their memory.
+        free = zero_sums(self._parameters) if self._begun else total
         targets = torch.zeros_like(chunk.targets[:2])  # of class 0, so that none is masked
         noise = torch.empty(2, 1, 0, device=targets.device)
         two = Chunk(chunk.inputs[:2], targets, noise, None, 1)
-        ours, theirs = zero_sums(self._parameters), zero_sums(self._parameters)
-        add(ours, "empirical", two)
-        self._loop(theirs, "empirical", two)
-        names = [name for name, tensor in theirs.items() if tensor.numel()]
-        peaks = torch.stack([theirs[name].max().double().cpu() for name in names])
-        errors = torch.stack([(ours[n] - theirs[n]).abs().max().double().cpu() for n in names])
+        names = [name for name, tensor in free.items() if tensor.numel()]
+        try:
+            add(free, "empirical", two)
+            peaks = torch.stack([free[name].max().double().cpu() for name in names])
+            add_squares_one_by_one(free, self._model, self._parameters, "empirical", two, sign=-1)
+            errors = torch.stack([free[name].abs().max().double().cpu() for name in names])
+        finally:
+            for tensor in free.values():
+                tensor.zero_()
         dtype = self._computed_in(two.inputs)
         # Gradients that are 0 but for rounding, as of a key's bias, differ by their rounding.
         noise_floor = (32 * torch.finfo(dtype).eps) ** 2 * peaks.max()

@@ -36,6 +36,7 @@ def add_squares_one_by_one(
     parameters: dict[str, nn.Parameter],
     estimator: str,
     chunk: Chunk,
+    sign: int = 1,
 ) -> None:
     """Add the squared gradients of every sample to ``total``, in place, by plain autograd.
 
@@ -45,6 +46,7 @@ def add_squares_one_by_one(
         parameters: The parameters to differentiate by; the names of ``total`` in the same order.
         estimator: A name in ``ESTIMATORS``.
         chunk: The samples.
+        sign: 1, or -1 to subtract them.
     """
     leaves = list(parameters.values())
     for one in chunk.split(1):
@@ -54,7 +56,8 @@ def add_squares_one_by_one(
                 logits, leaves, cotangent, retain_graph=True, materialize_grads=True
             )
             for squares, gradient in zip(total.values(), gradients, strict=True):
-                squares.addcmul_(gradient, gradient)  # promotes to its dtype before it multiplies
+                # Promotes to its dtype before it multiplies.
+                squares.addcmul_(gradient, gradient, value=sign)
 
 
 def add_squares_by_vmap(

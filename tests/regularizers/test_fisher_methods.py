@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ars.regularizers import DiagonalFisher
+from ars.regularizers import DiagonalFisher, cotangents
 from ars.regularizers.cotangents import Chunk
 from ars.regularizers.sample_gradients import zero_sums
 from ars.regularizers.taps import Taps
@@ -210,3 +210,22 @@ def test_layers_are_left_without_hooks():
     with pytest.raises(ValueError, match="not finite"):
         DiagonalFisher(model, "empirical").fit([(batch[0] * float("nan"), batch[1])])
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_large_logits_are_taken_some_samples_at_a_time(tied_gpt, tokens, monkeypatch):
+    x, y = tokens(7)
+    model = tied_gpt(torch.float64)
+    whole = DiagonalFisher(model, "exact", method="hooks").fit([(x, y)]).importance
+    monkeypatch.setattr(cotangents, "LOGITS", 2 * 6 * 11)  # of two samples
+    parts = DiagonalFisher(model, "exact", method="hooks").fit([(x, y)]).importance
+    assert all(torch.equal(parts[n], whole[n]) for n in whole)
+
+
+@pytest.mark.parametrize("sizes", [(1, 3), (3, 1), (2, 2)])
+def test_the_comparison_leaves_nothing_in_the_sums(sizes, relative_error):
+    """Nor takes anything from them, if single samples came first."""
+    model, (x, y) = randomised(Reused()), sequences(n=4)
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    loop = DiagonalFisher(model, "empirical", method="loop").fit(batches).importance
+    hooks = DiagonalFisher(model, "empirical").fit(batches).importance
+    assert relative_error(hooks, loop) < TOLERANCE
