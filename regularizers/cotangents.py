@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ars.regularizers.estimators import ESTIMATORS, IGNORE_INDEX, accumulation_dtype
 
-__all__ = ["UNITS", "Chunk", "Unit", "cotangents", "count_units", "units_of"]
+__all__ = ["UNITS", "Chunk", "Unit", "and_whether_more", "cotangents", "count_units", "units_of"]
 
 Unit: TypeAlias = Literal["sequence", "token", "segment"]
 # Logits to form the cotangents of at once: 64 MiB of fp32, of which there are a few at a time.
@@ -116,3 +116,11 @@ def cotangents(estimator: str, logits: Tensor, chunk: Chunk) -> Iterator[Tensor]
             for number in range(chunk.n_units):
                 part = whole * (chunk.units == number)[..., None]
                 yield part.reshape(logits.shape).to(logits.dtype)
+
+
+def and_whether_more(tensors: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Yield each tensor and whether another follows, so that the last may free the graph."""
+    following = next(tensors, None)
+    while following is not None:
+        current, following = following, next(tensors, None)
+        yield current, following is not None

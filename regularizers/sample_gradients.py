@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ars.regularizers.cotangents import Chunk, cotangents
+from ars.regularizers.cotangents import Chunk, and_whether_more, cotangents
 from ars.regularizers.estimators import accumulation_dtype
 
 __all__ = [
@@ -51,9 +51,9 @@ def add_squares_one_by_one(
     leaves = list(parameters.values())
     for one in chunk.split(1):
         logits = model(one.inputs)
-        for cotangent in cotangents(estimator, logits.detach(), one):
+        for cotangent, more in and_whether_more(cotangents(estimator, logits.detach(), one)):
             gradients = torch.autograd.grad(
-                logits, leaves, cotangent, retain_graph=True, materialize_grads=True
+                logits, leaves, cotangent, retain_graph=more, materialize_grads=True
             )
             for squares, gradient in zip(total.values(), gradients, strict=True):
                 # Promotes to its dtype before it multiplies.

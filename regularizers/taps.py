@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ars.regularizers.contributions import Contribution, Sums, add_squares_of_uses_
-from ars.regularizers.cotangents import Chunk, cotangents
+from ars.regularizers.cotangents import Chunk, and_whether_more, cotangents
 from ars.regularizers.layer_rules import rule_of, to_samples
 
 __all__ = ["Taps", "UnsupportedModelError"]
@@ -209,8 +209,9 @@ class Taps:
                     raise UnsupportedModelError(
                         f"{name} was called {len(known)} times at first, now {calls[module]} times"
                     )
-            for cotangent in cotangents(estimator, logits.detach(), chunk):
-                torch.autograd.grad(logits, root, cotangent, retain_graph=True, allow_unused=True)
+            found = cotangents(estimator, logits.detach(), chunk)
+            for cotangent, more in and_whether_more(found):
+                torch.autograd.grad(logits, root, cotangent, retain_graph=more, allow_unused=True)
                 for p, uses in self._pending.items():
                     add_squares_of_uses_(total[self._names[p]], uses, samples)
                 self._pending.clear()
