@@ -11,9 +11,23 @@
 
 from ars.adam import ARSAdam
 from ars.adamw import ARSAdamW
-from ars.controller import ARSConfig, ARSController
+from ars.config import ARSConfig
+from ars.controller import ARSController
+from ars.parts import ChronosJitter, EntropyGuard, SurpriseGate
 from ars.release import GradientRelease
+from ars.surprise import prediction_entropy
 
 __version__ = "0.1.0"
 
-__all__ = ["ARSAdam", "ARSAdamW", "ARSConfig", "ARSController", "GradientRelease", "__version__"]
+__all__ = [
+    "ARSAdam",
+    "ARSAdamW",
+    "ARSConfig",
+    "ARSController",
+    "ChronosJitter",
+    "EntropyGuard",
+    "GradientRelease",
+    "SurpriseGate",
+    "__version__",
+    "prediction_entropy",
+]

@@ -11,10 +11,12 @@ from ars import compiled, functional
 from ars.batch import DIAGNOSTICS, Batch, Hyper, Options, is_decoupled, read_hyper
 from ars.checkpoint import CheckpointedAdam
 from ars.collect import Collector
-from ars.controller import ARSConfig, ARSController, check_watched, read_surprise
+from ars.config import ARSConfig
+from ars.controller import ARSController
 from ars.groups import check_duplicates, is_trial
 from ars.penalty import Penalty, Term, parameter_names, read_settings, read_terms, refresh_
 from ars.state import Precision, complete_state
+from ars.surprise import check_watched, choose_surprise
 
 __all__ = ["CONDITIONED", "ARSAdam"]
 
@@ -194,6 +196,7 @@ class ARSAdam(CheckpointedAdam):
         closure: Callable[[], Any] | None = None,
         *,
         loss: Tensor | float | None = None,
+        surprise: Tensor | float | None = None,
     ) -> Any:
         """Take one step.
 
@@ -201,23 +204,30 @@ class ARSAdam(CheckpointedAdam):
             closure: Re-evaluates the model and returns the loss, as for every torch optimizer.
             loss: The loss, 0-d: the surprise that the controller watches. Without it (and without
                 a closure that returns one) the controller watches the gradient norm.
+            surprise: With ``ARSConfig(surprise="entropy")``, what is watched instead, 0-d, such as
+                :func:`ars.prediction_entropy`.
 
         Returns:
             What the closure returned, or None.
 
         Raises:
-            TypeError: The loss is neither a tensor nor a number.
-            ValueError: The loss is not a scalar, the surprise changed its kind between steps, or
-                the groups differ in ``decoupled_weight_decay``.
+            TypeError: The loss or the surprise is neither a tensor nor a number.
+            ValueError: It is not a scalar, the surprise is missing or not what is watched, it
+                changed its kind between steps, or the groups differ in ``decoupled_weight_decay``.
             RuntimeError: A gradient is sparse, or ``foreach`` or ``fused`` was forced where the
                 parameters are.
         """
         if torch.compiler.is_dynamo_compiling():
-            return compiled.step_(self, closure, loss)
-        return self._step(closure, loss)
+            return compiled.step_(self, closure, loss, surprise)
+        return self._step(closure, loss, surprise)
 
     @_use_grad_for_differentiable
-    def _step(self, closure: Callable[[], Any] | None, loss: Tensor | float | None) -> Any:
+    def _step(
+        self,
+        closure: Callable[[], Any] | None,
+        loss: Tensor | float | None,
+        surprise: Tensor | float | None,
+    ) -> Any:
         """Take one step, as :meth:`step` describes it."""
         self._accelerator_graph_capture_health_check()
         if not self.state and closure is None and loss is None and is_trial(self.param_groups):
@@ -227,13 +237,13 @@ class ARSAdam(CheckpointedAdam):
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
-        surprise = read_surprise(returned if loss is None else loss)
-        watches = "grad_norm" if surprise is None else "loss"
+        loss = returned if loss is None else loss
+        watches, watched = choose_surprise(self._controller, loss, surprise)
         if self._controller is not None:
             check_watched(self._watches, watches)
         if functional.have_moved(self.param_groups, self._buffer.device):
             self._place()
-        hypers, options = self._settings(surprise)
+        hypers, options = self._settings(watched)
         batch = self._collector.collect(self.param_groups, self.state, self._terms, self._append)
         if not batch.params:
             return returned

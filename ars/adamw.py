@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ars.adam import CONDITIONED, ARSAdam
-from ars.controller import ARSConfig
+from ars.config import ARSConfig
 from ars.penalty import Penalty
 
 __all__ = ["ARSAdamW"]

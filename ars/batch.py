@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ars.controller import ARSController
 from ars.penalty import Scalar, Term, check_strength
+from ars.reference import Signals
 
 __all__ = ["DIAGNOSTICS", "Batch", "Hyper", "Options", "is_decoupled"]
 
@@ -106,6 +107,7 @@ class Hyper(NamedTuple):
     weight_decay: float
     maximize: bool
     strength: Scalar  # of the penalty
+    factor: Scalar = 1.0  # of the task's gradient, after clipping
 
 
 class Options(NamedTuple):
@@ -170,9 +172,13 @@ def read_hyper(group: dict[str, Any], strength: Scalar) -> Hyper:
     )
 
 
-def gated(hyper: Hyper, phi: Scalar, chi: Scalar) -> Hyper:
-    """Apply the controller's gate: ``beta_i Phi`` and ``lr (1 + chi)``."""
-    return hyper._replace(lr=hyper.lr * (1 + chi), beta1=hyper.beta1 * phi, beta2=hyper.beta2 * phi)
+def gated(hyper: Hyper, signals: Signals, gate: tuple[str, ...]) -> Hyper:
+    """Apply the controller's signals: ``lr (1 + chi)``, and Phi to what ``gate`` names."""
+    phi, factor = signals.phi, 1 + signals.chi
+    hyper = hyper._replace(lr=hyper.lr * (factor * phi if "lr" in gate else factor))
+    if "betas" in gate:
+        hyper = hyper._replace(beta1=hyper.beta1 * phi, beta2=hyper.beta2 * phi)
+    return hyper._replace(factor=phi) if "grad" in gate else hyper
 
 
 def write_diagnostics(buffer: Tensor, values: dict[str, Scalar]) -> None:

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ars.controller import read_surprise
+from ars.surprise import read_surprise
 
 __all__ = ["TracedOptimizer", "step_"]
 
@@ -29,7 +29,12 @@ class Optimizer(Protocol):
     @property
     def penalty(self) -> Any: ...
 
-    def _step(self, closure: Callable[[], Any] | None, loss: Tensor | float | None) -> Any: ...
+    def _step(
+        self,
+        closure: Callable[[], Any] | None,
+        loss: Tensor | float | None,
+        surprise: Tensor | float | None,
+    ) -> Any: ...
 
 
 # The operator finds its optimizer by the only kind of constant that Dynamo never makes symbolic.
@@ -54,7 +59,10 @@ class TracedOptimizer:
 
 
 def step_(
-    optimizer: Optimizer, closure: Callable[[], Any] | None, loss: Tensor | float | None
+    optimizer: Optimizer,
+    closure: Callable[[], Any] | None,
+    loss: Tensor | float | None,
+    surprise: Tensor | float | None,
 ) -> Any:
     """Put a step of the optimizer into the graph that is being traced.
 
@@ -64,13 +72,15 @@ def step_(
         optimizer: The optimizer.
         closure: As for :meth:`ars.ARSAdam.step`.
         loss: Likewise.
+        surprise: Likewise.
 
     Returns:
         What the closure returned, or None.
     """
     if closure is not None or optimizer.defaults["differentiable"]:
-        return _step_outside(optimizer, closure, loss)
-    traced, surprise = optimizer._traced, read_surprise(loss)
+        return _step_outside(optimizer, closure, loss, surprise)
+    traced, loss = optimizer._traced, read_surprise(loss)
+    surprise = read_surprise(surprise, "the surprise")
     if _is_changed(traced.name):
         torch._dynamo.graph_break(msg="the compiled function changes a group or the penalty")
     params, grads, indices = [], [], []
@@ -81,15 +91,20 @@ def step_(
             indices.append(index)
     if params:
         with torch.no_grad():
-            torch.ops.ars.step_(params, optimizer._buffer, grads, surprise, indices, traced.name)
+            torch.ops.ars.step_(
+                params, optimizer._buffer, grads, loss, surprise, indices, traced.name
+            )
     return None
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def _step_outside(
-    optimizer: Optimizer, closure: Callable[[], Any] | None, loss: Tensor | float | None
+    optimizer: Optimizer,
+    closure: Callable[[], Any] | None,
+    loss: Tensor | float | None,
+    surprise: Tensor | float | None,
 ) -> Any:
-    return optimizer._step(closure, loss)
+    return optimizer._step(closure, loss, surprise)
 
 
 def _is_changed(name: str) -> bool:
@@ -122,8 +137,8 @@ _is_changed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @torch.library.custom_op(
     "ars::step_",
     mutates_args=("params", "diagnostics"),
-    schema="(Tensor(a!)[] params, Tensor(b!) diagnostics, Tensor[] grads, Tensor? surprise, "
-    "int[] indices, str optimizer) -> ()",
+    schema="(Tensor(a!)[] params, Tensor(b!) diagnostics, Tensor[] grads, Tensor? loss, "
+    "Tensor? surprise, int[] indices, str optimizer) -> ()",
     # A captured graph would replay the kernels with the numbers of its capture.
     tags=(torch.Tag.cudagraph_unsafe,),
 )
@@ -131,6 +146,7 @@ def _operator(
     params: Sequence[Tensor],
     diagnostics: Tensor,
     grads: Sequence[Tensor],
+    loss: Tensor | None,
     surprise: Tensor | None,
     indices: Sequence[int],
     optimizer: str,
@@ -143,7 +159,8 @@ def _operator(
         params: The parameters that have a gradient, or copies of them.
         diagnostics: The optimizer's diagnostics, or a copy.
         grads: Their gradients.
-        surprise: 0-d, or None for the gradient norm.
+        loss: 0-d, or None.
+        surprise: Likewise.
         indices: Which parameters of the optimizer they are.
         optimizer: Its name here.
 
@@ -169,7 +186,7 @@ def _operator(
         try:
             for index, param in enumerate(owned):
                 param.grad = given.get(index)
-            stepped._step(None, surprise)
+            stepped._step(None, loss, surprise)
         finally:
             for param, grad in zip(owned, found, strict=True):
                 param.grad = grad

@@ -73,6 +73,7 @@ class DeviceStep:
         for index, hyper in enumerate(hypers):
             columns = {Column.LR: hyper.lr, Column.BETA1: hyper.beta1, Column.BETA2: hyper.beta2}
             columns[Column.STRENGTH] = hyper.strength
+            columns[Column.SIGN] = -hyper.factor if hyper.maximize else hyper.factor
             row = [0.0] * len(Column)
             for column, value in columns.items():
                 if isinstance(value, Tensor) and value.device == device:
@@ -81,7 +82,6 @@ class DeviceStep:
                     row[column] = float(value)
             row[Column.EPS], row[Column.WEIGHT_DECAY] = hyper.eps, hyper.weight_decay
             row[Column.MAX_NORM] = max_norm
-            row[Column.SIGN] = -1.0 if hyper.maximize else 1.0
             rows.append(row)
         if self._hyper is None or self._hyper.shape[0] != len(rows) or self._rows != rows:
             values = torch.tensor(rows, dtype=torch.float64)
@@ -142,13 +142,15 @@ def _on_device(controller: ARSController | None) -> "Controller | None":
     config = controller.config
     constants = (
         config.alpha, config.phi_min, config.eps, config.jitter, config.threshold,
-        config.significance,
+        config.significance, config.resonance, config.release,
     )  # fmt: skip
     return Controller(
         window=controller.window,
         counts=controller.counts,
+        last_phi=controller.last_phi,
         config=torch.tensor(constants, dtype=torch.float64, device=controller.window.device),
         seed=config.seed,
+        gate=config.gate,
         standardize=config.standardize,
         detrend=config.detrend,
     )

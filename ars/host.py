@@ -63,12 +63,12 @@ class HostStep:
             surprise = norm if options.surprise is None else options.surprise
             signals = controller.observe(surprise)
             values |= signals._asdict()
-            hypers = [gated(hyper, signals.phi, signals.chi) for hyper in hypers]
+            hypers = [gated(hyper, signals, controller.config.gate) for hyper in hypers]
         if options.max_norm is not None:
             number = torch.tensor(norm, dtype=torch.float64)
             factor *= float(reference.clip_coefficient(number, options.max_norm))
 
-        plan, scaled = self._plan, factor != 1.0
+        plan, scaled = self._plan, factor * float(hypers[0].factor) != 1.0
         if plan is None or not plan.holds(batch, scaled=scaled):
             plan = self._plan = Plan(batch, self._scratch, scaled=scaled)
         plan.count_(hypers)
@@ -124,6 +124,7 @@ class _Update:
         foreach: bool,
     ) -> None:
         self.hyper, self.products, self.options = hyper, products, options
+        factor *= float(hyper.factor)
         self.factor, self.foreach = -factor if hyper.maximize else factor, foreach
         self.arguments: dict[str, Any] = {
             "lr": hyper.lr,

@@ -37,7 +37,7 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
         surprise = options.surprise if options.surprise is not None else torch.as_tensor(norm)
         signals = controller.observe(surprise)
         values |= signals._asdict()
-        hypers = [gated(hyper, signals.phi, signals.chi) for hyper in hypers]
+        hypers = [gated(hyper, signals, controller.config.gate) for hyper in hypers]
     clip = unscale
     if options.max_norm is not None:
         clip = reference.clip_coefficient(torch.as_tensor(norm), options.max_norm) * unscale
@@ -51,7 +51,7 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
         )
         hyper = hyper._replace(lr=lr, beta1=beta1, beta2=beta2, strength=strength)
         batch.steps[i] += 1
-        value = _update(batch, i, hyper, options, _on(param, clip))
+        value = _update(batch, i, hyper, options, _on(param, clip * hyper.factor))
         if value is not None:
             penalty.append(value.to(device).double())
 

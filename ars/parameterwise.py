@@ -10,7 +10,8 @@ from ars import functional, reference
 from ars.adam import ARSAdam
 from ars.batch import DIAGNOSTICS, Batch, Hyper, Options, gated
 from ars.collect import Collector
-from ars.controller import ARSConfig, ARSController
+from ars.config import ARSConfig
+from ars.controller import ARSController
 from ars.penalty import parameter_names
 
 __all__ = ["ParameterwiseStep"]
@@ -36,15 +37,16 @@ class ParameterwiseStep:
         self._scratch = torch.zeros_like(optimizer._buffer)  # what the other parts report
         self._open: ARSController | None = None
         self._lock = threading.Lock()  # autograd has a thread for every device
-        self.begin(None)
+        self.begin("loss", None)
 
-    def begin(self, surprise: Tensor | None) -> None:
+    def begin(self, watches: str, surprise: Tensor | None) -> None:
         """Begin a step.
 
         Args:
-            surprise: The loss, 0-d.
+            watches: What the surprise is.
+            surprise: 0-d; None if there is no controller.
         """
-        self._surprise = surprise
+        self._watches, self._surprise = watches, surprise
         self._places: dict[Tensor, tuple[int, int]] = {}  # indices of the group, of the parameter
         for index, group in enumerate(self._optimizer.param_groups):
             for param in group["params"]:
@@ -96,7 +98,7 @@ class ParameterwiseStep:
             optimizer._place()
         hypers, options = optimizer._settings(self._surprise)
         batch = self._collect(param, self._first)
-        optimizer._watches = "loss"
+        optimizer._watches = self._watches
         optimizer._buffer[PENALTY] = 0.0  # without a penalty of its own, it writes none
         self._step(batch, hypers, options, self._first)
         self._repeat(hypers, options)
@@ -153,7 +155,7 @@ class ParameterwiseStep:
         self._options = self._options._replace(controller=self._open)
         idle = [hyper._replace(lr=0.0, beta1=0.0, beta2=0.0, strength=0.0) for hyper in hypers]
         self._hypers = [
-            [*idle[:i], _gated_there(hyper, buffer), *idle[i + 1 :]]
+            [*idle[:i], _gated_there(hyper, buffer, config.gate), *idle[i + 1 :]]
             for i, hyper in enumerate(hypers)
         ]
 
@@ -177,7 +179,7 @@ class _Repeated(ARSController):
         return self._signals
 
 
-def _gated_there(hyper: Hyper, diagnostics: Tensor) -> Hyper:
+def _gated_there(hyper: Hyper, diagnostics: Tensor, gate: tuple[str, ...]) -> Hyper:
     """Apply the gate on the device, in float64 as the kernel does."""
 
     def there(number: Tensor | float) -> Tensor:
@@ -185,4 +187,4 @@ def _gated_there(hyper: Hyper, diagnostics: Tensor) -> Hyper:
 
     signals = reference.Signals(*diagnostics[:SIGNALS].clone().unbind())
     hyper = hyper._replace(lr=there(hyper.lr), beta1=there(hyper.beta1), beta2=there(hyper.beta2))
-    return gated(hyper, signals.phi, signals.chi)
+    return gated(hyper, signals, gate)

@@ -9,9 +9,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ars.adam import ARSAdam
 from ars.compiled import OPTIMIZERS
-from ars.controller import check_watched, read_surprise
 from ars.parameterwise import ParameterwiseStep
 from ars.penalty import parameter_names
+from ars.surprise import check_watched, choose_surprise, read_surprise
 
 __all__ = ["GradientRelease"]
 
@@ -64,13 +64,14 @@ class GradientRelease:
         self._handles[None] = optimizer.register_step_pre_hook(_refuse_step)
         self._add_hooks()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, surprise: Tensor | float | None = None) -> None:
         """Differentiate the loss, and step every parameter that gets a gradient.
 
         What fails in the middle leaves the parameters that were first stepped and the others not.
 
         Args:
             loss: The loss, 0-d, not scaled; the surprise that the controller watches.
+            surprise: As for :meth:`ars.ARSAdamW.step`.
 
         Raises:
             TypeError: The loss is not a tensor.
@@ -82,9 +83,10 @@ class GradientRelease:
             raise RuntimeError("this GradientRelease was removed: make another one")
         if not isinstance(loss, Tensor):
             raise TypeError(f"the loss must be a 0-d tensor, got {type(loss).__name__}")
-        surprise = read_surprise(loss)
         optimizer = self._optimizer
-        _check(optimizer)
+        watches, watched = choose_surprise(optimizer.controller, loss, surprise)
+        read_surprise(loss)
+        _check(optimizer, watches)
         for param, name in parameter_names(optimizer.param_groups).items():
             if param.grad is not None:
                 raise RuntimeError(
@@ -92,7 +94,7 @@ class GradientRelease:
                     "used at once. Sum the losses instead, or call zero_grad() to drop it"
                 )
         self._add_hooks()
-        self._step.begin(surprise)
+        self._step.begin(watches, watched)
         self._is_running = True
         try:
             loss.backward()
@@ -143,7 +145,7 @@ class GradientRelease:
         self._step.take_(param)
 
 
-def _check(optimizer: ARSAdam) -> None:
+def _check(optimizer: ARSAdam, watches: str = "") -> None:
     """Refuse what needs all gradients before the first parameter may move.
 
     Raises:
@@ -157,7 +159,16 @@ def _check(optimizer: ARSAdam) -> None:
     if optimizer.defaults["differentiable"]:
         raise ValueError("differentiable=True needs the gradients afterwards: do not release them")
     if optimizer.controller is not None:
-        check_watched(optimizer._watches, "loss")
+        kind = optimizer.controller.config.surprise
+        # Before the first step "auto" is what the loss makes of it.
+        expected = "callable" if callable(kind) else "loss" if kind == "auto" else kind
+        watches = watches or expected
+        if watches == "grad_norm":
+            raise ValueError(
+                "ARSConfig(surprise='grad_norm') needs all gradients before the first parameter "
+                "moves: watch the loss, or do not release the gradients"
+            )
+        check_watched(optimizer._watches, watches)
     hooks = [*optimizer._optimizer_step_pre_hooks.values()]
     hooks += optimizer._optimizer_step_post_hooks.values()
     if set(hooks) - {_refuse_step}:

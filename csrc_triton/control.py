@@ -50,7 +50,7 @@ def _square_norm(table, grad_table, tiles, program, GRAD: tl.constexpr, TILE: tl
 
 @triton.jit
 def _write_scalars(
-    hyper, scalars, diagnostics, norm, unscale, phi, chi, group_count,
+    hyper, scalars, diagnostics, norm, unscale, lr_factor, beta_factor, group_count,
     NORM: tl.constexpr, DECOUPLED: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Form what the step reads of each group."""
@@ -60,9 +60,9 @@ def _write_scalars(
     target = scalars + group * SCALAR.value.WIDTH
     NUMBER: tl.constexpr = scalars.dtype.element_ty
 
-    lr = tl.load(source + HYPER.value.LR, mask=mask, other=0.0) * (1 + chi)
-    beta1 = tl.load(source + HYPER.value.BETA1, mask=mask, other=0.0) * phi
-    beta2 = tl.load(source + HYPER.value.BETA2, mask=mask, other=0.0) * phi
+    lr = tl.load(source + HYPER.value.LR, mask=mask, other=0.0) * lr_factor
+    beta1 = tl.load(source + HYPER.value.BETA1, mask=mask, other=0.0) * beta_factor
+    beta2 = tl.load(source + HYPER.value.BETA2, mask=mask, other=0.0) * beta_factor
     decay = tl.load(source + HYPER.value.WEIGHT_DECAY, mask=mask, other=0.0)
     strength = tl.load(source + HYPER.value.STRENGTH, mask=mask, other=0.0)
     eps = tl.load(source + HYPER.value.EPS, mask=mask, other=0.0)
@@ -100,8 +100,9 @@ def _power(beta, step):
 
 @triton.jit
 def _write_corrections(
-    table, hyper, corrections, phi, chi, tensor_count, GATED: tl.constexpr, BLOCK: tl.constexpr
-):
+    table, hyper, corrections, lr_factor, beta_factor, tensor_count,
+    GATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Advance every tensor's step, and the products if gated; form its bias corrections."""
     NUMBER: tl.constexpr = corrections.dtype.element_ty
     start = 0
@@ -110,9 +111,9 @@ def _write_corrections(
         mask = tensor < tensor_count
         row = table + tensor.to(tl.int64) * TABLE.value.WIDTH
         source = hyper + tl.load(row + TABLE.value.GROUP, mask=mask, other=0) * HYPER.value.WIDTH
-        lr = tl.load(source + HYPER.value.LR, mask=mask, other=0.0) * (1 + chi)
-        beta1 = tl.load(source + HYPER.value.BETA1, mask=mask, other=0.0) * phi
-        beta2 = tl.load(source + HYPER.value.BETA2, mask=mask, other=0.0) * phi
+        lr = tl.load(source + HYPER.value.LR, mask=mask, other=0.0) * lr_factor
+        beta1 = tl.load(source + HYPER.value.BETA1, mask=mask, other=0.0) * beta_factor
+        beta2 = tl.load(source + HYPER.value.BETA2, mask=mask, other=0.0) * beta_factor
         steps = tl.load(row + TABLE.value.STEP, mask=mask, other=0)
         steps = steps.to(tl.pointer_type(tl.float32))
         step = tl.load(steps, mask=mask, other=0.0) + 1
@@ -139,9 +140,10 @@ def _write_corrections(
 
 @triton.jit
 def _control(
-    table, hyper, scalars, corrections, window, counts, config, seed, loss, grad_scale,
+    table, hyper, scalars, corrections, window, counts, last_phi, config, seed, loss, grad_scale,
     diagnostics, norm, tensor_count, group_count,
     NORM: tl.constexpr, GATED: tl.constexpr, STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
+    GATE_BETAS: tl.constexpr, GATE_LR: tl.constexpr, GATE_GRAD: tl.constexpr,
     DECOUPLED: tl.constexpr, WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
     GROUP_BLOCK: tl.constexpr, TENSOR_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -150,8 +152,8 @@ def _control(
     if grad_scale is not None:
         unscale = 1 / tl.load(grad_scale).to(tl.float64)
         norm *= unscale
-    phi = tl.full((), 1.0, tl.float64)
-    chi = tl.full((), 0.0, tl.float64)
+    lr_factor = tl.full((), 1.0, tl.float64)
+    beta_factor = tl.full((), 1.0, tl.float64)
     if GATED:
         if loss is None:
             observed = norm
@@ -161,22 +163,32 @@ def _control(
                 observed = observed.to(tl.float32)  # the interpreter's only way out of bf16
             observed = observed.to(tl.float64)
         phi, chi = observe(
-            observed, window, counts, config, seed, diagnostics,
+            observed, window, counts, last_phi, config, seed, diagnostics,
             STANDARDIZE, DETREND, WINDOW, WINDOW_BLOCK,
         )  # fmt: skip
+        lr_factor += chi
+        if GATE_LR:
+            lr_factor *= phi
+        if GATE_BETAS:
+            beta_factor *= phi
+        if GATE_GRAD:
+            unscale *= phi
     _write_scalars(
-        hyper, scalars, diagnostics, norm, unscale, phi, chi, group_count,
+        hyper, scalars, diagnostics, norm, unscale, lr_factor, beta_factor, group_count,
         NORM, DECOUPLED, GROUP_BLOCK,
     )  # fmt: skip
     tl.store(diagnostics + DIAGNOSTIC.value.GRAD_NORM, norm)
-    _write_corrections(table, hyper, corrections, phi, chi, tensor_count, GATED, TENSOR_BLOCK)
+    _write_corrections(
+        table, hyper, corrections, lr_factor, beta_factor, tensor_count, GATED, TENSOR_BLOCK
+    )
 
 
 @triton.jit
 def _control_unless_inf(
-    table, hyper, scalars, corrections, window, counts, config, seed, loss, grad_scale, found_inf,
-    diagnostics, norm, tensor_count, group_count,
+    table, hyper, scalars, corrections, window, counts, last_phi, config, seed, loss, grad_scale,
+    found_inf, diagnostics, norm, tensor_count, group_count,
     NORM: tl.constexpr, GATED: tl.constexpr, STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
+    GATE_BETAS: tl.constexpr, GATE_LR: tl.constexpr, GATE_GRAD: tl.constexpr,
     DECOUPLED: tl.constexpr, WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
     GROUP_BLOCK: tl.constexpr, TENSOR_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -187,10 +199,10 @@ def _control_unless_inf(
     if moves:
         tl.store(scalars + SCALAR.value.SKIP, 0.0)
         _control(
-            table, hyper, scalars, corrections, window, counts, config, seed, loss, grad_scale,
-            diagnostics, norm, tensor_count, group_count,
-            NORM, GATED, STANDARDIZE, DETREND, DECOUPLED, WINDOW, WINDOW_BLOCK,
-            GROUP_BLOCK, TENSOR_BLOCK,
+            table, hyper, scalars, corrections, window, counts, last_phi, config, seed, loss,
+            grad_scale, diagnostics, norm, tensor_count, group_count,
+            NORM, GATED, STANDARDIZE, DETREND, GATE_BETAS, GATE_LR, GATE_GRAD, DECOUPLED,
+            WINDOW, WINDOW_BLOCK, GROUP_BLOCK, TENSOR_BLOCK,
         )  # fmt: skip
     else:
         tl.store(scalars + SCALAR.value.SKIP, 1.0)
@@ -204,7 +216,8 @@ def _control_unless_inf(
 def control_kernel(
     table, grad_table, tiles,  # see tiles.py
     hyper, scalars, corrections,  # (G, 8) float64; (G, 10) and (T, 2), see layout.py
-    window, counts, config, seed,  # (W,) float64, (2,) int64, (6,) float64, (1,) int64; or None
+    window, counts, last_phi, config,  # (W,) float64, (2,) int64, () and (8,) float64; or None
+    seed,  # (1,) int64
     loss,  # 0-d, floating; None: the surprise is the gradient norm
     grad_scale, found_inf,  # (1,) float32, or None: 1, and 0
     partials, ticket, diagnostics,  # (partial_count,) float64, (1,) int32 at 0, (10,) float64
@@ -213,6 +226,7 @@ def control_kernel(
     NORM: tl.constexpr,  # the gradient norm is needed
     LAST: tl.constexpr,  # of the step's launches of this kernel
     GATED: tl.constexpr, STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
+    GATE_BETAS: tl.constexpr, GATE_LR: tl.constexpr, GATE_GRAD: tl.constexpr,
     DECOUPLED: tl.constexpr, WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
     GROUP_BLOCK: tl.constexpr, TENSOR_BLOCK: tl.constexpr, TILE: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
@@ -228,15 +242,15 @@ def control_kernel(
                 tl.store(ticket, 0)  # for the next launch
                 norm = tl.sqrt(sum_in_order(partials, partial_count, SUM_BLOCK))
                 _control_unless_inf(
-                    table, hyper, scalars, corrections, window, counts, config, seed, loss,
-                    grad_scale, found_inf, diagnostics, norm, tensor_count, group_count,
-                    NORM, GATED, STANDARDIZE, DETREND, DECOUPLED, WINDOW, WINDOW_BLOCK,
-                    GROUP_BLOCK, TENSOR_BLOCK,
+                    table, hyper, scalars, corrections, window, counts, last_phi, config,
+                    seed, loss, grad_scale, found_inf, diagnostics, norm, tensor_count, group_count,
+                    NORM, GATED, STANDARDIZE, DETREND, GATE_BETAS, GATE_LR, GATE_GRAD, DECOUPLED,
+                    WINDOW, WINDOW_BLOCK, GROUP_BLOCK, TENSOR_BLOCK,
                 )  # fmt: skip
     else:
         _control_unless_inf(
-            table, hyper, scalars, corrections, window, counts, config, seed, loss,
+            table, hyper, scalars, corrections, window, counts, last_phi, config, seed, loss,
             grad_scale, found_inf, diagnostics, float("nan"), tensor_count, group_count,
-            NORM, GATED, STANDARDIZE, DETREND, DECOUPLED, WINDOW, WINDOW_BLOCK,
-            GROUP_BLOCK, TENSOR_BLOCK,
+            NORM, GATED, STANDARDIZE, DETREND, GATE_BETAS, GATE_LR, GATE_GRAD, DECOUPLED,
+            WINDOW, WINDOW_BLOCK, GROUP_BLOCK, TENSOR_BLOCK,
         )  # fmt: skip

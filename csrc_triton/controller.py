@@ -11,11 +11,12 @@ import triton.language as tl
 
 from ars.csrc_triton.device import CONFIG, DIAGNOSTIC
 
-__all__ = ["MIN_HISTORY", "RELATIVE_NOISE_FLOOR", "observe"]
+__all__ = ["ERROR_FLOOR", "MIN_HISTORY", "RELATIVE_NOISE_FLOOR", "observe"]
 
 # The reference's, which says why; a test keeps them equal.
 RELATIVE_NOISE_FLOOR = tl.constexpr(1e-12)
 MIN_HISTORY = tl.constexpr(10)
+ERROR_FLOOR = tl.constexpr(1e-6)
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def _fit(shifted, age, n, LINEAR: tl.constexpr):
 
 @triton.jit
 def _standardized_surprise(
-    surprise, window, count, threshold, eps,
+    surprise, window, count, threshold,
     LINEAR: tl.constexpr, WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One-sided deviation from the trend of the window as it was, in standard errors."""
@@ -57,7 +58,7 @@ def _standardized_surprise(
         freedom -= 1
     error = tl.sqrt(tl.sum(residuals * residuals) / tl.maximum(freedom, 1.0) * leverage)
     predicted = start + mean + slope * ahead
-    scale = error + eps * tl.abs(predicted)
+    scale = error + ERROR_FLOOR * tl.abs(predicted)
     deviations = (surprise - predicted) / tl.where(scale > 0, scale, 1.0)
     return tl.where(valid >= MIN_HISTORY, tl.maximum(deviations - threshold, 0.0), 0.0)
 
@@ -111,7 +112,7 @@ def _autocorrelation(
 
 @triton.jit
 def observe(
-    observed, window, counts, config, seed, diagnostics,
+    observed, window, counts, last_phi, config, seed, diagnostics,
     STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
     WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +129,7 @@ def observe(
     if STANDARDIZE:
         threshold = tl.load(config + CONFIG.value.THRESHOLD)
         gated = _standardized_surprise(
-            surprise, window, count, threshold, eps, DETREND, WINDOW, WINDOW_BLOCK
+            surprise, window, count, threshold, DETREND, WINDOW, WINDOW_BLOCK
         )
     # eq. 1
     rho, valid = _autocorrelation(surprise, finite, window, count, DETREND, WINDOW, WINDOW_BLOCK)
@@ -138,8 +139,13 @@ def observe(
     rho = tl.where(rho < 0, -strength, tl.where(rho > 0, strength, 0.0))
 
     psi = tl.maximum(1 - rho * rho, eps)  # eq. 2
-    phi = phi_min + (1 - phi_min) * tl.exp(-alpha * (gated / psi))  # eq. 3
+    resonance = tl.load(config + CONFIG.value.RESONANCE)
+    strained = gated / psi + resonance * (1 / psi - 1)
+    phi = phi_min + (1 - phi_min) * tl.exp(-alpha * strained)  # eq. 3
     phi = tl.where(finite, phi, phi_min)
+    previous = tl.load(last_phi)
+    limit = previous + (1 - previous) / tl.load(config + CONFIG.value.RELEASE)
+    phi = tl.where(phi < limit, phi, limit)
     # The same counter and key as ars.reference.philox_uniform: the same number, bit for bit.
     counter = (steps & 0xFFFFFFFF).to(tl.uint32)
     zero = counter * 0
@@ -147,10 +153,11 @@ def observe(
     uniform = word.to(tl.float64) * 2.0**-32
     chi = tl.load(config + CONFIG.value.JITTER) * (2 * uniform - 1) * (1 - psi)  # eq. 4
 
-    tl.debug_barrier()  # every thread has read the window and the counts
+    tl.debug_barrier()  # every thread has read the window, the counts and the last Phi
     tl.store(window + count % WINDOW, surprise, mask=finite)
     tl.store(counts, count + finite.to(tl.int64))
     tl.store(counts + 1, steps + 1)
+    tl.store(last_phi, phi)
     tl.store(diagnostics + DIAGNOSTIC.value.SURPRISE, observed)
     tl.store(diagnostics + DIAGNOSTIC.value.RHO, rho)
     tl.store(diagnostics + DIAGNOSTIC.value.PSI, psi)

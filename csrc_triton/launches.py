@@ -100,6 +100,7 @@ class Launches:
         """Launch the control kernel: for every dtype if the norm is needed, else once."""
         controller = self._controller
         window = 1 if controller is None else controller.window.numel()
+        gate = () if controller is None else controller.gate
         for index, part in enumerate(self._parts):
             last = index == len(self._parts) - 1
             if not (norm or last):
@@ -110,7 +111,7 @@ class Launches:
                 self._table, grad_table, part.tiles,
                 self._hyper, self._scalars, self._corrections,
                 controller and controller.window, controller and controller.counts,
-                controller and controller.config, self._seed,
+                controller and controller.last_phi, controller and controller.config, self._seed,
                 loss, grad_scale, found_inf,
                 self._norm_partials, self._norm_ticket, self.diagnostics,
                 part.first_partial, len(self._norm_partials),
@@ -121,6 +122,9 @@ class Launches:
                 GATED=controller is not None,
                 STANDARDIZE=controller is not None and controller.standardize,
                 DETREND=controller is not None and controller.detrend,
+                GATE_BETAS="betas" in gate,
+                GATE_LR="lr" in gate,
+                GATE_GRAD="grad" in gate,
                 DECOUPLED=self._decoupled,
                 WINDOW=window,
                 WINDOW_BLOCK=triton.next_power_of_2(window),

@@ -13,7 +13,7 @@ class Hyper(IntEnum):
     WEIGHT_DECAY = 4
     STRENGTH = 5  # EWC's lambda
     MAX_NORM = 6  # of all gradients together; infinity does not clip
-    SIGN = 7  # +1 to minimise, -1 to maximise
+    SIGN = 7  # of the gradient, +1 to minimise, -1 to maximise, times any further factor
 
 
 class Config(IntEnum):
@@ -25,6 +25,8 @@ class Config(IntEnum):
     JITTER = 3
     THRESHOLD = 4
     SIGNIFICANCE = 5
+    RESONANCE = 6
+    RELEASE = 7
 
 
 class Diagnostic(IntEnum):

@@ -118,7 +118,9 @@ class FusedAdam:
         numbers = list(range(len(params))) if numbers is None else numbers
         check_numbers(numbers, params)
         if controller is not None:
-            check_controller(controller.window, controller.counts, controller.config, hyper)
+            check_controller(
+                controller.window, controller.counts, controller.last_phi, controller.config, hyper
+            )
         if diagnostics is not None:
             check_buffer("diagnostics", diagnostics, (len(Diagnostic),), hyper)
         device = params[0].device

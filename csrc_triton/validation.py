@@ -119,7 +119,9 @@ def check_hyper(hyper: Tensor, groups: list[int], params: list[Tensor]) -> None:
             )
 
 
-def check_controller(window: Tensor, counts: Tensor, config: Tensor, like: Tensor) -> None:
+def check_controller(
+    window: Tensor, counts: Tensor, last_phi: Tensor, config: Tensor, like: Tensor
+) -> None:
     """Raise unless the controller's tensors have their shapes and dtypes.
 
     Raises:
@@ -129,6 +131,7 @@ def check_controller(window: Tensor, counts: Tensor, config: Tensor, like: Tenso
     if window.dim() != 1 or not window.numel():
         raise ValueError(f"window has shape {tuple(window.shape)}; pass (W,) with W >= 1")
     check_buffer("window", window, (window.numel(),), like)
+    check_buffer("last_phi", last_phi, (), like)
     check_buffer("config", config, (len(Config),), like)
     if counts.dtype != torch.int64:
         raise TypeError(f"counts is {counts.dtype}; make it int64")

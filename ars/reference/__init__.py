@@ -10,7 +10,15 @@ proximal, (10) subspace, (12) Kronecker-factored; Fisher (11) per-sample squares
 """
 
 from ars.reference.adam import AdamResult, adam_denominator, adam_step, clip_coefficient, grad_norm
-from ars.reference.controller import Signals, controller_step_
+from ars.reference.controller import (
+    Signals,
+    chronos_jitter,
+    controller_step_,
+    draw,
+    entropy_guard,
+    slow_release,
+    surprise_gate,
+)
 from ars.reference.fisher import squared_products
 from ars.reference.kronecker import kronecker_gradient, kronecker_value
 from ars.reference.penalties import (
@@ -29,9 +37,12 @@ __all__ = [
     "Signals",
     "adam_denominator",
     "adam_step",
+    "chronos_jitter",
     "clip_coefficient",
     "controller_step_",
     "decode_importance",
+    "draw",
+    "entropy_guard",
     "ewc_gradient",
     "ewc_proximal",
     "ewc_value",
@@ -42,9 +53,11 @@ __all__ = [
     "philox",
     "philox_uniform",
     "rounding_bits",
+    "slow_release",
     "split_master",
     "squared_products",
     "stochastic_round",
     "subspace_gradient",
     "subspace_value",
+    "surprise_gate",
 ]

@@ -11,7 +11,12 @@ The equations as proposed, with S the surprise and H the last W surprises, S inc
 
 The conditioned form replaces S by its deviation from the window's trend and H by its residuals,
 and discounts what sampling noise explains: :func:`~ars.reference.window.trend`,
-:func:`standardized_surprise`, :func:`shrink`.
+:func:`standardized_surprise`, :func:`shrink`. Two further terms are absent from the proposal, where
+kappa = 0 and r = 1. Resonance brakes by itself, and a gate that has closed opens over r steps:
+
+.. math::
+    S / \Psi &\to (S + \kappa) / \Psi - \kappa \\
+    \Phi_t &= \min(\Phi, \Phi_{t-1} + (1 - \Phi_{t-1}) / r)
 """
 
 from typing import Any, NamedTuple
@@ -22,6 +27,7 @@ from torch import Tensor
 from ars.reference.philox import philox_uniform
 from ars.reference.scalars import Scalar, at_least, choose, copysign, exp, is_finite, read
 from ars.reference.window import (
+    ERROR_FLOOR,
     MIN_HISTORY,
     Count,
     autocorrelation,
@@ -31,7 +37,10 @@ from ars.reference.window import (
     trend,
 )
 
-__all__ = ["Signals", "controller_step_"]
+__all__ = [
+    "Signals", "chronos_jitter", "controller_step_", "draw", "entropy_guard", "slow_release",
+    "surprise_gate",
+]  # fmt: skip
 
 
 class Signals(NamedTuple):
@@ -48,6 +57,7 @@ def controller_step_(
     surprise: Scalar,
     window: Tensor,
     counts: Tensor,
+    last_phi: Tensor,
     *,
     alpha: float,
     phi_min: float,
@@ -57,6 +67,8 @@ def controller_step_(
     detrend: bool,
     threshold: float,
     significance: float,
+    resonance: float = 0.0,
+    release: float = 1,
     seed: int,
 ) -> Signals:
     """Observe one surprise, in place, and return the gate for this step (eqs. 1 to 4).
@@ -67,6 +79,7 @@ def controller_step_(
         surprise: The step's surprise, 0-d or a number.
         window: Ring buffer of the last W surprises, shape (W,), float64; written in place.
         counts: (surprises ever written, steps ever taken), shape (2,), int64; written in place.
+        last_phi: Phi of the step before, 1 before the first, 0-d, float64; written in place.
         alpha: Sensitivity of the gate, >= 0.
         phi_min: Smallest gate, in [0, 1].
         eps: Smallest Psi, in (0, 1].
@@ -75,6 +88,8 @@ def controller_step_(
         detrend: The trend is a line rather than the mean; rho is that of the line's residuals.
         threshold: Standard errors of deviation that are ordinary noise, >= 0.
         significance: Standard errors of rho that are ordinary noise, >= 0.
+        resonance: Strength kappa of the braking on resonance itself, >= 0.
+        release: Steps r over which a closed gate opens, >= 1.
         seed: Key of the jitter.
 
     Returns:
@@ -87,20 +102,19 @@ def controller_step_(
     if standardize:
         values, valid = oldest_first(window, counts[0])
         _, predicted, error = trend(values, valid, linear=detrend)
-        gated = standardized_surprise(value, predicted, error, valid, threshold, eps)
+        gated = standardized_surprise(value, predicted, error, valid, threshold)
 
-    step = read(counts[1] & 0xFFFFFFFF)
+    step = read(counts[1].clone())
     remember_(window, counts, value, finite)
     values, valid = oldest_first(window, counts[0])
     if detrend:
         values = trend(values, valid, linear=True)[0]
     rho = shrink(autocorrelation(values, valid, read(window.abs().amax())), valid, significance)
     psi = entropy_guard(rho, eps)
-    phi = choose(finite, surprise_gate(gated, psi, alpha, phi_min), phi_min)
-    # Without resonance there is no jitter, whatever is drawn.
-    still = not isinstance(psi, Tensor) and psi == 1.0
-    uniform = 0.5 if still else philox_uniform(seed, step)
-    return Signals(value, rho, psi, phi, chronos_jitter(psi, uniform, jitter))
+    phi = choose(finite, surprise_gate(gated, psi, alpha, phi_min, resonance), phi_min)
+    phi = slow_release(phi, read(last_phi), release)
+    last_phi.copy_(phi) if isinstance(phi, Tensor) else last_phi.fill_(phi)
+    return Signals(value, rho, psi, phi, chronos_jitter(psi, draw(psi, seed, step), jitter))
 
 
 def standardized_surprise(
@@ -109,12 +123,12 @@ def standardized_surprise(
     error: Scalar,
     valid: Count,
     threshold: float,
-    eps: float,
+    floor: float = ERROR_FLOOR,
 ) -> Scalar:
     r"""One-sided surprise, in standard errors beyond a threshold.
 
-    ``max(0, (S - predicted) / (error + eps |predicted|) - threshold)``, and 0 while the trend rests
-    on fewer than ten values. A value as good as expected, or better, is no surprise.
+    ``max(0, (S - predicted) / (error + floor |predicted|) - threshold)``, and 0 while the trend
+    rests on fewer than ten values. A value as good as expected, or better, is no surprise.
 
     Args:
         surprise: The new value.
@@ -122,13 +136,13 @@ def standardized_surprise(
         error: The standard error of that prediction.
         valid: How many values the trend was fitted to.
         threshold: Standard errors that count as ordinary noise, >= 0.
-        eps: Relative floor of the error, so that a constant signal does not divide by 0.
+        floor: Of the error, relative, so that a constant signal does not divide by 0.
 
     Returns:
         The standardized surprise, >= 0.
     """
     magnitude: Any = abs(predicted)
-    scale = error + eps * magnitude
+    scale = error + floor * magnitude
     deviations = (surprise - predicted) / choose(scale > 0, scale, 1.0)
     return choose(valid >= MIN_HISTORY, at_least(deviations - threshold, 0.0), 0.0)
 
@@ -155,12 +169,31 @@ def entropy_guard(rho: Scalar, eps: float) -> Scalar:
     return at_least(1 - rho * rho, eps)
 
 
-def surprise_gate(surprise: Scalar, psi: Scalar, alpha: float, phi_min: float) -> Scalar:
-    """SurpriseGate, ``Phi = phi_min + (1 - phi_min) exp(-alpha S / Psi)`` (eq. 3): 1 is open.
+def surprise_gate(
+    surprise: Scalar, psi: Scalar, alpha: float, phi_min: float, resonance: float = 0.0
+) -> Scalar:
+    """SurpriseGate, ``Phi = phi_min + (1 - phi_min) exp(-alpha S~)`` (eq. 3): 1 is open.
 
-    A negative surprise counts as 0: the gate never opens further than 1.
+    ``S~ = S / Psi + resonance (1 / Psi - 1)``. A negative surprise counts as 0: the gate never
+    opens further than 1.
     """
-    return phi_min + (1 - phi_min) * exp(-alpha * (at_least(surprise, 0.0) / psi))
+    strained = at_least(surprise, 0.0) / psi + resonance * (1 / psi - 1)
+    return phi_min + (1 - phi_min) * exp(-alpha * strained)
+
+
+def slow_release(phi: Scalar, previous: Scalar, release: float) -> Scalar:
+    """Let a gate open by at most a part of what it was closed: ``1 / release``, a step."""
+    limit = previous + (1 - previous) / release
+    return choose(phi < limit, phi, limit)
+
+
+def draw(psi: Scalar, seed: int, step: Any) -> Scalar:
+    """Return the jitter's random number of a step, in [0, 1).
+
+    Without resonance there is no jitter, whatever is drawn; on a CPU nothing is then.
+    """
+    still = not isinstance(psi, Tensor) and psi == 1.0
+    return 0.5 if still else philox_uniform(seed, step & 0xFFFFFFFF)
 
 
 def chronos_jitter(psi: Scalar, uniform: Scalar, jitter: float) -> Scalar:

@@ -9,8 +9,8 @@ from torch import Tensor
 from ars.reference.scalars import Scalar, at_least, at_most, choose, is_host, read
 
 __all__ = [
-    "MIN_HISTORY", "RELATIVE_NOISE_FLOOR", "Count", "autocorrelation", "divisor", "oldest_first",
-    "remember_", "trend",
+    "ERROR_FLOOR", "MIN_HISTORY", "RELATIVE_NOISE_FLOOR", "Count", "autocorrelation", "divisor",
+    "oldest_first", "remember_", "trend",
 ]  # fmt: skip
 
 # A number of values: on the device, or an int where reading it waits for nothing.
@@ -20,6 +20,8 @@ Count: TypeAlias = int | Tensor
 RELATIVE_NOISE_FLOOR = 1e-12
 # A trend line and its deviation mean nothing over fewer values than this.
 MIN_HISTORY = 10
+# Least error of a prediction, relative to it, so that a constant signal does not divide by 0.
+ERROR_FLOOR = 1e-6
 
 
 def remember_(window: Tensor, counts: Tensor, value: Scalar, finite: Any) -> None:

@@ -13,7 +13,11 @@ CONFIGS = {
     # So sensitive that 14 steps exercise the trend, the threshold and the significance.
     "on": ARSConfig(window=12, threshold=0.2, significance=0.5),
     "paper": ARSConfig.paper(),
-}
+    "all gates": ARSConfig(
+        window=12, threshold=0.2, significance=0.5, gate=("lr", "grad", "betas"), resonance=0.5,
+        release=3,
+    ),
+}  # fmt: skip
 
 
 def assert_equal(ours, theirs, rtol=1e-6):

@@ -45,7 +45,7 @@ def test_operator_passes_torchs_checks():
     params = optimizer._parameters()
     gradients(params, 0)
     arguments = (
-        params, optimizer._buffer, [p.grad for p in params], loss_of(0), [0, 1, 2],
+        params, optimizer._buffer, [p.grad for p in params], loss_of(0), None, [0, 1, 2],
         optimizer._traced.name,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.ars.step_, arguments)

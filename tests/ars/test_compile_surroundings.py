@@ -134,6 +134,6 @@ def test_errors_are_those_of_eager():
         graph(optimizer, torch.ones(2))
     with pytest.raises(ValueError, match="has watched the loss and now gets the grad_norm"):
         torch.compile(step_on_norm, backend="aot_eager")(optimizer, None)
-    gone = ([], torch.zeros(10), [], None, [], "none")
+    gone = ([], torch.zeros(10), [], None, None, [], "none")
     with pytest.raises(RuntimeError, match="an optimizer that is no more"):
         torch.ops.ars.step_(*gone)

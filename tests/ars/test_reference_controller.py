@@ -48,7 +48,8 @@ def test_paper_config_is_the_proposal():
     assert (config.eps, config.jitter) == (1e-6, 0.1)
     assert not config.standardize
     assert not config.detrend
-    assert config.threshold == config.significance == 0.0
+    assert config.threshold == config.significance == config.resonance == 0.0
+    assert (config.gate, config.surprise, config.release) == (("betas",), "auto", 1)
 
 
 @pytest.mark.parametrize("detrend", [False, True])
@@ -114,7 +115,11 @@ def test_masked_form_equals_the_exact_one(n, monkeypatch):
             assert float(a) == pytest.approx(b, rel=1e-12)
 
 
-@pytest.mark.parametrize("settings", [{}, paper()], ids=["default", "paper"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, paper(), {"resonance": 2.0, "release": 5, "significance": 0.5}],
+    ids=["default", "paper", "resonance"],
+)
 def test_a_device_that_must_not_be_waited_for_gets_the_same_signals(settings, monkeypatch):
     """There every scalar stays a tensor; made so on a CPU, nothing may change."""
     signal = np.random.default_rng(3).gamma(2.0, 0.3, size=40)
@@ -141,7 +146,7 @@ def test_standardized_surprise_by_hand():
     def surprise(value, valid=50, threshold=3.0):
         args = (torch.tensor(x, dtype=torch.float64) for x in (value, 2.0, 0.5))
         return float(
-            definition.standardized_surprise(*args, torch.tensor(valid), threshold, eps=0.0)
+            definition.standardized_surprise(*args, torch.tensor(valid), threshold, floor=0.0)
         )
 
     assert surprise(2.0 + 5 * 0.5) == pytest.approx(2.0)
@@ -226,6 +231,10 @@ def test_observe_leaves_no_autograd_graph():
         ({"alpha": math.inf}, ValueError), ({"phi_min": 1.1}, ValueError),
         ({"eps": 0.0}, ValueError), ({"jitter": 1.0}, ValueError), ({"jitter": "a"}, TypeError),
         ({"threshold": -1.0}, ValueError), ({"significance": math.nan}, ValueError),
+        ({"resonance": -0.1}, ValueError), ({"release": 0.5}, ValueError),
+        ({"release": math.inf}, ValueError), ({"gate": "lr"}, TypeError),
+        ({"gate": ("lr", "lr")}, ValueError), ({"gate": ("momentum",)}, ValueError),
+        ({"surprise": "accuracy"}, ValueError), ({"surprise": 3}, TypeError),
         ({"seed": -1}, ValueError), ({"seed": True}, TypeError), ({"detrend": 1}, TypeError),
     ],
 )  # fmt: skip
@@ -244,3 +253,7 @@ def test_controller_state_round_trip_and_refusal():
         ARSController(ARSConfig(window=30)).load_state_dict(controller.state_dict())
     with pytest.raises(ValueError, match="lacks 'counts'"):
         other.load_state_dict({"window": other.window})
+    assert float(other.last_phi) < 1
+    old = {name: t for name, t in controller.state_dict().items() if name != "last_phi"}
+    other.load_state_dict(old)  # as saved by version 0.1.0
+    assert float(other.last_phi) == 1

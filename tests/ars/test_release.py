@@ -66,7 +66,9 @@ def compare(released, ordinary, steps):
 
 @pytest.mark.parametrize("mode", ["coupled", "proximal"])
 @pytest.mark.parametrize(
-    "config", [None, ARSConfig(), ARSConfig.paper()], ids=["off", "on", "paper"]
+    "config",
+    [None, ARSConfig(), ARSConfig.paper(), ARSConfig.paper(gate=("lr", "grad"), release=5)],
+    ids=["off", "on", "paper", "gates"],
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_equals_the_ordinary_step(implementation, config, mode):

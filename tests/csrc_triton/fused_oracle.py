@@ -103,6 +103,9 @@ def assert_step(
     if problem.controller is not None and expected.controller is not None:
         assert torch.equal(problem.controller.counts, expected.controller.counts)
         assert torch.equal(problem.controller.window, expected.controller.window)
+        torch.testing.assert_close(
+            problem.controller.last_phi, expected.controller.last_phi, rtol=SIGNAL_TOLERANCE, atol=0
+        )
     assert_diagnostics(fused.diagnostics, diagnostics)
 
 

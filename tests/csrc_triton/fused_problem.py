@@ -106,11 +106,13 @@ class Problem:
         """
         norm = reported[Diagnostic.GRAD_NORM]
         phi, chi = 1.0, 0.0
+        gate: tuple[str, ...] = ()
         said = {Diagnostic.SURPRISE: math.nan, Diagnostic.RHO: 0.0, Diagnostic.PSI: 1.0}
         said |= {Diagnostic.PHI: phi, Diagnostic.CHI: chi}
         if self.controller is not None:
             signals = observe(self.controller, norm if loss is None else loss)
             phi, chi = float(reported[Diagnostic.PHI]), float(reported[Diagnostic.CHI])
+            gate = self.controller.gate
             said = {
                 Diagnostic.SURPRISE: float(signals.surprise),
                 Diagnostic.RHO: float(signals.rho),
@@ -118,11 +120,13 @@ class Problem:
                 Diagnostic.PHI: float(signals.phi),
                 Diagnostic.CHI: float(signals.chi),
             }
+        lr_factor = (1 + chi) * (phi if "lr" in gate else 1.0)
+        beta_factor = phi if "betas" in gate else 1.0
         penalty = 0.0
         for i, param in enumerate(self.params):
             row = self.hyper[self.groups[i]].tolist()
-            lr, beta1, beta2 = row[Hyper.LR] * (1 + chi), row[Hyper.BETA1], row[Hyper.BETA2]
-            beta1, beta2 = beta1 * phi, beta2 * phi
+            lr, beta1, beta2 = row[Hyper.LR] * lr_factor, row[Hyper.BETA1], row[Hyper.BETA2]
+            beta1, beta2 = beta1 * beta_factor, beta2 * beta_factor
             self.steps[i] += 1
             if self.products is None:
                 product1, product2 = (beta ** float(self.steps[i]) for beta in (beta1, beta2))
@@ -139,6 +143,7 @@ class Problem:
                 coefficient = float(reference.clip_coefficient(norm, row[Hyper.MAX_NORM]))
             # Divided by the scale with the coefficient, before either is rounded.
             coefficient *= row[Hyper.SIGN] / scale
+            coefficient *= phi if "grad" in gate else 1.0
             exact = torch.float64 if param.dtype == torch.float64 else torch.float32
             grad = grads[i].to(exact) * coefficient
             pull, largest = self.entry("pulls", i), self.entry("max_exp_avg_sqs", i)
@@ -164,9 +169,9 @@ class Problem:
             self.write(i, result)
         row = self.hyper[0].tolist()
         said |= {
-            Diagnostic.LR: row[Hyper.LR] * (1 + chi),
-            Diagnostic.BETA1: row[Hyper.BETA1] * phi,
-            Diagnostic.BETA2: row[Hyper.BETA2] * phi,
+            Diagnostic.LR: row[Hyper.LR] * lr_factor,
+            Diagnostic.BETA1: row[Hyper.BETA1] * beta_factor,
+            Diagnostic.BETA2: row[Hyper.BETA2] * beta_factor,
             Diagnostic.GRAD_NORM: float(norm),
             Diagnostic.PENALTY: penalty,
         }

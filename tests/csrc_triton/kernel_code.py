@@ -66,12 +66,18 @@ CONTROL: dict[str, dict[str, Any]] = {
     "control-loss": {"NORM": False, "loss": "*fp32"},
     "control-scaled": {"grad_scale": "*fp32", "found_inf": "*fp32"},
     "control-partials": {"LAST": False},
-    "control-constant-betas": {"GATED": False, "window": None, "counts": None, "config": None},
+    "control-constant-betas": {
+        "GATED": False,
+        "window": None,
+        "counts": None,
+        "last_phi": None,
+        "config": None,
+    },
 }
 POINTERS = {
     "table": "*i64", "grad_table": "*i64", "tiles": "*i32", "partials": "*fp64",
     "ticket": "*i32", "diagnostics": "*fp64", "hyper": "*fp64", "window": "*fp64",
-    "counts": "*i64", "config": "*fp64", "seed": "*i64",
+    "counts": "*i64", "last_phi": "*fp64", "config": "*fp64", "seed": "*i64",
 }  # fmt: skip
 
 
@@ -106,7 +112,8 @@ def build_adam(variant: dict[str, Any], target: GPUTarget) -> Any:
 def build_control(variant: dict[str, Any], target: GPUTarget) -> Any:
     constants = {
         "GRAD": tl.float32, "NORM": True, "LAST": True, "GATED": True, "STANDARDIZE": True,
-        "DETREND": True, "DECOUPLED": True, "WINDOW": 100, "WINDOW_BLOCK": 128, "GROUP_BLOCK": 2,
+        "DETREND": True, "GATE_BETAS": True, "GATE_LR": True, "GATE_GRAD": True, "DECOUPLED": True,
+        "WINDOW": 100, "WINDOW_BLOCK": 128, "GROUP_BLOCK": 2,
         "TENSOR_BLOCK": launches.TENSOR_BLOCK, "TILE": TILE, "SUM_BLOCK": launches.SUM_BLOCK,
     } | dict.fromkeys(NUMBERS) | variant  # fmt: skip
     arguments = POINTERS | {"scalars": "*fp32", "corrections": "*fp32"}

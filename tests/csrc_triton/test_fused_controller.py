@@ -39,7 +39,7 @@ def surprises(count: int) -> list[float]:
     return values.tolist()
 
 
-@pytest.mark.parametrize("name", ["paper", "conditioned"])
+@pytest.mark.parametrize("name", ["paper", "conditioned", "resonant"])
 def test_trajectory_equals_the_reference(name: str, device: str) -> None:
     problem, fused = make(device, name)
     controller = problem.clone().controller
@@ -53,6 +53,7 @@ def test_trajectory_equals_the_reference(name: str, device: str) -> None:
         assert found == pytest.approx(expected, rel=SIGNAL_TOLERANCE, abs=1e-12)
         assert torch.equal(problem.controller.window, controller.window)
         assert torch.equal(problem.controller.counts, controller.counts)
+        assert float(problem.controller.last_phi) == found[2]
         seen |= {(expected[0] > 0.1) - (expected[0] < -0.1), expected[2] < 0.9}
     # The trajectory has positive, no and negative correlation, and the gate opens and closes.
     assert seen >= {-1, 0, 1}
@@ -100,7 +101,7 @@ def test_a_surprise_that_is_no_number_closes_the_gate_and_is_forgotten(
         take(fused, surprise, device)
     window = problem.controller.window.clone()
     _, _, phi, _ = take(fused, loss, device)
-    assert phi == CONTROLLERS[name]["phi_min"]
+    assert phi == float(problem.controller.last_phi) == CONTROLLERS[name]["phi_min"]
     assert torch.equal(problem.controller.window, window)
     assert problem.controller.counts.tolist() == [3, 4]
     assert not problem.params[0].isnan().any()
@@ -161,6 +162,7 @@ def test_a_clipped_gradient_that_is_no_number_stays_one(device: str) -> None:
 def test_constants_are_the_references() -> None:
     assert kernel.RELATIVE_NOISE_FLOOR.value == window.RELATIVE_NOISE_FLOOR
     assert kernel.MIN_HISTORY.value == window.MIN_HISTORY
+    assert kernel.ERROR_FLOOR.value == window.ERROR_FLOOR
 
 
 def test_reports_are_neutral_before_the_first_step(device: str) -> None:

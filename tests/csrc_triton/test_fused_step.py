@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SEVERAL: dict[str, dict[str, Any]] = {
+    "gated-rate": {"controller": "standardized", "group_count": 2, "penalty": "coupled"},
     "norm-surprise": {"controller": "paper", "group_count": 2, "max_norm": 2.0},
     "penalties": {
         "penalty": "coupled", "penalty_dtypes": (torch.float32, torch.bfloat16),

@@ -1,0 +1,122 @@
+"""What the controller watches: the loss, the gradient norm, the predictions' entropy, or else."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ars.controller import ARSController
+
+__all__ = ["check_watched", "choose_surprise", "prediction_entropy", "read_surprise"]
+
+
+def prediction_entropy(logits: Tensor) -> Tensor:
+    r"""Mean entropy of predictions, for ``step(surprise=...)`` under ``surprise="entropy"``.
+
+    .. math:: \frac1N \sum_n -\sum_c p_{nc} \ln p_{nc}, \qquad p = \mathrm{softmax}(\text{logits})
+
+    Args:
+        logits: Scores of the classes in the last dimension, shape (..., C), float; ``-inf``
+            excludes a class.
+
+    Returns:
+        The mean over all other dimensions, in nats, in [0, ln C]; 0-d, detached, at least float32.
+
+    Raises:
+        ValueError: The logits have no last dimension, or are empty.
+
+    Example:
+        >>> round(float(prediction_entropy(torch.zeros(3, 4))), 4)  # ln 4
+        1.3863
+    """
+    if not logits.dim() or not logits.numel():
+        raise ValueError(f"logits must have shape (..., C), not empty; got {tuple(logits.shape)}")
+    logits = logits.detach()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.special.entr(logits.softmax(-1)).sum(-1).mean()
+
+
+def choose_surprise(
+    controller: ARSController | None, loss: Any, surprise: Any
+) -> tuple[str, Tensor | None]:
+    """Return what is watched in this step, and its value.
+
+    Args:
+        controller: Whose setting ``surprise`` says it; None is for no controller.
+        loss: The step's loss, or None.
+        surprise: What was passed as ``step(surprise=...)``, or None.
+
+    Returns:
+        Its name, and a detached 0-d tensor, or None for the gradient norm.
+
+    Raises:
+        TypeError: The surprise is neither a tensor nor a number.
+        ValueError: It is not a scalar, it is missing, or one was passed that nothing watches.
+    """
+    kind = "auto" if controller is None else controller.config.surprise
+    if surprise is not None and kind != "entropy":
+        raise ValueError(
+            f"step(surprise=...) got a value, but the controller watches {_name(kind)}: use "
+            "ARSConfig(surprise='entropy'), or a callable that returns the value"
+        )
+    if callable(kind):
+        return "callable", read_surprise(kind(), "what ARSConfig(surprise=...) returned")
+    if kind == "entropy":
+        if surprise is None:
+            raise ValueError(
+                "the controller watches the entropy of the predictions: pass "
+                "step(surprise=ars.prediction_entropy(logits))"
+            )
+        return kind, read_surprise(surprise, "the surprise")
+    value = None if kind == "grad_norm" else read_surprise(loss)
+    if value is None and kind == "loss":
+        raise ValueError("the controller watches the loss: pass step(loss=loss), or a closure")
+    return "grad_norm" if value is None else "loss", value
+
+
+def _name(kind: Any) -> str:
+    return "the value of a callable" if callable(kind) else f"{kind!r}"
+
+
+def check_watched(before: str | None, now: str) -> None:
+    """Check that a controller goes on watching what it has watched.
+
+    Args:
+        before: ``loss``, ``grad_norm``, ``entropy``, ``callable``, or None before the first step.
+        now: What it would watch in this step.
+
+    Raises:
+        ValueError: It is not the same.
+    """
+    if before not in (None, now):
+        remedy = "pass loss= to every step, or to none"
+        if {before, now} - {"loss", "grad_norm"}:
+            remedy = "use the ARSConfig(surprise=...) that it began with"
+        raise ValueError(
+            f"the controller has watched the {before} and now gets the {now}: {remedy}"
+        )
+
+
+def read_surprise(value: Any, name: str = "the loss") -> Tensor | None:
+    """Return a surprise as a detached 0-d tensor, or None if there is none.
+
+    Args:
+        value: A tensor of one element, a number, or None.
+        name: What it is, for the message.
+
+    Raises:
+        TypeError: It is neither a tensor nor a number.
+        ValueError: It is not a scalar.
+    """
+    if value is None:
+        return None
+    if isinstance(value, (int, float)):
+        # Of an addition Dynamo can make an input of the number, of a constructor only a constant.
+        return torch.zeros((), dtype=torch.float64) + value
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a 0-d tensor or a number, got {type(value).__name__}")
+    if value.numel() != 1:
+        raise ValueError(
+            f"{name} must be a scalar, got shape {tuple(value.shape)}: reduce it, e.g. .mean()"
+        )
+    return value.detach().reshape(())
