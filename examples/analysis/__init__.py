@@ -1,0 +1,1 @@
+"""What a trained miniseries amounts to: scaling laws, costs, CORE and one report."""

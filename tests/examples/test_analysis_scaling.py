@@ -1,0 +1,250 @@
+"""Scaling laws: known laws come back, intervals cover, and what cannot be told is refused."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from analysis.power_sums import fit_power_sum, refine
+from analysis.scaling import ScalingLawValidator
+
+Array = NDArray[np.float64]
+Law = tuple[float, float, float, float, float]
+
+EPOCH: Law = (1.8169, 482.01, 2085.43, 0.3478, 0.3658)
+LAWS: list[Law] = [
+    EPOCH,
+    (1.69, 406.4, 410.7, 0.34, 0.28),
+    (0.5, 50.0, 30.0, 0.2, 0.2),  # equal exponents, E far below the data
+    (2.0, 1e4, 20.0, 0.6, 0.15),  # one term dominates
+    (0.8, 5e5, 5e6, 0.9, 0.8),  # steep
+]
+
+
+def losses(law: Law, n: Array, d: Array) -> Array:
+    constant, a, b, alpha, beta = law
+    return np.asarray(constant + a * n**-alpha + b * d**-beta)
+
+
+def grid(sizes: int = 6, counts: int = 6) -> tuple[Array, Array]:
+    n, d = np.meshgrid(np.geomspace(4e7, 1e10, sizes), np.geomspace(1e9, 4e11, counts))
+    return n.ravel(), d.ravel()
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_a_law_without_noise_comes_back(law: Law) -> None:
+    n, d = grid()
+    found = ScalingLawValidator(bootstraps=0).fit(n, d, losses(law, n, d))
+    assert (found.E, found.A, found.B, found.alpha, found.beta) == pytest.approx(law, rel=1e-3)
+    assert found.rms_relative_error < 1e-9
+    assert found.r_squared == pytest.approx(1.0, abs=1e-12)
+    assert found.flaws == ()
+    assert found.predict(1e12, 1e13) == pytest.approx(losses(law, np.array(1e12), np.array(1e13)))
+
+
+def test_runs_of_an_isoflop_sweep_are_enough() -> None:
+    budgets = np.repeat([1e18, 2.15e18, 4.64e18, 1e19], 6)
+    n = np.tile(np.geomspace(9e7, 5e8, 6), 4)
+    d = budgets / (6 * n)
+    found = ScalingLawValidator(bootstraps=0).fit(n, d, losses(EPOCH, n, d))
+    assert (found.E, found.alpha, found.beta) == pytest.approx((1.8169, 0.3478, 0.3658), rel=1e-3)
+
+
+def test_outliers_do_not_move_the_law() -> None:
+    n, d = grid()
+    y = losses(EPOCH, n, d)
+    y[[3, 17, 30]] *= [1.3, 0.8, 1.5]
+    found = ScalingLawValidator(bootstraps=0).fit(n, d, y)
+    assert (found.E, found.alpha, found.beta) == pytest.approx((1.8169, 0.3478, 0.3658), rel=0.01)
+    squares = ScalingLawValidator(bootstraps=0, huber_delta=10.0).fit(n, d, y)
+    assert abs(squares.alpha - 0.3478) > 0.02
+
+
+def test_intervals_cover_the_law() -> None:
+    """Of 30 noisy data sets nine tenths should be covered; 22 or fewer has probability 0.008."""
+    n, d = grid(5, 5)
+    truth = {"E": EPOCH[0], "alpha": EPOCH[3], "beta": EPOCH[4]}
+    truth["a"] = truth["beta"] / (truth["alpha"] + truth["beta"])
+    budget = 1e22
+    ratio = EPOCH[3] * EPOCH[1] / (EPOCH[4] * EPOCH[2])
+    best = ratio ** (1 / (EPOCH[3] + EPOCH[4])) * (budget / 6) ** truth["a"]
+    covered = dict.fromkeys([*truth, "params"], 0)
+    widths = []
+    for seed in range(30):
+        noise = np.random.default_rng(seed).standard_normal(n.size)
+        y = losses(EPOCH, n, d) * np.exp(0.005 * noise)
+        found = ScalingLawValidator(bootstraps=100, confidence=0.9, seed=seed).fit(n, d, y)
+        for name, value in truth.items():
+            low, high = found.intervals[name]
+            covered[name] += low <= value <= high
+        low, high = found.optimum(budget)["params_interval"]
+        covered["params"] += low <= best <= high
+        widths.append(found.intervals["alpha"][1] - found.intervals["alpha"][0])
+    assert min(covered.values()) >= 23, covered
+    assert np.median(widths) < 0.15, "an interval that covers everything says nothing"
+
+
+def test_the_compute_optimum_is_the_least_loss_of_its_budget() -> None:
+    n, d = grid()
+    found = ScalingLawValidator(bootstraps=20).fit(n, d, losses(EPOCH, n, d))
+    best = found.optimum(1e21)
+    assert 6 * best["params"] * best["tokens"] == pytest.approx(1e21)
+    sizes = best["params"] * np.geomspace(0.8, 1.25, 101)
+    around = found.predict(sizes, 1e21 / (6 * sizes))
+    assert int(np.argmin(around)) == 50
+    assert best["loss"] == pytest.approx(around[50])
+    assert found.a == pytest.approx(EPOCH[4] / (EPOCH[3] + EPOCH[4]), rel=1e-3)
+    assert best["params_interval"] == pytest.approx([best["params"]] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("ratio", [8.0, 20.0])
+def test_a_fixed_ratio_of_tokens_to_parameters_is_refused(ratio: float) -> None:
+    n = np.geomspace(9e7, 5e8, 11)
+    d = ratio * n
+    y = losses(EPOCH, n, d)
+    with pytest.raises(ValueError, match=r"N and D move together .*fit_compute"):
+        ScalingLawValidator().fit(n, d, y)
+    with pytest.raises(ValueError, match="move together"):
+        ScalingLawValidator().fit(n, d * np.exp(0.02 * np.sin(np.arange(11))), y)
+
+
+def test_one_budget_is_refused() -> None:
+    n = np.geomspace(9e7, 5e8, 8)
+    with pytest.raises(ValueError, match="same product N D"):
+        ScalingLawValidator().fit(n, 1e18 / n, losses(EPOCH, n, 1e18 / n))
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "y", "message"),
+    [
+        ([1e7] * 5, [1e9] * 5, [2.0] * 5, "5 runs cannot determine"),
+        ([1e7, 2e7] * 3, [1e9, 1e9, 2e9, 2e9, 3e9, 3e9], [2.0] * 6, "only 2 different sizes N"),
+        ([1e7, 2e7, 3e7] * 2, [1e9] * 3 + [2e9] * 3, [2.0] * 6, "only 2 different token counts D"),
+        ([1e7] * 5 + [-1.0], [1e9] * 6, [2.0] * 6, r"params\[5\] is -1"),
+        ([1e7] * 6, [1e9] * 6, [2.0] * 5 + [float("nan")], r"losses\[5\] is nan"),
+        ([1e7] * 6, [1e9] * 5, [2.0] * 6, "tokens has 5 values for 6 runs"),
+    ],
+)
+def test_unfit_data_is_refused(
+    n: Sequence[float], d: Sequence[float], y: Sequence[float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScalingLawValidator().fit(n, d, y)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"huber_delta": 0.0}, {"bootstraps": -1}, {"confidence": 1.0}]
+)
+def test_unfit_settings_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        ScalingLawValidator(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("law", [(1.7, 500.0, 0.12), (0.6, 2e6, 0.35)])
+def test_the_compute_law_comes_back(law: tuple[float, float, float]) -> None:
+    c = np.geomspace(4e17, 1.2e19, 11)
+    found = ScalingLawValidator(bootstraps=50).fit_compute(c, law[0] + law[1] * c ** -law[2])
+    assert (found.E, found.K, found.gamma) == pytest.approx(law, rel=1e-3)
+    assert found.intervals["gamma"] == pytest.approx((law[2], law[2]), rel=1e-3)
+    assert found.predict(1e21) == pytest.approx(law[0] + law[1] * 1e21 ** -law[2])
+    assert found.flaws == ()
+
+
+def test_intervals_of_the_compute_law_cover_it() -> None:
+    c = np.geomspace(1e17, 1e20, 11)
+    covered = 0
+    for seed in range(30):
+        noise = np.random.default_rng(seed).standard_normal(c.size)
+        y = (1.7 + 20 * c**-0.1) * np.exp(0.003 * noise)
+        found = ScalingLawValidator(bootstraps=100, confidence=0.9).fit_compute(c, y)
+        covered += found.intervals["gamma"][0] <= 0.1 <= found.intervals["gamma"][1]
+    assert covered >= 23
+
+
+def test_too_few_budgets_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 runs at 3 budgets"):
+        ScalingLawValidator().fit_compute([1e12, 2e12, 3e12], [3.0, 2.5, 2.2])
+    with pytest.raises(ValueError, match="4 runs at 2 budgets"):
+        ScalingLawValidator().fit_compute([1e12, 1e12, 3e12, 3e12], [3.0, 3.0, 2.2, 2.2])
+
+
+def test_losses_that_do_not_fall_as_a_power_are_flagged() -> None:
+    c = np.geomspace(1e17, 1e20, 8)
+    rising = ScalingLawValidator(bootstraps=0).fit_compute(c, 2 + 0.1 * np.log(c / 1e17))
+    assert rising.flaws
+    straight = ScalingLawValidator(bootstraps=0).fit_compute(c, 1e3 * c**-0.15)
+    assert straight.flaws == ("E vanished",)
+    assert straight.gamma == pytest.approx(0.15, rel=1e-3)
+
+
+def test_the_score_is_the_error_on_runs_held_out() -> None:
+    n, d = grid()
+    y = losses(EPOCH, n, d)
+    exact = ScalingLawValidator().holdout(n, d, y)
+    assert len(exact.runs) == 9
+    assert min(n[list(exact.runs)] * d[list(exact.runs)]) >= np.sort(n * d)[-9]
+    assert exact.rms_relative_error < 1e-6
+    y[list(exact.runs)] *= 1.02  # what no fit to the others can know
+    shifted = ScalingLawValidator().holdout(n, d, y)
+    assert shifted.rms_relative_error == pytest.approx(np.log(1.02), rel=1e-4)
+    assert shifted.worst_relative_error == pytest.approx(np.log(1.02), rel=1e-4)
+    with pytest.raises(ValueError, match="share"):
+        ScalingLawValidator().holdout(n, d, y, share=1.0)
+
+
+def test_the_score_of_the_compute_law() -> None:
+    c = np.geomspace(1e17, 1e20, 8)[::-1]
+    y = 1.7 + 20 * c**-0.1
+    score = ScalingLawValidator().holdout_compute(c, y)
+    assert score.runs == (0, 1)
+    assert score.predicted == pytest.approx(score.measured)
+    with pytest.raises(ValueError, match="3 runs at 3 budgets"):
+        ScalingLawValidator().holdout_compute(c[:4], y[:4])
+
+
+def test_the_same_seed_gives_the_same_intervals() -> None:
+    n, d = grid(4, 4)
+    y = losses(EPOCH, n, d) * np.exp(0.01 * np.random.default_rng(0).standard_normal(n.size))
+    first, second, other = (
+        ScalingLawValidator(bootstraps=20, seed=seed).fit(n, d, y).intervals for seed in (1, 1, 2)
+    )
+    assert first == second
+    assert first != other
+
+
+def test_results_are_json() -> None:
+    n, d = grid(4, 4)
+    validator = ScalingLawValidator(bootstraps=10)
+    law = validator.fit(n, d, losses(EPOCH, n, d))
+    for result in (law, validator.holdout(n, d, losses(EPOCH, n, d))):
+        assert json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert {"alpha", "beta", "r_squared", "intervals"} <= law.to_dict().keys()
+
+
+def test_the_minimum_is_that_of_an_independent_solver() -> None:
+    n, d = grid(5, 5)
+    generator = np.random.default_rng(3)
+    y = np.log(losses(EPOCH, n, d)) + 0.004 * generator.standard_normal(n.size)
+    x = np.log(np.stack([n, d]))
+    x -= x.mean(axis=1, keepdims=True)
+    best, law = fit_power_sum(x, y, 1e-3)
+
+    def residuals(p: Array) -> Array:
+        terms = np.stack([p[0] + 0 * x[0], p[1] - p[3] * x[0], p[2] - p[4] * x[1]])
+        return np.asarray(np.log(np.exp(terms).sum(axis=0)) - y)
+
+    start = best + 0.05 * generator.standard_normal(5)
+    other = least_squares(residuals, start, loss="huber", f_scale=1e-3, xtol=1e-14, gtol=1e-14)
+    _, ours = refine(best[None], x, y[None], np.ones((1, y.size)), 1e-3)
+    assert ours[0] == pytest.approx(other.cost, rel=1e-6)
+    assert best == pytest.approx(other.x, abs=1e-3)
+    assert law.exponents == pytest.approx(tuple(best[3:]))
+    # Weights are multiplicities, and points of weight 0 do not count.
+    twice = np.tile([2.0, 0.0], y.size)[: y.size][None]
+    kept = np.flatnonzero(twice[0])
+    weighted, _ = refine(best[None], x, y[None], twice, 1e-3)
+    alone, _ = refine(best[None], x[:, kept], y[None, kept], np.ones((1, kept.size)), 1e-3)
+    assert weighted == pytest.approx(alone, abs=1e-6)
