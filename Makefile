@@ -15,6 +15,9 @@ IS_SUPPORTED = { $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10)'; 
 require_python = $(if $(shell $(IS_SUPPORTED)),,$(error $(PYTHON) is not a Python of version 3.10 or newer: name one, as in `make $(MAKECMDGOALS) PYTHON=python3.12`))
 VERSION_OF = -c 'import sys; print(sys.version_info[:2])' 2>/dev/null
 
+# Only these files are collected: the others import what a machine for GPU runs may not have.
+GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test lint bench gpu clean
@@ -39,7 +42,7 @@ bench: $(READY)-bench ## run the benchmarks (ARGS=--save keeps the figures)
 gpu: ## run the GPU tests and all benchmarks with PYTHON as it is: no environment, no network
 	$(call require_python)
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch finds no CUDA device")'
-	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m pytest -m gpu $(GPU_TESTS)
 	$(PYTHON) -m pytest benchmarks $(ARGS)
 
 clean: ## remove the environment, the caches and the builds (results in out/ stay)
