@@ -5,7 +5,7 @@ import torch
 from fisher_models import MODELS, randomised
 
 from ars.models import GPT, GPTConfig
-from ars.regularizers import DiagonalFisher
+from ars.regularizers import DiagonalFisher, layer_rules
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
 
@@ -36,3 +36,22 @@ def test_our_gpt(estimator, dtype, relative_error):
         for method in ("hooks", "loop")
     ]
     assert relative_error(*(r.importance for r in results)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ["conv", "conv-groups", "conv1d", "frames"])
+def test_patches_may_be_unfolded_some_samples_at_a_time(name, monkeypatch, relative_error):
+    model, batch = MODELS[name]()
+    model = randomised(model)
+    whole = DiagonalFisher(model, "empirical", method="hooks").fit([batch]).importance
+    sizes = []
+    unfold = torch.nn.functional.unfold
+
+    def counted(images, *args, **options):
+        sizes.append(len(images))
+        return unfold(images, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "unfold", counted)
+    monkeypatch.setattr(layer_rules, "PATCHES", 1)
+    parts = DiagonalFisher(model, "empirical", method="hooks").fit([batch]).importance
+    assert max(sizes) == (3 if name == "frames" else 1)  # images of a sample
+    assert relative_error(parts, whole) < TOLERANCE[torch.float64]

@@ -229,3 +229,27 @@ def test_the_comparison_leaves_nothing_in_the_sums(sizes, relative_error):
     loop = DiagonalFisher(model, "empirical", method="loop").fit(batches).importance
     hooks = DiagonalFisher(model, "empirical").fit(batches).importance
     assert relative_error(hooks, loop) < TOLERANCE
+
+
+def test_chunks_bound_what_is_differentiated_together():
+    model, (x, y) = randomised(Reused()), sequences(n=7)
+    sizes = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    DiagonalFisher(model, "empirical", chunk_size=3).fit([(x, y)])
+    assert max(sizes) == 3
+    assert sizes[-3:] == [3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("layer", "match"),
+    [
+        (nn.BatchNorm1d(6, track_running_stats=False), "BatchNorm1d '0' has no rule"),
+        (nn.Embedding(5, 4, max_norm=1.0), "Embedding '0' has no rule"),
+        (nn.Embedding(5, 4, scale_grad_by_freq=True), "Embedding '0' has no rule"),
+    ],
+)
+def test_options_that_no_rule_covers(layer, match):
+    model = nn.Sequential(layer, nn.Linear(4, 3))
+    inputs = torch.randn(4, 6, 4) if isinstance(layer, nn.BatchNorm1d) else torch.ones(4, 6).long()
+    with pytest.raises(RuntimeError, match=match):
+        DiagonalFisher(model, "empirical", method="hooks").fit([(inputs, torch.ones(4, 6).long())])
