@@ -51,9 +51,9 @@ class DiagonalFisher:
       and needs a strength as much larger. For comparison with such code.
     * ``"adam"``: the second moment that an optimizer holds, by :meth:`from_optimizer`; free.
 
-    Gradients have the parameters' dtype. They are squared and summed in float32, in float64 for
-    float64 parameters, and :attr:`importance` is of that dtype. The softmax and the cotangents are
-    likewise formed in float32 at least.
+    Gradients are squared and summed in float32, in float64 for float64 parameters; they have that
+    dtype themselves with hooks, the parameters' with the other methods. The softmax and the
+    cotangents are formed in float32 at least.
 
     All samples of a batch share one forward and one backward pass (``method="hooks"``), in which
     each layer's input and output gradient give the squares of its weights' gradients: known are
