@@ -11,17 +11,14 @@ from ars import compiled, functional
 from ars.batch import DIAGNOSTICS, Batch, Hyper, Options, is_decoupled, read_hyper
 from ars.checkpoint import CheckpointedAdam
 from ars.collect import Collector
-from ars.config import ARSConfig
+from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
 from ars.groups import check_duplicates, is_trial
 from ars.penalty import Penalty, Term, parameter_names, read_settings, read_terms, refresh_
 from ars.state import Precision, complete_state
 from ars.surprise import check_watched, choose_surprise
 
-__all__ = ["CONDITIONED", "ARSAdam"]
-
-# The default controller. Settings are immutable, so all optimizers may share them.
-CONDITIONED = ARSConfig()
+__all__ = ["ARSAdam"]
 
 
 class ARSAdam(CheckpointedAdam):
@@ -254,6 +251,16 @@ class ARSAdam(CheckpointedAdam):
             batch.grads = []  # zero_grad(set_to_none=True) must free their memory
         return returned
 
+    def write_hyperparameters(self) -> None:
+        """Send the groups' numbers to the device without a step: before a CUDA graph is replayed.
+
+        A graph replays no Python: it sees a float that a scheduler has changed (lr, betas, eps,
+        weight decay, strengths) only after this. Tensors it reads live.
+        """
+        if self._implementation == "triton":
+            hypers, options = self._settings(None)
+            self._kept.device.write_hyper(hypers, options.max_norm, self._buffer.device)
+
     def _settings(self, surprise: Tensor | None) -> tuple[list[Hyper], Options]:
         """Read what this step shall do, and let the penalty prepare for it."""
         strength, proximal = read_settings(self._penalty)
@@ -275,23 +282,10 @@ class ARSAdam(CheckpointedAdam):
     def _append(self, batch: Batch, index: int, number: int, param: Tensor) -> None:
         """Complete a parameter's state and add it to the batch."""
         group, state = self.param_groups[index], self.state[param]
-        gated = self._controller is not None
+        kind, precision = self._step_kind(group, param), self._precision
+        both = {"amsgrad": group["amsgrad"], "gated": self._controller is not None}
         complete_state(
-            state,
-            param,
-            betas=group["betas"],
-            amsgrad=group["amsgrad"],
-            step_kind=self._step_kind(group, param),
-            gated=gated,
-            precision=self._precision,
+            state, param, betas=group["betas"], step_kind=kind, precision=precision, **both
         )
-        batch.append(
-            param,
-            index,
-            number,
-            state,
-            amsgrad=group["amsgrad"],
-            gated=gated,
-            master=self._precision.master,
-            term=self._terms.get(param, Term()),
-        )
+        term = self._terms.get(param, Term())
+        batch.append(param, index, number, state, master=precision.master, term=term, **both)

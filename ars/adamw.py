@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ars.adam import CONDITIONED, ARSAdam
-from ars.config import ARSConfig
+from ars.adam import ARSAdam
+from ars.config import CONDITIONED, ARSConfig
 from ars.penalty import Penalty
 
 __all__ = ["ARSAdamW"]

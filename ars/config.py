@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ars.settings import check_settings
 
-__all__ = ["ARSConfig"]
+__all__ = ["CONDITIONED", "ARSConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,3 +93,7 @@ class ARSConfig:
     def __post_init__(self) -> None:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         check_settings("ARSConfig", settings)
+
+
+# The default controller. Settings are immutable, so all optimizers may share them.
+CONDITIONED = ARSConfig()

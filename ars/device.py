@@ -38,7 +38,7 @@ class DeviceStep:
             options: What holds for all groups.
         """
         device = batch.params[0].device
-        self._write_hyper(hypers, options, device)
+        self.write_hyper(hypers, options.max_norm, device)
         fused = self._tables_for(batch, options)
         surprise = _there(options.surprise, device)
         if surprise is not None and not surprise.is_floating_point():
@@ -64,11 +64,22 @@ class DeviceStep:
             penalty = torch.where(found_inf != 0, place, penalty)
         place.copy_(penalty)
 
-    def _write_hyper(self, hypers: list[Hyper], options: Options, device: torch.device) -> None:
-        """Bring the hyperparameters on the device up to date."""
+    def write_hyper(
+        self, hypers: list[Hyper], max_norm: float | None, device: torch.device
+    ) -> None:
+        """Bring the hyperparameters on the device up to date.
+
+        Args:
+            hypers: Each group's hyperparameters.
+            max_norm: What the gradient norm is clipped to, or None.
+            device: Where they go.
+
+        Raises:
+            RuntimeError: During a CUDA-graph capture, which would replay these numbers for ever.
+        """
         from ars.csrc_triton.layout import Hyper as Column
 
-        max_norm = math.inf if options.max_norm is None else options.max_norm
+        max_norm = math.inf if max_norm is None else max_norm
         rows, live = [], []
         for index, hyper in enumerate(hypers):
             columns = {Column.LR: hyper.lr, Column.BETA1: hyper.beta1, Column.BETA2: hyper.beta2}
@@ -84,6 +95,11 @@ class DeviceStep:
             row[Column.MAX_NORM] = max_norm
             rows.append(row)
         if self._hyper is None or self._hyper.shape[0] != len(rows) or self._rows != rows:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "hyperparameters have changed since the last step: take one, or call "
+                    "write_hyperparameters(), before capturing a CUDA graph"
+                )
             values = torch.tensor(rows, dtype=torch.float64)
             if self._hyper is None or self._hyper.shape != values.shape:
                 self._hyper = torch.empty_like(values, device=device)

@@ -1,0 +1,30 @@
+"""The numbers on the device follow the groups' without a step, as a replayed graph needs it."""
+
+import pytest
+from optimizers import gradients, make, parameters
+
+from ars.csrc_triton.layout import Hyper
+
+
+def test_floats_are_sent_without_a_step():
+    params = parameters()
+    optimizer = make("triton", [{"params": params[:2]}, {"params": params[2:], "lr": 0.5}])
+    gradients(params, 0)
+    optimizer.step(loss=1.0)
+    before = [param.detach().clone() for param in params]
+    for index, group in enumerate(optimizer.param_groups):
+        group["lr"], group["betas"], group["weight_decay"] = 0.1 + index, (0.5, 0.7), 0.25
+    optimizer.write_hyperparameters()
+    sent = optimizer._kept.device._hyper
+    assert sent[:, Hyper.LR].tolist() == [0.1, 1.1]
+    assert sent[:, Hyper.BETA2].tolist() == [0.7, 0.7]
+    assert sent[:, Hyper.WEIGHT_DECAY].tolist() == [0.25, 0.25]
+    assert all((a == b).all() for a, b in zip(params, before, strict=True))
+    assert optimizer.state[params[0]]["step"].item() == 1
+
+
+@pytest.mark.parametrize("implementation", ["loop", "foreach", "fused"])
+def test_elsewhere_there_is_nothing_to_send(implementation):
+    optimizer = make(implementation, parameters())
+    optimizer.write_hyperparameters()
+    assert optimizer._kept.device._hyper is None
