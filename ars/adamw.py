@@ -41,7 +41,7 @@ class ARSAdamW(ARSAdam):
         max_grad_norm: Clip the norm of the task's gradient, over all groups, to this value.
         maximize: Ascend the objective.
         foreach: True: torch's foreach kernels (CPU). False with ``fused`` not True: a plain loop.
-        capturable: The step may be captured in a CUDA graph.
+        capturable: The step may be captured in a CUDA graph; see :meth:`write_hyperparameters`.
         differentiable: Autograd may run through the step.
         fused: True: one fused kernel, Triton on a GPU and torch's on a CPU. None: the fastest.
         stochastic_rounding: bfloat16 parameters have bfloat16 moments, and all three are rounded
