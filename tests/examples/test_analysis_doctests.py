@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["scaling"])
+@pytest.mark.parametrize("name", ["paper", "scaling"])
 def test_the_examples_run(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(f"analysis.{name}"))
     assert outcome.attempted > 0

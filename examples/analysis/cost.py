@@ -1,0 +1,159 @@
+"""What a series cost: operations, seconds, utilisation and money, each model and all together."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from analysis.records import Record, chain
+
+__all__ = ["PEAK_FLOPS", "CostAnalyzer", "ModelCost"]
+
+# Dense bfloat16 operations a second of one device, by the manufacturers' data sheets.
+PEAK_FLOPS = {
+    "a100": 312e12,
+    "h100": 989e12,
+    "h100-pcie": 756e12,
+    "h200": 989e12,
+    "b200": 2250e12,
+    "l4": 121e12,
+    "l40s": 362e12,
+    "rtx-4090": 165e12,
+}
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What one model cost, and its series up to it.
+
+    Args:
+        name: of the model.
+        arm: the series is of this arm, ancestors of other arms included.
+        seed: of the run.
+        training_flops: of its own steps.
+        fisher_flops: of the Fisher pass on its parent.
+        growth_flops: of growing it.
+        flops: the three together.
+        lineage_flops: of everything that went into it, as the trainer counted.
+        seconds: measured, on all devices at once.
+        flops_per_second: flops / seconds; ``None`` if no time was measured.
+        mfu: flops / (seconds x devices x peak); ``None`` without a peak or a time.
+        price: seconds x devices x price a device hour; ``None`` without a price.
+        cumulative_flops: of the series up to this model.
+        cumulative_seconds: of the series up to this model.
+        cumulative_price: of the series up to this model.
+    """
+
+    name: str
+    arm: str
+    seed: int
+    training_flops: int
+    fisher_flops: int
+    growth_flops: int
+    flops: int
+    lineage_flops: int
+    seconds: float
+    flops_per_second: float | None
+    mfu: float | None
+    price: float | None
+    cumulative_flops: int
+    cumulative_seconds: float
+    cumulative_price: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON keeps."""
+        return asdict(self)
+
+
+class CostAnalyzer:
+    """Turns records of training into costs.
+
+    Operations are those of training steps (6 a parameter in matrix products and token, and
+    attention), of Fisher passes and of growing; evaluation is not counted.
+
+    Args:
+        peak_flops: operations a second of one device (see `PEAK_FLOPS`); ``None`` gives no MFU.
+        price_per_hour: of one device; ``None`` gives no prices.
+        devices: that worked at once.
+
+    Raises:
+        ValueError: an argument is not positive and finite.
+    """
+
+    def __init__(
+        self,
+        *,
+        peak_flops: float | None = None,
+        price_per_hour: float | None = None,
+        devices: int = 1,
+    ) -> None:
+        for name, value in (("peak_flops", peak_flops), ("devices", devices)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
+            raise ValueError(f"price_per_hour must be >= 0 and finite, got {price_per_hour}")
+        self.peak_flops = peak_flops
+        self.price_per_hour = price_per_hour
+        self.devices = devices
+
+    def analyze(self, records: Sequence[Record]) -> list[ModelCost]:
+        """The costs of every arm and seed, each series in the order it was trained.
+
+        An ancestor that belongs to another arm is listed in every series that grew out of it.
+
+        Args:
+            records: of one or more runs.
+
+        Raises:
+            ValueError: a model did more operations a second than its devices can.
+        """
+        costs = []
+        for seed in dict.fromkeys(record.seed for record in records):
+            for arm in dict.fromkeys(r.arm for r in records if r.seed == seed):
+                costs += self._series(chain(records, arm, seed), arm)
+        return costs
+
+    def price(self, seconds: float) -> float | None:
+        """Price of all devices for so many seconds; ``None`` without a price an hour."""
+        if self.price_per_hour is None:
+            return None
+        return seconds / 3600 * self.devices * self.price_per_hour
+
+    def _series(self, series: Sequence[Record], arm: str) -> list[ModelCost]:
+        costs = []
+        flops, seconds = 0, 0.0
+        for record in series:
+            flops += record.own_flops
+            seconds += record.seconds
+            costs.append(
+                ModelCost(
+                    name=record.name,
+                    arm=arm,
+                    seed=record.seed,
+                    training_flops=record.flops,
+                    fisher_flops=record.fisher_flops,
+                    growth_flops=record.growth_flops,
+                    flops=record.own_flops,
+                    lineage_flops=record.lineage_flops,
+                    seconds=record.seconds,
+                    flops_per_second=record.own_flops / record.seconds if record.seconds else None,
+                    mfu=self._mfu(record),
+                    price=self.price(record.seconds),
+                    cumulative_flops=flops,
+                    cumulative_seconds=seconds,
+                    cumulative_price=self.price(seconds),
+                )
+            )
+        return costs
+
+    def _mfu(self, record: Record) -> float | None:
+        if self.peak_flops is None or not record.seconds:
+            return None
+        mfu = record.own_flops / (record.seconds * self.devices * self.peak_flops)
+        if mfu > 1.0:
+            raise ValueError(
+                f"{record.name} did {mfu:.3g} times the operations that {self.devices} x "
+                f"{self.peak_flops:.3g} a second allow: give the device's true peak, or the number "
+                "of devices"
+            )
+        return mfu

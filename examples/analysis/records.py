@@ -1,0 +1,173 @@
+"""The records of a trained series, checked on reading, and the logs beside them."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UsageError
+from trainer.log import read_log
+
+__all__ = ["Log", "Record", "chain", "read_logs", "read_metrics"]
+
+Log = list[dict[str, Any]]
+
+# Growing multiplies each weight, its two moments and its Fisher information by one factor each.
+_GROWTH_OPERATIONS = 4
+
+
+@dataclass(frozen=True)
+class Record:
+    """One trained model.
+
+    Args:
+        name: unique in a run; another seed may use it again.
+        depth: layers.
+        arm: how it was trained, such as "scratch" or "inherited".
+        parent: name of the model it was grown from, or ``None``.
+        params: number of all parameters.
+        tokens: it was trained on itself, without its ancestors'.
+        flops: of its own training steps.
+        fisher_flops: of the Fisher pass on its parent.
+        growth_flops: of growing it out of its parent.
+        lineage_flops: of everything that went into it.
+        seconds: of growing and training it, without its ancestors.
+        val_bpb: validation bits per byte.
+        seed: of the run.
+    """
+
+    name: str
+    depth: int
+    arm: str
+    parent: str | None
+    params: int
+    tokens: int
+    flops: int
+    fisher_flops: int
+    growth_flops: int
+    lineage_flops: int
+    seconds: float
+    val_bpb: float
+    seed: int
+
+    @property
+    def own_flops(self) -> int:
+        """Training, Fisher pass and growth of this model, without its ancestors."""
+        return self.flops + self.fisher_flops + self.growth_flops
+
+
+def read_metrics(paths: Sequence[Path]) -> list[Record]:
+    """Read the ``metrics.json`` of one or more runs.
+
+    Args:
+        paths: files that ``examples/miniseries.py`` wrote; several for several seeds.
+
+    Raises:
+        UsageError: a file cannot be read, is not of this form, or two hold the same model.
+    """
+    records: list[Record] = []
+    seen: dict[tuple[str, int], Path] = {}
+    for path in paths:
+        found = [_record(entry, path, i) for i, entry in enumerate(_read_list(path))]
+        for record in found:
+            key = (record.name, record.seed)
+            if key in seen:
+                raise UsageError(
+                    f"{path}: {record.name} with seed {record.seed} is in {seen[key]} already; "
+                    "name each run once"
+                )
+            seen[key] = path
+        for record in found:
+            if record.parent is not None and (record.parent, record.seed) not in seen:
+                raise UsageError(
+                    f"{path}: the parent {record.parent} of {record.name} has no record; give the "
+                    "whole series"
+                )
+        records += found
+    return records
+
+
+def read_logs(paths: Sequence[Path], records: Iterable[Record]) -> dict[tuple[str, int], Log]:
+    """The step logs that lie beside the metrics, by name and seed; those absent are left out."""
+    wanted = {(r.name, r.seed) for r in records}
+    logs = {}
+    for path in paths:
+        for entry in _read_list(path):
+            key = (entry["name"], entry["seed"])
+            rows = read_log(path.with_name(f"log_{entry['name']}.csv"))
+            if key in wanted and rows:
+                logs[key] = rows
+    return logs
+
+
+def chain(records: Sequence[Record], arm: str, seed: int) -> list[Record]:
+    """The models of an arm and all their ancestors, in the order of the records."""
+    by_name = {r.name: r for r in records if r.seed == seed}
+    members: set[str] = set()
+    for record in by_name.values():
+        if record.arm == arm:
+            name: str | None = record.name
+            while name is not None and name not in members:
+                members.add(name)
+                name = by_name[name].parent
+    return [record for record in by_name.values() if record.name in members]
+
+
+def _read_list(path: Path) -> list[Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"{path} cannot be read: {reason}") from None
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError
+        raise UsageError(f"{path} is not JSON: name a metrics.json of a run") from None
+    if not isinstance(content, list) or not content:
+        raise UsageError(f"{path} is not a list of records: name a metrics.json of a run")
+    return content
+
+
+def _record(entry: Any, path: Path, index: int) -> Record:
+    where = f"{path}: record {index}"
+    if not isinstance(entry, dict):
+        raise UsageError(f"{where} is not an object: name a metrics.json of a run")
+    if isinstance(entry.get("name"), str):
+        where = f"{path}: {entry['name']}"
+
+    def take(key: str, kind: type, default: Any = None) -> Any:
+        if key not in entry and default is None:
+            raise UsageError(f"{where} has no {key}: name a metrics.json of a run")
+        value = entry.get(key, default)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UsageError(f"{where}: {key} is {value!r}, not of type {kind.__name__}")
+        return value
+
+    def number(key: str, kind: type, low: float, default: Any = None) -> Any:
+        value = take(key, kind, default)
+        if not (low <= value < math.inf):
+            raise UsageError(f"{where}: {key} is {value!r}, below {low:g} or not finite")
+        return value
+
+    parent = None if entry.get("parent") is None else take("parent", str)
+    params = number("params", int, 1)
+    flops = number("flops", int, 1)
+    fisher = number("fisher_flops", int, 0, 0)
+    growth = number("growth_flops", int, 0, 0 if parent is None else _GROWTH_OPERATIONS * params)
+    return Record(
+        name=take("name", str),
+        depth=number("depth", int, 1),
+        arm=take("arm", str),
+        parent=parent,
+        params=params,
+        tokens=number("tokens", int, 1),
+        flops=flops,
+        fisher_flops=fisher,
+        growth_flops=growth,
+        lineage_flops=number("lineage_flops", int, 1, flops + fisher if parent is None else None),
+        seconds=number("seconds", float, 0.0),
+        val_bpb=number("val_bpb", float, 0.0),
+        seed=take("seed", int),
+    )

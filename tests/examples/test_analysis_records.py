@@ -1,0 +1,105 @@
+"""Reading metrics: what is taken, and the one line that bad input gets."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from analysis_records import DEMO, entry, two_arms, write
+
+from analysis.records import chain, read_logs, read_metrics
+from trainer.errors import UsageError
+from trainer.log import StepLog
+
+
+def test_the_committed_demo_is_read() -> None:
+    records = read_metrics([DEMO])
+    assert [r.name for r in records][:2] == ["d2-scratch", "d3-inherited"]
+    assert records[1].parent == "d2-scratch"
+    assert records[1].growth_flops == 4 * records[1].params
+    assert records[0].growth_flops == 0
+    assert records[1].own_flops == sum(
+        (records[1].flops, records[1].fisher_flops, records[1].growth_flops)
+    )
+
+
+def test_several_seeds_are_several_files(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{seed}.json", two_arms(seed)) for seed in (1, 2)]
+    assert sorted({r.seed for r in read_metrics(paths)}) == [1, 2]
+    with pytest.raises(UsageError, match=r"d2-scratch with seed 1 is in .*1\.json already"):
+        read_metrics([paths[0], paths[0]])
+
+
+def test_fields_that_follow_may_be_absent(tmp_path: Path) -> None:
+    record = entry("d2-scratch", 3.0)
+    for key in ("lineage_flops", "fisher_flops"):
+        del record[key]
+    (found,) = read_metrics([write(tmp_path / "metrics.json", [record])])
+    assert (found.lineage_flops, found.fisher_flops, found.growth_flops) == (record["flops"], 0, 0)
+    record["growth_flops"] = 7
+    (found,) = read_metrics([write(tmp_path / "metrics.json", [record])])
+    assert found.own_flops == record["flops"] + 7
+
+
+def change(key: str, value: Any) -> Callable[[list[dict[str, Any]]], None]:
+    return lambda records: records[1].__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (change("params", "many"), "d3-inherited: params is 'many', not of type int"),
+        (change("params", True), "params is True"),
+        (change("params", 0), "params is 0, below 1"),
+        (change("val_bpb", float("nan")), "val_bpb is nan, below 0 or not finite"),
+        (change("val_bpb", float("inf")), "val_bpb is inf"),
+        (change("seconds", None), "seconds is None"),
+        (change("seed", 1.5), "seed is 1.5, not of type int"),
+        (change("parent", "d9"), "the parent d9 of d3-inherited has no record"),
+        (lambda records: records[1].pop("flops"), "d3-inherited has no flops"),
+        (lambda records: records[1].pop("lineage_flops"), "d3-inherited has no lineage_flops"),
+        (lambda records: records[1].pop("name"), "record 1 has no name"),
+        (lambda records: records.append(3), "record 5 is not an object"),  # type: ignore[arg-type]
+        (lambda records: records.append(dict(records[0])), "d2-scratch with seed 0 is in"),
+        (lambda records: records.clear(), "is not a list of records"),
+    ],
+)
+def test_bad_records_are_refused_by_name(
+    tmp_path: Path, spoil: Callable[[list[dict[str, Any]]], object], message: str
+) -> None:
+    records = two_arms()
+    spoil(records)
+    with pytest.raises(UsageError) as caught:
+        read_metrics([write(tmp_path / "metrics.json", records)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"{}", b"3"])
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="name a metrics"):
+        read_metrics([path])
+    with pytest.raises(UsageError, match="No such file"):
+        read_metrics([tmp_path / "absent.json"])
+
+
+def test_a_chain_holds_the_ancestors_of_its_arm(tmp_path: Path) -> None:
+    records = read_metrics([write(tmp_path / "metrics.json", two_arms())])
+    assert [r.name for r in chain(records, "inherited", 0)] == [
+        "d2-scratch", "d3-inherited", "d4-inherited",
+    ]  # fmt: skip
+    assert [r.depth for r in chain(records, "scratch", 0)] == [2, 3, 4]
+    assert chain(records, "scratch", 1) == []
+
+
+def test_logs_beside_the_metrics_are_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "metrics.json", [entry("d2-scratch", 3.0), entry("d3-scratch", 2.5)])
+    with StepLog(tmp_path / "log_d2-scratch.csv", None) as log:
+        log.write({"step": 1, "flops": 100, "phi": 1.0})
+    with StepLog(tmp_path / "log_d3-scratch.csv", None):
+        pass
+    logs = read_logs([path], read_metrics([path]))
+    assert list(logs) == [("d2-scratch", 0)]
+    assert logs["d2-scratch", 0][0]["flops"] == 100
