@@ -44,8 +44,8 @@ class SubspacePenalty:
       ``"output"``: :math:`Q (W - W^*)`, in that of its outputs.
 
     To remember an old task keep the *inside* of the *input* subspace of its activations (the
-    default): :math:`(W - W^*) a = 0` for every old input a. The other three combinations do not:
-    on permuted digits they end at 31 to 52 % accuracy, no penalty at 44 %, this one at 93 %.
+    default): :math:`(W - W^*) a = 0` for every old input a. Others do not: on permuted digits the
+    inputs' outside ends at 36 %, the outputs' inside at 56, no penalty at 48, this one at 90.
     ``"outside"`` has its use after growth, where U is the coordinates of the old model
     (:meth:`from_coordinates`) and the new capacity is what is restrained.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from continual.config import Run, Settings
-from continual.methods import JOINT, METHODS
+from continual.methods import METHODS
 
 __all__ = ["Arguments", "parse_arguments"]
 
@@ -97,7 +97,7 @@ def _methods(text: str) -> tuple[tuple[str, float | None], ...]:
         if not equals:
             chosen.append((name, None))
             continue
-        if not METHODS[name].grid:
+        if METHODS[name].strength == 0:
             raise argparse.ArgumentTypeError(f"{name!r} has no strength: leave out ={number}")
         try:
             strength = float(number)
@@ -163,8 +163,8 @@ def _build_parser() -> _Parser:
     parser.add_argument(
         "--sweep",
         action="store_true",
-        help="try a grid of strengths for each method instead, on other seeds, and measure on "
-        "images held out of the training set, never on the test set: how the strengths were chosen "
+        help="try a grid of strengths for the methods that have one, on other seeds, and measure "
+        "on images held out of the training set, never on the test images: how they were chosen "
         "(default: off)",
     )
     parser.add_argument(
@@ -195,7 +195,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
             parser.error("argument --sweep: leave out the strengths of --methods")
         chosen = tuple((name, strength) for name, _ in chosen for strength in METHODS[name].grid)
         if not chosen:
-            parser.error(f"argument --sweep: {JOINT} and none have no strength to sweep")
+            swept = ", ".join(name for name, method in METHODS.items() if method.grid)
+            parser.error(f"argument --sweep: choose --methods among {swept}")
     tasks = given.tasks or (base.tasks[:1] if sweep else base.tasks)
     seeds = given.seeds or (2 if sweep else base.seeds)
     first = _SWEEP_SEED if sweep else 0

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -21,7 +22,7 @@ __all__ = ["markdown_table", "write_report"]
 Record = dict[str, Any]
 Group = tuple[str, float]  # method, strength
 
-_HEADER = ("tasks", "method", "strength", "accuracy %", "95 % interval", "forgetting", "CPU s")
+_HEADER = ("tasks", "method", "strength", "accuracy %", "95 % interval", "forgetting")
 _WRONG = ("subspace-outside", "subspace-output")
 
 
@@ -57,7 +58,9 @@ def markdown_table(settings: Settings, records: Sequence[Record]) -> str:
         settings: of the runs.
         records: one a run; those that differ in the seed alone are one row.
     """
-    rows = [_HEADER]
+    # Strengths are compared by what they keep, whatever ran beside them.
+    timed = not settings.validation
+    rows: list[tuple[str, ...]] = [(*_HEADER, "CPU s") if timed else _HEADER]
     for tasks, group in _by_tasks(records).items():
         for (method, strength), runs in _by_group(group).items():
             found = estimate([average_accuracy(run["accuracy"]) for run in runs])
@@ -66,11 +69,11 @@ def markdown_table(settings: Settings, records: Sequence[Record]) -> str:
             rows.append((
                 str(tasks),
                 method,
-                f"{strength:g}" if METHODS[method].grid else "",
+                f"{strength:g}" if METHODS[method].strength else "",
                 f"{found.mean:.1f} ± {found.error:.1f}",
                 f"{found.mean - found.half:.1f} to {found.mean + found.half:.1f}",
                 "" if lost is None else f"{lost.mean:.1f} ± {lost.error:.1f}",
-                f"{estimate([run['cpu_seconds'] for run in runs]).mean:.1f}",
+                *([f"{fmean(run['cpu_seconds'] for run in runs):.1f}"] if timed else []),
             ))  # fmt: skip
     seeds = sorted({record["seed"] for record in records})
     where = "held out of the training images" if settings.validation else "of the test set"
@@ -78,7 +81,8 @@ def markdown_table(settings: Settings, records: Sequence[Record]) -> str:
         f"- Accuracy on 360 images {where}, over all tasks after the last; mean ± standard error "
         f"of {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), and Student's 95 % interval.",
         "- Forgetting: how far the earlier tasks end below their best, in points, on average.",
-        f"- {settings.epochs} epochs a task; CPU s: of a run, Fisher passes included.",
+        f"- {settings.epochs} epochs a task"
+        + ("; CPU s: of a run, Fisher passes included." if timed else "."),
     ]
     return "\n".join([*_aligned(rows), "", *notes]) + "\n"
 

@@ -81,7 +81,7 @@ def results(folder: Path) -> Any:
         (["--epochs", "0"], "whole number from 1 to 1000"),
         (["--threads", "0"], "whole number from 1 to 1024"),
         (["--sweep", "--methods", "ewc=3"], "leave out the strengths"),
-        (["--sweep", "--methods", "none,joint"], "no strength to sweep"),
+        (["--sweep", "--methods", "none,joint"], "choose --methods among ewc, kfac"),
         (["--out"], "expected one argument"),
         (["--out", "file.txt"], "is a file"),
         (["--out", "file.txt/sub"], "file.txt is a file"),
@@ -141,14 +141,14 @@ def test_the_whole_path_and_what_it_leaves(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_sweep_measures_on_other_images_and_seeds(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--sweep", "--methods", "none,subspace-output", *TINY[2:], "--out", "sweep"]
+    words = ["--sweep", "--methods", "none,subspace", *TINY[2:], "--out", "sweep"]
     assert continual_digits.main(words) == 0
     assert "held out of the training images" in capsys.readouterr().out
     content = results(Path("sweep"))
     assert content["settings"]["validation"] is True
     assert {run["seed"] for run in content["runs"]} == {100}
     strengths = [run["strength"] for run in content["runs"]]
-    assert strengths == list(METHODS["subspace-output"].grid)
+    assert strengths == list(METHODS["subspace"].grid)
     assert set(snapshot(Path("sweep"))) == {"results.json", "table.md", "strength_2_tasks.png"}
 
 
