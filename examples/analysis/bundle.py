@@ -1,0 +1,167 @@
+"""Evaluation bundles: a folder of tasks in the layout that DCLM and nanochat use.
+
+    DIR/core.yaml              icl_tasks: label, dataset_uri, num_fewshot, icl_task_type,
+                               continuation_delimiter (a space if absent)
+    DIR/eval_meta_data.csv     columns "Eval Task" and "Random baseline" (per cent), among others
+    DIR/eval_data/<uri>        one JSON item a line
+
+Items by type: multiple_choice ``query, choices, gold``; schema ``context_options, continuation,
+gold``; language_modeling ``context, continuation``.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.errors import UsageError
+
+__all__ = ["LANGUAGE_MODELING", "MINI_BUNDLE", "MULTIPLE_CHOICE", "SCHEMA", "Task", "load_bundle"]
+
+MULTIPLE_CHOICE = "multiple_choice"
+SCHEMA = "schema"
+LANGUAGE_MODELING = "language_modeling"
+
+MINI_BUNDLE = Path(__file__).resolve().parent / "mini_bundle"
+
+# Type -> its text fields and its fields of several texts, one of which is gold.
+_FIELDS = {
+    MULTIPLE_CHOICE: (("query",), "choices"),
+    SCHEMA: (("continuation",), "context_options"),
+    LANGUAGE_MODELING: (("context", "continuation"), None),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a bundle.
+
+    Args:
+        label: its name.
+        kind: "multiple_choice", "schema" or "language_modeling".
+        shots: solved examples before each item.
+        delimiter: between a question and its answer.
+        baseline: accuracy of guessing, in [0, 1), by the bundle's own table.
+        items: in the order of the file.
+    """
+
+    label: str
+    kind: str
+    shots: int
+    delimiter: str
+    baseline: float
+    items: tuple[dict[str, Any], ...]
+
+
+def load_bundle(folder: Path) -> list[Task]:
+    """Read every task of a bundle whose data lie in it.
+
+    A task of ``core.yaml`` whose data file is absent is left out: `analysis.core.evaluate` names
+    what is missing of CORE.
+
+    Args:
+        folder: with ``core.yaml``, ``eval_meta_data.csv`` and ``eval_data/``.
+
+    Raises:
+        UsageError: a file is damaged or not of this form, or no task has data.
+    """
+    entries = _entries(folder / "core.yaml")
+    baselines = _baselines(folder / "eval_meta_data.csv")
+    tasks = []
+    for entry in entries:
+        where = f"{folder / 'core.yaml'}: {entry.get('label', entry)}"
+        try:
+            label, kind = str(entry["label"]), entry["icl_task_type"]
+            path = folder / "eval_data" / str(entry["dataset_uri"])
+            counts = entry["num_fewshot"]
+        except KeyError as error:
+            raise UsageError(f"{where} lacks {error}: it is not a task of a bundle") from None
+        if kind not in _FIELDS:
+            raise UsageError(f"{where} has the type {kind!r}; known are {', '.join(_FIELDS)}")
+        if not isinstance(counts, list) or not counts or not isinstance(counts[0], int):
+            raise UsageError(f"{where}: num_fewshot is {counts!r}, not [n]")
+        shots = counts[0]
+        if shots < 0:
+            raise UsageError(f"{where}: num_fewshot is {counts!r}, below 0")
+        if not path.is_file():
+            continue
+        if label not in baselines:
+            raise UsageError(f"{folder / 'eval_meta_data.csv'} has no row for {label}; add one")
+        delimiter = str(entry.get("continuation_delimiter", " "))
+        items = _items(path, kind)
+        if len(items) <= shots:
+            raise UsageError(f"{path} has {len(items)} items, too few for {shots} examples each")
+        tasks.append(Task(label, kind, shots, delimiter, baselines[label], items))
+    if not tasks:
+        raise UsageError(f"{folder} has no data of any task: unpack the whole bundle there")
+    return tasks
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"{path} cannot be read ({reason}): name an evaluation bundle") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text") from None
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    try:
+        content = yaml.safe_load(_read(path))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    entries = content.get("icl_tasks") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise UsageError(f"{path} has no list icl_tasks: name an evaluation bundle")
+    return entries
+
+
+def _baselines(path: Path) -> dict[str, float]:
+    baselines = {}
+    for row in csv.DictReader(_read(path).splitlines()):
+        label, text = row.get("Eval Task"), row.get("Random baseline")
+        try:
+            value = float(text or "") / 100
+        except ValueError:
+            value = -1.0
+        if label is None or not 0.0 <= value < 1.0:
+            raise UsageError(
+                f"{path}: the random baseline of {label} is {text!r}, not a percentage"
+            )
+        baselines[label] = value
+    return baselines
+
+
+def _items(path: Path, kind: str) -> tuple[dict[str, Any], ...]:
+    items = []
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                items.append(_item(json.loads(line), kind))
+            except (ValueError, KeyError, TypeError):
+                raise UsageError(f"{path}: line {number} is not an item of type {kind}") from None
+    return tuple(items)
+
+
+def _item(entry: dict[str, Any], kind: str) -> dict[str, Any]:
+    texts, options = _FIELDS[kind]
+    item: dict[str, Any] = {field: _text(entry[field]) for field in texts}
+    if options is not None:
+        item[options] = [_text(option) for option in entry[options]]
+        item["gold"] = entry["gold"]
+        if not isinstance(item["gold"], int) or not 0 <= item["gold"] < len(item[options]):
+            raise ValueError("gold is not the index of an option")
+    elif not item["continuation"].strip():
+        raise ValueError("nothing to predict")
+    return item
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError("not a text")
+    return str(value)
