@@ -16,6 +16,7 @@ from ars.controller import ARSController
 from ars.parts import ChronosJitter, EntropyGuard, SurpriseGate
 from ars.release import GradientRelease
 from ars.surprise import prediction_entropy
+from ars.wrapper import ARSOptimizer
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "ARSAdamW",
     "ARSConfig",
     "ARSController",
+    "ARSOptimizer",
     "ChronosJitter",
     "EntropyGuard",
     "GradientRelease",

@@ -1,0 +1,294 @@
+"""The controller around any optimizer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ars import reference
+from ars.config import ARSConfig
+from ars.controller import ARSController
+from ars.effective import GatedGradients, Replay, gated_groups, has_decays
+from ars.groups import is_trial
+from ars.surprise import check_watched, choose_surprise
+
+__all__ = ["ARSOptimizer"]
+
+# The default controller. Settings are immutable, so all optimizers may share them.
+CONDITIONED = ARSConfig()
+
+
+class ARSOptimizer(torch.optim.Optimizer):
+    r"""Gates any :class:`torch.optim.Optimizer` by the controller of :class:`ars.ARSAdamW`.
+
+    .. math::
+        \Phi, \chi = \text{controller}(S), \qquad \eta^{\text{eff}} = \eta (1 + \chi)
+
+    and Phi multiplies what ``config.gate`` names: ``"lr"``; ``"betas"``, which is the group's
+    ``betas`` or ``momentum``; ``"grad"``. The base optimizer takes its own step with these values;
+    afterwards, or if it raises, the groups and gradients are as before, so schedulers, hooks,
+    ``GradScaler`` and checkpoints work on this optimizer as on the base.
+
+    The base knows nothing of the gate: an Adam among them corrects its bias by powers of the
+    effective betas, exactly so only while these are constant (:class:`ars.ARSAdamW` multiplies them
+    up). ``"grad"`` needs memory for a copy of the gradients.
+
+    Where the base holds a number (a float lr) and its parameters are on a GPU, the step must read
+    the gate from the device, and waits for it. It does not for a tensor lr (``capturable=True`` or
+    ``fused=True``) with ``gate=("lr",)``, nor for ``gate=("grad",)`` with ``jitter=0`` or a tensor.
+
+    Args:
+        base_optimizer: The optimizer; step this one in its stead.
+        config: The controller's settings.
+
+    Attributes:
+        base: The base optimizer. Its groups and state are this one's, the same objects.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The base has a controller, is differentiable, has a group without lr, or has
+            nothing that the gate could act on.
+
+    Example:
+        >>> import torch
+        >>> from ars import ARSConfig, ARSOptimizer
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> base = torch.optim.SGD([weight], lr=0.1)
+        >>> opt = ARSOptimizer(base, ARSConfig(gate=("lr",)))
+        >>> loss = weight.sum()
+        >>> loss.backward()
+        >>> opt.step(loss=loss)
+        >>> weight.detach(), float(opt.diagnostics["phi"])
+        (tensor([0.9000, 0.9000]), 1.0)
+    """
+
+    def __init__(
+        self, base_optimizer: torch.optim.Optimizer, config: ARSConfig = CONDITIONED
+    ) -> None:
+        _check(base_optimizer, config)
+        self.base = base_optimizer
+        # Makes the hooks, and wants to make groups and state, which are the base's.
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
+        self._watches: str | None = None
+        self._controller = ARSController(config, self._device())
+        self._buffer = torch.tensor([float("nan"), 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+        self._buffer = self._buffer.to(self._device())
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if "_controller" in self.__dict__:  # not in the constructor
+            self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if "_controller" in self.__dict__:
+            self.base.state = state
+
+    @property
+    def controller(self) -> ARSController:
+        """The controller."""
+        return self._controller
+
+    @property
+    def diagnostics(self) -> Mapping[str, Tensor]:
+        """``surprise``, ``rho``, ``psi``, ``phi`` and ``chi`` of the last step.
+
+        0-d float64 tensors on the device, overwritten by each step; reading one waits for it.
+        """
+        return dict(zip(reference.Signals._fields, self._buffer.unbind(), strict=True))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer.
+
+        Args:
+            param_group: Its parameters, and what differs from the defaults.
+        """
+        if "_controller" in self.__dict__:
+            self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients, as the base optimizer does.
+
+        Args:
+            set_to_none: Drop them rather than set them to 0.
+        """
+        self.base.zero_grad(set_to_none)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        loss: Tensor | float | None = None,
+        surprise: Tensor | float | None = None,
+    ) -> Any:
+        """Take one step of the base optimizer, gated.
+
+        A closure is evaluated once before the step, and its loss is the surprise. The base gets
+        that loss for its first evaluation; an optimizer that evaluates several times in a step,
+        such as LBFGS, takes all of them under the one gate.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss, as for every torch optimizer.
+            loss: The loss, 0-d: what the controller watches. Without it (and without a closure)
+                the controller watches the gradient norm.
+            surprise: With ``ARSConfig(surprise="entropy")``, what is watched instead.
+
+        Returns:
+            What the base optimizer returned: the closure's first loss, or None.
+
+        Raises:
+            TypeError: The loss or the surprise is neither a tensor nor a number.
+            ValueError: It is not a scalar, the surprise is missing or not what is watched, or it
+                changed its kind between steps.
+            RuntimeError: The gradient norm is watched and a gradient is sparse.
+        """
+        groups = self.base.param_groups
+        given = (closure, loss, surprise)
+        if not self.base.state and given == (None, None, None) and is_trial(groups):
+            return self.base.step()
+        returned = None
+        if closure is not None:
+            with torch.enable_grad():
+                returned = closure()
+        with torch.no_grad():
+            signals = self._observe(returned if loss is None else loss, surprise)
+        if signals is None:  # no gradient: the base may still count the step
+            return self.base.step(*(() if closure is None else (Replay(closure, returned),)))
+        gate = self._controller.config.gate
+        gradients = GatedGradients(groups, signals.phi if "grad" in gate else 1.0)
+        with gated_groups(groups, signals, gate):
+            try:
+                gradients.put()
+                if closure is None:
+                    return self.base.step()
+                return self.base.step(Replay(closure, returned, gradients))
+            finally:
+                gradients.restore()
+
+    def _observe(self, loss: Any, surprise: Any) -> reference.Signals | None:
+        """Let the controller observe, if there is a gradient, and report what it says.
+
+        Raises:
+            RuntimeError: The gradient norm is watched and a gradient is sparse.
+        """
+        watches, watched = choose_surprise(self._controller, loss, surprise)
+        check_watched(self._watches, watches)
+        params = [param for group in self.base.param_groups for param in group["params"]]
+        grads = [param.grad for param in params if param.grad is not None]
+        if not grads:
+            return None
+        if watched is None:
+            if any(grad.is_sparse for grad in grads):
+                raise RuntimeError(
+                    "the norm of sparse gradients cannot be the surprise: pass step(loss=loss)"
+                )
+            watched = reference.grad_norm(grads)
+        self._place()
+        signals = self._controller.observe(watched)
+        self._watches = watches
+        if isinstance(signals.phi, Tensor):
+            self._buffer.copy_(torch.stack([torch.as_tensor(signal) for signal in signals]))
+        else:
+            self._buffer.copy_(torch.tensor(signals, dtype=self._buffer.dtype))
+        return signals
+
+    def _device(self) -> torch.device:
+        """Where the first parameter is."""
+        params = (param for group in self.base.param_groups for param in group["params"])
+        first: Tensor | None = next(params, None)
+        return torch.device("cpu") if first is None else first.device
+
+    def _place(self) -> None:
+        """Bring the controller to where the parameters are."""
+        device = self._device()
+        if device == self._buffer.device:
+            return
+        memory = self._controller.state_dict()
+        self._controller = ARSController(self._controller.config, device)
+        if not self._buffer.is_meta:
+            self._controller.load_state_dict(memory)
+        self._buffer = torch.empty_like(self._buffer, device=device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state dict, with the controller under ``"controller"``."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state: dict[str, Any] = dict(self.base.state_dict())
+        state["controller"] = {**self._controller.state_dict(), "watches": self._watches}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by this class, or by the base optimizer's.
+
+        A state without a controller starts this optimizer's controller afresh.
+
+        Args:
+            state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            ValueError: The state is of other parameters or of another controller; nothing has
+                been changed then.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else dict(replaced)
+        saved = state_dict.pop("controller", None)
+        if saved is not None:
+            self._controller.check_state_dict(saved)
+        self.base.load_state_dict(state_dict)
+        fresh = ARSController(self._controller.config).state_dict()
+        self._controller.load_state_dict(fresh if saved is None else saved)
+        self._watches = None if saved is None else saved.get("watches")
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the base optimizer and the controller; hooks stay behind, as in torch."""
+        names = ("base", "defaults", "_controller", "_watches", "_buffer")
+        return {name: self.__dict__[name] for name in names}
+
+
+def _check(base: Any, config: Any) -> None:
+    """Refuse what cannot be gated.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The base or its groups cannot be gated as the settings say.
+    """
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {base!r}")
+    if not isinstance(config, ARSConfig):
+        raise TypeError(f"config must be an ARSConfig, got {config!r}")
+    name = type(base).__name__
+    if getattr(base, "controller", None) is not None:
+        raise ValueError(f"{name} has a controller already: pass it ars=None, or do not wrap it")
+    if base.defaults.get("differentiable"):
+        raise ValueError(
+            f"{name} has differentiable=True, and autograd cannot run through values that are put "
+            "back: use ARSAdamW(differentiable=True)"
+        )
+    for index, group in enumerate(base.param_groups):
+        if "lr" not in group:
+            raise ValueError(f"{name} has no lr in group {index}, which the controller varies")
+    if config.gate == ("betas",) and not any(map(has_decays, base.param_groups)):
+        raise ValueError(
+            f"gate=('betas',) has nothing to act on: {name} has neither betas nor a momentum "
+            "other than 0; use ARSConfig(gate=('lr',))"
+        )

@@ -1,0 +1,210 @@
+"""ARSOptimizer: what the base optimizer's step gets, what is put back, and when it is refused."""
+
+import math
+
+import pytest
+import torch
+from optimizers import gradients, make, parameters
+
+from ars import ARSAdamW, ARSConfig, ARSOptimizer
+
+MATRICES = ((3, 4), (17, 5))  # which is all that Muon takes
+BASES = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "fused": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1), fused=True),
+    "tensors": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.1), foreach=False),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    "muon": lambda p: torch.optim.Muon(p, lr=0.1),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.5),
+}
+ALL = ("betas", "lr", "grad")
+BRAKING = ARSConfig.paper(window=6, gate=ALL)
+
+
+def spiky(step):
+    return torch.tensor(1.0 + 0.5 * (-1) ** step + (8.0 if step == 9 else 0.0))
+
+
+def wrapped(name, config=BRAKING, shapes=MATRICES):
+    params = parameters(shapes=shapes)
+    return ARSOptimizer(BASES[name](params), config), params
+
+
+def values_of(groups):
+    """Every hyperparameter, tensors as their numbers."""
+    return [
+        {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in g.items() if k != "params"}
+        for g in groups
+    ]
+
+
+def run(optimizer, params, steps, first=0):
+    for step in range(first, first + steps):
+        gradients(params, step)
+        optimizer.step(loss=spiky(step))
+    return [param.detach().clone() for param in params]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_with_an_open_gate_it_is_the_base_to_the_bit(name):
+    opt, params = wrapped(name, ARSConfig(alpha=0.0, jitter=0.0, gate=ALL))
+    others = parameters(shapes=MATRICES)
+    base = BASES[name](others)
+    for step in range(12):
+        for p in (params, others):
+            gradients(p, step)
+        opt.step(loss=spiky(step))
+        base.step()
+    assert all(map(torch.equal, params, others))
+    assert values_of(opt.param_groups) == values_of(base.param_groups)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_base_steps_with_effective_values_and_they_are_put_back(name):
+    opt, params = wrapped(name, ARSConfig.paper(window=6, gate=ALL, jitter=0.4))
+    kept = [group.copy() for group in opt.param_groups]
+    before, seen = values_of(opt.param_groups), []
+    opt.base.register_step_pre_hook(
+        lambda *_: seen.append((values_of(opt.param_groups), [p.grad.clone() for p in params]))
+    )
+    for step in range(8):
+        gradients(params, step)
+        grads = [param.grad for param in params]
+        copies = [grad.clone() for grad in grads]
+        opt.step(loss=spiky(step))
+        assert values_of(opt.param_groups) == before
+        assert all(group[k] is v for group, old in zip(opt.param_groups, kept, strict=True)
+                   for k, v in old.items())  # fmt: skip
+        assert all(param.grad is grad for param, grad in zip(params, grads, strict=True))
+        assert all(map(torch.equal, grads, copies))
+        phi, chi = (float(opt.diagnostics[k]) for k in ("phi", "chi"))
+        assert phi < 0.7
+        groups, scaled = seen[-1]
+        group, old = groups[0], before[0]
+        assert group["lr"] == pytest.approx(old["lr"] * (1 + chi) * phi, rel=1e-6)
+        for k in {"betas", "momentum"} & set(old):
+            assert group[k] == pytest.approx(torch.tensor(old[k]).double().mul(phi).tolist())
+        unchanged = set(old) - {"lr", "betas", "momentum"}
+        assert all(group[k] == old[k] for k in unchanged)
+        for a, b in zip(scaled, copies, strict=True):
+            torch.testing.assert_close(a, b * phi)
+    assert chi != 0
+
+
+@pytest.mark.parametrize("gate", [("lr",), ("grad",)])
+def test_on_adamw_it_is_the_gate_of_arsadamw(gate):
+    config = ARSConfig(window=12, threshold=0.2, significance=0.5, gate=gate, release=3)
+    a, b = parameters(), parameters()
+    ours = make("fused", a, lr=0.03, ars=config)
+    opt = ARSOptimizer(torch.optim.AdamW(b, lr=0.03), config)
+    low = 1.0
+    for step in range(30):
+        for params in (a, b):
+            gradients(params, step)
+        ours.step(loss=spiky(step))
+        opt.step(loss=spiky(step))
+        for name, value in opt.diagnostics.items():
+            assert float(value) == float(ours.diagnostics[name])
+        low = min(low, float(opt.diagnostics["phi"]))
+    assert low < 0.5
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_on_adamw_the_first_step_of_gated_betas_is_that_of_arsadamw():
+    a, b = parameters(), parameters()
+    expected = run(make("fused", a, ars=ARSConfig.paper()), a, 1)
+    found = run(ARSOptimizer(torch.optim.AdamW(b), ARSConfig.paper()), b, 1)
+    for x, y in zip(expected, found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_gradient_norm_is_the_surprise_without_a_loss():
+    opt, params = wrapped("sgd", ARSConfig(gate=("lr",)))
+    gradients(params, 0)
+    opt.step()
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in params))
+    assert float(opt.diagnostics["surprise"]) == pytest.approx(norm)
+    with pytest.raises(ValueError, match="has watched the grad_norm and now gets the loss"):
+        opt.step(loss=1.0)
+
+
+@pytest.mark.parametrize("name", ["fused", "momentum"])
+def test_all_is_put_back_when_the_base_raises(name):
+    opt, params = wrapped(name)
+    gradients(params, 0)
+    opt.step(loss=1.0)
+    before = values_of(opt.param_groups)
+    grads = [param.grad for param in params]
+
+    def fail(*_):
+        raise RuntimeError("in the middle")
+
+    opt.base.register_step_post_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        opt.step(loss=3.0)
+    assert float(opt.diagnostics["phi"]) < 0.5
+    assert values_of(opt.param_groups) == before
+    assert all(param.grad is grad for param, grad in zip(params, grads, strict=True))
+
+
+def test_a_tensor_that_groups_share_is_gated_once():
+    params = parameters(shapes=MATRICES)
+    lr = torch.tensor(0.1)
+    groups = [{"params": [param]} for param in params]
+    opt = ARSOptimizer(torch.optim.SGD(groups, lr=lr), ARSConfig.paper(gate=("lr",)))
+    assert opt.param_groups[0]["lr"] is opt.param_groups[1]["lr"]
+    start = [param.detach().clone() for param in params]
+    gradients(params, 0)
+    opt.step(loss=1.0)
+    phi = float(opt.diagnostics["phi"])
+    for param, old in zip(params, start, strict=True):
+        torch.testing.assert_close(param.detach(), old - 0.1 * phi * param.grad)
+    assert opt.param_groups[0]["lr"] is lr
+    assert float(lr) == float(torch.tensor(0.1))
+
+
+def test_no_gradient_is_no_observation():
+    opt, _ = wrapped("momentum")
+    opt.step(loss=1.0)
+    assert opt.controller.counts.tolist() == [0, 0]
+    assert math.isnan(float(opt.diagnostics["surprise"]))
+
+
+def test_sparse_gradients_need_a_loss():
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    opt = ARSOptimizer(torch.optim.SparseAdam(list(table.parameters()), lr=0.1),
+                       ARSConfig(gate=("lr", "grad")))  # fmt: skip
+    table(torch.tensor([1, 3])).sum().backward()
+    before = table.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"sparse gradients.*pass step\(loss=loss\)"):
+        opt.step()
+    assert torch.equal(table.weight, before)
+    opt.step(loss=1.0)
+    assert not torch.equal(table.weight, before)
+
+
+def test_what_cannot_be_gated_is_refused_with_its_remedy():
+    params = parameters(shapes=MATRICES)
+    for name in ("sgd", "adafactor"):
+        with pytest.raises(ValueError, match=r"neither betas nor a momentum.*gate=\('lr',\)"):
+            ARSOptimizer(BASES[name](params))
+        ARSOptimizer(BASES[name](params), ARSConfig(gate=("betas", "lr")))
+    with pytest.raises(ValueError, match="ARSAdamW has a controller already: pass it ars=None"):
+        ARSOptimizer(ARSAdamW(params))
+    ARSOptimizer(ARSAdamW(params, ars=None))
+    with pytest.raises(ValueError, match="ARSOptimizer has a controller already"):
+        ARSOptimizer(ARSOptimizer(BASES["adamw"](params)))
+    with pytest.raises(ValueError, match="differentiable=True"):
+        ARSOptimizer(torch.optim.Adam(params, differentiable=True))
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
+        ARSOptimizer(params)
+    with pytest.raises(TypeError, match="must be an ARSConfig"):
+        ARSOptimizer(BASES["adamw"](params), {"window": 5})
+    rateless = BASES["adamw"](params)
+    del rateless.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match="no lr in group 0"):
+        ARSOptimizer(rateless)
