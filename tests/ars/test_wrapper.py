@@ -7,6 +7,7 @@ import torch
 from optimizers import gradients, make, parameters
 
 from ars import ARSAdamW, ARSConfig, ARSOptimizer
+from ars.reference import scalars, window
 
 MATRICES = ((3, 4), (17, 5))  # which is all that Muon takes
 BASES = {
@@ -165,6 +166,53 @@ def test_a_tensor_that_groups_share_is_gated_once():
         torch.testing.assert_close(param.detach(), old - 0.1 * phi * param.grad)
     assert opt.param_groups[0]["lr"] is lr
     assert float(lr) == float(torch.tensor(0.1))
+
+
+class Descent(torch.optim.Optimizer):
+    """Reads nothing of what it steps with."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(group["lr"] * param.grad)
+
+
+@pytest.mark.parametrize("gate", [("lr",), ("lr", "grad")])
+def test_with_a_tensor_rate_nothing_is_read_from_the_device(gate):
+    """The numbers of the meta device cannot be read at all."""
+
+    def meta(lr):
+        param = torch.ones(3, device="meta", requires_grad=True)
+        param.grad = torch.ones(3, device="meta")
+        return ARSOptimizer(Descent([param], lr), ARSConfig(gate=gate))
+
+    opt = meta(torch.ones((), device="meta"))
+    for _ in range(2):
+        opt.step()
+    assert all(value.is_meta for value in opt.diagnostics.values())
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        meta(0.1).step()  # whose rate is a number, as the documentation says
+
+
+def test_signals_that_stay_on_the_device_give_the_same_steps(monkeypatch):
+    """Made so on a CPU, nothing may change."""
+    results = []
+    for name in ("fused", "momentum", "nadam"):
+        opt, params = wrapped(name)
+        expected = run(opt, params, 10)
+        with monkeypatch.context() as patch:
+            for module in (window, scalars):
+                patch.setattr(module, "is_host", lambda tensor: False)
+            opt, params = wrapped(name)
+            results.append((run(opt, params, 10), expected))
+            assert 0.1 <= float(opt.diagnostics["phi"]) < 0.7
+    for found, wanted in results:
+        for x, y in zip(found, wanted, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_no_gradient_is_no_observation():
