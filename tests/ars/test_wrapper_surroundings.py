@@ -10,6 +10,7 @@ from optimizers import gradients, parameters
 from test_wrapper import BASES, BRAKING, MATRICES, run, spiky, wrapped
 
 from ars import ARSConfig, ARSOptimizer
+from ars.effective import GatedGradients
 
 RATE = ARSConfig.paper(window=6, gate=("lr",))
 
@@ -170,7 +171,13 @@ def test_all_evaluations_of_lbfgs_are_under_the_gate_of_the_first(gate, set_to_n
     opt = ARSOptimizer(base, ARSConfig.paper(gate=(gate,), jitter=0.0))
     plain, others = build(0.2)
     losses, theirs = [], []
-    opt.step(closure_of(params, opt, losses, set_to_none))
+    closure = closure_of(params, opt, losses, set_to_none)
+    closure()
+    grads = [param.grad for param in params]
+    losses.clear()
+    opt.step(closure)
+    # Those that are zeroed and used again are the caller's own, in every evaluation.
+    assert set_to_none or all(p.grad is grad for p, grad in zip(params, grads, strict=True))
     phi = float(opt.diagnostics["phi"])
     assert len(losses) == 3
     assert opt.controller.counts.tolist() == [1, 1]
@@ -193,6 +200,20 @@ def test_all_evaluations_of_lbfgs_are_under_the_gate_of_the_first(gate, set_to_n
     for ours, expected in zip(params, last, strict=True):  # unscaled
         torch.testing.assert_close(ours.grad * (phi if gate == "grad" else 1.0), expected)
     assert base.param_groups[0]["lr"] == 0.2
+
+
+def test_a_gradient_that_an_evaluation_does_not_give_does_not_come_back():
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    gradients_of = GatedGradients([{"params": [param]}], 0.5)
+    gradients_of.put()
+    assert param.grad.tolist() == [0.5, 0.5]
+    gradients_of.restore()
+    assert param.grad.tolist() == [1.0, 1.0]
+    param.grad = None
+    gradients_of.put()
+    gradients_of.restore()
+    assert param.grad is None
 
 
 @pytest.mark.parametrize("name", ["momentum", "fused"])
