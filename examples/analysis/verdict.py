@@ -10,11 +10,19 @@ from scipy import stats
 
 from analysis.records import Record
 
-__all__ = ["Comparison", "compare_arms", "mean_interval"]
+__all__ = ["Comparison", "compare_arms", "headlines", "is_sweep", "mean_interval"]
 
 _CONFIDENCE = 0.95
 _MIN_SEEDS = 3  # two give an interval 13 deviations wide
 _SAME_BUDGET = 0.02  # largest relative difference of lineage FLOPs
+
+_WORDS = {
+    "better": "fewer bits per byte for the same FLOPs",
+    "worse": "more bits per byte for the same FLOPs",
+    "no difference shown": "no difference beyond chance",
+    "too few seeds": f"no conclusion from fewer than {_MIN_SEEDS} seeds",
+    "budgets differ": "not comparable, the FLOPs differ by more than 2 %,",
+}
 
 
 @dataclass(frozen=True)
@@ -56,16 +64,27 @@ def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] |
     return mean, (mean - half, mean + half)
 
 
+def is_sweep(models: Sequence[Record]) -> bool:
+    """Whether an arm has several models of one depth and seed, which differ by their budgets."""
+    return len({(r.depth, r.seed) for r in models}) < len(models)
+
+
 def compare_arms(records: Sequence[Record], baseline: str = "scratch") -> list[Comparison]:
     """Compare every arm with the baseline wherever both trained a model of the same depth.
+
+    Sweeps are left out: which of their models to compare would be a choice.
 
     Args:
         records: of one or more seeds.
         baseline: the arm compared with.
     """
-    found = {(r.arm, r.depth, r.seed): r for r in records}
+    arms = dict.fromkeys(r.arm for r in records)
+    single = [arm for arm in arms if not is_sweep([r for r in records if r.arm == arm])]
+    found = {(r.arm, r.depth, r.seed): r for r in records if r.arm in single}
     comparisons = []
-    for arm in dict.fromkeys(r.arm for r in records if r.arm != baseline):
+    for arm in single:
+        if arm == baseline:
+            continue
         for depth in sorted({r.depth for r in records if r.arm == arm}):
             pairs = [
                 (record, found[baseline, depth, seed])
@@ -91,3 +110,27 @@ def _compare(
     else:
         conclusion = "better" if difference < 0 else "worse"
     return Comparison(depth, arm, baseline, len(pairs), difference, interval, ratio, conclusion)
+
+
+def headlines(comparisons: Sequence[Comparison]) -> list[str]:
+    """The result in a sentence an arm; that nothing was gained is said first.
+
+    Args:
+        comparisons: of `compare_arms`.
+    """
+    if not comparisons:
+        return ["There is nothing to compare: no two arms trained a model of the same depth."]
+    lines = []
+    for arm in dict.fromkeys(c.arm for c in comparisons):
+        ours = [c for c in comparisons if c.arm == arm]
+        parts = []
+        for conclusion, words in _WORDS.items():
+            depths = ", ".join(f"d{c.depth}" for c in ours if c.conclusion == conclusion)
+            if depths:
+                parts.append(f"{words} at {depths}")
+        conclusions = {c.conclusion for c in ours}
+        start = "" if "better" in conclusions else "No benefit shown. "
+        if conclusions <= {"too few seeds", "budgets differ"}:
+            start = "Nothing is shown either way. "
+        lines.append(f"{start}{arm} against {ours[0].baseline}: {'; '.join(parts)}.")
+    return lines

@@ -6,7 +6,7 @@ import pytest
 from analysis_records import entry, two_arms, write
 
 from analysis.records import Record, read_metrics
-from analysis.verdict import compare_arms, mean_interval
+from analysis.verdict import compare_arms, headlines, is_sweep, mean_interval
 
 
 def records(tmp_path: Path, gains: list[float]) -> list[Record]:
@@ -58,3 +58,26 @@ def test_the_interval_is_students() -> None:
     assert mean == 2.0
     assert interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
     assert mean_interval([5.0]) == (5.0, None)
+
+
+def test_a_sweep_is_not_compared(tmp_path: Path) -> None:
+    again = {**entry("d3-inherited", 2.0, "d2-scratch"), "name": "d3-again"}
+    found = read_metrics([write(tmp_path / "m.json", [*two_arms(), again])])
+    assert is_sweep([r for r in found if r.arm == "inherited"])
+    assert not is_sweep([r for r in found if r.arm == "scratch"])
+    assert compare_arms(found) == []
+
+
+def test_headlines_say_first_what_was_not_gained(tmp_path: Path) -> None:
+    assert headlines([]) == [
+        "There is nothing to compare: no two arms trained a model of the same depth."
+    ]
+    for gains, start in (
+        ([0.1, 0.11, 0.12], "inherited against scratch: fewer bits"),
+        ([0.1, -0.09, 0.02], "No benefit shown. inherited against scratch: no difference"),
+        ([-0.1, -0.11, -0.12], "No benefit shown. inherited against scratch: more bits"),
+        ([0.1], "Nothing is shown either way. inherited against scratch: no conclusion"),
+    ):
+        (line,) = headlines(compare_arms(records(tmp_path, gains)))
+        assert line.startswith(start)
+        assert line.endswith(" at d3, d4.")

@@ -1,0 +1,156 @@
+"""``examples/analyze.py`` as a user meets it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from analysis_records import DEMO, two_arms, write
+
+from analysis import cli
+from analysis.bundle import MINI_BUNDLE
+from analyze import main
+from ars.models import GPT, GPTConfig, miniseries_config
+from trainer.checkpoint import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / "d2-scratch.pt"
+    model = GPT(miniseries_config(2), torch.Generator().manual_seed(0))
+    save_checkpoint(path, {"step": 1, "model": model.state_dict(), "record": None})
+    return path
+
+
+def test_everything_is_written(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "folder"
+    words = ["--metrics", str(DEMO), "--out", str(out), "--device", "a100", "--price", "2"]
+    words += ["--bootstraps", "10", "--eval-bundle", str(MINI_BUNDLE), "--checkpoint"]
+    assert main([*words, str(checkpoint), "--max-per-task", "4"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "no conclusion from fewer than 3 seeds at d3, d4" in printed.out
+    assert {path.name for path in out.iterdir()} == {
+        "scaling_laws.json", "cost_analysis.json", "core.json", "report.html",
+    }  # fmt: skip
+    laws = json.loads((out / "scaling_laws.json").read_text())
+    assert [arm["arm"] for arm in laws["arms"]] == ["scratch", "inherited"]
+    assert laws["comparisons"][1]["difference"] == pytest.approx(-0.32165, abs=1e-5)
+    cost = json.loads((out / "cost_analysis.json").read_text())
+    assert cost["peak_flops"] == 312e12
+    assert cost["models"][0]["price"] == pytest.approx(38.731 / 3600 * 2)
+    assert next(f"{plan['flops']:.3g}" for plan in cost["on_paper"].values()) == "4.64e+19"
+    core = json.loads((out / "core.json").read_text())["d2-scratch"]
+    assert core["core_v1"] is None
+    assert [task["items"] for task in core["tasks"]] == [4, 4, 4]
+    assert "d4-inherited" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--metrics"),
+        (["--metrics", "absent.json"], "absent.json cannot be read: No such file"),
+        (["--metrics", "DEMO", "DEMO"], "is in"),
+        (["--metrics", "DEMO", "--price", "-1"], "'-1' is not a number from 0"),
+        (["--metrics", "DEMO", "--price", "nan"], "'nan' is not a number"),
+        (["--metrics", "DEMO", "--devices", "1.5"], "'1.5' is not a whole number from 1"),
+        (["--metrics", "DEMO", "--device", "abacus"], "invalid choice: 'abacus'"),
+        (["--metrics", "DEMO", "--device", "l4", "--peak-flops", "1e12"], "not allowed with"),
+        (["--metrics", "DEMO", "--peak-flops", "1e9"], "times the operations that 1 x 1e+09"),
+        (["--metrics", "DEMO", "--eval-bundle", "DIR"], "need each other"),
+        (["--metrics", "DEMO", "--checkpoint", "x.pt"], "need each other"),
+        (["--metrics", "DEMO", "--eval-bundle", "DIR", "--checkpoint", "x.pt"], "core.yaml"),
+        (["--metrics", "DEMO", "--eval-bundle", "MINI", "--checkpoint", "x.pt"], "x.pt is damaged"),
+        (["--metrics", "DEMO", "--out", "FILE"], "is a file: name a folder"),
+        (["--metrics", "DEMO", "--out", "FILE/below"], "writing to"),
+        (["--metrics", "DEMO", "--metric", "DEMO"], "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "render_report", lambda *_: "")  # its figures take the longest
+    (tmp_path / "file").write_text("")
+    names = {"DEMO": str(DEMO), "DIR": str(tmp_path), "MINI": str(MINI_BUNDLE), "FILE": "file"}
+    argv = ["--bootstraps", "0"]
+    argv += [names.get(w, w.replace("FILE", "file") if "FILE/" in w else w) for w in words]
+    try:
+        status = main(argv)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"step": 1}, "holds no model"),
+        ({"model": {"wte.weight": torch.zeros(300, 64)}}, "has 300 tokens, not bytes"),
+        ({"model": {"wte.weight": torch.zeros(256, 64)}}, "another kind of model"),
+        (
+            {"model": GPT(GPTConfig(256, 16, 1, 2, 32)).state_dict()},
+            "another kind of model",
+        ),
+    ],
+)
+def test_other_checkpoints_are_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: dict[str, object],
+    message: str,
+) -> None:
+    save_checkpoint(tmp_path / "x.pt", content)
+    words = ["--metrics", str(DEMO), "--bootstraps", "0", "--out", str(tmp_path / "out")]
+    words += ["--eval-bundle", str(MINI_BUNDLE), "--checkpoint", str(tmp_path / "x.pt")]
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_items_for_the_examples(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--metrics", str(DEMO), "--bootstraps", "0", "--out", str(tmp_path / "out")]
+    words += ["--eval-bundle", str(MINI_BUNDLE), "--checkpoint", str(checkpoint)]
+    assert main([*words, "--max-per-task", "2"]) == 2
+    assert "2 items of mini_choice are too few for 2 examples each" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    assert main(["--metrics", str(DEMO)]) == 130
+    assert capsys.readouterr().err == "interrupted: run the same command again\n"
+
+
+def test_it_runs_as_a_program_from_anywhere(tmp_path: Path) -> None:
+    path = write(tmp_path / "metrics.json", two_arms())
+    program = DEMO.parents[3] / "examples" / "analyze.py"
+    done = subprocess.run(
+        [sys.executable, str(program), "--metrics", path.name, "--bootstraps", "0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "analysis" / "report.html").stat().st_size > 50_000
