@@ -13,6 +13,7 @@ from analysis.cost import PEAK_FLOPS, CostAnalyzer
 from analysis.paper import plan_cost, plan_depths, plan_doubling
 from analysis.records import read_logs, read_metrics
 from analysis.report_html import render_report
+from analysis.savings import find_savings
 from analysis.scaling import ScalingLawValidator
 from analysis.series_laws import fit_series
 from analysis.verdict import compare_arms, headlines
@@ -132,12 +133,16 @@ def run(arguments: argparse.Namespace) -> str:
         ),
         "7M ... 7.2B on paper (20 tokens a parameter, C = 6 N D)": plan_cost(plan_doubling()),
     }
-    report = render_report(
-        records, read_logs(arguments.metrics, records), comparisons, laws, costs, plans, core
-    )
+    logs = read_logs(arguments.metrics, records)
+    savings = find_savings(records, logs, _BASELINE)
+    report = render_report(records, logs, comparisons, savings, laws, costs, plans, core)
     compared = [comparison.to_dict() for comparison in comparisons]
     contents: dict[str, Any] = {
-        "scaling_laws.json": {"arms": [law.to_dict() for law in laws], "comparisons": compared},
+        "scaling_laws.json": {
+            "arms": [law.to_dict() for law in laws],
+            "comparisons": compared,
+            "savings": [saving.to_dict() for saving in savings],
+        },
         "cost_analysis.json": {
             "peak_flops": peak,
             "devices": arguments.devices,

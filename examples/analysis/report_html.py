@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from analysis import figures
 from analysis.cost import ModelCost
 from analysis.records import Log, Record
+from analysis.savings import Saving
 from analysis.series_laws import ArmLaws
 from analysis.verdict import Comparison, headlines
 
@@ -20,6 +21,7 @@ def render_report(
     records: Sequence[Record],
     logs: Mapping[tuple[str, int], Log],
     comparisons: Sequence[Comparison],
+    savings: Sequence[Saving],
     laws: Sequence[ArmLaws],
     costs: Sequence[ModelCost],
     plans: Mapping[str, Mapping[str, Any]],
@@ -31,6 +33,7 @@ def render_report(
         records: of the trained models.
         logs: of their steps, as far as there are any.
         comparisons: of the arms.
+        savings: of the arms, where there are logs.
         laws: of every arm.
         costs: of every arm and seed.
         plans: title -> `analysis.paper.plan_cost`, series on paper.
@@ -64,6 +67,7 @@ def render_report(
         seeds=sorted({record.seed for record in records}),
         headlines=headlines(comparisons),
         comparisons=comparisons,
+        savings=savings,
         laws=[law.to_dict() for law in laws],
         costs=costs,
         plans=plans,

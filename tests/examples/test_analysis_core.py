@@ -1,4 +1,4 @@
-"""CORE: prompts, scoring and aggregation against answers worked out by hand."""
+"""CORE: scoring and aggregation against answers worked out by hand."""
 
 import json
 import math
@@ -13,15 +13,9 @@ from torch import Tensor, nn
 
 from analysis.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA, Task
 from analysis.core import CORE_TASKS, CoreResult, _score, byte_tokens, evaluate
-from analysis.prompts import build_prompts, examples_for
 from ars.models import GPT, GPTConfig
 
 BOS = ord("\n")
-
-
-def text_of(tokens: list[int]) -> str:
-    assert tokens[0] == BOS
-    return bytes(tokens[1:]).decode()
 
 
 def choice_items(count: int) -> list[dict[str, Any]]:
@@ -56,52 +50,6 @@ class Oracle(nn.Module):
                             break
                 logits[row, t, following] = 20.0
         return logits
-
-
-def test_examples_are_drawn_without_the_item_and_by_its_seed() -> None:
-    items = choice_items(12)
-    for index in (0, 5, 11):
-        expected = random.Random(1234 + index).sample([i for i in range(12) if i != index], 10)
-        assert [items.index(e) for e in examples_for(items, index, 10)] == expected
-        assert index not in expected
-    assert examples_for(items, 3, 0) == []
-
-
-def test_prompts_of_multiple_choice() -> None:
-    ours = task(MULTIPLE_CHOICE, 2, choice_items(4))
-    prompts = build_prompts(ours, 1, byte_tokens, BOS)
-    first, second = examples_for(ours.items, 1, 2)
-    head = "".join(f"{e['query']} {e['choices'][1]}\n\n" for e in (first, second))
-    assert [text_of(p.tokens) for p in prompts] == [head + f"q1 {c}" for c in ("no", "a1", "nope")]
-    assert {p.start for p in prompts} == {1 + len(head) + len("q1 ")}
-
-
-def test_prompts_of_schema_are_scored_on_their_common_end() -> None:
-    item = {"context_options": ["The cat", "A dog of mine"], "continuation": "sat.", "gold": 0}
-    cat, dog = build_prompts(task(SCHEMA, 0, [item]), 0, byte_tokens, BOS)
-    assert text_of(cat.tokens) == "The cat sat."
-    assert text_of(dog.tokens) == "A dog of mine sat."
-    assert bytes(cat.tokens[cat.start :]) == bytes(dog.tokens[dog.start :]) == b" sat."
-
-
-def test_prompts_of_language_modelling_are_stripped() -> None:
-    items = [
-        {"context": "  one two \n", "continuation": "three"},
-        {"context": "four five ", "continuation": "six"},
-    ]
-    (prompt,) = build_prompts(task(LANGUAGE_MODELING, 1, items), 0, byte_tokens, BOS)
-    assert text_of(prompt.tokens) == "four five six\n\none two three"
-    # The blank at the end of the prompt belongs to what is to be predicted.
-    assert bytes(prompt.tokens[prompt.start :]) == b" three"
-
-
-def test_a_tokenizer_that_merges_across_the_answer_is_refused() -> None:
-    def pairs(text: str) -> list[int]:
-        return [hash(text[i : i + 2]) % 1000 for i in range(0, len(text), 2)]
-
-    items = [{"context": "odd", "continuation": "x"}]
-    with pytest.raises(ValueError, match="item 0 of ours: the tokens of the prompt"):
-        build_prompts(task(LANGUAGE_MODELING, 0, items), 0, pairs, BOS)
 
 
 def one(model: nn.Module, ours: Task, **settings: Any) -> CoreResult:
@@ -143,6 +91,38 @@ def test_every_token_of_a_continuation_must_be_predicted() -> None:
     ]
     result = one(Oracle("tick tock tick tock"), task(LANGUAGE_MODELING, 0, items))
     assert result.tasks[0].accuracy == 0.5
+
+
+def test_what_stands_behind_a_short_choice_is_not_scored() -> None:
+    # "blue" is right in all 4 bytes; the other choice in 13 of 14, more than blue with padding.
+    model = Oracle("the sky is green as grass", "the sky is blue")
+    items = [{"query": "the sky is", "choices": ["green as grass", "blue"], "gold": 1}]
+    assert one(model, task(MULTIPLE_CHOICE, 0, items)).tasks[0].accuracy == 1.0
+
+
+def test_the_first_token_of_a_continuation_counts() -> None:
+    # Only the blank is wrong: the model expects a dash there, and goes on rightly after the blank.
+    model = Oracle("tick tock tick tock", "tick tock tick-x")
+    items = [{"context": "tick tock tick", "continuation": "tock"}]
+    assert one(model, task(LANGUAGE_MODELING, 0, items)).tasks[0].accuracy == 0.0
+
+
+def test_the_baselines_of_both_versions() -> None:
+    percent = {label: (100 * v1, 100 * v2) for label, (_, _, v1, v2) in CORE_TASKS.items()}
+    unlike = {label: pair for label, pair in percent.items() if pair[0] != pair[1]}
+    assert unlike == {
+        "commonsense_qa": (20.0, pytest.approx(40.3)),
+        "agi_eval_lsat_ar": (20.0, 25.0),
+        "bigbench_language_identification": (pytest.approx(9.1), 25.0),
+    }
+    quarter = ("hellaswag_zeroshot", "arc_easy", "arc_challenge", "openbook_qa", "hellaswag")
+    half = ("copa", "piqa", "winograd", "winogrande")
+    for label, (_, v2) in percent.items():
+        if label not in unlike:
+            expected = 25.0 if label in quarter else 50.0 if label in half else 0.0
+            assert v2 == (62.0 if label == "boolq" else expected), label
+    assert len(CORE_TASKS) == 22
+    assert sum(shots for _, shots, *_ in CORE_TASKS.values()) == 14 * 10 + 3
 
 
 def test_padding_changes_nothing() -> None:

@@ -15,6 +15,7 @@ from analysis.cost import CostAnalyzer
 from analysis.paper import plan_cost, plan_doubling
 from analysis.records import Log, Record, read_metrics
 from analysis.report_html import gate_rows, render_report
+from analysis.savings import find_savings
 from analysis.scaling import ScalingLawValidator
 from analysis.series_laws import fit_series
 from analysis.verdict import compare_arms
@@ -64,6 +65,7 @@ def render(
         records,
         logs or {},
         compare_arms(records),
+        find_savings(records, logs or {}),
         fit_series(records, ScalingLawValidator(bootstraps=10)),
         CostAnalyzer(peak_flops=1e12, price_per_hour=0.5).analyze(records),
         {"A plan": plan_cost(plan_doubling())},
@@ -102,8 +104,11 @@ def test_logs_add_the_gates_and_several_seeds_a_conclusion(tmp_path: Path) -> No
         for s in range(1, 401)
     ]  # fmt: skip
     rows.insert(0, {**dict.fromkeys(rows[0]), "step": 0, "flops": 0, "val_bpb": 8.0})
-    logs = {("d3-inherited", 0): rows}
-    (gate,) = gate_rows(records, logs)
+    logs = {
+        ("d3-inherited", 0): rows,
+        ("d3-scratch", 0): [*rows[:11], {**rows[11], "val_bpb": 0.5}],
+    }
+    gate, _ = gate_rows(records, logs)
     assert (gate["name"], gate["steps"], gate["psi"]) == ("d3-inherited", 400, 0.75)
     assert gate["phi"] == pytest.approx(1 - 0.5 / 400)
     assert gate["damped"] == 1 / 400
@@ -112,6 +117,7 @@ def test_logs_add_the_gates_and_several_seeds_a_conclusion(tmp_path: Path) -> No
     assert len(page.images) == 5
     assert "fewer bits per byte for the same FLOPs at d3, d4" in page.text
     assert "No benefit" not in page.text
+    assert "inherited to scratch d3 1 of 1" in page.text
     assert "No log_*.csv" not in page.text
 
 

@@ -98,6 +98,7 @@ def test_the_compute_optimum_is_the_least_loss_of_its_budget() -> None:
     assert best["loss"] == pytest.approx(around[50])
     assert found.a == pytest.approx(EPOCH[4] / (EPOCH[3] + EPOCH[4]), rel=1e-3)
     assert best["params_interval"] == pytest.approx([best["params"]] * 2, rel=1e-3)
+    assert best["tokens_interval"] == pytest.approx([best["tokens"]] * 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("ratio", [8.0, 20.0])
