@@ -97,7 +97,7 @@ def test_state_of_another_controller_is_refused_whole():
     train(first, params, 2)
     train(second, params, 3)
     before = copy.deepcopy(second.state_dict())
-    with pytest.raises(ValueError, match=r"window.*\(100,\).*\(7,\)"):
+    with pytest.raises(ValueError, match=r"window.*\(50,\).*\(7,\)"):
         second.load_state_dict(first.state_dict())
     after = second.state_dict()
     assert torch.equal(before["state"][0]["exp_avg"], after["state"][0]["exp_avg"])

@@ -239,7 +239,7 @@ def test_what_cannot_be_gated_is_refused_with_its_remedy():
     params = parameters(shapes=MATRICES)
     for name in ("sgd", "adafactor"):
         with pytest.raises(ValueError, match=r"neither betas nor a momentum.*gate=\('lr',\)"):
-            ARSOptimizer(BASES[name](params))
+            ARSOptimizer(BASES[name](params), ARSConfig(gate=("betas",)))
         ARSOptimizer(BASES[name](params), ARSConfig(gate=("betas", "lr")))
     with pytest.raises(ValueError, match="ARSAdamW has a controller already: pass it ars=None"):
         ARSOptimizer(ARSAdamW(params))
