@@ -1,0 +1,1 @@
+"""The parts of the stress tests behind ``examples/narcissus.py``."""

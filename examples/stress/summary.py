@@ -1,0 +1,180 @@
+"""What the runs say together: a table a scenario, a CSV of all runs, and a compact JSON file."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from continual.statistics import estimate
+from stress.arms import ARMS
+from stress.jobs import Job
+from stress.scenarios import SCENARIOS
+from trainer.checkpoint import write_atomically
+from trainer.data import Corpus
+
+__all__ = ["share_interval", "summarize", "tables", "write_summary"]
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+_Z95 = 1.960  # two-sided 95 % quantile of the normal distribution
+_AVERAGED = ("final", "peak_norm", "recovery", "wasted", "mean_phi", "mean_phi_before")
+_HEADER = (
+    "arm", "runs", "diverged [95 %]", "final bits", "against base", "peak norm", "recovery",
+    "wasted", "mean Phi",
+)  # fmt: skip
+
+
+def summarize(jobs: Sequence[Job], records: Sequence[Record]) -> list[Row]:
+    """One row for each scenario, learning rate, arm and change of settings, over the seeds."""
+    groups: dict[tuple[Any, ...], dict[int, Record]] = {}
+    for job, record in zip(jobs, records, strict=True):
+        key = (job.scenario, job.rate, job.arm, job.changes)
+        groups.setdefault(key, {})[job.seed] = record["metrics"]
+    rows = []
+    for (scenario, rate, arm, changes), runs in groups.items():
+        failed = sum(metrics["diverged"] for metrics in runs.values())
+        row: Row = {
+            "scenario": scenario,
+            "rate": rate,
+            "arm": arm,
+            "changes": dict(changes),
+            "runs": len(runs),
+            "diverged": failed,
+            "diverged_interval": share_interval(failed, len(runs)),
+        }
+        for name in _AVERAGED:
+            row[name] = _interval([metrics[name] for metrics in runs.values()])
+        base = groups.get((scenario, rate, ARMS[arm].family, ()), {})
+        if arm != ARMS[arm].family and base:
+            row["against_base"] = _interval([
+                _difference(runs[seed]["final"], base[seed]["final"]) for seed in runs.keys() & base
+            ])  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def _difference(mine: float | None, other: float | None) -> float | None:
+    return None if mine is None or other is None else mine - other
+
+
+def _interval(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """Over the finite values; ``None`` without any."""
+    finite = [value for value in values if value is not None]
+    if not finite:
+        return None
+    mean, _, half = estimate(finite)
+    return mean, half
+
+
+def share_interval(successes: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, which is right for none and for all as well.
+
+    Example:
+        >>> low, high = share_interval(0, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.0, 0.278)
+
+    References:
+        Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    share, square = successes / count, _Z95**2
+    center = (share + square / (2 * count)) / (1 + square / count)
+    spread = math.sqrt(share * (1 - share) / count + square / (4 * count**2))
+    half = _Z95 * spread / (1 + square / count)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """The rows as tables of GitHub's markdown, one a scenario and learning rate."""
+    parts = []
+    for scenario, rate in dict.fromkeys((row["scenario"], row["rate"]) for row in rows):
+        mine = [r for r in rows if (r["scenario"], r["rate"]) == (scenario, rate)]
+        title = SCENARIOS[scenario].title
+        title += f", learning rate x {rate:g}" if len(SCENARIOS[scenario].rates) > 1 else ""
+        lines = [_line(_HEADER), "| --- |" + " ---: |" * (len(_HEADER) - 1)]
+        parts.append("\n".join([f"### {title}", "", *lines, *(_line(_cells(r)) for r in mine)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(row: Row) -> list[str]:
+    changed = "".join(f", {name}={value}" for name, value in row["changes"].items())
+    low, high = row["diverged_interval"]
+    return [
+        ARMS[row["arm"]].title + changed,
+        str(row["runs"]),
+        f"{row['diverged'] / row['runs']:.0%} [{low:.0%}, {high:.0%}]",
+        _text(row["final"], "{:.3f}"),
+        _text(row.get("against_base"), "{:+.3f}"),
+        _text(row["peak_norm"], "{:.2f}"),
+        _text(row["recovery"], "{:.0f}"),
+        _text(row["wasted"], "{:.0f}"),
+        _text(row["mean_phi"], "{:.3f}"),
+    ]
+
+
+def _text(interval: tuple[float, float] | None, form: str) -> str:
+    if interval is None:
+        return ""
+    mean, half = interval
+    return form.format(mean) + (
+        f" ± {form.format(half).lstrip('+')}" if math.isfinite(half) else ""
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def write_summary(
+    folder: Path, jobs: Sequence[Job], records: Sequence[Record], corpus: Corpus, command: str
+) -> list[Row]:
+    """Write ``summary.json``, ``runs.csv`` and ``tables.md``.
+
+    Args:
+        folder: output folder.
+        jobs: what was run.
+        records: one a job.
+        corpus: the text.
+        command: that was given, to be recorded.
+
+    Returns:
+        The rows of the summary.
+    """
+    rows = summarize(jobs, records)
+    write_atomically(folder / "tables.md", tables(rows))
+    names = list(records[0]["metrics"])
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    keys = ("scenario", "arm", "changes", "rate", "seed")
+    table.writerow([*keys, *names])
+    for job, record in zip(jobs, records, strict=True):
+        changes = json.dumps(dict(job.changes)) if job.changes else ""
+        values = (job.scenario, job.arm, changes, job.rate, job.seed)
+        table.writerow([*values, *record["metrics"].values()])
+    write_atomically(folder / "runs.csv", text.getvalue())
+    identities = [record["identity"] for record in records]
+    controllers = {i["arm"]: i["controller"] for i in identities if not i["changes"]}
+    content = {
+        "command": command,
+        "torch": torch.__version__,
+        "corpus": {**corpus.facts, "sha256": corpus.sha256},
+        "size": records[0]["identity"]["size"],
+        "controllers": controllers,
+        "rows": [{name: _finite(value) for name, value in row.items()} for row in rows],
+    }
+    write_atomically(folder / "summary.json", json.dumps(content, indent=1) + "\n")
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value

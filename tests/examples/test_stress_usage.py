@@ -1,0 +1,120 @@
+"""The command line of the stress tests: mistakes, help, and a run from end to end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import narcissus
+from stress.cli import parse_arguments
+
+SCRIPT = Path(narcissus.__file__)
+
+
+@pytest.fixture(autouse=True)
+def _folder_and_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--seeds", "0"], "'0' is not a whole number from 1"),
+        (["--workers", "x"], "'x' is not a whole number"),
+        (["--scenarios", "edge,egde"], "'egde' is none of ordinary, bytes"),
+        (["--arms", ""], "'' is none of adamw"),
+        (["--size", "huge"], "invalid choice: 'huge'"),
+        (["--sensitivity", "--quick"], "--sensitivity: takes neither"),
+        (["--sensitivity", "--arms", "adamw"], "--sensitivity: takes neither"),
+        (["--data", "missing"], "--data missing does not exist"),
+        (["--out", "file"], "--out file cannot be created"),
+        (["--quic"], "unrecognized arguments: --quic"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("")
+    try:
+        status: object = narcissus.main(words)
+    except SystemExit as exit_:
+        status = exit_.code
+    captured = capsys.readouterr()
+    assert (status, captured.out) == (2, "")
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert reason in captured.err
+    assert os.listdir() == ["file"]
+
+
+def test_the_gpu_size_needs_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert narcissus.main(["--size", "gpu"]) == 2
+    assert "--size gpu needs a CUDA device" in capsys.readouterr().err
+
+
+def test_what_is_run() -> None:
+    everything = parse_arguments([])
+    assert len(everything.jobs) == len(set(everything.jobs))
+    assert {job.seed for job in everything.jobs} == set(range(10))
+    ordinary = {job.rate for job in everything.jobs if job.scenario == "ordinary"}
+    assert len(ordinary) == 3
+    quick = parse_arguments(["--quick"])
+    assert len(quick.jobs) == 16
+    assert quick.out == Path("out/narcissus-quick")
+    chosen = parse_arguments(
+        ["--scenarios", "loop", "--arms", "sgd", "--seeds", "2", "--first-seed", "7"]
+    )
+    assert [(j.scenario, j.arm, j.seed) for j in chosen.jobs] == [
+        ("loop", "sgd", 7),
+        ("loop", "sgd", 8),
+    ]
+    files = [job.file for job in (*everything.jobs, *parse_arguments(["--sensitivity"]).jobs)]
+    assert len(files) == len(set(files))
+
+
+def test_a_run_from_end_to_end_and_again(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--size", "tiny", "--seeds", "1", "--scenarios", "edge", "--arms", "adamw,default"]
+    words += ["--data", str(text)]
+    assert narcissus.main(words) == 0
+    first = capsys.readouterr().out
+    assert "### Learning rate beyond the edge" in first
+    out = Path("out/narcissus")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "edge.png", "runs", "runs.csv", "summary.json", "tables.md",
+    ]  # fmt: skip
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["adamw", "default"]
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.json")}
+    assert narcissus.main(words) == 0
+    assert capsys.readouterr().out == first
+    assert stamps == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.json")}
+
+
+def test_ctrl_c_ends_with_one_line(text: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--workers", "2", "--size", "large"]
+    command += ["--data", str(text)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    start = ""
+    while "run/s" not in start:  # the bar: training is about to start
+        start += process.stderr.read(1)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1].startswith("interrupted: run `python ")
+    assert "Traceback" not in error
+    assert not list(Path("out").rglob("*.tmp"))
