@@ -14,6 +14,8 @@ Interval = tuple[float, float]
 # Operations a parameter and token, in C = 6 N D: a multiply-add forward and two backward.
 FLOPS_PER_PARAMETER_TOKEN = 6.0
 
+_LOG_LIMIT = 230.0  # 1e100 parameters
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Fit:
@@ -104,7 +106,9 @@ class ChinchillaLaw(_Fit):
         def log_size(values: dict[str, Any]) -> Any:
             total = values["alpha"] + values["beta"]
             ratio = np.log(values["alpha"] * values["A"]) - np.log(values["beta"] * values["B"])
-            return (ratio + values["beta"] * budget) / total
+            size = (ratio + values["beta"] * budget) / total
+            # Without exponents there is no optimum: the clipped bound says so in a finite number.
+            return np.clip(size, -_LOG_LIMIT, _LOG_LIMIT)
 
         point = float(log_size(vars(self)))
         params, tokens = float(np.exp(point)), float(np.exp(budget - point))

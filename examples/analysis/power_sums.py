@@ -31,6 +31,7 @@ EXPONENT_BOUNDS = (1e-3, 4.0)
 _GRID = np.geomspace(0.03, 2.5, 18)  # of every exponent; published ones lie between 0.05 and 1
 _STARTS = 6  # best grid points that are refined
 _REWEIGHTINGS = 2  # of the Huber loss on the grid
+_NNLS_ITERATIONS = 100  # far more than three columns can need
 _ITERATIONS = 500
 _LARGEST_STEP = 1.0  # in a log amplitude or an exponent
 _AMPLITUDE_SPAN = 18.0  # a term exp(-18) of the loss is as good as absent
@@ -161,7 +162,7 @@ def _grid_starts(x: Array, y: Array, delta: float) -> Array:
         design = np.concatenate((np.ones((1, y.size)), columns)).T / loss[:, None]  # (n, K + 1)
         root = np.ones(y.size)
         for _ in range(_REWEIGHTINGS + 1):
-            amplitudes, _ = nnls(design * root[:, None], root)
+            amplitudes, _ = nnls(design * root[:, None], root, maxiter=_NNLS_ITERATIONS)
             residuals = design @ amplitudes - 1.0
             root = np.sqrt(np.minimum(1.0, delta / np.maximum(np.abs(residuals), 1e-300)))
         value = _huber(residuals[None], np.ones((1, y.size)), delta)[0]

@@ -206,6 +206,22 @@ def test_the_score_of_the_compute_law() -> None:
         ScalingLawValidator().holdout_compute(c[:4], y[:4])
 
 
+@pytest.mark.parametrize("kind", ["constant", "noise", "steps"])
+def test_losses_without_a_law_give_finite_numbers(kind: str) -> None:
+    n, d = grid(4, 4)
+    generator = np.random.default_rng(0)
+    y = {
+        "constant": np.full(n.size, 2.5),
+        "noise": 10 ** generator.uniform(-3, 3, n.size),
+        "steps": np.where(generator.random(n.size) < 0.3, 50.0, 2.0),
+    }[kind]
+    law = ScalingLawValidator(bootstraps=40).fit(n, d, y)
+    assert json.dumps([law.to_dict(), law.optimum(1e20)], allow_nan=False)
+    if kind == "constant":
+        assert law.flaws
+        assert law.predict(1e12, 1e13) == pytest.approx(2.5, rel=1e-4)
+
+
 def test_the_same_seed_gives_the_same_intervals() -> None:
     n, d = grid(4, 4)
     y = losses(EPOCH, n, d) * np.exp(0.01 * np.random.default_rng(0).standard_normal(n.size))

@@ -143,6 +143,17 @@ def test_an_interrupt_is_no_traceback(
     assert capsys.readouterr().err == "interrupted: run the same command again\n"
 
 
+def test_a_missing_module_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("analysis.cli", "analysis.report_html"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert main(["--metrics", str(DEMO)]) == 2
+    expected = "error: the module jinja2 is missing: pip install 'ars-triton[examples]'\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_it_runs_as_a_program_from_anywhere(tmp_path: Path) -> None:
     path = write(tmp_path / "metrics.json", two_arms())
     program = DEMO.parents[3] / "examples" / "analyze.py"
