@@ -89,8 +89,10 @@ def test_every_token_of_a_continuation_must_be_predicted() -> None:
         {"context": "tick tock tick", "continuation": "tocks"},
         {"context": "tick tock tick", "continuation": "toc"},
     ]
-    result = one(Oracle("tick tock tick tock"), task(LANGUAGE_MODELING, 0, items))
-    assert result.tasks[0].accuracy == 0.5
+    model = Oracle("tick tock tick tock")
+    result = one(model, task(LANGUAGE_MODELING, 0, items))
+    assert (result.tasks[0].accuracy, result.tasks[0].cropped) == (0.5, 0)
+    assert model.lengths[:1] == [1 + len("tick tock tick tack")], "a BOS and the whole prompt"
 
 
 def test_what_stands_behind_a_short_choice_is_not_scored() -> None:

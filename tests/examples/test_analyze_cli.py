@@ -30,7 +30,7 @@ def test_everything_is_written(
     out = tmp_path / "new" / "folder"
     words = ["--metrics", str(DEMO), "--out", str(out), "--device", "a100", "--price", "2"]
     words += ["--bootstraps", "10", "--eval-bundle", str(MINI_BUNDLE), "--checkpoint"]
-    assert main([*words, str(checkpoint), "--max-per-task", "4"]) == 0
+    assert main([*words, str(checkpoint), "--max-per-task", "4", "--sequence-len", "40"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "no conclusion from fewer than 3 seeds at d3, d4" in printed.out
@@ -47,6 +47,7 @@ def test_everything_is_written(
     core = json.loads((out / "core.json").read_text())["d2-scratch"]
     assert core["core_v1"] is None
     assert [task["items"] for task in core["tasks"]] == [4, 4, 4]
+    assert [task["cropped"] for task in core["tasks"]] == [4, 4, 4]
     assert "d4-inherited" in (out / "report.html").read_text()
 
 
