@@ -13,7 +13,7 @@ from ars.checkpoint import CheckpointedAdam
 from ars.collect import Collector
 from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
-from ars.groups import check_duplicates, is_trial
+from ars.groups import complete_group, is_trial
 from ars.penalty import Penalty, Term, parameter_names, read_settings, read_terms, refresh_
 from ars.state import Precision, complete_state
 from ars.surprise import check_watched, choose_surprise
@@ -102,10 +102,13 @@ class ARSAdam(CheckpointedAdam):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`__getstate__` returned, or what another version did."""
+        own = [group["penalty_strength"] for group in self.__dict__.get("param_groups", ())]
         super().__setstate__(state)
         self.__dict__.setdefault("_precision", Precision(stochastic=False, master=False, seed=0))
-        for group in self.param_groups:
-            group.setdefault("penalty_strength", None)
+        for index, group in enumerate(self.param_groups):  # a state of torch's does not have it
+            group.setdefault("penalty_strength", own[index] if own else None)
+        if "_penalty" in state:  # of whose tensors a copy may have made others
+            self.penalty = self._penalty
         self._renew()
 
     def _parameters(self) -> list[Tensor]:
@@ -144,11 +147,12 @@ class ARSAdam(CheckpointedAdam):
             param_group: Its parameters, and what differs from the defaults.
 
         Raises:
-            ValueError: A parameter is in it twice, or in another group too.
+            TypeError: It is not a dictionary, or its strength not a number.
+            ValueError: A parameter is in it twice, or in another group too; or its strength is out
+                of its range.
             RuntimeError: ``foreach`` or ``fused`` was forced and cannot be had for all groups.
         """
-        check_duplicates(param_group)
-        param_group.setdefault("penalty_strength", None)
+        complete_group(param_group)
         super().add_param_group(param_group)
         if "_implementation" in self.__dict__:  # after the constructor
             device = self._buffer.device
@@ -228,7 +232,10 @@ class ARSAdam(CheckpointedAdam):
         """Take one step, as :meth:`step` describes it."""
         self._accelerator_graph_capture_health_check()
         if not self.state and closure is None and loss is None and is_trial(self.param_groups):
-            self._collector.collect(self.param_groups, self.state, self._terms, self._append)
+            batch = self._collector.collect(
+                self.param_groups, self.state, self._terms, self._append
+            )
+            batch.grads = []
             return None
         returned = None
         if closure is not None:

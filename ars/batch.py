@@ -186,7 +186,7 @@ def write_diagnostics(buffer: Tensor, values: dict[str, Scalar]) -> None:
     row = [values[name] for name in DIAGNOSTICS]
     if buffer.device.type == "cpu":
         numbers = [x.detach().item() if isinstance(x, Tensor) else x for x in row]
-        buffer.copy_(torch.tensor(numbers, dtype=buffer.dtype))
+        buffer.copy_(torch.tensor(numbers, dtype=buffer.dtype, device="cpu"))
         return
     tensors = [torch.as_tensor(x, dtype=buffer.dtype, device=buffer.device) for x in row]
     buffer.copy_(torch.stack([x.detach().reshape(()) for x in tensors]))

@@ -60,7 +60,7 @@ def as_flat(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
         The elements, shape (numel,).
     """
     if tensor.stride() != strides:
-        dense = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
+        dense = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="cpu")
         tensor = dense.copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
 
@@ -96,7 +96,7 @@ class Scratch:
     def rows(self, dtype: torch.dtype) -> Tensor:
         """Return four rows of a dtype, shape (4, BLOCK)."""
         if dtype not in self._rows:
-            self._rows[dtype] = torch.empty(4, BLOCK, dtype=dtype)
+            self._rows[dtype] = torch.empty(4, BLOCK, dtype=dtype, device="cpu")
         return self._rows[dtype]
 
 

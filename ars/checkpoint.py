@@ -89,7 +89,7 @@ class CheckpointedAdam(torch.optim.Adam):
         """Pickle the controller and the penalty too; the kernel's tables are made anew."""
         state: dict[str, Any] = super().__getstate__()
         for name in (
-            "_controller", "_watches", "_penalty", "_terms", "_max_grad_norm", "_buffer",
+            "_controller", "_watches", "_penalty", "_max_grad_norm", "_buffer",
             "_implementation", "_step_supports_amp_scaling", "_precision",
         ):  # fmt: skip
             state[name] = self.__dict__[name]

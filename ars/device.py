@@ -100,7 +100,7 @@ class DeviceStep:
                     "hyperparameters have changed since the last step: take one, or call "
                     "write_hyperparameters(), before capturing a CUDA graph"
                 )
-            values = torch.tensor(rows, dtype=torch.float64)
+            values = torch.tensor(rows, dtype=torch.float64, device="cpu")
             if self._hyper is None or self._hyper.shape != values.shape:
                 self._hyper = torch.empty_like(values, device=device)
             pinned = values.pin_memory() if device.type == "cuda" else values

@@ -4,18 +4,27 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["check_duplicates", "is_trial"]
+from ars.penalty import check_strength
+
+__all__ = ["complete_group", "is_trial"]
 
 
-def check_duplicates(group: dict[str, Any]) -> None:
-    """Raise if a group lists a parameter twice: torch warns; our kernels would race for it.
+def complete_group(group: Any) -> None:
+    """Check what torch does not check of a new group, and give it a penalty strength.
+
+    Of a parameter that is in it twice torch only warns; our kernels would race for it.
 
     Args:
         group: The group; an iterator in it becomes a list.
 
     Raises:
-        ValueError: It does; names the parameter.
+        TypeError: It is not a dictionary, or its strength not a number.
+        ValueError: It lists a parameter twice, or its strength is out of its range.
     """
+    if not isinstance(group, dict):
+        raise TypeError(f"param_group must be a dict, but got {type(group)}")
+    if group.setdefault("penalty_strength", None) is not None:
+        check_strength("penalty_strength", group["penalty_strength"])
     if isinstance(group["params"], (Tensor, set)):
         return
     group["params"] = list(group["params"])  # which may be an iterator

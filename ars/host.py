@@ -30,7 +30,7 @@ from ars.plan import Plan
 __all__ = ["HostStep"]
 
 # A step at which every beta ** step is 0, so that torch's own bias corrections are 1.
-FOREVER = torch.tensor(1e9, dtype=torch.float32)
+FOREVER = torch.tensor(1e9, dtype=torch.float32, device="cpu")
 
 
 class HostStep:
@@ -65,7 +65,7 @@ class HostStep:
             values |= signals._asdict()
             hypers = [gated(hyper, signals, controller.config.gate) for hyper in hypers]
         if options.max_norm is not None:
-            number = torch.tensor(norm, dtype=torch.float64)
+            number = torch.tensor(norm, dtype=torch.float64, device="cpu")
             factor *= float(reference.clip_coefficient(number, options.max_norm))
 
         plan, scaled = self._plan, factor * float(hypers[0].factor) != 1.0

@@ -34,13 +34,14 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
     values |= {"chi": 0.0, "grad_norm": norm, "penalty": 0.0}
     controller = options.controller
     if controller is not None:
-        surprise = options.surprise if options.surprise is not None else torch.as_tensor(norm)
+        surprise = norm if options.surprise is None else options.surprise
         signals = controller.observe(surprise)
         values |= signals._asdict()
         hypers = [gated(hyper, signals, controller.config.gate) for hyper in hypers]
     clip = unscale
     if options.max_norm is not None:
-        clip = reference.clip_coefficient(torch.as_tensor(norm), options.max_norm) * unscale
+        number = torch.as_tensor(norm, device=device)
+        clip = reference.clip_coefficient(number, options.max_norm) * unscale
 
     penalty = [] if options.penalty is None else [options.penalty.detach().to(device).double()]
     for i, param in enumerate(batch.params):
@@ -151,10 +152,10 @@ def _on(param: torch.Tensor, value: Scalar) -> Scalar:
 def _corrections(batch: Batch, i: int, hyper: Hyper) -> tuple[Scalar, Scalar]:
     """Return the bias corrections of tensor i: from the products of its betas, or the powers."""
     if batch.products:
-        betas = torch.stack(
-            [torch.as_tensor(b, dtype=torch.float64) for b in (hyper.beta1, hyper.beta2)]
-        )
-        batch.products[i].mul_(betas.detach())
+        for product, beta in zip(
+            batch.products[i].unbind(), (hyper.beta1, hyper.beta2), strict=True
+        ):
+            product.mul_(beta.detach() if isinstance(beta, torch.Tensor) else beta)
         return 1 - batch.products[i][0], 1 - batch.products[i][1]
     step = batch.steps[i].double()
     return 1 - hyper.beta1**step, 1 - hyper.beta2**step

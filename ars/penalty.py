@@ -193,6 +193,11 @@ def _check_place(what: str, name: str, param: Tensor, tensor: Tensor) -> None:
 
 def _check_anchor(name: str, param: Tensor, anchor: Tensor) -> None:
     _check_place("anchor", name, param, anchor)
+    if param.is_complex():
+        raise ValueError(
+            f"{name} is complex, and only real parameters can have a term: leave it out of the "
+            "penalty, or make the parameter a real one and view it as complex in the model"
+        )
     if not anchor.is_floating_point():
         raise ValueError(f"anchor of {name} must be floating, is {anchor.dtype}")
     if not anchor.isfinite().all():

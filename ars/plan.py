@@ -15,6 +15,9 @@ __all__ = ["Alike", "Plan"]
 
 _DTYPE = attrgetter("dtype")
 
+# Tensors that share a memory: pickle, unlike torch.save, saves all of it with each of them.
+TOGETHER = 64
+
 
 class Alike(NamedTuple):
     """Tensors of one group whose betas have the same products: they differ after a miss."""
@@ -38,15 +41,18 @@ class Plan:
     def __init__(self, batch: Batch, scratch: Scratch, *, scaled: bool) -> None:
         self._batch, self._scaled = batch, scaled
         self._steps = _share_(batch.steps)
-        self._products = _share_(batch.products) if batch.products else None
+        self._products = _share_(batch.products)
         self._strides = [param.stride() for param in batch.params]
         self._kinds = _kinds(batch.grads)
         self._static = [operands(batch, i) for i in range(len(batch.params))]
         self._cut: list[int] = []
         members: dict[Any, list[int]] = defaultdict(list)
-        products = None if self._products is None else self._products.tolist()
+        products = torch.cat(self._products).tolist() if self._products else []
         for i, group in enumerate(batch.groups):
-            members[group, None if products is None else tuple(products[i])].append(i)
+            members[group, tuple(products[i]) if products else None].append(i)
+        firsts = {i: indices[0] for indices in members.values() for i in indices}
+        self._firsts = torch.tensor([firsts[i] for i in range(len(firsts))], device="cpu")
+        self._groups = torch.tensor(batch.groups, device="cpu")
         self.classes = [self._alike(indices, scratch) for indices in members.values()]
         # Views are kept of these; the others are handed to torch's kernel as the objects they are.
         self._viewed = [t for i in self._cut for t in self._static[i] if t is not None]
@@ -85,27 +91,45 @@ class Plan:
         return Operands._make(None if t is None else as_flat(t, strides) for t in self._static[i])
 
     def holds(self, batch: Batch, *, scaled: bool) -> bool:
-        """Whether this is the division of these tensors as they are now."""
+        """Whether this is the division of these tensors as they are now, or does as well.
+
+        One for gradients that are multiplied does for all: norms that are clipped now and then
+        would otherwise cost a division each time.
+        """
         return (
             batch is self._batch
-            and scaled == self._scaled
+            and (self._scaled or not scaled)
             and self._kinds == _kinds(batch.grads)
             and self._strides == list(map(Tensor.stride, batch.params))
             and self._addresses == list(map(Tensor.data_ptr, self._viewed))
+            and self._are_alike()
         )
+
+    def _are_alike(self) -> bool:
+        """Whether the products of each class still are the same: a user may edit one in place."""
+        if not self._products:
+            return True
+        products = torch.cat(self._products)
+        return torch.equal(products, products.index_select(0, self._firsts))
 
     def count_(self, hypers: list[Hyper]) -> None:
         """Advance the steps, and the products of the betas."""
-        self._steps += 1
-        if self._products is not None:
-            betas = torch.tensor([(h.beta1, h.beta2) for h in hypers], dtype=torch.float64)
-            self._products *= betas if len(hypers) == 1 else betas[self._batch.groups]
+        torch._foreach_add_(self._steps, 1)
+        if self._products:
+            pairs = [(h.beta1, h.beta2) for h in hypers]
+            betas = torch.tensor(pairs, dtype=torch.float64, device="cpu")
+            factors = [betas] * len(self._products)
+            if len(hypers) > 1:
+                factors = list(betas.index_select(0, self._groups).split(TOGETHER))
+            torch._foreach_mul_(self._products, factors)
 
     def products_of(self, alike: Alike) -> tuple[float, float] | None:
         """Return the products of these tensors' betas, None if nothing makes the betas vary."""
-        if self._products is None:
+        if not self._products:
             return None
-        product1, product2 = self._products[alike.first].tolist()
+        product1, product2 = self._products[alike.first // TOGETHER][
+            alike.first % TOGETHER
+        ].tolist()
         return product1, product2
 
     def stretches(self, grads: list[Tensor]) -> dict[int, tuple[Tensor, ...]]:
@@ -125,7 +149,7 @@ class Plan:
             A run and the stretches of its gradients, to be updated before the next is asked for.
         """
         for i in alike.strided:
-            strides = torch.empty(self._static[i].param.shape).stride()
+            strides = torch.empty(self._static[i].param.shape, device="meta").stride()
             rows = self._as_rows(i, strides)
             stretches = {i: _cut(as_flat(self._batch.grads[i], strides))}
             for run in runs(self._batch, [(i, rows)], scratch):
@@ -144,16 +168,20 @@ def _kinds(tensors: list[Tensor]) -> tuple[list[torch.dtype], list[tuple[int, ..
     return list(map(_DTYPE, tensors)), list(map(Tensor.stride, tensors))
 
 
-def _share_(tensors: list[Tensor]) -> Tensor:
-    """Move tensors of one shape and dtype into one memory, so that one call updates them all.
+def _share_(tensors: list[Tensor]) -> list[Tensor]:
+    """Move tensors of one shape into few memories, so that one call updates many of them.
 
     Args:
-        tensors: The tensors; they stay the same objects, with the same values.
+        tensors: The tensors; they stay the same objects with the same values, in the widest of
+            their dtypes.
 
     Returns:
-        All of them, stacked.
+        All of them, stacked by ``TOGETHER``.
     """
-    shared = torch.stack(tensors)
-    for tensor, row in zip(tensors, shared.unbind(), strict=True):
-        tensor.set_(row.untyped_storage(), row.storage_offset(), row.size(), row.stride())
+    shared = []
+    for start in range(0, len(tensors), TOGETHER):
+        members = tensors[start : start + TOGETHER]
+        shared.append(torch.stack(members))
+        for tensor, row in zip(members, shared[-1].unbind(), strict=True):
+            tensor.data = row
     return shared

@@ -115,7 +115,8 @@ def complete_state(
     if precision.master and param.dtype == torch.bfloat16 and "param_remainder" not in state:
         state["param_remainder"] = torch.zeros_like(param, dtype=torch.int16)
     if gated and "beta_products" not in state:
-        constant = torch.tensor([float(beta) for beta in betas], dtype=torch.float64)
+        numbers = [float(beta) for beta in betas]
+        constant = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         products = constant ** state["step"].double().cpu()
         state["beta_products"] = products.to(param.device)
 

@@ -105,16 +105,18 @@ def read_surprise(value: Any, name: str = "the loss") -> Tensor | None:
         name: What it is, for the message.
 
     Raises:
-        TypeError: It is neither a tensor nor a number.
+        TypeError: It is neither a tensor nor a number, or complex.
         ValueError: It is not a scalar.
     """
     if value is None:
         return None
     if isinstance(value, (int, float)):
         # Of an addition Dynamo can make an input of the number, of a constructor only a constant.
-        return torch.zeros((), dtype=torch.float64) + value
+        return torch.zeros((), dtype=torch.float64, device="cpu") + value
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a 0-d tensor or a number, got {type(value).__name__}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, is {value.dtype}: pass its .abs() or .real")
     if value.numel() != 1:
         raise ValueError(
             f"{name} must be a scalar, got shape {tuple(value.shape)}: reduce it, e.g. .mean()"

@@ -80,13 +80,13 @@ class Launches:
         self._penalty_partials = torch.zeros_like(self._norm_partials)
         self._norm_ticket = torch.zeros(1, dtype=torch.int32, device=device)
         self._penalty_ticket = torch.zeros_like(self._norm_ticket)
-        start = torch.zeros(len(Diagnostic), dtype=torch.float64)
+        start = torch.zeros(len(Diagnostic), dtype=torch.float64, device="cpu")
         start[Diagnostic.SURPRISE] = start[Diagnostic.GRAD_NORM] = float("nan")
         start[Diagnostic.PSI] = start[Diagnostic.PHI] = 1.0
         start = upload(start, device)
         self.diagnostics = start if diagnostics is None else diagnostics.copy_(start)
         seeds = [as_int64(controller.seed if controller else 0), as_int64(seed)]
-        self._seed, self._rounding_seed = upload(torch.tensor(seeds), device).split(1)
+        self._seed, self._rounding_seed = upload(torch.tensor(seeds, device="cpu"), device).split(1)
 
     def control(
         self,

@@ -39,12 +39,12 @@ def tile_map(numels: list[int], tensors: list[int], device: torch.device) -> Ten
     Returns:
         The map. A launch of empty tensors has one program, which finds nothing to do.
     """
-    counts = (torch.tensor(numels) + TILE - 1) // TILE
+    counts = (torch.tensor(numels, device="cpu") + TILE - 1) // TILE
     if not counts.any():
         counts[0] = 1
     ends = counts.cumsum(0)
-    tensor = torch.tensor(tensors).repeat_interleave(counts)
-    tile = torch.arange(int(ends[-1])) - (ends - counts).repeat_interleave(counts)
+    tensor = torch.tensor(tensors, device="cpu").repeat_interleave(counts)
+    tile = torch.arange(int(ends[-1]), device="cpu") - (ends - counts).repeat_interleave(counts)
     return upload(torch.stack((tensor, tile), 1).to(torch.int32), device)
 
 
@@ -58,7 +58,8 @@ def addresses(tensors: Sequence[Tensor | None] | None, count: int) -> list[int]:
 def address_table(columns: dict[Table, list[int]], device: torch.device) -> Tensor:
     """Stack the columns of :class:`~ars.csrc_triton.layout.Table`, shape (tensors, columns)."""
     ordered = [columns[column] for column in Table]
-    return upload(torch.tensor(ordered, dtype=torch.int64).T.contiguous(), device)
+    values = torch.tensor(ordered, dtype=torch.int64, device="cpu")
+    return upload(values.T.contiguous(), device)
 
 
 class GradientTable:
@@ -79,7 +80,8 @@ class GradientTable:
 
     def _pinned(self) -> list[Tensor]:
         shape = (CAPTURES, len(self._table))
-        return list(torch.empty(shape, dtype=torch.int64, pin_memory=self._table.is_cuda))
+        pinned = self._table.is_cuda
+        return list(torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=pinned))
 
     def moved(self, addresses: list[int]) -> bool:
         """Whether any gradient is elsewhere than in the last uploaded table."""
@@ -98,7 +100,7 @@ class GradientTable:
                     "capturing another"
                 )
             source = self._spares.pop()
-            source.copy_(torch.tensor(addresses, dtype=torch.int64))
+            source.copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
             table = torch.empty_like(self._table)
             table.copy_(source, non_blocking=True)
             self._captured.append((source, table))

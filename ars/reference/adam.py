@@ -122,4 +122,6 @@ def adam_step(
     if anchor is not None and importance is not None and proximal:
         metric = lr * strength / denominator
         theta = ewc_proximal(theta, anchor.to(dtype), importance.to(dtype), metric)
-    return AdamResult(theta.to(param.dtype), m, v, largest)
+    # A scalar of double precision makes that of a 0-d tensor.
+    largest = None if largest is None else largest.to(dtype)
+    return AdamResult(theta.to(param.dtype), m.to(dtype), v.to(dtype), largest)

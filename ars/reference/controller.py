@@ -95,7 +95,7 @@ def controller_step_(
     Returns:
         The signals. ``surprise`` is what was observed, before any standardisation.
     """
-    value = read(torch.as_tensor(surprise, dtype=torch.float64).detach().to(window))
+    value = read(torch.as_tensor(surprise, dtype=torch.float64, device=window.device).detach())
     finite = is_finite(value)
 
     gated = value

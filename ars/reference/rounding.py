@@ -37,7 +37,8 @@ def rounding_bits(
     so that they do not depend on how the work is divided, and replicas draw the same ones.
 
     Args:
-        like: A tensor of the parameter's shape and memory order, dense; its values are not read.
+        like: A tensor of the parameter's shape and memory order; its values are not read. Gaps are
+            not counted.
         seed: Key, 64 bits.
         step: Steps that the parameter has taken, this one included; an int, or a 0-d tensor on
             ``like``'s device.
@@ -56,6 +57,7 @@ def rounding_bits(
     References:
         Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
+    strides = torch.empty_like(like, device="meta").stride()  # its own unless it has gaps
     group = torch.arange((like.numel() + 7) // 8, device=like.device)
     third = group * 0 + number
     fourth = group * 0 + (step.long() if isinstance(step, Tensor) else step)
@@ -65,7 +67,7 @@ def rounding_bits(
         words = torch.stack(philox(seed, counter, ROUNDS), 1)
         halves = torch.stack((words & 0xFFFF, words >> 16), 2).to(torch.int32)
         bits = halves.flatten()[: like.numel()]
-        found.append(bits.as_strided(like.shape, like.stride()))
+        found.append(bits.as_strided(like.shape, strides))
     return found[0], found[1], found[2]
 
 

@@ -38,7 +38,7 @@ def remember_(window: Tensor, counts: Tensor, value: Scalar, finite: Any) -> Non
 
 @functools.cache
 def _taken(finite: bool) -> Tensor:
-    return torch.tensor([int(finite), 1])
+    return torch.tensor([int(finite), 1], device="cpu")
 
 
 def oldest_first(window: Tensor, count: Tensor) -> tuple[Tensor, Count]:

@@ -87,6 +87,15 @@ def test_penalty_terms(row, match):
         ARSAdamW(named, penalty=penalty)
 
 
+def test_penalty_of_a_complex_parameter():
+    """A real anchor of its shape would be broadcast over real and imaginary parts."""
+    wave = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    _, penalty = pulling()
+    penalty.rows = [(wave, torch.zeros(2), torch.ones(2))]
+    with pytest.raises(ValueError, match=r"wave is complex, and only real .*: leave it out"):
+        ARSAdamW([("wave", wave)], penalty=penalty)
+
+
 def test_penalty_with_two_terms_for_one_parameter():
     params, penalty = pulling()
     penalty.rows *= 2
@@ -99,6 +108,7 @@ def test_penalty_with_two_terms_for_one_parameter():
     [
         (torch.ones(3), ValueError, r"scalar, got shape \(3,\): reduce it"),
         ("1.0", TypeError, "got str"),
+        (torch.tensor(1j), TypeError, "loss must be real, is torch.complex64: pass its .abs()"),
     ],
 )
 def test_loss_is_checked_before_anything_moves(loss, error, match):

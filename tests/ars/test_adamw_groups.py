@@ -70,6 +70,30 @@ def test_a_penalty_may_be_set_for_a_group_that_is_added_later():
     assert float(optimizer.diagnostics["penalty"]) > 0
 
 
+@pytest.mark.parametrize(
+    ("group", "error", "match"),
+    [
+        ([torch.ones(1)], TypeError, "param_group must be a dict, but got <class 'list'>"),
+        ({"params": torch.ones(1), "penalty_strength": -1.0}, ValueError, "finite and >= 0"),
+        ({"params": torch.ones(1), "penalty_strength": "1"}, TypeError, "a number or a 0-d tensor"),
+    ],
+)
+def test_a_bad_group_is_refused_when_it_is_added(group, error, match):
+    optimizer = ARSAdamW(parameters(shapes=SHAPES))
+    with pytest.raises(error, match=match):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_state_of_torchs_leaves_the_strength_of_groups():
+    params = parameters(shapes=SHAPES)
+    groups = [{"params": params[:1], "penalty_strength": 7.0}, {"params": params[1:]}]
+    ours = ARSAdamW(groups, penalty=Pull(params))
+    theirs = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}])
+    ours.load_state_dict(theirs.state_dict())
+    assert [group["penalty_strength"] for group in ours.param_groups] == [7.0, None]
+
+
 def test_a_state_of_torchs_has_no_strength_of_groups():
     params = parameters(shapes=SHAPES)
     theirs, ours = torch.optim.AdamW(params), ARSAdamW(params, penalty=Pull(params))

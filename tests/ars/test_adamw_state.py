@@ -127,6 +127,38 @@ def test_copies_go_on_alike(clone):
     assert float(other.diagnostics["penalty"]) == float(optimizer.diagnostics["penalty"]) > 0
 
 
+class Spring:
+    """A penalty that fills buffers: 1/2 |theta|^2."""
+
+    strength, mode = 1.0, "coupled"
+
+    def __init__(self, params):
+        self.params, self.buffers = params, [torch.zeros_like(param) for param in params]
+
+    def terms(self):
+        return []
+
+    def gradients(self):
+        return zip(self.params, self.buffers, strict=True)
+
+    def refresh(self):
+        for param, buffer in self.gradients():
+            buffer.copy_(param)
+        return sum(param.square().sum() / 2 for param in self.params)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_pulls_by_the_buffers_of_its_own_penalty(clone):
+    """pickle, unlike deepcopy, gives two tensors of one memory a memory each."""
+    params = parameters(shapes=((5,), (2, 3)))
+    optimizer = ARSAdamW(params, penalty=Spring(params))
+    train(optimizer, params, 3)
+    other = clone(optimizer)
+    copies = other.param_groups[0]["params"]
+    expected = train(optimizer, params, 3, first=3)
+    assert all(map(torch.equal, train(other, copies, 3, first=3), expected))
+
+
 def test_penalty_may_be_replaced_between_steps():
     params = parameters(shapes=((5,),))
     optimizer = ARSAdamW(params, penalty=Pull(params, strength=0.0))

@@ -189,6 +189,14 @@ def test_gradients_are_let_go():
     assert optimizer._collector._kept.batch.grads == []
 
 
+def test_gradients_of_a_trial_step_are_let_go():
+    params = parameters(shapes=SHAPES)
+    optimizer = ARSAdamW(params, lr=0.0)
+    gradients(params, 0, scale=0.0)
+    optimizer.step()
+    assert optimizer._collector._kept.batch.grads == []
+
+
 def test_a_sparse_gradient_in_a_later_group_starts_no_state():
     weight = torch.ones(3, requires_grad=True)
     embedding = torch.nn.Embedding(5, 2, sparse=True)

@@ -1,12 +1,14 @@
 """What the CPU step keeps from step to step must not outlive what it was made of."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from optimizers import Pull
 
 from ars import ARSAdamW
+from ars.plan import TOGETHER
 
 SHAPES = [(300, 700), (5,), (4, 3, 2, 2), (7, 3)]
 
@@ -136,3 +138,60 @@ def test_products_share_memory_and_stay_themselves():
     one = copy.deepcopy(products[1])
     one.zero_()
     assert products[1][0] > 0
+
+
+def test_products_edited_in_place_count_for_their_tensor_alone():
+    """As a user does who starts one parameter afresh."""
+    results = []
+    for alone in (False, True):
+        params, optimizer = make(penalty=False, foreach=False if alone else None)
+        for step in range(4):
+            gradients(params, step)
+            if step == 2:
+                for name, value in optimizer.state[params[1]].items():
+                    value.fill_(1.0 if name == "beta_products" else 0.0)
+            optimizer.step(loss=1.0)
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_norm_around_its_maximum_makes_no_plan_anew():
+    params, optimizer = make(penalty=False)
+    seen = []
+    for step in range(6):
+        gradients(params, step)
+        for param in params:
+            param.grad *= 1e-6 if step % 2 else 1.0
+        optimizer.step(loss=1.0)
+        seen.append(plan_of(optimizer))
+    assert len(set(seen)) == 1
+
+
+def test_pickles_do_not_grow_with_the_square_of_the_tensors():
+    def size(tensors):
+        params = [torch.nn.Parameter(torch.ones(2)) for _ in range(tensors)]
+        optimizer = ARSAdamW(params)
+        gradients(params, 0)
+        optimizer.step(loss=1.0)
+        return len(pickle.dumps(optimizer.state_dict()))
+
+    assert size(4 * TOGETHER) < 4.5 * size(TOGETHER)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_step_counters_of_two_dtypes(foreach):
+    """A default dtype that changes makes further counters wider."""
+    params, optimizer = make(penalty=False, foreach=foreach)
+    gradients(params, 0)
+    params[1].grad = None
+    optimizer.step(loss=1.0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for step in (1, 2):
+            for param in params:
+                param.grad = param.detach() * step
+            optimizer.step(loss=1.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [float(optimizer.state[param]["step"]) for param in params] == [3.0, 2.0, 3.0, 3.0]
