@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ars.regularizers.distillation import Distillation
 from ars.regularizers.evaluation import trainable
 from ars.regularizers.ewc import EWC
 from ars.regularizers.progressive import ProgressiveInheritance
@@ -113,7 +114,7 @@ class CombinedLoss:
         check_every: Calls between two looks, >= 1.
 
     Raises:
-        TypeError: A penalty has no ``value``.
+        TypeError: A penalty has no ``value``, or one that needs the step's data.
         ValueError: Nothing to add, ``l2`` negative or without a model, or ``check_every`` < 1.
 
     Example:
@@ -135,6 +136,11 @@ class CombinedLoss:
         check_every: int = 100,
     ) -> None:
         for penalty in penalties:
+            if isinstance(penalty, Distillation):
+                raise TypeError(
+                    "a Distillation needs the inputs and logits of the step; add its "
+                    "value(inputs, logits) to the task's loss"
+                )
             if not callable(getattr(penalty, "value", None)):
                 raise TypeError(f"penalty {type(penalty).__name__} has no method value()")
         if not 0 <= l2 < torch.inf:

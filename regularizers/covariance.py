@@ -15,8 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ars.regularizers.batches import checked_batch, take_samples
+from ars.regularizers.estimators import IGNORE_INDEX
 from ars.regularizers.factors import outer_products
-from ars.regularizers.layers import batched_rows, matrix_layers, recorded_uses, warn_of_others
+from ars.regularizers.layers import (
+    batched_rows,
+    check_order,
+    matrix_layers,
+    recorded_uses,
+    warn_of_others,
+)
 
 __all__ = ["ActivationCovariance"]
 
@@ -132,6 +139,8 @@ class ActivationCovariance:
             for inputs, targets in take_samples(pairs, n_samples):
                 uses.clear()
                 self.model(inputs)
+                if len(targets) > 1 and (targets == IGNORE_INDEX).any():
+                    check_order(self.model, uses, inputs)
                 for use in uses:
                     rows, valid = batched_rows([use], targets, with_bias=True)
                     chosen = rows[valid]

@@ -1,9 +1,9 @@
 """Penalties in safetensors files: no pickle, checked before anything is believed.
 
 The tensors are those of ``state_dict()``, named by their place in it (``anchor/0.weight``). The
-metadata holds three strings: ``format``; ``kind``, the class; and ``state``, JSON of the whole
-state in which each tensor is replaced by its name, shape, dtype and CRC-32. For an EWC that state
-includes the Fisher's estimator.
+metadata holds four strings: ``format``; ``kind``, the class; ``state``, JSON of the whole state in
+which each tensor is replaced by its name, shape, dtype and CRC-32; and ``crc32`` of ``state``. For
+an EWC that state includes the Fisher's estimator.
 """
 
 import ctypes
@@ -64,7 +64,12 @@ def save_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
     _check_stateful(penalty)
     tensors: dict[str, Tensor] = {}
     record = json.dumps(_recorded(penalty.state_dict(), "", tensors))
-    metadata = {"format": _FORMAT, "kind": type(penalty).__name__, "state": record}
+    metadata = {
+        "format": _FORMAT,
+        "kind": type(penalty).__name__,
+        "state": record,
+        "crc32": _text_checksum(record),
+    }
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
@@ -106,6 +111,10 @@ def load_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
             f"{path} is not a file of save_penalty: its format is {metadata.get('format')!r}, "
             f"expected {_FORMAT!r}"
         )
+    if not {"kind", "state", "crc32"} <= metadata.keys() or (
+        metadata["crc32"] != _text_checksum(metadata["state"])
+    ):
+        raise ValueError(f"{path} is damaged: its record is not what was saved; use another copy")
     if metadata["kind"] != type(penalty).__name__:
         raise ValueError(
             f"{path} holds the state of {metadata['kind']}, not of {type(penalty).__name__}; "
@@ -164,6 +173,10 @@ def _restored(record: Any, tensors: Mapping[str, Tensor]) -> Any:
     if found != [record["shape"], record["dtype"], record["crc32"]]:
         raise ValueError(f"the file is damaged: {name!r} is not what was saved; use another copy")
     return tensor
+
+
+def _text_checksum(record: str) -> str:
+    return str(zlib.crc32(record.encode()))
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -61,9 +61,9 @@ class DiagonalFisher:
     and broadcast weights. It is compared with plain autograd on the first two samples.
 
     Args:
-        model: Maps a batch of inputs, shape (B, ...), to logits of shape (B, C), or (B, T, C) for
-            sequences. Parameters with ``requires_grad=False`` are left out; a tied weight appears
-            once, under its first name, as in ``named_parameters()``.
+        model: Maps a batch of inputs, (B, ...), to logits, (B, C), or (B, T, C) for sequences; no
+            sample may influence another. Parameters with ``requires_grad=False`` are left out; a
+            tied weight appears once, under its first name, as in ``named_parameters()``.
         estimator: One of the above.
         unit: What is squared, and what N counts: ``"sequence"``; ``"segment"``, a document of a
             packed sequence, as numbered by the batches; or ``"token"``, a position that is not

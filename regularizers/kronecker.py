@@ -27,12 +27,13 @@ from ars.regularizers.batches import (
     take_samples,
 )
 from ars.regularizers.cotangents import Chunk, cotangents
-from ars.regularizers.estimators import ESTIMATORS
+from ars.regularizers.estimators import ESTIMATORS, IGNORE_INDEX
 from ars.regularizers.factors import FactorSums, KroneckerFactors
 from ars.regularizers.layers import (
     MatrixLayer,
     Use,
     batched_rows,
+    check_order,
     matrix_layers,
     output_rows,
     recorded_uses,
@@ -198,6 +199,9 @@ class KroneckerFisher:
                 uses.clear()
                 logits = check_logits(self.model(inputs), targets)
                 check_targets(targets, logits.shape[-1], index)
+                picks = self.sharing == "reduce" or bool((targets == IGNORE_INDEX).any())
+                if picks and len(targets) > 1:
+                    check_order(self.model, uses, inputs)
                 chunk = self._chunk(inputs, targets, logits.shape[-1])
                 # A copy: activation checkpointing runs layers again during the backward pass.
                 self._add(sums, layers, list(uses), logits, chunk)

@@ -6,9 +6,10 @@ rows a_t, and the place in the graph where its output appears are recorded while
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "MatrixLayer",
     "Use",
     "batched_rows",
+    "check_order",
     "input_rows",
     "matrix_layers",
     "output_rows",
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 MatrixModule: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+# Of a subclass that computes something else the inputs and outputs are not those of a product.
+_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ def matrix_layers(model: nn.Module) -> dict[str, MatrixLayer]:
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
     layers: dict[str, MatrixLayer] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, MatrixModule) or module.weight not in names:
+        if not isinstance(module, MatrixModule) or type(module).forward not in _FORWARDS:
+            continue
+        if module.weight not in names:
             continue
         if not isinstance(module, nn.Linear) and module.groups > 1:
             continue
@@ -201,10 +207,40 @@ def batched_rows(uses: list[Use], targets: Tensor, *, with_bias: bool) -> tuple[
     return torch.cat(rows, 1), torch.cat(valid, 1)
 
 
+def check_order(model: nn.Module, uses: list[Use], inputs: Tensor) -> None:
+    """Refuse layers that do not hold the samples one after another, as rows are divided.
+
+    Args:
+        model: The model whose uses are recorded.
+        uses: The record of ``inputs``; it is as before afterwards.
+        inputs: Several samples, the first of which is run by itself to compare.
+
+    Raises:
+        ValueError: A layer's first rows are not those of the first sample; names the weight.
+    """
+    together = list(uses)
+    uses.clear()
+    with torch.no_grad():
+        model(inputs[:1])
+    alone, uses[:] = list(uses), together
+    for one, both in zip_longest(alone, together):
+        if one is not None and both is not None and one.weight == both.weight:
+            own = input_rows(one.module, one.inputs)
+            first = input_rows(both.module, both.inputs)[: len(own)]
+            rounding = torch.finfo(own.dtype).eps ** (1 / 3) * own.abs().max()
+            if own.shape == first.shape and (own - first).abs().max() <= rounding:
+                continue
+        raise ValueError(
+            f"the layer of {(both or one).weight!r} does not hold the samples one after another "
+            "in its first dimension (is it the second, behind the positions?), so a masked or "
+            "averaged position cannot be told; fit on batches of one sample"
+        )
+
+
 def warn_of_others(
-    what: str, model: nn.Module, layers: dict[str, MatrixLayer], found: Iterable[str]
+    what: str, model: nn.Module, layers: dict[str, MatrixLayer], found: Collection[str]
 ) -> None:
-    """Warn of the trained parameters that no layer covers, by name.
+    """Warn of the trained parameters, and further uses of them, that no layer covers, by name.
 
     Args:
         what: Who says so.
@@ -213,8 +249,15 @@ def warn_of_others(
         found: The weights among them that were used.
     """
     covered = {name for weight in found for name in (weight, layers[weight].bias)}
-    trained = (name for name, p in model.named_parameters() if p.requires_grad)
-    others = [name for name in trained if name not in covered]
+    matrices = {module for weight in found for module in layers[weight].modules.values()}
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    others = [
+        f"{names[p]} as used by {path!r}"
+        for path, module in model.named_modules()
+        for p in module.parameters(recurse=False)
+        if module not in matrices and p in names and names[p] in found
+    ]
+    others += [name for name in names.values() if name not in covered]
     if others:
         shown = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
         warnings.warn(

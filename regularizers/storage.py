@@ -15,17 +15,18 @@ The square root halves the range that the levels must cover: in a linear code ev
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "STORED", "Quantized", "dequantize", "quantize", "stored_as"]
+from ars.reference import decode_importance
+from ars.reference.penalties import SCALED
+
+__all__ = ["STORED", "Quantized", "dequantize", "quantize", "stored_as"]
 
 # What an importance may be stored in, beside the dtype it was summed in.
 STORED = (torch.float32, torch.bfloat16, torch.uint8)
-BLOCK = 64  # values that share a scale
 _LEVELS = 255
 
 
@@ -73,8 +74,8 @@ def quantize(importance: Tensor) -> Quantized:
             "importance holds a value that is negative or not finite in float32; importances are "
             "mean squares, look for an overflow where it was computed"
         )
-    blocks = math.ceil(flat.numel() / BLOCK)
-    padded = torch.nn.functional.pad(flat, (0, blocks * BLOCK - flat.numel())).view(blocks, BLOCK)
+    blocks = math.ceil(flat.numel() / SCALED)
+    padded = torch.nn.functional.pad(flat, (0, blocks * SCALED - flat.numel())).view(blocks, SCALED)
     scale = padded.amax(1) if blocks else flat.new_zeros(0)
     # Where a block is all 0, 0 / 1; a subnormal scale divides without overflow, as ratios are <= 1.
     ratio = padded / torch.where(scale > 0, scale, 1.0)[:, None]
@@ -82,16 +83,15 @@ def quantize(importance: Tensor) -> Quantized:
     return Quantized(values.view(-1)[: flat.numel()].reshape(importance.shape).clone(), scale)
 
 
-def dequantize(values: Tensor, scale: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+def dequantize(values: Tensor, scale: Tensor) -> Tensor:
     r"""Expand what :func:`quantize` returned, :math:`\Omega_i = \text{scale} (q_i / 255)^2`.
 
     Args:
-        values: uint8, any shape with the right number of elements.
+        values: uint8, any shape.
         scale: float32, shape (ceil(numel / 64),).
-        shape: Of the result; by default that of ``values``.
 
     Returns:
-        The importance, float32.
+        The importance, float32, of the shape of ``values``.
 
     Raises:
         TypeError: ``values`` are not uint8 or ``scale`` is not float32.
@@ -102,15 +102,13 @@ def dequantize(values: Tensor, scale: Tensor, shape: Sequence[int] | None = None
             f"expected uint8 values and a float32 scale, got {values.dtype} and {scale.dtype}; "
             "pass both as quantize returned them"
         )
-    blocks = math.ceil(values.numel() / BLOCK)
+    blocks = math.ceil(values.numel() / SCALED)
     if scale.shape != (blocks,):
         raise ValueError(
             f"{values.numel()} values need a scale of shape ({blocks},), got {tuple(scale.shape)}; "
             "pass both as quantize returned them"
         )
-    root = values.reshape(-1).to(torch.float32) / _LEVELS
-    each = scale.repeat_interleave(BLOCK)[: root.numel()]
-    return (each * root * root).reshape(values.shape if shape is None else tuple(shape))
+    return decode_importance(values, scale)
 
 
 def stored_as(

@@ -131,6 +131,8 @@ class AdaptiveStrength:
             left = max(0, self.total_steps - self.steps)
             factor = (left / self.total_steps) ** self.power
         torch.mul(self._level, factor, out=self.strength)
+        # A state loaded into the penalty has put a number in its place.
+        self.penalty.strength = self.strength
         self.steps += 1
 
     def _follow(self, target: Tensor) -> None:

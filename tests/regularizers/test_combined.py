@@ -10,6 +10,7 @@ from ars.regularizers import (
     EWC,
     CombinedLoss,
     DiagonalFisher,
+    Distillation,
     PenaltyMonitor,
     ProgressiveInheritance,
     SubspacePenalty,
@@ -159,3 +160,9 @@ def test_refuses_wrong_arguments():
         CombinedLoss(l2=1.0, model=model)(torch.ones(2))
     with pytest.raises(ValueError, match="task must be a 0-d tensor, got float"):
         CombinedLoss(l2=1.0, model=model)(1.0)
+
+
+def test_distillation_belongs_to_the_task_loss():
+    distillation = Distillation(small_model())
+    with pytest.raises(TypeError, match=r"add its value\(inputs, logits\) to the task's loss"):
+        CombinedLoss(distillation)

@@ -202,3 +202,24 @@ def test_says_how_to_get_the_library(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"pip install 'ars-triton\[safetensors\]'"):
         load_penalty(ewc(small_model()), file)
+
+
+def test_every_flipped_bit_is_refused_and_changes_nothing(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    path = tmp_path / "ewc.safetensors"
+    save_penalty(ewc(model), path)
+    whole = path.read_bytes()
+    penalty = ewc(model, seed=2)
+    before = snapshot(penalty)
+    for position in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            load_penalty(penalty, path)
+    assert snapshot(penalty) == before
+
+
+def snapshot(penalty):
+    """Everything in a state as text."""
+    return repr(penalty.state_dict())

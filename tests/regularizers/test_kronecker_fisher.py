@@ -167,7 +167,7 @@ def test_padding_changes_neither_factor(
     short = x[:, :4], y[:, :4]
     padded = y.clone()
     padded[:, 4:] = -100  # causal: positions before 4 do not see what follows
-    with pytest.warns(UserWarning, match="nothing is known of wpe.weight"):
+    with pytest.warns(UserWarning, match="nothing is known of wte.weight as used by 'wte', wpe"):
         a = KroneckerFisher(model, "exact").fit([short]).factors
     with pytest.warns(UserWarning, match="KroneckerFisher covers linear"):
         b = KroneckerFisher(model, "exact").fit([(x, padded)]).factors

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ars.regularizers import KroneckerFisher
+from ars.regularizers import ActivationCovariance, KroneckerFisher
 
 
 def mlp() -> nn.Module:
@@ -151,3 +151,69 @@ def test_what_is_refused() -> None:
         KroneckerFisher(model, "exact").fit([long])
     with pytest.raises(ValueError, match="unknown sharing 'none'"):
         KroneckerFisher(model, sharing="none")
+
+
+class PositionsFirst(nn.Module):
+    """A tagger whose layers see (T, B, d), or (T B, d), or with neither (B, T, d)."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.embedding, self.layout = nn.Embedding(9, 4), layout
+        self.hidden, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        if self.layout == "batch first":
+            return self.head(self.hidden(x).tanh())
+        x = x.transpose(0, 1)
+        shape = x.shape
+        if self.layout == "folded":
+            x = x.flatten(0, 1)
+        y = self.head(self.hidden(x).tanh())
+        return y.view(*shape[:2], 3).transpose(0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*covers linear")
+@pytest.mark.parametrize("layout", ["positions first", "folded"])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_positions_before_samples(layout: str, masked: bool, sharing: str) -> None:
+    torch.manual_seed(0)
+    plain, model = PositionsFirst("batch first"), PositionsFirst(layout)
+    model.load_state_dict(plain.state_dict())
+    ids, targets = torch.randint(9, (4, 4)), torch.randint(3, (4, 4))
+    if masked:
+        targets[0, 1:] = -100
+    pairs = list(zip(ids.split(1), targets.split(1), strict=True))
+    expected = KroneckerFisher(plain, "exact", sharing=sharing).fit([(ids, targets)]).factors
+    one_by_one = KroneckerFisher(model, "exact", sharing=sharing).fit(pairs).factors
+    torch.testing.assert_close(one_by_one, expected)
+    fisher = KroneckerFisher(model, "exact", sharing=sharing)
+    if sharing == "expand" and not masked:  # a sum over all positions, in whatever order
+        torch.testing.assert_close(fisher.fit([(ids, targets)]).factors, expected)
+        return
+    with pytest.raises(ValueError, match=r"layer of 'hidden\.weight' does not hold the samples"):
+        fisher.fit([(ids, targets)])
+    if masked:
+        with pytest.raises(ValueError, match="fit on batches of one sample"):
+            ActivationCovariance(model).fit([(ids, targets)])
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_taken_for_its_base() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Doubled(4, 5), nn.Linear(5, 3)).double()
+    with pytest.warns(UserWarning, match=r"nothing is known of 0\.weight, 0\.bias"):
+        fisher = KroneckerFisher(model, "exact").fit([data(4)])
+    assert list(fisher.factors) == ["1.weight"]
+
+
+def test_warns_of_an_embedding_tied_to_the_head() -> None:
+    model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 3, bias=False))
+    model[1].weight = model[0].weight
+    ids = torch.arange(3)
+    with pytest.warns(UserWarning, match=r"nothing is known of 0\.weight as used by '0': protect"):
+        KroneckerFisher(model, "exact").fit([(ids, ids)])

@@ -195,3 +195,18 @@ def test_trace_strengths_level_the_layers():
     assert set(bounded.values()) <= {0.9, 1.1} | set(factors.values())
     with pytest.raises(ValueError, match="bounds must be"):
         trace_strengths(fisher, bounds=(1.0, math.inf))
+
+
+def test_goes_on_in_a_penalty_that_loaded_a_state():
+    model = small_model()
+    penalty, other = ewc(model), ewc(model)
+    adaptive = AdaptiveStrength(penalty, total_steps=4)
+    adaptive.step()
+    resumed = AdaptiveStrength(other, total_steps=4)
+    resumed.load_state_dict(adaptive.state_dict())
+    other.load_state_dict(penalty.state_dict())
+    for _ in range(2):
+        adaptive.step()
+        resumed.step()
+        assert float(other.strength) == float(penalty.strength)
+    assert float(other.strength) < 3.0
