@@ -13,7 +13,7 @@ from ars.checkpoint import CheckpointedAdam
 from ars.collect import Collector
 from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
-from ars.groups import complete_group, is_trial
+from ars.groups import check_max_grad_norm, complete_group, is_trial
 from ars.penalty import Penalty, Term, parameter_names, read_settings, read_terms, refresh_
 from ars.state import Precision, complete_state
 from ars.surprise import check_watched, choose_surprise
@@ -63,8 +63,7 @@ class ARSAdam(CheckpointedAdam):
     ) -> None:
         if ars is not None and not isinstance(ars, ARSConfig):
             raise TypeError(f"ars must be an ARSConfig or None, got {ars!r}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be > 0, or None not to clip, got {max_grad_norm}")
+        check_max_grad_norm(max_grad_norm)
         super().__init__(
             params,
             lr,
@@ -232,10 +231,7 @@ class ARSAdam(CheckpointedAdam):
         """Take one step, as :meth:`step` describes it."""
         self._accelerator_graph_capture_health_check()
         if not self.state and closure is None and loss is None and is_trial(self.param_groups):
-            batch = self._collector.collect(
-                self.param_groups, self.state, self._terms, self._append
-            )
-            batch.grads = []
+            self._collect().grads = []
             return None
         returned = None
         if closure is not None:
@@ -248,7 +244,7 @@ class ARSAdam(CheckpointedAdam):
         if functional.have_moved(self.param_groups, self._buffer.device):
             self._place()
         hypers, options = self._settings(watched)
-        batch = self._collector.collect(self.param_groups, self.state, self._terms, self._append)
+        batch = self._collect()
         if not batch.params:
             return returned
         self._watches = watches
@@ -265,14 +261,20 @@ class ARSAdam(CheckpointedAdam):
         weight decay, strengths) only after this. Tensors it reads live.
         """
         if self._implementation == "triton":
-            hypers, options = self._settings(None)
-            self._kept.device.write_hyper(hypers, options.max_norm, self._buffer.device)
+            device = self._buffer.device
+            self._kept.device.write_hyper(self._hypers(), self._max_grad_norm, device)
+
+    def _hypers(self) -> list[Hyper]:
+        strength, _ = read_settings(self._penalty)
+        return [read_hyper(group, strength) for group in self.param_groups]
+
+    def _collect(self) -> Batch:
+        return self._collector.collect(self.param_groups, self.state, self._terms, self._append)
 
     def _settings(self, surprise: Tensor | None) -> tuple[list[Hyper], Options]:
         """Read what this step shall do, and let the penalty prepare for it."""
-        strength, proximal = read_settings(self._penalty)
-        hypers = [read_hyper(group, strength) for group in self.param_groups]
-        return hypers, Options(
+        _, proximal = read_settings(self._penalty)
+        return self._hypers(), Options(
             decoupled=is_decoupled(self.param_groups),
             controller=self._controller,
             surprise=surprise,

@@ -40,12 +40,15 @@ class ARSAdamW(ARSAdam):
         penalty: A penalty such as :class:`ars.regularizers.EWC`; see :class:`ars.penalty.Penalty`.
         max_grad_norm: Clip the norm of the task's gradient, over all groups, to this value.
         maximize: Ascend the objective.
-        foreach: True: torch's foreach kernels (CPU). False with ``fused`` not True: a plain loop.
+        foreach: True: torch's foreach kernels (CPU). False with ``fused`` not True: a plain loop,
+            as with ``fused=False``.
         capturable: The step may be captured in a CUDA graph; see :meth:`write_hyperparameters`.
-        differentiable: Autograd may run through the step.
-        fused: True: one fused kernel, Triton on a GPU and torch's on a CPU. None: the fastest.
+        differentiable: Autograd may run through the step, a plain loop then.
+        fused: True: fused kernels, Triton's on one GPU and torch's on a CPU. None: these where they
+            can be had, otherwise (several GPUs, no Triton) the loop.
         stochastic_rounding: bfloat16 parameters have bfloat16 moments, and all three are rounded
-            up or down at random, so that small updates are not lost on average.
+            up or down at random, so that small updates are not lost on average. On a CPU this and
+            ``master_weights`` take the loop.
         master_weights: bfloat16 parameters keep the 16 bits that they lack to float32 master
             weights in ``state[p]["param_remainder"]``.
         seed: Key of the random rounding, 0 <= seed < 2^63; the same on all replicas.

@@ -165,12 +165,17 @@ def _operator(
         optimizer: Its name here.
 
     Raises:
-        RuntimeError: The optimizer is no more.
+        RuntimeError: The optimizer is no more, or has been given another list of groups.
     """
     stepped = OPTIMIZERS.get(optimizer)
     if stepped is None:
         raise RuntimeError(
             "this graph steps an optimizer that is no more: compile the function again"
+        )
+    if stepped._traced.groups is not stepped.param_groups:
+        raise RuntimeError(
+            "this graph steps the groups of a list that is param_groups no more: change that list "
+            "in place, as in optimizer.param_groups[:] = groups"
         )
     owned = [param for group in stepped.param_groups for param in group["params"]]
     found = [param.grad for param in owned]

@@ -1,4 +1,4 @@
-"""What is asked of parameter groups, beyond what torch asks."""
+"""What is asked of parameter groups and of clipping them, beyond what torch asks."""
 
 from typing import Any
 
@@ -6,7 +6,25 @@ from torch import Tensor
 
 from ars.penalty import check_strength
 
-__all__ = ["complete_group", "is_trial"]
+__all__ = ["check_max_grad_norm", "complete_group", "is_trial"]
+
+
+def check_max_grad_norm(norm: Any) -> None:
+    """Raise unless gradients can be clipped to this norm, or it is None.
+
+    Args:
+        norm: The norm.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is not > 0.
+    """
+    if norm is None:
+        return
+    if not isinstance(norm, (int, float)) or isinstance(norm, bool):
+        raise TypeError(f"max_grad_norm must be a number or None, got {norm!r}: use float(...)")
+    if not norm > 0:
+        raise ValueError(f"max_grad_norm must be > 0, or None not to clip, got {norm}")
 
 
 def complete_group(group: Any) -> None:

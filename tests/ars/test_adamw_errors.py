@@ -19,6 +19,8 @@ from ars import ARSAdamW, ARSConfig
         ({"ars": {"window": 10}}, TypeError, "ars must be an ARSConfig or None"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be > 0"),
         ({"max_grad_norm": math.nan}, ValueError, "max_grad_norm must be > 0"),
+        ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number or None, got '1'"),
+        ({"max_grad_norm": torch.ones(())}, TypeError, r"got tensor\(1.\): use float"),
         ({"foreach": True, "fused": True}, RuntimeError, "cannot be `True` together"),
         ({"fused": True, "differentiable": True}, RuntimeError, "does not support"),
         ({"penalty": object()}, TypeError, "penalty object has no 'strength'"),

@@ -1,6 +1,7 @@
 """The numbers on the device follow the groups' without a step, as a replayed graph needs it."""
 
 import pytest
+import torch
 from optimizers import gradients, make, parameters
 
 from ars.csrc_triton.layout import Hyper
@@ -28,3 +29,31 @@ def test_elsewhere_there_is_nothing_to_send(implementation):
     optimizer = make(implementation, parameters())
     optimizer.write_hyperparameters()
     assert optimizer._kept.device._hyper is None
+
+
+def test_sending_numbers_leaves_the_penalty_alone():
+    """Its buffers are filled at every step, by the graph too: they may cost a forward pass."""
+    params = parameters()
+    penalty = Refreshed(params)
+    optimizer = make("triton", params, penalty=penalty)
+    gradients(params, 0)
+    optimizer.step(loss=1.0)
+    optimizer.write_hyperparameters()
+    assert penalty.refreshed == 1
+
+
+class Refreshed:
+    strength, mode, refreshed = 1.0, "coupled", 0
+
+    def __init__(self, params):
+        self.buffers = [(param, torch.zeros_like(param)) for param in params]
+
+    def terms(self):
+        return []
+
+    def gradients(self):
+        return self.buffers
+
+    def refresh(self):
+        self.refreshed += 1
+        return torch.zeros(())

@@ -137,3 +137,20 @@ def test_errors_are_those_of_eager():
     gone = ([], torch.zeros(10), [], None, None, [], "none")
     with pytest.raises(RuntimeError, match="an optimizer that is no more"):
         torch.ops.ars.step_(*gone)
+
+
+def test_another_list_of_groups_is_refused():
+    """The graph would copy the old parameters over the new ones."""
+    params, others = parameters(shapes=SHAPES), parameters(shapes=SHAPES)
+    optimizer = ARSAdamW(params, lr=0.1)
+    graph = torch.compile(step_on_norm, backend="eager")
+    gradients(params, 0)
+    graph(optimizer, None)
+    before = [param.detach().clone() for param in params]
+    optimizer.param_groups = [{**optimizer.param_groups[0], "params": others}]
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"in place, as in optimizer\.param_gro"),
+    ):
+        graph(optimizer, None)
+    assert all(map(torch.equal, params, before))
