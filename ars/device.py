@@ -89,6 +89,7 @@ class DeviceStep:
             for column, value in columns.items():
                 if isinstance(value, Tensor) and value.device == device:
                     live.append((index, column, value))
+                    row[column] = math.nan  # unlike any number that may follow the tensor
                 else:
                     row[column] = float(value)
             row[Column.EPS], row[Column.WEIGHT_DECAY] = hyper.eps, hyper.weight_decay

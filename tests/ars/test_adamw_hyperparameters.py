@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from optimizers import gradients, make, parameters
+from optimizers import Pull, gradients, make, parameters
 
 from ars.csrc_triton.layout import Hyper
 
@@ -29,6 +29,23 @@ def test_elsewhere_there_is_nothing_to_send(implementation):
     optimizer = make(implementation, parameters())
     optimizer.write_hyperparameters()
     assert optimizer._kept.device._hyper is None
+
+
+@pytest.mark.parametrize("name", ["lr", "penalty_strength"])
+@pytest.mark.parametrize("implementation", ["loop", "fused", "triton"])
+def test_a_number_may_take_a_tensors_place(implementation, name):
+    """Even 0, which no upload has ever brought there."""
+    params = parameters()
+    optimizer = make(implementation, params, ars=None, weight_decay=0.0, penalty=Pull(params))
+    group = optimizer.param_groups[0]
+    for value in (torch.tensor(0.5), 0.0, 0.0, torch.tensor(0.25), 0.5):
+        group[name] = value
+        gradients(params, 0)
+        optimizer.step(loss=1.0)
+        seen = float(optimizer.diagnostics["lr" if name == "lr" else "penalty"])
+        assert (seen > 0) == (float(value) > 0)
+        if name == "lr":
+            assert seen == float(value)
 
 
 def test_sending_numbers_leaves_the_penalty_alone():
