@@ -1,4 +1,19 @@
-"""Penalties that keep a model near what it has learned, and the Fisher that weights them."""
+"""Penalties that keep a model near what it has learned, and the Fisher that weights them.
+
+What to measure on the old task, and which penalty takes it:
+
+* :class:`KroneckerPenalty` of an :class:`ActivationCovariance` or a :class:`KroneckerFisher`
+  forgets least: it holds the directions that a layer's inputs use. d^2 (and p^2) numbers a layer.
+* :class:`EWC` of a :class:`DiagonalFisher`: all parameters, 3 to 8 bytes each; forgets more.
+* :class:`SubspacePenalty`: chosen directions alone, at low rank; or, after growth, new coordinates.
+* :class:`ProgressiveInheritance`: an EWC and a subspace penalty in one.
+* :class:`Distillation`: what the old model says instead of its weights; a second forward pass.
+
+A penalty goes to ``ars.ARSAdamW(..., penalty=...)`` or, by :class:`CombinedLoss` or ``value()``,
+into the loss of any optimizer. :class:`AdaptiveStrength` and :func:`trace_strengths` choose
+strengths; :func:`save_penalty` and :func:`load_penalty` keep files; :func:`quantize` packs an
+importance into a byte a parameter. ``docs/regularizers.md`` has formulas, costs and traps.
+"""
 
 from ars.regularizers.combined import CombinedLoss, PenaltyMonitor
 from ars.regularizers.covariance import ActivationCovariance

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.checks import check_names
+from ars.regularizers.checks import check_names, checked_module
 from ars.regularizers.covariance import ActivationCovariance
 from ars.regularizers.estimators import accumulation_dtype
 
@@ -254,6 +254,7 @@ def activation_bases(
         ValueError: A name that the model or the activations do not have.
     """
     check_size(energy, rank)
+    checked_module(model)
     if isinstance(activations, Mapping):
         given = dict(activations)
     elif isinstance(activations, ActivationCovariance):

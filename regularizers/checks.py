@@ -127,7 +127,10 @@ def check_state(
     """
     if not isinstance(state, Mapping) or set(state) != expected:
         got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"{kind} state is a mapping with keys {sorted(expected)}, got {got}")
+        raise ValueError(
+            f"{kind} state is a mapping with keys {sorted(expected)}, got {got}; load it into a "
+            "penalty of the same kind, built with the same options"
+        )
     remedy = "load it into a penalty of the same kind, built for the same model and parameters"
     for part in sorted(parts):
         if not isinstance(state[part], Mapping):

@@ -181,7 +181,7 @@ class EWC:
         """
         if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay <= 1:
             raise ValueError(f"decay must be a number in [0, 1], got {decay!r}")
-        for pull, new in self._further(fisher):
+        for pull, new in self._further(fisher, decay):
             pull.assign(pull.omega().to(new.dtype) * decay + new, pull.param)
         self.constant = 0.0
 
@@ -270,6 +270,8 @@ class EWC:
         strength = checked_strength(state["strength"])
         constant = float(checked_strength(state["constant"]))
         mode: Mode = checked_choice("mode", state["mode"], get_args(Mode))
+        if not isinstance(state["estimator"], str | None):
+            raise TypeError(f"the state's estimator must be a name, got {state['estimator']!r}")
         loaded = {}
         for name, p in self._parameters.items():
             anchor, omega = state["anchor"][name], state["importance"][name]
@@ -280,15 +282,19 @@ class EWC:
             loaded[name] = omega, anchor
         self.strength, self.mode, self.constant = strength, mode, constant
         self.estimator = state["estimator"]
-        for name, pull in self._pulls.items():
-            omega, anchor = loaded[name]
-            pull.assign(omega.to(pull.param.device), anchor)
+        for name, (omega, anchor) in loaded.items():
+            self._pulls[name].assign(omega, anchor)
 
     def _further(
-        self, fisher: DiagonalFisher | Mapping[str, Tensor]
+        self, fisher: DiagonalFisher | Mapping[str, Tensor], decay: float = 1.0
     ) -> Iterator[tuple[Pull, Tensor]]:
-        """Yield a further task's importances, factors included, once all have been checked."""
+        """Yield a further task's importances, factors included, once all have been checked."""  # noqa: DOC501
         importance = importance_of(fisher)
         check_importance(importance, self._parameters)
-        for name, pull in self._pulls.items():
-            yield pull, copy_like(pull.param, importance[name]).mul_(self._factors[name])
+        for last in (False, True):  # every sum is checked before the first is kept
+            for name, pull in self._pulls.items():
+                new = copy_like(pull.param, importance[name]).mul_(self._factors[name])
+                if last:
+                    yield pull, new
+                elif not (pull.omega().to(new.dtype) * decay + new).isfinite().all():
+                    raise ValueError(f"the sum of the importances of {name!r} overflows")

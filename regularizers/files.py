@@ -46,6 +46,7 @@ def save_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: safetensors is not installed.
+        OSError: The file cannot be written; one that was there is as it was.
         TypeError: ``penalty`` has no state, or one with something neither a tensor nor JSON.
 
     Example:
@@ -60,7 +61,7 @@ def save_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
         >>> penalty.strength, penalty.importance
         (5.0, {'weight': tensor([[1., 1.]])})
     """
-    save_file = _safetensors().torch.save_file
+    library = _safetensors()
     _check_stateful(penalty)
     tensors: dict[str, Tensor] = {}
     record = json.dumps(_recorded(penalty.state_dict(), "", tensors))
@@ -73,10 +74,12 @@ def save_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        save_file(tensors, unfinished, metadata)
+        library.torch.save_file(tensors, unfinished, metadata)
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
+    except library.SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

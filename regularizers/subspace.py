@@ -174,7 +174,6 @@ class SubspacePenalty:
         Returns:
             The penalty, on the input side.
         """
-        checked_module(model)
         bases = activation_bases(model, activations, names, energy=energy, rank=rank)
         return cls(model, bases, strength, side="input", protect=protect)
 
@@ -200,7 +199,8 @@ class SubspacePenalty:
         Returns:
             The penalty; it needs no matrix products.
         """
-        bases = {n: torch.arange(c) if isinstance(c, int) else c for n, c in coordinates.items()}
+        chosen = coordinates.items()
+        bases = {n: torch.arange(max(c, 0)) if isinstance(c, int) else c for n, c in chosen}
         return cls(model, bases, strength, side=side, protect=protect)
 
     @property

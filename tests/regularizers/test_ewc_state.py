@@ -33,6 +33,11 @@ def without(mapping, key):
 
 
 BREAKAGES = {
+    "estimator": (
+        lambda s: {**s, "estimator": torch.ones(1)},
+        TypeError,
+        "estimator must be a name",
+    ),
     "not a mapping": (lambda s: None, ValueError, "got NoneType"),
     "missing key": (lambda s: without(s, "mode"), ValueError, "with keys .*'mode'"),
     "extra key": (lambda s: s | {"step": 1}, ValueError, "'step'"),

@@ -174,3 +174,19 @@ def test_refuses_a_model_that_does_not_hold_the_old_one():
         penalty.grown(nn.Sequential(nn.Linear(3, 4)))
     with pytest.raises(ValueError, match=r"'0.weight' has shape \(4, 3, 1\)"):
         penalty.grown(nn.Sequential(nn.Conv1d(3, 4, 1), nn.Tanh(), nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize("storage", ["full", "bfloat16", "compact"])
+@pytest.mark.parametrize("method", ["consolidate", "add_task"])
+def test_a_sum_that_overflows_changes_nothing(storage, method):
+    model = torch.nn.Linear(2, 1)
+    penalty = EWC(
+        model, {"weight": torch.ones(1, 2), "bias": torch.full((1,), 3e38)}, storage=storage
+    )
+    before = repr(penalty.state_dict())
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    more = {"weight": torch.ones(1, 2), "bias": torch.full((1,), 3e38)}
+    with pytest.raises(ValueError, match="importances of 'bias' overflows"):
+        getattr(penalty, method)(more)
+    assert repr(penalty.state_dict()) == before

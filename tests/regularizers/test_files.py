@@ -223,3 +223,8 @@ def test_every_flipped_bit_is_refused_and_changes_nothing(tmp_path):
 def snapshot(penalty):
     """Everything in a state as text."""
     return repr(penalty.state_dict())
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(OSError, match=r"cannot write .*missing"):
+        save_penalty(ewc(torch.nn.Linear(2, 1)), tmp_path / "missing" / "ewc.safetensors")

@@ -190,3 +190,10 @@ def test_refuses_names_without_a_covariance():
         SubspacePenalty.from_activations(
             nn.Linear(3, 2), {"weight": torch.eye(3)}, rank=1, names=["x.weight"]
         )
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_coordinates_are_refused_by_name(count):
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"basis of 'weight' is indices, so of shape \(k,\)"):
+        SubspacePenalty.from_coordinates(model, {"weight": count})
