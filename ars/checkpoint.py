@@ -7,9 +7,12 @@ from torch import Tensor
 
 from ars import functional
 from ars.controller import ARSController
+from ars.penalty import parameter_names
 from ars.state import Precision, restore_dtypes, step_kind
 
 __all__ = ["CheckpointedAdam"]
+
+SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder"}
 
 
 class CheckpointedAdam(torch.optim.Adam):
@@ -58,6 +61,7 @@ class CheckpointedAdam(torch.optim.Adam):
             saved = state_dict.get("controller")
             if self._controller is not None and saved is not None:
                 self._controller.check_state_dict(saved)
+            _check_shapes(self.param_groups, state_dict)
             loaded.update(state_dict)
 
         # Hooks of the user's may replace the state before, and change what was loaded after.
@@ -94,3 +98,21 @@ class CheckpointedAdam(torch.optim.Adam):
         ):  # fmt: skip
             state[name] = self.__dict__[name]
         return state
+
+
+def _check_shapes(groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
+    """Raise unless saved moments have their parameters' shapes; torch compares the numbers of both.
+
+    Raises:
+        ValueError: One has not; names the parameter.
+    """
+    names = parameter_names(groups)
+    for group, old in zip(groups, saved["param_groups"], strict=False):
+        for param, key in zip(group["params"], old["params"], strict=False):
+            for name, value in saved["state"].get(key, {}).items():
+                if name in SHAPED and isinstance(value, Tensor) and value.shape != param.shape:
+                    raise ValueError(
+                        f"{name} of {names[param]} was saved with shape {tuple(value.shape)}, the "
+                        f"parameter has {tuple(param.shape)}: load the state of the same model, or "
+                        "leave this parameter's entry out of it to start it afresh"
+                    )

@@ -104,6 +104,22 @@ def test_state_of_another_controller_is_refused_whole():
     assert torch.equal(before["controller"]["window"], after["controller"]["window"])
 
 
+def test_state_of_a_parameter_of_another_shape_is_refused_whole():
+    params, others = parameters(shapes=((5,), (2, 3))), parameters(shapes=((5,), (4, 3)))
+    optimizer, other = ARSAdamW(params), ARSAdamW(others)
+    train(optimizer, params, 2, loss=1.0)
+    train(other, others, 3, loss=1.0)
+    saved = other.state_dict()
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 1 .*\(4, 3\), .* \(2, 3\): load"):
+        optimizer.load_state_dict(saved)
+    assert [int(state["step"]) for state in optimizer.state.values()] == [2, 2]
+    assert optimizer.controller.counts.tolist() == [2, 2]
+    del saved["state"][1]
+    optimizer.load_state_dict(saved)
+    train(optimizer, params, 1, loss=1.0)
+    assert [int(optimizer.state[param]["step"]) for param in params] == [4, 1]
+
+
 def test_loading_a_plain_state_restarts_the_controller():
     params = parameters(shapes=((5,),))
     plain, gated = torch.optim.AdamW(params), ARSAdamW(params)
