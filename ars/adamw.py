@@ -45,7 +45,8 @@ class ARSAdamW(ARSAdam):
         capturable: The step may be captured in a CUDA graph; see :meth:`write_hyperparameters`.
         differentiable: Autograd may run through the step, a plain loop then.
         fused: True: fused kernels, Triton's on one GPU and torch's on a CPU. None: these where they
-            can be had, otherwise (several GPUs, no Triton) the loop.
+            can be had, otherwise (several GPUs, no Triton, a
+            DTensor) the loop.
         stochastic_rounding: bfloat16 parameters have bfloat16 moments, and all three are rounded
             up or down at random, so that small updates are not lost on average. On a CPU this and
             ``master_weights`` take the loop.

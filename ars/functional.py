@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ars import loop
 from ars.batch import Batch, Hyper, Options
@@ -53,6 +54,16 @@ def choose(
     """
     devices = {p.device.type for p in params}
     if differentiable:
+        return "loop"
+    wrapped = next((p for p in params if is_traceable_wrapper_subclass(p)), None)
+    if (
+        wrapped is not None
+    ):  # the other kernels see one rank's part, and take its norm for the whole
+        if foreach or fused:
+            raise RuntimeError(
+                f"foreach=True and fused=True are not for a {type(wrapped).__name__}, whose memory "
+                "is not its own: leave both None for the loop"
+            )
         return "loop"
     if rounding and devices == {"cpu"}:
         if foreach or fused:

@@ -9,6 +9,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ars import ARSAdamW
 
@@ -111,3 +114,37 @@ def test_once_there_is_state_a_step_is_a_step():
     params[0].grad.zero_()
     optimizer.step()
     assert float(optimizer.state[params[0]]["step"]) == 3
+
+
+def test_wrapper_tensors_take_the_loop():
+    """The kernels would take the norm of one rank's shard of a DTensor for that of the whole."""
+    start = torch.arange(3.0)
+    params = [TwoTensor(start.clone(), start.clone()).requires_grad_()]
+    optimizer = ARSAdamW(params, lr=0.1, max_grad_norm=0.5)
+    assert optimizer._implementation == "loop"
+    for explicit in ({"fused": True}, {"foreach": True}):
+        with pytest.raises(RuntimeError, match=r"not for a TwoTensor, .*: leave both None"):
+            ARSAdamW(params, **explicit)
+
+
+def test_sharded_parameters_are_clipped_and_gated_as_whole_ones(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        whole = Model()
+        sharded = fully_shard(copy.deepcopy(whole), mesh=init_device_mesh("cpu", (1,)))
+        results = []
+        for model in (whole, sharded):
+            params = list(model.parameters())
+            optimizer = ARSAdamW(params, lr=0.1, max_grad_norm=0.5)
+            for step in range(1, 4):
+                for param in params:
+                    param.grad = param.detach() * step
+                optimizer.step()
+            results.append([getattr(p, "full_tensor", lambda p=p: p)() for p in params])
+            results[-1].append(optimizer.diagnostics["grad_norm"])
+    finally:
+        torch.distributed.destroy_process_group()
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected)
