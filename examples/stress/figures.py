@@ -59,9 +59,10 @@ def _draw(path: Path, scenario: str, arms: dict[str, list[dict[str, list[float]]
         height_ratios=(2, 1, 1),
         layout="constrained",
     )
+    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for (top, middle, bottom), column in zip(grid.T, columns, strict=True):
-        for number, (arm, runs) in enumerate(column.items()):
-            style = {"color": f"C{number % 10}", "label": ARMS[arm].title}
+        for arm, runs in column.items():
+            style = {"color": colors[list(ARMS).index(arm)], "label": ARMS[arm].title}
             style["linestyle"] = "--" if ARMS[arm].controller is None else "-"
             steps = range(len(runs[0]["norm"]))
             _band(top, runs[0]["times"], [run["validation"] for run in runs], style)
@@ -71,22 +72,27 @@ def _draw(path: Path, scenario: str, arms: dict[str, list[dict[str, list[float]]
         for axes in (top, middle, bottom):
             axes.axvline(len(steps) // 2, color="0.5", linewidth=0.8)
             axes.grid(visible=True, linewidth=0.3)
-        for axes in (top, middle):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
         bottom.set_ylim(-0.05, 1.05)
         bottom.set_xlabel(f"step; half-way, {SCENARIOS[scenario].begins}")
-        top.legend(frameon=False, fontsize=8, loc="best")
-    title = f"{SCENARIOS[scenario].title}: mean and range of {len(runs)} seeds"
-    figure.suptitle(title)
-    for axes, label in zip(
-        grid[:, 0], ("validation (bits per byte)", "weight norm / initial", "gate Phi"), strict=True
-    ):
-        axes.set_ylabel(label)
-    for axes in grid[0]:
-        # Less than a decade has one labelled tick at most.
+    for axes in (*grid[0], *grid[1]):
         low, high = axes.get_ylim()
-        axes.yaxis.set_minor_formatter("{x:g}" if high / low < 12 else "")
+        if high > 20 * max(low, 1e-9):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+    figure.suptitle(f"{SCENARIOS[scenario].title}: mean and range of {len(runs)} seeds")
+    labels = ("validation (bits per byte)", "weight norm / initial", "gate Phi")
+    for axes, label in zip(grid[:, 0], labels, strict=True):
+        axes.set_ylabel(label)
+    figure.legend(
+        handles=[
+            line for axes in grid[0] for line in axes.get_lines() if line.get_label()[0] != "_"
+        ],
+        loc="outside lower center",
+        ncols=3 * len(columns),
+        frameon=False,
+        fontsize=8,
+    )
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
