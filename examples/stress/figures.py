@@ -138,8 +138,10 @@ def draw_sensitivity(path: Path, rows: Sequence[dict[str, Any]], pairs: Sequence
                 changes = row["changes"]
                 if set(changes) == {down, across} and row["final"]:
                     values[ys.index(changes[down]), xs.index(changes[across])] = row["final"][0]
-            axes.imshow(values, vmin=min(found), vmax=max(found), cmap="viridis_r", aspect="auto")
-            middle = (min(found) + max(found)) / 2
+            # Half a bit of colours at least: what differs by less looks alike.
+            low, high = min(found), max(max(found), min(found) + 0.5)
+            axes.imshow(values, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
+            middle = (low + high) / 2
             for (y, x), value in np.ndenumerate(values):
                 color = "white" if value > middle else "black"
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
