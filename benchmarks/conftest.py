@@ -1,6 +1,7 @@
 """The benchmarks' command line: ``pytest benchmarks --save`` keeps the figures."""
 
 import datetime
+import functools
 import json
 import platform
 import subprocess
@@ -59,13 +60,24 @@ def report(request: pytest.FixtureRequest, copy_bandwidth: float):
     return write
 
 
-def environment(copy_bandwidth: float) -> dict:
-    """Describe the machine and the versions."""
+@functools.cache
+def commit() -> str:
+    """Return what was measured: the commit, and whether files differed from it."""
     command = ["git", "describe", "--always", "--dirty"]
     git = subprocess.run(command, capture_output=True, text=True, check=False, cwd=RESULTS.parent)
+    return git.stdout.strip()
+
+
+def pytest_sessionstart() -> None:
+    """Look at the commit before the first saved result changes a file."""
+    commit()
+
+
+def environment(copy_bandwidth: float) -> dict:
+    """Describe the machine and the versions."""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": git.stdout.strip(),
+        "commit": commit(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
