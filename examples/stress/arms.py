@@ -28,6 +28,7 @@ class Arm:
         controller: of the optimizer, ``None`` for none.
         clip: largest gradient norm, ``None`` for no clipping.
         factor: of the learning rate, against that of the other arms.
+        betas: of AdamW.
     """
 
     title: str
@@ -35,12 +36,15 @@ class Arm:
     controller: ARSConfig | None = None
     clip: float | None = None
     factor: float = 1.0
+    betas: tuple[float, float] = _BETAS
 
 
 ARMS = {
     "adamw": Arm("AdamW"),
     "adamw-clip": Arm("AdamW, clipped", clip=1.0),
     "adamw-low": Arm("AdamW, clipped, lr / 10", clip=1.0, factor=0.1),
+    # The betas that the proposal's gate leaves on average in ordinary training, without a gate.
+    "adamw-betas": Arm("AdamW, betas x 0.13", betas=(0.13 * _BETAS[0], 0.13 * _BETAS[1])),
     "paper": Arm("paper", controller=ARSConfig.paper()),
     "paper-psi": Arm("paper, Psi alone", controller=ARSConfig.paper(phi_min=1.0, jitter=0.0)),
     "paper-psi-chi": Arm("paper, Psi and chi", controller=ARSConfig.paper(phi_min=1.0)),
@@ -99,7 +103,7 @@ class Step:
                 )
             ]
         else:
-            bases = _FAMILIES[self.arm.family](model, scale)
+            bases = _FAMILIES[self.arm.family](model, scale, self.arm.betas)
             if config is not None:
                 bases = [ARSOptimizer(base, config) for base in bases]
         self.watches = config is not None
@@ -136,31 +140,36 @@ class Step:
         return {name: float(shown[name]) for name in ("phi", "psi")}
 
 
-def _adamw(model: nn.Module, scale: float) -> list[torch.optim.Optimizer]:
-    return [_adamw_of(model.parameters(), scale)]
+def _adamw(
+    model: nn.Module, scale: float, betas: tuple[float, float]
+) -> list[torch.optim.Optimizer]:
+    return [_adamw_of(model.parameters(), scale, betas)]
 
 
-def _adamw_of(parameters: Any, scale: float) -> torch.optim.Optimizer:
+def _adamw_of(parameters: Any, scale: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
     rate = scale * BASE_RATES["adamw"]
-    return torch.optim.AdamW(parameters, lr=rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY)
+    return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=_WEIGHT_DECAY)
 
 
-def _sgd(model: nn.Module, scale: float) -> list[torch.optim.Optimizer]:
+def _sgd(model: nn.Module, scale: float, betas: tuple[float, float]) -> list[torch.optim.Optimizer]:
     return [torch.optim.SGD(model.parameters(), lr=scale * BASE_RATES["sgd"], momentum=0.9)]
 
 
-def _muon(model: nn.Module, scale: float) -> list[torch.optim.Optimizer]:
+def _muon(
+    model: nn.Module, scale: float, betas: tuple[float, float]
+) -> list[torch.optim.Optimizer]:
     # Muon is meant for the matrices between the embedding and the head.
     inside = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
     others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
     rate = scale * BASE_RATES["muon"]
     return [
         torch.optim.Muon(inside, lr=rate, weight_decay=_WEIGHT_DECAY),
-        _adamw_of(others, scale),
+        _adamw_of(others, scale, betas),
     ]
 
 
-_FAMILIES: dict[str, Callable[[nn.Module, float], list[torch.optim.Optimizer]]] = {
+_Family = Callable[[nn.Module, float, tuple[float, float]], list[torch.optim.Optimizer]]
+_FAMILIES: dict[str, _Family] = {
     "adamw": _adamw,
     "sgd": _sgd,
     "muon": _muon,

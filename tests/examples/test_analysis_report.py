@@ -1,6 +1,7 @@
 """The HTML report: whole, self-contained, and saying what is true."""
 
 import base64
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -87,7 +88,10 @@ def test_the_report_of_the_demo(demo: Page) -> None:
     assert len(demo.images) == 4
     verdict = "Nothing is shown either way. inherited against scratch: no conclusion from fewer"
     assert demo.text.index(verdict) < demo.text.index("Models")
-    for words in ("d4-inherited", "2.0732", "-0.3217", "3,276,800", "not fitted: 3 runs cannot",
+    bpb = {(r["depth"], r["arm"]): r["val_bpb"] for r in json.loads(DEMO.read_text())}
+    measured = bpb[4, "inherited"]
+    numbers = f"{measured:.4f}", f"{measured - bpb[4, 'scratch']:+.4f}"
+    for words in ("d4-inherited", *numbers, "3,276,800", "not fitted: 3 runs cannot",
                   "A plan", "7.2B", "No log_*.csv lie beside"):  # fmt: skip
         assert words in demo.text
     assert "CORE" not in demo.text
