@@ -20,34 +20,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
+    from trainer.program import exit_status, missing_module
+
     try:
         from analysis.cli import parse_arguments, run
-        from trainer.errors import UsageError
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] in ("analysis", "ars", "trainer"):
-            raise
-        print(
-            f"error: the module {error.name} is missing: pip install 'ars-triton[examples]'",
-            file=sys.stderr,
-        )
-        return 2
+        return missing_module(error, "analysis")
     arguments = parse_arguments(argv)
     try:
-        print(run(arguments))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"error: writing to {arguments.out} failed ({error.strerror or error}): make room "
-            "there or name another folder with --out",
-            file=sys.stderr,
-        )
-        return 2
+        return exit_status(arguments.out, lambda: print(run(arguments)))
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,22 +7,12 @@
 Exit status: 0 done; 2 the command line or the output folder is wrong; 130 or 143 interrupted.
 """
 
-import os
-import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 # The checkout this file lies in, so that it runs without installing the package.
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
-
-
-def _quit_before_training(signum: int, _frame: FrameType | None) -> None:
-    # Not an exception: during the import of an extension module it could end as a traceback.
-    os.write(2, b"interrupted before training: nothing was written\n")
-    os._exit(128 + signum)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _quit_before_training)
+    from trainer.program import exit_status, missing_module, quit_on_signals
+
+    quit_on_signals()
     from continual.cli import parse_arguments
-    from trainer.errors import RunInterruptedError, UsageError
 
     arguments = parse_arguments(argv)
     out = arguments.out
@@ -46,38 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trainer.prepare import check_writable
         from trainer.signals import StopRequest
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] in ("ars", "continual", "trainer"):
-            raise
-        print(
-            f"error: the module {error.name} is missing: pip install 'ars-triton[examples]'",
-            file=sys.stderr,
-        )
-        return 2
+        return missing_module(error, "continual")
     torch.set_num_threads(arguments.threads)
-    try:
+
+    def work() -> None:
         check_writable(out)
         done = check_folder(out, arguments.settings)
         with StopRequest() as stop:
             records = run_all(out, arguments.settings, arguments.runs, done, stop)
-        table = write_report(out, arguments.settings, records, sweep=arguments.sweep)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        reason = error.strerror or error
-        print(
-            f"error: writing to {out} failed ({reason}): make room there or name another folder "
-            "with --out",
-            file=sys.stderr,
-        )
-        return 2
-    except RunInterruptedError as stopped:
-        command = shlex.join(["python", *sys.orig_argv[1:]])
-        print(f"interrupted: run `{command}` again to go on", file=sys.stderr)
-        return 128 + stopped.signum
-    print(table, end="")
-    print(f"\nResults are in {out}: results.json, table.md and figures.")
-    return 0
+        print(write_report(out, arguments.settings, records, sweep=arguments.sweep), end="")
+        print(f"\nResults are in {out}: results.json, table.md and figures.")
+
+    return exit_status(out, work)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from analysis.bundle import load_bundle
 from analysis.checkpoints import evaluate_checkpoint
@@ -17,6 +16,7 @@ from analysis.savings import find_savings
 from analysis.scaling import ScalingLawValidator
 from analysis.series_laws import fit_series
 from analysis.verdict import compare_arms, headlines
+from trainer.arguments import Parser, integer, number
 from trainer.checkpoint import write_atomically
 from trainer.errors import UsageError
 
@@ -25,33 +25,13 @@ __all__ = ["parse_arguments", "run"]
 _BASELINE = "scratch"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """End with status 2 and one line (argparse prints the usage as well)."""
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
-def _number(low: float, high: float, kind: type = float) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low:g} to {high:g}")
-        return value
-
-    return parse
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; a mistake ends the program with status 2.
 
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="analyze.py",
         description="Fit scaling laws to a trained series, count its costs, compare its arms, and "
         "write scaling_laws.json, cost_analysis.json and report.html.",
@@ -67,23 +47,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     peak.add_argument("--device", choices=sorted(PEAK_FLOPS),
                       help="device it was trained on, for its peak bfloat16 FLOP/s "
                       "(default: unknown, no MFU)")  # fmt: skip
-    peak.add_argument("--peak-flops", type=_number(1, 1e18), metavar="X",
+    peak.add_argument("--peak-flops", type=number(1, 1e18), metavar="X",
                       help="the peak itself, of one device (default: not used)")  # fmt: skip
-    add("--devices", type=_number(1, 1e6, int), default=1, metavar="N",
+    add("--devices", type=integer(1, 1_000_000), default=1, metavar="N",
         help="devices that worked at once (default: %(default)s)")  # fmt: skip
-    add("--price", type=_number(0, 1e6), metavar="P",
+    add("--price", type=number(0, 1e6), metavar="P",
         help="price of a device hour (default: unknown, no prices)")  # fmt: skip
-    add("--bootstraps", type=_number(0, 100_000, int), default=1000, metavar="N",
+    add("--bootstraps", type=integer(0, 100_000), default=1000, metavar="N",
         help="resamples behind the intervals of the laws (default: %(default)s)")  # fmt: skip
     add("--eval-bundle", type=Path, metavar="DIR",
         help="evaluation bundle to score --checkpoint on; examples/analysis/mini_bundle is a tiny "
         "one (default: none)")  # fmt: skip
     add("--checkpoint", type=Path, nargs="+", default=[], metavar="FILE",
         help="byte-level models to evaluate (default: none)")  # fmt: skip
-    add("--sequence-len", type=_number(8, 65536, int), default=256, metavar="T",
+    add("--sequence-len", type=integer(8, 65536), default=256, metavar="T",
         help="longest prompt in bytes, the beginning of longer ones is dropped "
         "(default: %(default)s)")  # fmt: skip
-    add("--max-per-task", type=_number(1, 10**9, int), metavar="N",
+    add("--max-per-task", type=integer(1, 10**9), metavar="N",
         help="items of each task at most (default: all)")  # fmt: skip
     arguments = parser.parse_args(argv)
     if bool(arguments.eval_bundle) != bool(arguments.checkpoint):

@@ -2,13 +2,13 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from continual.config import Run, Settings
 from continual.methods import METHODS
+from trainer.arguments import Parser, integer
 
 __all__ = ["Arguments", "parse_arguments"]
 
@@ -62,27 +62,8 @@ class Arguments:
     sweep: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """End with status 2 and one line (argparse prints the usage as well)."""
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return value
-
-    return parse
-
-
 def _tasks(text: str) -> tuple[int, ...]:
-    parse = _integer(2, 100)
+    parse = integer(2, 100)
     return tuple(dict.fromkeys(parse(part) for part in text.split(",")))
 
 
@@ -109,8 +90,8 @@ def _methods(text: str) -> tuple[tuple[str, float | None], ...]:
     return tuple(dict.fromkeys(chosen))
 
 
-def _build_parser() -> _Parser:
-    parser = _Parser(
+def _build_parser() -> Parser:
+    parser = Parser(
         prog="continual_digits.py",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -147,7 +128,7 @@ def _build_parser() -> _Parser:
     )
     parser.add_argument(
         "--seeds",
-        type=_integer(1, 100),
+        type=integer(1, 100),
         metavar="N",
         help="repetitions: seeds 0 to N - 1 give the permutations, the weights and the order of "
         f"the images; with --sweep {_SWEEP_SEED} to {_SWEEP_SEED - 1} + N "
@@ -155,7 +136,7 @@ def _build_parser() -> _Parser:
     )
     parser.add_argument(
         "--epochs",
-        type=_integer(1, 1000),
+        type=integer(1, 1000),
         metavar="N",
         help="passes over the images for each permutation "
         f"(default: {_FULL.epochs}, with --quick {_QUICK.epochs})",
@@ -169,7 +150,7 @@ def _build_parser() -> _Parser:
     )
     parser.add_argument(
         "--threads",
-        type=_integer(1, 1024),
+        type=integer(1, 1024),
         default=1,
         metavar="N",
         help="CPU threads; the network is too small for more than one (default: %(default)s)",

@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from stress.arms import ARMS
 from stress.jobs import SIZES, Job, Size
 from stress.scenarios import SCENARIOS
+from trainer.arguments import Parser, integer
 
 __all__ = ["SENSITIVITY_PAIRS", "Arguments", "parse_arguments"]
 
@@ -55,25 +55,6 @@ class Arguments:
     jobs: tuple[Job, ...]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """End with status 2 and one line (argparse prints the usage as well)."""
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
-def _integer(low: int, high: int) -> "type[int]":
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return value
-
-    return parse  # type: ignore[return-value]
-
-
 def _names(known: Sequence[str]) -> "type[str]":
     def parse(text: str) -> tuple[str, ...]:
         names = tuple(dict.fromkeys(text.split(",")))
@@ -85,8 +66,8 @@ def _names(known: Sequence[str]) -> "type[str]":
     return parse  # type: ignore[return-value]
 
 
-def _build_parser() -> _Parser:
-    parser = _Parser(
+def _build_parser() -> Parser:
+    parser = Parser(
         prog="narcissus.py",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -121,11 +102,11 @@ def _build_parser() -> _Parser:
         "ordinary and reversal)",
     )  # fmt: skip
     parser.add_argument(
-        "--seeds", type=_integer(1, 1000), metavar="N",
+        "--seeds", type=integer(1, 1000), metavar="N",
         help="number of seeds (default: 10, with --quick 1, with --sensitivity 2)",
     )  # fmt: skip
     parser.add_argument(
-        "--first-seed", type=_integer(0, 2**31), default=_FIRST_SEED, metavar="S",
+        "--first-seed", type=integer(0, 2**31), default=_FIRST_SEED, metavar="S",
         help="the first of them (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -133,7 +114,7 @@ def _build_parser() -> _Parser:
         help="of model and run; gpu needs a CUDA device (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=_integer(1, 256), default=1, metavar="N",
+        "--workers", type=integer(1, 256), default=1, metavar="N",
         help="processes, one thread each (default: %(default)s)",
     )  # fmt: skip
     return parser

@@ -1,13 +1,12 @@
 """The command line: every mistake is one line that says what to do, before anything is written."""
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
 
+from trainer.arguments import Parser, integer, number
 from trainer.config import ARS_CHOICES, DEFAULT_EWC_STRENGTH, SeriesConfig, default_steps
 
 __all__ = ["Arguments", "parse_arguments"]
@@ -60,12 +59,6 @@ class Arguments:
     ratio: float | None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """End with status 2 and one line (argparse prints the usage as well)."""
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
 def _depths(text: str) -> tuple[int, ...]:
     try:
         if "-" in text:
@@ -84,41 +77,13 @@ def _depths(text: str) -> tuple[int, ...]:
     return depths
 
 
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return value
-
-    return parse
-
-
-def _number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or (above and value == low):
-            kind = f"above {low:g}" if above else f"from {low:g}"
-            limit = f" and up to {high:g}" if above else f" to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {kind}{limit}")
-        return value
-
-    return parse
-
-
 def _steps(text: str) -> tuple[int, ...]:
-    parse = _integer(1, 10_000_000)
+    parse = integer(1, 10_000_000)
     return tuple(parse(part) for part in text.split(","))
 
 
-def _build_parser() -> _Parser:
-    parser = _Parser(
+def _build_parser() -> Parser:
+    parser = Parser(
         prog="miniseries.py",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -163,20 +128,20 @@ def _build_parser() -> _Parser:
     )
     budget.add_argument(
         "--ratio",
-        type=_number(0, 1000, above=True),
+        type=number(0, 1000, above=True),
         metavar="R",
         help="instead of --steps: trunk tokens per parameter in matrix products; about 10 is "
         "optimal for a model from scratch (default: not used)",
     )
     size.add_argument(
         "--batch-size",
-        type=_integer(1, 4096),
+        type=integer(1, 4096),
         metavar="B",
         help=f"sequences a step (default: {_FULL.batch_size}, with --quick {_QUICK.batch_size})",
     )
     size.add_argument(
         "--sequence-len",
-        type=_integer(8, 8192),
+        type=integer(8, 8192),
         metavar="T",
         help=f"bytes a sequence (default: {_FULL.sequence_len}, "
         f"with --quick {_QUICK.sequence_len})",
@@ -184,13 +149,13 @@ def _build_parser() -> _Parser:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--lr",
-        type=_number(0, 1, above=True),
+        type=number(0, 1, above=True),
         default=3e-3,
         help="constant learning rate of the trunk, both arms (default: %(default)s)",
     )
     training.add_argument(
         "--ewc-strength",
-        type=_number(0, 1e12),
+        type=number(0, 1e12),
         default=DEFAULT_EWC_STRENGTH,
         metavar="S",
         help="weight of the EWC penalty of inherited models; 0 trains without it and without "
@@ -198,7 +163,7 @@ def _build_parser() -> _Parser:
     )
     training.add_argument(
         "--fisher-samples",
-        type=_integer(1, 1_000_000),
+        type=integer(1, 1_000_000),
         metavar="N",
         help="sequences that the Fisher information is averaged over "
         f"(default: {_FULL.fisher_samples}, with --quick {_QUICK.fisher_samples})",
@@ -211,7 +176,7 @@ def _build_parser() -> _Parser:
     )
     training.add_argument(
         "--seed",
-        type=_integer(0, 2**32 - 1),
+        type=integer(0, 2**32 - 1),
         default=0,
         help="of weights, batches and Fisher sketch (default: %(default)s)",
     )
@@ -221,7 +186,7 @@ def _build_parser() -> _Parser:
     )
     machine.add_argument(
         "--threads",
-        type=_integer(1, 1024),
+        type=integer(1, 1024),
         metavar="N",
         help="CPU threads; numbers repeat bit by bit for one choice (default: torch's choice)",
     )

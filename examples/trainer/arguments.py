@@ -1,0 +1,48 @@
+"""What the examples' command lines share: one line for a mistake, and numbers within bounds."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+__all__ = ["Parser", "integer", "number"]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2 and one line (argparse prints the usage as well)."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """Return a type for whole numbers from ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
+    """Return a type for numbers from ``low``, or ``above`` it, to ``high``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (above and value == low):
+            kind = f"above {low:g}" if above else f"from {low:g}"
+            limit = f" and up to {high:g}" if above else f" to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {kind}{limit}")
+        return value
+
+    return parse

@@ -1,0 +1,74 @@
+"""How an example starts and ends: one line and an exit status for whatever stops it.
+
+Only the standard library is imported, so that a missing package is reported like any mistake.
+"""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from trainer.errors import RunInterruptedError, UsageError
+
+__all__ = ["command", "exit_status", "missing_module", "quit_on_signals"]
+
+
+def _quit_before_training(signum: int, _frame: FrameType | None) -> None:
+    # Not an exception: during the import of an extension module it could end as a traceback.
+    os.write(2, b"interrupted before training: nothing was written\n")
+    os._exit(128 + signum)
+
+
+def quit_on_signals() -> None:
+    """End at once on SIGINT and SIGTERM, until a run can be stopped in good order."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _quit_before_training)
+
+
+def missing_module(error: ModuleNotFoundError, *own: str) -> int:
+    """Say which package to install and return the exit status.
+
+    Args:
+        error: what an import raised.
+        own: packages of this project, whose absence is a defect and is raised again.
+    """
+    if error.name is None or error.name.split(".")[0] in ("ars", "trainer", *own):
+        raise error
+    print(
+        f"error: the module {error.name} is missing: pip install 'ars-triton[examples]'",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def command() -> str:
+    """Return the command line of this process."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
+
+
+def exit_status(out: Path, work: Callable[[], None]) -> int:
+    """Do the work and return the exit status.
+
+    Args:
+        out: the output folder.
+        work: what there is to do.
+    """
+    try:
+        work()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"error: writing to {out} failed ({error.strerror or error}): make room there or name "
+            "another folder with --out",
+            file=sys.stderr,
+        )
+        return 2
+    except RunInterruptedError as stopped:
+        print(f"interrupted: run `{command()}` again to resume", file=sys.stderr)
+        return 128 + stopped.signum
+    return 0
