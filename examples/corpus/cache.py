@@ -1,0 +1,194 @@
+"""A tokenised text on disk: built once, whole or absent, and found again by what it was made of.
+
+A cache is a folder named after the digest of everything that decides its content: the bytes of
+the source, the tokenizer, the format. It is written beside its place and renamed, so a kill leaves
+a folder that the next run removes and never half a cache.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from corpus.choice import TokenizerChoice, load_tokenizer
+from corpus.pieces import SPLITS, Piece, Source
+from corpus.shards import CHECKED_BYTES, ShardWriter, damaged, open_shards
+from corpus.tokenizer import Tokenizer, token_dtype
+from corpus.tokens import Tokens
+from trainer.errors import UsageError
+
+__all__ = ["Opened", "open_cache"]
+
+_FORMAT = 1
+_GROUP_BYTES = 1 << 20  # text handed to the tokenizer at a time
+_MANIFEST = "manifest.json"
+_TOKENIZER = "tokenizer.json"
+
+Opened = tuple[dict[str, Tokens], Tokenizer, dict[str, Any]]
+
+
+def open_cache(
+    source: Source,
+    choice: TokenizerChoice,
+    cache: Path,
+    *,
+    shard_tokens: int,
+    progress: Callable[[int, int | None], None],
+) -> Opened:
+    """Tokenise a source unless that has been done before, and map the result into memory.
+
+    Processes that want the same cache at the same time wait for the one that builds it. Sizes of
+    the files are always compared, their digests only where all files together have at most 1 GB.
+
+    Args:
+        source: the text.
+        choice: its tokenizer.
+        cache: folder of all caches; created if absent.
+        shard_tokens: tokens a file at most.
+        progress: called with the bytes of text done and the bytes of all files (``None`` if
+            unknown); may raise to stop.
+
+    Returns:
+        Tokens of each split, the tokenizer, and the manifest.
+
+    Raises:
+        UsageError: the source cannot be read, or the cache cannot be written or is damaged.
+    """
+    made_of = {
+        "format": _FORMAT,
+        "source": source.identity,
+        "tokenizer": choice.identity,
+        "shard_tokens": shard_tokens,
+    }
+    key = _digest(made_of)
+    folder = cache / key[:32]
+    if not folder.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / f".{folder.name}.lock"):
+                if not folder.exists():
+                    _build(source, choice, folder, key, shard_tokens, progress)
+        except OSError as error:
+            raise UsageError(
+                f"the token cache {cache} cannot be written ({error.strerror or error}): "
+                "free space or name another folder"
+            ) from None
+    return _open(folder, key)
+
+
+def _build(
+    source: Source,
+    choice: TokenizerChoice,
+    folder: Path,
+    key: str,
+    shard_tokens: int,
+    progress: Callable[[int, int | None], None],
+) -> None:
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    if unfinished.exists():  # of a run that was killed: whoever holds the lock is alone here
+        shutil.rmtree(unfinished)
+    unfinished.mkdir()
+    try:
+        before = _state(source)
+        tokenizer = choice.make(source)
+        manifest = {
+            "format": _FORMAT,
+            "key": key,
+            "source": source.facts,
+            "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
+            **_write(source, tokenizer, unfinished, shard_tokens, progress),
+        }
+        if _state(source) != before:
+            raise UsageError(f"{source.label} was changed while it was read: run again")
+        manifest["sha256"] = _content_digest(manifest)
+        tokenizer.save(unfinished / _TOKENIZER)
+        with open(unfinished / _MANIFEST, "w", encoding="utf-8") as file:
+            file.write(json.dumps(manifest, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write(
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    shard_tokens: int,
+    progress: Callable[[int, int | None], None],
+) -> dict[str, Any]:
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers = {split: ShardWriter(folder, split, dtype, shard_tokens) for split in SPLITS}
+    counts = {split: {"bytes": 0, "documents": 0} for split in SPLITS}
+    for group in _groups(source.pieces()):
+        encoded = tokenizer.encode_all([piece.content for piece in group])
+        for piece, tokens in zip(group, encoded, strict=True):
+            count, writer = counts[piece.split], writers[piece.split]
+            count["bytes"] += len(piece.content)
+            count["documents"] += piece.begins
+            if piece.begins and tokenizer.separator is not None:
+                writer.append(np.array([tokenizer.separator], dtype=dtype))
+            writer.append(tokens)
+        progress(sum(count["bytes"] for count in counts.values()), source.size)
+    splits = {}
+    for split, writer in writers.items():
+        splits[split] = {"shards": writer.close(), "tokens": writer.tokens, **counts[split]}
+    return {"dtype": dtype.str, "splits": splits}
+
+
+def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    group: list[Piece] = []
+    size = 0
+    for piece in chain(pieces, (None,)):
+        if group and (piece is None or size >= _GROUP_BYTES):
+            yield group
+            group, size = [], 0
+        if piece is not None:
+            group.append(piece)
+            size += len(piece.content)
+
+
+def _open(folder: Path, key: str) -> Opened:
+    path = folder / _MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        whole = manifest["key"] == key and manifest["sha256"] == _content_digest(manifest)
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UsageError(damaged(path, "it is no manifest of this cache"))
+    try:
+        tokenizer = load_tokenizer(folder / _TOKENIZER)
+    except UsageError:
+        tokenizer = None
+    if tokenizer is None or tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
+        raise UsageError(damaged(folder / _TOKENIZER, "it is another tokenizer"))
+    dtype = np.dtype(manifest["dtype"])
+    count = sum(split["tokens"] for split in manifest["splits"].values())
+    check = count * dtype.itemsize <= CHECKED_BYTES
+    splits = {
+        name: open_shards(folder, split["shards"], dtype, check=check)
+        for name, split in manifest["splits"].items()
+    }
+    return splits, tokenizer, manifest
+
+
+def _state(source: Source) -> list[tuple[int, int]]:
+    return [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, source.files)]
+
+
+def _content_digest(manifest: dict[str, Any]) -> str:
+    """Digest of the tokens and of what they mean; the source's name is no part of it."""
+    return _digest({name: manifest[name] for name in ("tokenizer", "dtype", "splits")})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

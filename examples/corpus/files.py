@@ -1,0 +1,80 @@
+"""Local files: read without surprises, told apart by what they contain."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from corpus.pieces import Piece, Source, document, read_pieces, split_of
+from trainer.errors import UsageError
+
+__all__ = ["fingerprint", "reading", "text_document", "text_source"]
+
+_BLOCK_BYTES = 1 << 20
+
+
+@contextmanager
+def reading(label: str) -> Iterator[None]:
+    """Report files that cannot be read in one line.
+
+    Args:
+        label: names the source in the message.
+
+    Raises:
+        UsageError: the operating system refused to open or read a file.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise UsageError(f"{label} does not exist: check the path") from None
+    except OSError as error:
+        raise UsageError(f"{label} cannot be read ({error.strerror}): name another") from None
+
+
+def fingerprint(name: str, path: Path) -> dict[str, Any]:
+    """Name, size and digest of a file's content.
+
+    Args:
+        name: to record, such as the path inside of a folder.
+        path: where the file lies.
+    """
+    digest = hashlib.sha256()
+    size = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def text_document(name: str, path: Path, label: str) -> Iterator[Piece]:
+    """One of many text files: it belongs to one split as a whole."""
+    with reading(label), open(path, "rb") as file:
+        yield from document(split_of(name), file)
+
+
+def text_source(path: Path, label: str) -> Source:
+    """One text file, whose last tenth is for validation.
+
+    Args:
+        path: any file; its bytes are the text.
+        label: names it in error messages.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    with reading(label):
+        identity = fingerprint(path.name, path)
+    size = identity["bytes"]
+
+    def pieces() -> Iterator[Piece]:
+        with reading(label), open(path, "rb") as file:
+            for split, length in (("train", size - size // 10), ("validation", size // 10)):
+                begins = True
+                for content in read_pieces(file, length):
+                    yield Piece(split, begins, content)
+                    begins = False
+
+    facts = {"source": path.name, "kind": "text"}
+    return Source(label, {"kind": "text", "files": [identity]}, facts, pieces, (path,), size)
