@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,7 @@ def _build(
     unfinished.mkdir()
     try:
         before = _state(source)
-        tokenizer = choice.make(source)
+        tokenizer = choice.make(replace(source, pieces=partial(_watched, source, progress)))
         manifest = {
             "format": _FORMAT,
             "key": key,
@@ -118,6 +120,13 @@ def _build(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _watched(source: Source, progress: Callable[[int, int | None], None]) -> Iterator[Piece]:
+    """Pieces for training a tokenizer: none is done yet, but it may be stopped."""
+    for piece in source.pieces():
+        progress(0, source.size)
+        yield piece
+
+
 def _write(
     source: Source,
     tokenizer: Tokenizer,
@@ -129,7 +138,12 @@ def _write(
     writers = {split: ShardWriter(folder, split, dtype, shard_tokens) for split in SPLITS}
     counts = {split: {"bytes": 0, "documents": 0} for split in SPLITS}
     for group in _groups(source.pieces()):
-        encoded = tokenizer.encode_all([piece.content for piece in group])
+        try:
+            encoded = tokenizer.encode_all([piece.content for piece in group])
+        except ValueError as error:
+            raise UsageError(
+                f"--tokenizer cannot be used for {source.label}, {error}: use bytes or bpe:N"
+            ) from None
         for piece, tokens in zip(group, encoded, strict=True):
             count, writer = counts[piece.split], writers[piece.split]
             count["bytes"] += len(piece.content)

@@ -29,7 +29,8 @@ def reading(label: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UsageError(f"{label} does not exist: check the path") from None
     except OSError as error:
-        raise UsageError(f"{label} cannot be read ({error.strerror}): name another") from None
+        reason = error.strerror or " ".join(str(error).split())[:200]
+        raise UsageError(f"{label} cannot be read ({reason}): name another") from None
 
 
 def fingerprint(name: str, path: Path) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 from corpus.files import text_source
+from corpus.folder import folder_source
+from corpus.hub import PREFIX, hub_source
 from corpus.library import library_source
 from corpus.pieces import Source
+from corpus.tables import is_table, table_source
 from trainer.errors import UsageError
 
 __all__ = ["open_source"]
@@ -14,15 +17,23 @@ def open_source(name: str | None, column: str | None) -> Source:
     """The source that ``--data`` names.
 
     Args:
-        name: path of a file; ``None`` for the built-in text.
-        column: of a table.
+        name: ``None`` for the built-in text; ``hf:NAME[:CONFIG][@COMMIT]`` for a data set of the
+            Hugging Face hub; or a path: of a folder, of a table (``.csv``, ``.tsv``, ``.parquet``,
+            ``.jsonl``), or of any other file, which is one text.
+        column: holds the text of a table.
 
     Raises:
         UsageError: there is no such source.
     """
-    if name is None:
-        return library_source()
-    path = Path(name)
-    if path.is_dir():
-        raise UsageError(f"--data {name} is a directory: name one text file")
-    return text_source(path, f"--data {name}")
+    label = f"--data {name}"
+    if name is not None and name.startswith(PREFIX):
+        return hub_source(name[len(PREFIX) :], column, label)
+    path = None if name is None else Path(name)
+    if path is not None and path.is_dir():
+        return folder_source(path, column, label)
+    if path is not None and is_table(path):
+        return table_source(path, column, label)
+    if column is not None:
+        what = "the built-in text" if path is None else label
+        raise UsageError(f"--column {column} is for tables, and {what} is none: leave it out")
+    return library_source() if path is None else text_source(path, label)

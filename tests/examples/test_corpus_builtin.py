@@ -4,16 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpus_helpers import ids
 
-from corpus import Corpus, Tokens, batch, prepare_corpus, validation_windows
+from corpus import Corpus, batch, prepare_corpus, validation_windows
 from corpus import pieces as pieces_module
 from corpus.library import library_source
 from corpus.pieces import SPLITS, split_of
 from trainer.errors import UsageError
-
-
-def content(tokens: Tokens) -> bytes:
-    return bytes(tokens.windows(torch.tensor([0]), len(tokens))[0].tolist())
 
 
 @pytest.fixture
@@ -94,8 +91,8 @@ def test_its_tokens_are_the_bytes_of_its_files(built_in: Corpus) -> None:
     assert names == sorted(names)
     for name, path in zip(names, source.files, strict=True):
         parts[split_of(name)].append(path.read_bytes())
-    assert content(built_in.train) == b"".join(parts["train"])
-    assert content(built_in.validation) == b"".join(parts["validation"])
+    assert bytes(ids(built_in.train)) == b"".join(parts["train"])
+    assert bytes(ids(built_in.validation)) == b"".join(parts["validation"])
     facts = built_in.facts
     assert facts["train_documents"] == sum(map(bool, parts["train"]))
     assert facts["train_bytes"] == facts["train_tokens"] == len(built_in.train)
@@ -109,7 +106,7 @@ def test_a_file_keeps_its_last_tenth_for_validation(
     path = tmp_path / "text.bin"
     path.write_bytes(bytes(range(256)) * 4)
     corpus = prepare_corpus(str(path), cache=tmp_path / "cache", sequence_len=32)
-    assert content(corpus.train) + content(corpus.validation) == path.read_bytes()
+    assert bytes(ids(corpus.train) + ids(corpus.validation)) == path.read_bytes()
     assert len(corpus.validation) == 102
     assert corpus.facts["source"] == "text.bin"
     assert corpus.facts["train_documents"] == corpus.facts["validation_documents"] == 1

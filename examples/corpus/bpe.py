@@ -1,0 +1,199 @@
+"""Byte-level byte-pair encoding (Radford et al. 2019), by the ``tokenizers`` library.
+
+The library takes text and gives tokens; bits per byte need more: every byte of any input, valid
+UTF-8 or not, in exactly one token, so that sizes of tokens add up to sizes of documents. Tokenizers
+that cannot do that, because they normalise text or know only some bytes, are refused.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from corpus.pieces import Source
+from corpus.tokenizer import TokenArray, token_dtype
+from trainer.errors import UsageError
+
+__all__ = ["SEPARATOR", "SMALLEST_VOCABULARY", "BPETokenizer", "byte_level", "train_bpe"]
+
+SEPARATOR = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # every byte and the separator
+_SEPARATORS = (SEPARATOR, "<|begin_of_text|>", "<|end_of_text|>", "<s>", "</s>")
+_SAMPLE_BYTES = 64 << 20
+# What normalizers and pre-tokenizers change: case, compositions, widths, spaces, line ends.
+_PROBES = (
+    " \u00c4 A\u0308 \ufb01 \uff21 It's 123 \t\r\n\n  x",
+    "\u00a0\u200b\u3000 \u65e5\u672c \U0001f642 \x00 ",
+    "a  b",
+)
+_INVALID = re.compile("([\udc80-\udcff]+)")  # what "surrogateescape" makes of undecodable bytes
+
+
+class BPETokenizer:
+    """A byte-level BPE of the ``tokenizers`` library.
+
+    Args:
+        inner: it; copied.
+
+    Raises:
+        ValueError: it does not keep every byte of a text, or has no token to separate documents.
+    """
+
+    name = "bpe"
+
+    def __init__(self, inner: Tokenizer) -> None:
+        self._inner = inner = Tokenizer.from_str(inner.to_str())
+        inner.no_padding()
+        inner.no_truncation()
+        if inner.token_to_id(SEPARATOR) is not None:
+            inner.add_special_tokens([SEPARATOR])  # GPT-2's files do not say that it is special
+        inner.encode_special_tokens = True  # a text that spells one out does not contain it
+        added = inner.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added.items() if token.special}
+        found = [special[content] for content in _SEPARATORS if content in special]
+        if not found:
+            raise ValueError(f"it has no special token {SEPARATOR} to put between documents")
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        self.separator = found[0]
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.sha256 = hashlib.sha256(inner.to_str().encode()).hexdigest()
+        self._dtype = token_dtype(self.vocab_size)
+        self._table = [b""] * self.vocab_size
+        alphabet = _byte_alphabet()
+        if not alphabet.keys() <= vocabulary.keys():
+            raise ValueError("it is no byte-level BPE: some bytes have no token")
+        try:
+            for content, i in vocabulary.items():
+                if i not in added:
+                    self._table[i] = bytes(alphabet[character] for character in content)
+                elif not added[i].special:
+                    self._table[i] = content.encode()
+        except KeyError:
+            raise ValueError("it is no byte-level BPE: some tokens are not bytes") from None
+        self._byte_tokens = np.empty(256, dtype=self._dtype)
+        for character, byte in alphabet.items():
+            self._byte_tokens[byte] = vocabulary[character]
+        self._sizes = np.array([len(content) for content in self._table], dtype=np.int64)
+        if any(self.decode(self._encode_text(probe)) != probe.encode() for probe in _PROBES):
+            raise ValueError("it changes text (by a normalizer or an added space)")
+
+    @property
+    def token_bytes(self) -> Tensor:
+        """(V,) int64: bytes of each token, 0 for special ones."""
+        return torch.from_numpy(self._sizes.copy())
+
+    def encode(self, text: bytes | str) -> TokenArray:
+        """Tokens of a text, without any special ones; bytes that are no UTF-8 are one each."""
+        return self.encode_all([text.encode() if isinstance(text, str) else text])[0]
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[TokenArray]:
+        """Tokens of several texts, on all cores.
+
+        Raises:
+            ValueError: the tokens do not hold the bytes of the text.
+        """
+        decoded = [_decoded(text) for text in texts]
+        valid = [text for text in decoded if text is not None]
+        encodings = iter(self._inner.encode_batch_fast(valid, add_special_tokens=False))
+        result = []
+        for content, text in zip(texts, decoded, strict=True):
+            if text is None:
+                tokens = self._encode_invalid(content)
+            else:
+                tokens = np.array(next(encodings).ids, dtype=self._dtype)
+            if self._sizes[tokens].sum() != len(content):
+                raise ValueError(f"its tokens of {content[:40]!r}... do not hold every byte")
+            result.append(tokens)
+        return result
+
+    def _encode_text(self, text: str) -> TokenArray:
+        ids = self._inner.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=self._dtype)
+
+    def _encode_invalid(self, content: bytes) -> TokenArray:
+        parts = _INVALID.split(content.decode("utf-8", "surrogateescape"))
+        tokens = []
+        for text, invalid in zip_longest(parts[::2], parts[1::2], fillvalue=""):
+            tokens.append(self._encode_text(text))
+            surplus = np.frombuffer(invalid.encode("utf-8", "surrogateescape"), dtype=np.uint8)
+            tokens.append(self._byte_tokens[surplus])
+        return np.concatenate(tokens)
+
+    def decode(self, tokens: Sequence[int] | TokenArray | Tensor) -> bytes:
+        """The bytes that tokens stand for; special ones stand for none."""
+        return b"".join(self._table[token] for token in np.asarray(tokens).tolist())
+
+    def save(self, path: Path) -> None:
+        """Write the ``tokenizer.json`` that the ``tokenizers`` library reads."""
+        path.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+
+
+def byte_level(model: models.BPE) -> Tokenizer:
+    """A BPE model with GPT-2's way to cut a text into words."""
+    inner = Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def train_bpe(source: Source, vocab_size: int) -> BPETokenizer:
+    """Train a BPE on a sample of the training documents, at most 64 MB that depend on them alone.
+
+    Args:
+        source: the text.
+        vocab_size: V, every byte and ``<|endoftext|>`` (token 0) included.
+
+    Raises:
+        UsageError: the text is too short for so many tokens.
+    """
+    inner = byte_level(models.BPE())
+    inner.encode_special_tokens = True
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(_sample(source), trainer)
+    if inner.get_vocab_size() < vocab_size:
+        raise UsageError(
+            f"--tokenizer bpe:{vocab_size} is too large for {source.label}, which gives "
+            f"{inner.get_vocab_size()} tokens: choose at most that many, or give more text"
+        )
+    return BPETokenizer(inner)
+
+
+def _sample(source: Source) -> Iterator[str]:
+    # Spread over the whole source by the hash of the position, where its size is known.
+    share = 1.0 if not source.size else _SAMPLE_BYTES / source.size
+    left = _SAMPLE_BYTES
+    for index, piece in enumerate(source.pieces()):
+        digest = hashlib.sha256(f"sample {index}".encode()).digest()
+        if piece.split == "train" and int.from_bytes(digest[:8], "big") < share * 2**64:
+            yield piece.content.decode("utf-8", "ignore")
+            left -= len(piece.content)
+            if left <= 0:
+                return
+
+
+def _decoded(content: bytes) -> str | None:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for every byte: itself, or the next one from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + i): byte for i, byte in enumerate(others)
+    }

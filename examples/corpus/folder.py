@@ -1,0 +1,86 @@
+"""A folder: every text file and every row of every table below it is a document."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from corpus.files import fingerprint, reading, text_document
+from corpus.pieces import Piece, Source, document, split_of
+from corpus.tables import TABLES, check_column, is_table, table_rows
+from trainer.errors import UsageError
+
+__all__ = ["TEXTS", "folder_source"]
+
+TEXTS = (
+    ".txt", ".text", ".md", ".rst", ".tex", ".html",
+    ".py", ".c", ".h", ".cc", ".cpp", ".go", ".java", ".js", ".rs", ".ts",
+)  # fmt: skip
+
+
+def folder_source(root: Path, column: str | None, label: str) -> Source:
+    """All supported files below a folder, by path; hidden and empty ones are left out.
+
+    Args:
+        root: the folder.
+        column: of its tables, if there are any.
+        label: names it in error messages.
+
+    Raises:
+        UsageError: there is no supported file, one cannot be read, or a table has no such column.
+    """
+    with reading(label):
+        chosen, others = _files(root)
+        if not chosen:
+            supported = ", ".join((*TEXTS, *TABLES))
+            raise UsageError(f"{label} is a folder without text, which is: {supported}")
+        identities = [fingerprint(name, path) for name, path in chosen.items()]
+    tables = {name for name, path in chosen.items() if is_table(path)}
+    labels = {name: f"{label.rstrip('/')}/{name}" for name in chosen}
+    if column is not None and not tables:
+        raise UsageError(f"--column {column} is for tables, and {label} has none: leave it out")
+    for name in sorted(tables):
+        check_column(chosen[name], column, labels[name])
+
+    def pieces() -> Iterator[Piece]:
+        for name, path in chosen.items():
+            if name not in tables:
+                yield from text_document(name, path, labels[name])
+                continue
+            assert column is not None
+            for row, content in table_rows(path, column, labels[name]):
+                yield from document(split_of(f"{name}:{row}"), content)
+
+    return Source(
+        label=label,
+        identity={"kind": "folder", "column": column, "files": identities},
+        facts={
+            "source": root.resolve().name,
+            "kind": "folder",
+            "column": column,
+            "files": len(chosen),
+            "files_left_out": others,
+        },
+        pieces=pieces,
+        files=tuple(chosen.values()),
+        size=sum(identity["bytes"] for identity in identities),
+    )
+
+
+def _files(root: Path) -> tuple[dict[str, Path], int]:
+    """Supported files by their relative path, sorted, and how many others there are."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that it may not enter
+
+    found: dict[str, Path] = {}
+    others = 0
+    for parent, folders, files in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in files:
+            path = Path(parent, file)
+            supported = path.suffix.lower() in TEXTS or is_table(path)
+            if supported and not file.startswith(".") and path.stat().st_size > 0:
+                found[path.relative_to(root).as_posix()] = path
+            else:
+                others += 1
+    return dict(sorted(found.items())), others
