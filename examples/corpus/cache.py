@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -22,7 +23,7 @@ from filelock import FileLock
 from corpus.choice import TokenizerChoice, load_tokenizer
 from corpus.pieces import SPLITS, Piece, Source
 from corpus.shards import CHECKED_BYTES, ShardWriter, damaged, open_shards
-from corpus.tokenizer import Tokenizer, token_dtype
+from corpus.tokenizer import TokenArray, Tokenizer, token_dtype
 from corpus.tokens import Tokens
 from trainer.errors import UsageError
 
@@ -135,27 +136,35 @@ def _write(
     progress: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
     dtype = token_dtype(tokenizer.vocab_size)
-    writers = {split: ShardWriter(folder, split, dtype, shard_tokens) for split in SPLITS}
     counts = {split: {"bytes": 0, "documents": 0} for split in SPLITS}
-    for group in _groups(source.pieces()):
-        try:
-            encoded = tokenizer.encode_all([piece.content for piece in group])
-        except ValueError as error:
-            raise UsageError(
-                f"--tokenizer cannot be used for {source.label}, {error}: use bytes or bpe:N"
-            ) from None
-        for piece, tokens in zip(group, encoded, strict=True):
-            count, writer = counts[piece.split], writers[piece.split]
-            count["bytes"] += len(piece.content)
-            count["documents"] += piece.begins
-            if piece.begins and tokenizer.separator is not None:
-                writer.append(np.array([tokenizer.separator], dtype=dtype))
-            writer.append(tokens)
-        progress(sum(count["bytes"] for count in counts.values()), source.size)
-    splits = {}
-    for split, writer in writers.items():
-        splits[split] = {"shards": writer.close(), "tokens": writer.tokens, **counts[split]}
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(ShardWriter(folder, split, dtype, shard_tokens))
+            for split in SPLITS
+        }
+        for group in _groups(source.pieces()):
+            for piece, tokens in zip(group, _encoded(group, tokenizer, source), strict=True):
+                count, writer = counts[piece.split], writers[piece.split]
+                count["bytes"] += len(piece.content)
+                count["documents"] += piece.begins
+                if piece.begins and tokenizer.separator is not None:
+                    writer.append(np.array([tokenizer.separator], dtype=dtype))
+                writer.append(tokens)
+            progress(sum(count["bytes"] for count in counts.values()), source.size)
+        splits = {
+            split: {"shards": writer.finish(), "tokens": writer.tokens, **counts[split]}
+            for split, writer in writers.items()
+        }
     return {"dtype": dtype.str, "splits": splits}
+
+
+def _encoded(group: list[Piece], tokenizer: Tokenizer, source: Source) -> list[TokenArray]:
+    try:
+        return tokenizer.encode_all([piece.content for piece in group])
+    except ValueError as error:
+        raise UsageError(
+            f"--tokenizer cannot be used for {source.label}, {error}: use bytes or bpe:N"
+        ) from None
 
 
 def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from corpus.pieces import Piece, Source, document, read_pieces, split_of
+from corpus.pieces import Piece, Source, document, read_pieces
 from trainer.errors import UsageError
 
 __all__ = ["fingerprint", "reading", "text_document", "text_source"]
@@ -49,10 +49,10 @@ def fingerprint(name: str, path: Path) -> dict[str, Any]:
     return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def text_document(name: str, path: Path, label: str) -> Iterator[Piece]:
+def text_document(split: str, path: Path, label: str) -> Iterator[Piece]:
     """One of many text files: it belongs to one split as a whole."""
     with reading(label), open(path, "rb") as file:
-        yield from document(split_of(name), file)
+        yield from document(split, file)
 
 
 def text_source(path: Path, label: str) -> Source:

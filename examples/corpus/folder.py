@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from corpus.files import fingerprint, reading, text_document
-from corpus.pieces import Piece, Source, document, split_of
+from corpus.pieces import Piece, Source, document, split_of, splits_of
 from corpus.tables import TABLES, check_column, is_table, table_rows
 from trainer.errors import UsageError
 
@@ -41,10 +41,13 @@ def folder_source(root: Path, column: str | None, label: str) -> Source:
     for name in sorted(tables):
         check_column(chosen[name], column, labels[name])
 
+    # Rows are many, and are not known before they are read.
+    splits = {name: split_of(name) for name in chosen} if tables else splits_of(chosen)
+
     def pieces() -> Iterator[Piece]:
         for name, path in chosen.items():
             if name not in tables:
-                yield from text_document(name, path, labels[name])
+                yield from text_document(splits[name], path, labels[name])
                 continue
             assert column is not None
             for row, content in table_rows(path, column, labels[name]):

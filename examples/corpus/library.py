@@ -49,7 +49,7 @@ def library_source(root: Path | None = None) -> Source:
 
     def pieces() -> Iterator[Piece]:
         for name, path in chosen.items():
-            yield from text_document(name, path, _LABEL)
+            yield from text_document(split_of(name), path, _LABEL)
 
     return Source(
         label=_LABEL,

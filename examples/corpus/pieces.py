@@ -6,12 +6,12 @@ document read in pieces has the tokens of the whole.
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["SPLITS", "Piece", "Source", "document", "read_pieces", "split_of"]
+__all__ = ["SPLITS", "Piece", "Source", "document", "read_pieces", "split_of", "splits_of"]
 
 SPLITS = ("train", "validation")
 _VALIDATION_ONE_IN = 20
@@ -65,8 +65,28 @@ def split_of(document_id: str) -> str:
         >>> [row for row in range(60) if split_of(f"{row}") == "validation"]
         [0, 9, 10, 33, 40, 44, 59]
     """
-    bucket = int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big")
-    return SPLITS[bucket % _VALIDATION_ONE_IN == 0]
+    return SPLITS[_hash(document_id) % _VALIDATION_ONE_IN == 0]
+
+
+def splits_of(document_ids: Iterable[str]) -> dict[str, str]:
+    """The splits of documents all of whose names are known.
+
+    Args:
+        document_ids: if `split_of` puts none of them, two at least, in the validation split, the
+            one with the smallest hash goes there: a folder of some books can be used as well.
+
+    Example:
+        >>> splits_of(["a", "b", "c"])
+        {'a': 'train', 'b': 'train', 'c': 'validation'}
+    """
+    splits = {document_id: split_of(document_id) for document_id in document_ids}
+    if "validation" not in splits.values() and len(splits) > 1:
+        splits[min(splits, key=_hash)] = "validation"
+    return splits
+
+
+def _hash(document_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big")
 
 
 def document(split: str, content: bytes | BinaryIO) -> Iterator[Piece]:

@@ -21,6 +21,8 @@ _BLOCK_BYTES = 1 << 20
 class ShardWriter:
     """Writes the tokens of one split to ``<split>-00000.bin``, ``<split>-00001.bin``, ...
 
+    A context manager: its end closes the file that `finish` did not come to.
+
     Args:
         folder: exists.
         split: first part of the file names.
@@ -45,7 +47,7 @@ class ShardWriter:
         while tokens.size:
             if self._file is None:
                 name = f"{self._split}-{len(self._done):05d}.bin"
-                self._file = open(self._folder / name, "wb")  # noqa: SIM115 (closed by `close`)
+                self._file = open(self._folder / name, "wb")  # noqa: SIM115 (see `__exit__`)
                 self._digest = hashlib.sha256()
                 self._room = self._shard_tokens
             part = tokens[: self._room]
@@ -57,10 +59,17 @@ class ShardWriter:
             if not self._room:
                 self._end()
 
-    def close(self) -> list[dict[str, Any]]:
+    def finish(self) -> list[dict[str, Any]]:
         """Finish the last file; return name, number of tokens and digest of each file."""
         self._end()
         return self._done
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def _end(self) -> None:
         if self._file is None:
@@ -86,7 +95,7 @@ def open_shards(
 
     Args:
         folder: they lie in.
-        shards: what `ShardWriter.close` returned.
+        shards: what `ShardWriter.finish` returned.
         dtype: of the tokens in the files.
         check: compare the digests too, not the sizes alone.
 

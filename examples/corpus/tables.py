@@ -30,7 +30,7 @@ __all__ = [
 
 Rows = Iterator[tuple[int, bytes]]  # row number from 0, and its text
 
-_CSV_BLOCK_BYTES = 16 << 20  # also the longest row
+_CSV_BLOCK_BYTES = 4 << 20  # also the longest row; pyarrow holds about 40
 _PARQUET_ROWS = 256
 _PARQUET_BUFFER_BYTES = 1 << 20
 

@@ -130,6 +130,16 @@ def test_a_folder_is_all_of_its_files_by_path(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(corpus.facts)
 
 
+def test_of_a_few_files_one_is_for_validation(tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    for name in "abc":
+        (tmp_path / "books" / f"{name}.txt").write_text(name * 50)
+    found = content(prepare(tmp_path / "books", tmp_path / "cache"))
+    assert sorted(found["train"] + found["validation"]) == sorted(b"abc" * 50)
+    assert len(found["validation"]) == 50
+    assert len(set(found["validation"])) == 1
+
+
 def test_a_text_in_small_pieces_is_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "_PIECE_BYTES", 16)
     for text in ("a  b\n c " * 20, "日本語" * 50, "x" * 99, " " * 99, "\n" * 99):
