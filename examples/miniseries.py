@@ -2,13 +2,15 @@
 
     python examples/miniseries.py            # d2 -> d3 -> d4 on two CPU cores, about five minutes
     python examples/miniseries.py --quick    # the same path in under a minute
+    python examples/miniseries.py plan       # what that will cost, without training
+    python examples/miniseries.py sample --checkpoint FILE --prompt "def "
     python examples/miniseries.py --help
 
 Exit status: 0 done; 2 the command line or the output folder is wrong; 130 or 143 interrupted.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # The checkout this file lies in, so that it runs without installing the package.
@@ -16,29 +18,51 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the series and return the exit status.
+    """Train, plan or sample, and return the exit status.
 
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
-    from trainer.program import exit_status, missing_module, quit_on_signals
+    from trainer.program import missing_module, quit_on_signals
 
-    quit_on_signals()
+    words = list(sys.argv[1:] if argv is None else argv)
+    mode = words.pop(0) if words and not words[0].startswith("-") else "train"
+    quit_on_signals() if mode == "train" else quit_on_signals("interrupted")
+    try:
+        if mode not in _MODES:
+            from trainer.values import nearest
+
+            print(f"error: there is no mode {mode}; {nearest(mode, _MODES)}", file=sys.stderr)
+            return 2
+        return _MODES[mode](words)
+    except ModuleNotFoundError as error:
+        return missing_module(error, "analysis")
+
+
+def _train(words: Sequence[str]) -> int:
     from trainer.cli import parse_arguments
 
-    arguments = parse_arguments(argv)
-    try:
-        from trainer.prepare import prepare
-        from trainer.series import run_series
-        from trainer.signals import StopRequest
-    except ModuleNotFoundError as error:
-        return missing_module(error)
+    arguments = parse_arguments(words)
+    from trainer.planning import settings_table
+    from trainer.prepare import prepare
+    from trainer.program import exit_status
+    from trainer.series import run_series
+    from trainer.signals import StopRequest
+
     out = arguments.out
 
     def work() -> None:
-        config, corpus = prepare(arguments)
         with StopRequest() as stop:
-            table, nothing_to_do = run_series(out, config, corpus, stop)
+            run = prepare(arguments, stop)
+            try:
+                if run.parallel.is_first:
+                    vocab_size = run.corpus.vocab_size
+                    print(settings_table(run.config, vocab_size), end="", file=sys.stderr)
+                table, nothing_to_do = run_series(run)
+                if not run.parallel.is_first:
+                    return
+            finally:
+                run.parallel.close()
         print(table, end="")
         if nothing_to_do:
             print(f"\nEvery model was already trained in {out}; delete it to train again.")
@@ -46,6 +70,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\nResults are in {out}: table.md, metrics.json, loss_*.png, checkpoints/.")
 
     return exit_status(out, work)
+
+
+def _plan(words: Sequence[str]) -> int:
+    from trainer.cli import parse_plan
+
+    asked = parse_plan(words)
+    from analysis.planning import describe_plan
+
+    return _print(lambda: describe_plan(asked))
+
+
+def _sample(words: Sequence[str]) -> int:
+    from trainer.cli import parse_sample
+
+    asked = parse_sample(words)
+    from trainer.sample import describe_samples
+
+    return _print(lambda: describe_samples(asked))
+
+
+def _print(make: Callable[[], str]) -> int:
+    from trainer.errors import UsageError
+
+    try:
+        print(make(), end="")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+_MODES = {"train": _train, "plan": _plan, "sample": _sample}
 
 
 if __name__ == "__main__":

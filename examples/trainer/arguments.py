@@ -3,9 +3,13 @@
 import argparse
 import math
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-__all__ = ["Parser", "integer", "number"]
+__all__ = ["OptionError", "Parser", "integer", "number"]
+
+
+class OptionError(argparse.ArgumentTypeError, ValueError):
+    """What is wrong with a value: argparse expects the one, readers of files the other."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,33 +20,33 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def integer(low: int, high: int) -> Callable[[str], int]:
-    """Return a type for whole numbers from ``low`` to ``high``."""
+def integer(low: int, high: int) -> Callable[[Any], int]:
+    """Return a type for whole numbers from ``low`` to ``high``, as words or as numbers."""
 
-    def parse(text: str) -> int:
+    def parse(given: Any) -> int:
         try:
-            value = int(text)
+            value = int(given) if type(given) in (int, str) else low - 1
         except ValueError:
             value = low - 1
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+            raise OptionError(f"{given!r} is not a whole number from {low} to {high}")
         return value
 
     return parse
 
 
-def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
+def number(low: float, high: float, *, above: bool = False) -> Callable[[Any], float]:
     """Return a type for numbers from ``low``, or ``above`` it, to ``high``."""
 
-    def parse(text: str) -> float:
+    def parse(given: Any) -> float:
         try:
-            value = float(text)
+            value = float(given) if type(given) in (int, float, str) else math.nan
         except ValueError:
             value = math.nan
         if not low <= value <= high or (above and value == low):
             kind = f"above {low:g}" if above else f"from {low:g}"
             limit = f" and up to {high:g}" if above else f" to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {kind}{limit}")
+            raise OptionError(f"{given!r} is not a number {kind}{limit}")
         return value
 
     return parse

@@ -1,43 +1,47 @@
-"""The command line: every mistake is one line that says what to do, before anything is written."""
+"""The command lines of the trainer: every mistake is one line, before anything is written.
 
-import argparse
+Nothing here imports torch, so that a mistake is told at once.
+"""
+
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from trainer.arguments import Parser, integer, number
-from trainer.config import ARS_CHOICES, DEFAULT_EWC_STRENGTH, SeriesConfig, default_steps
+import yaml
+from jsonargparse import Namespace
 
-__all__ = ["Arguments", "parse_arguments"]
+from trainer import values
+from trainer.arguments import integer, number
+from trainer.config import RULE, SeriesConfig
+from trainer.machine import Machine
+from trainer.options import QUICK, add_files, add_machine, add_series, default_steps
+from trainer.parser import OptionParser
+from trainer.rules import settings_of
 
-_LARGEST_DEPTH = 20
-
-
-@dataclass(frozen=True)
-class _Defaults:
-    """What --quick changes."""
-
-    out: str
-    depths: tuple[int, ...]
-    steps: tuple[int, ...]
-    batch_size: int
-    sequence_len: int
-    fisher_samples: int
-
-
-_FULL = _Defaults("out/demo", (2, 3, 4), default_steps((2, 3, 4)), 4, 256, 64)
-_QUICK = _Defaults("out/quick", (1, 2, 3), (24, 24, 24), 8, 64, 16)
+__all__ = [
+    "Arguments", "PlanArguments", "SampleArguments", "parse_arguments", "parse_plan",
+    "parse_sample",
+]  # fmt: skip
 
 _DESCRIPTION = """\
-Train a miniseries of byte-level GPTs (width 64 x depth, heads of 64 channels) on the source of
-Python's own standard library. Every model is grown out of the one before it, function-preserving,
-with its whole training state and a Fisher-weighted EWC penalty, and compared with a model of the
-same size from scratch that gets the FLOPs of the whole lineage."""
+Train a miniseries of GPTs (width 64 x depth, heads of 64 channels), by default of bytes and on the
+source of Python's own standard library. Models are grown out of the one before them,
+function-preserving, with their whole training state, and compared with models of the same size
+from scratch that get the FLOPs of the whole lineage.
+
+Other modes: miniseries.py plan --help, miniseries.py sample --help."""
 
 _EPILOG = """\
 Results: table.md, metrics.json, loss_*.png, log_*.csv and checkpoints/ in the output folder.
 Interrupt at any time (Ctrl-C) and run the same command again to go on where it stopped."""
+
+_PLAN_DESCRIPTION = """\
+Print what a series would be, without training and without reading any data: the settings of every
+depth, and what every model costs, lineage included. Takes the options of training, and:"""
+
+_SAMPLE_DESCRIPTION = "Print what a trained model makes of the beginning of a text."
 
 
 @dataclass(frozen=True)
@@ -46,166 +50,167 @@ class Arguments:
 
     Args:
         out: output folder.
-        data: text file to train on; ``None`` for the standard library.
-        threads: CPU threads; ``None`` leaves torch's own choice.
+        data: what `corpus.prepare_corpus` reads; ``None`` for the standard library.
+        column: of a table.
+        tokenizer: "bytes", "bpe:N" or a path.
+        cache: folder of the tokens; ``None`` for one inside ``out``.
         config: the settings of the series.
-        ratio: tokens per scaling parameter, to replace ``config.steps``; ``None`` keeps them.
+        machine: what it is trained with.
     """
 
     out: Path
-    data: Path | None
-    threads: int | None
+    data: str | None
+    column: str | None
+    tokenizer: str
+    cache: Path | None
     config: SeriesConfig
-    ratio: float | None
+    machine: Machine
 
 
-def _depths(text: str) -> tuple[int, ...]:
-    try:
-        if "-" in text:
-            first, last = (int(part) for part in text.split("-"))
-            depths = tuple(range(first, last + 1))
-        else:
-            depths = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        depths = ()
-    ascending = all(a < b for a, b in pairwise(depths))
-    if len(depths) < 2 or not ascending or depths[0] < 1 or depths[-1] > _LARGEST_DEPTH:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a series: give two or more ascending depths from 1 to "
-            f"{_LARGEST_DEPTH}, such as 2-4 or 2,3,4"
-        )
-    return depths
-
-
-def _steps(text: str) -> tuple[int, ...]:
-    parse = integer(1, 10_000_000)
-    return tuple(parse(part) for part in text.split(","))
-
-
-def _build_parser() -> Parser:
-    parser = Parser(
-        prog="miniseries.py",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help=f"output folder (default: {_FULL.out}, with --quick {_QUICK.out})",
-    )
-    files.add_argument(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="any file: its bytes are the tokens, its last tenth is for validation "
-        "(default: the Python files of the standard library, split by file)",
-    )
-    size = parser.add_argument_group("size")
-    size.add_argument(
-        "--quick",
-        action="store_true",
-        help="the whole path in under a minute: smaller defaults for the options that name a "
-        "value with --quick (default: off)",
-    )
-    size.add_argument(
-        "--depths",
-        type=_depths,
-        metavar="D",
-        help="layers of each model, as 2-4 or 2,3,4 (default: 2-4, with --quick 1-3)",
-    )
-    budget = size.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--steps",
-        type=_steps,
-        metavar="N[,N...]",
-        help="trunk steps, one number for all depths or one for each; the cooled branch adds a "
-        f"quarter (default: {','.join(map(str, _FULL.steps))} for depths 2,3,4, "
-        f"{default_steps((_LARGEST_DEPTH,))[0]} for others, with --quick {_QUICK.steps[0]})",
-    )
-    budget.add_argument(
-        "--ratio",
-        type=number(0, 1000, above=True),
-        metavar="R",
-        help="instead of --steps: trunk tokens per parameter in matrix products; about 10 is "
-        "optimal for a model from scratch (default: not used)",
-    )
-    size.add_argument(
-        "--batch-size",
-        type=integer(1, 4096),
-        metavar="B",
-        help=f"sequences a step (default: {_FULL.batch_size}, with --quick {_QUICK.batch_size})",
-    )
-    size.add_argument(
-        "--sequence-len",
-        type=integer(8, 8192),
-        metavar="T",
-        help=f"bytes a sequence (default: {_FULL.sequence_len}, "
-        f"with --quick {_QUICK.sequence_len})",
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--lr",
-        type=number(0, 1, above=True),
-        default=3e-3,
-        help="constant learning rate of the trunk, both arms (default: %(default)s)",
-    )
-    training.add_argument(
-        "--ewc-strength",
-        type=number(0, 1e12),
-        default=DEFAULT_EWC_STRENGTH,
-        metavar="S",
-        help="weight of the EWC penalty of inherited models; 0 trains without it and without "
-        "the Fisher pass (default: %(default)s)",
-    )
-    training.add_argument(
-        "--fisher-samples",
-        type=integer(1, 1_000_000),
-        metavar="N",
-        help="sequences that the Fisher information is averaged over "
-        f"(default: {_FULL.fisher_samples}, with --quick {_QUICK.fisher_samples})",
-    )
-    training.add_argument(
-        "--ars",
-        choices=ARS_CHOICES,
-        default="default",
-        help="stability controller of the optimizer, both arms (default: %(default)s)",
-    )
-    training.add_argument(
-        "--seed",
-        type=integer(0, 2**32 - 1),
-        default=0,
-        help="of weights, batches and Fisher sketch (default: %(default)s)",
-    )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)"
-    )
-    machine.add_argument(
-        "--threads",
-        type=integer(1, 1024),
-        metavar="N",
-        help="CPU threads; numbers repeat bit by bit for one choice (default: torch's choice)",
-    )
-    return parser
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
-    """Read and check the command line; exit with status 2 and one line if it is wrong.
+@dataclass(frozen=True)
+class PlanArguments:
+    """What the user wants planned.
 
     Args:
-        argv: the words after the program's name; ``None`` for those of this process.
+        arguments: of the training that is planned; its machine names the peak.
+        series: "own", or a series on paper: "nanochat" or "doubling".
+        mfu: share of the peak that is reached.
+        devices: that work at once.
+        price: of a device hour; ``None`` for unknown.
     """
-    parser = _build_parser()
-    given = parser.parse_args(argv)
-    base = _QUICK if given.quick else _FULL
-    depths: tuple[int, ...] = given.depths or base.depths
-    steps: tuple[int, ...] = given.steps or (
-        base.steps[:1] if given.quick else default_steps(depths)
+
+    arguments: Arguments
+    series: str
+    mfu: float
+    devices: int
+    price: float | None
+
+
+@dataclass(frozen=True)
+class SampleArguments:
+    """What the user wants continued.
+
+    Args:
+        checkpoint: of a model in the folder of a run.
+        prompt: beginning of the text.
+        tokens: to add.
+        temperature: 0 takes the likeliest token.
+        top_k: only so many of the likeliest; ``None`` for all.
+        seed: of the draws.
+        count: of samples.
+        device: "cpu", "cuda" or "cuda:N".
+    """
+
+    checkpoint: Path
+    prompt: str
+    tokens: int
+    temperature: float
+    top_k: int | None
+    seed: int
+    count: int
+    device: str
+
+
+def parse_arguments(words: Sequence[str]) -> Arguments:
+    """Read the command line of training; exit with status 2 and one line if it is wrong.
+
+    Args:
+        words: after the program's name.
+    """
+    parser = OptionParser("miniseries.py", _DESCRIPTION, _EPILOG)
+    return _arguments(parser, words)[1]
+
+
+def parse_plan(words: Sequence[str]) -> PlanArguments:
+    """Read the command line of planning; exit with status 2 and one line if it is wrong.
+
+    Args:
+        words: after the mode.
+    """
+    parser = OptionParser("miniseries.py plan", _PLAN_DESCRIPTION)
+    parser.add_command_option(
+        "--series", values.choice("own", "nanochat", "doubling"), "own", "NAME",
+        "own: by the options; on paper, nanochat: its first miniseries, d10 to d20; doubling: "
+        "7M to 7.2B (default: own)",
+    )  # fmt: skip
+    parser.add_command_option(
+        "--mfu", number(0, 1, above=True), 0.4, "X",
+        "share of --peak-flops that is reached (default: 0.4)",
+    )  # fmt: skip
+    parser.add_command_option(
+        "--devices", integer(1, 1_000_000), 1, "N", "devices that work at once (default: 1)"
     )
+    parser.add_command_option(
+        "--price", number(0, 1e6), None, "P", "of a device hour (default: unknown)"
+    )
+    given, arguments = _arguments(parser, words)
+    named = {word.split("=")[0] for word in words}
+    needing = [name for name in ("--mfu", "--devices", "--price") if name in named]
+    if needing and arguments.machine.peak_flops is None:
+        parser.error(f"argument {needing[0]}: it takes --peak-flops, to know the hours")
+    return PlanArguments(arguments, given.series, given.mfu, given.devices, given.price)
+
+
+def parse_sample(words: Sequence[str]) -> SampleArguments:
+    """Read the command line of sampling; exit with status 2 and one line if it is wrong.
+
+    Args:
+        words: after the mode.
+    """
+    parser = OptionParser("miniseries.py sample", _SAMPLE_DESCRIPTION)
+    add = parser.add_command_option
+    add("--checkpoint", values.optional(values.path), None, "FILE",
+        "a file of the checkpoints folder of a run, such as out/demo/checkpoints/d4-scratch+ars.pt "
+        "(default: none, it has to be named)")  # fmt: skip
+    add("--prompt", str, "", "TEXT", "beginning of the text (default: empty)")
+    add("--tokens", integer(1, 1_000_000), 200, "N", "tokens to add (default: 200)")
+    add("--temperature", number(0, 100), 0.8, "X",
+        "below 1 likelier tokens are preferred; 0 takes the likeliest (default: 0.8)")  # fmt: skip
+    add("--top-k", values.optional(integer(1, 1_000_000)), None, "K",
+        "draw from the K likeliest tokens (default: all)")  # fmt: skip
+    add("--seed", integer(0, 2**32 - 1), 0, "N", "of the draws (default: 0)")
+    add("--count", integer(1, 1000), 1, "N", "samples (default: 1)")
+    add("--device", values.text, "cpu", "D", "cpu, cuda or cuda:N (default: cpu)")
+    given = parser.parse_words(words)
+    if given.checkpoint is None:
+        parser.error("--checkpoint is missing: name a file of a run's checkpoints folder")
+    return SampleArguments(**{f.name: given[f.name] for f in fields(SampleArguments)})
+
+
+def _arguments(parser: OptionParser, words: Sequence[str]) -> tuple[Namespace, Arguments]:
+    add_files(parser)
+    add_series(parser)
+    add_machine(parser)
+    quick = "--quick" in words
+    if quick:
+        parser.set_defaults({**QUICK, "steps": None})
+    given = parser.parse_words(words)
+    if given.ratio is None:
+        given.steps = _steps_of(parser, given, quick=quick)
+    kept = {} if given.ratio is None else {"ratio": given.ratio}
+    config = SeriesConfig(
+        **kept, **{f.name: given[f.name] for f in fields(SeriesConfig) if f.name != "ratio"}
+    )
+    machine = Machine(**{f.name: given[f.name] for f in fields(Machine)})
+    _check(parser, config, machine)
+    if given.print_config:
+        print(_as_file(parser, given), end="")
+        parser.exit(0)
+    arguments = Arguments(
+        out=given.out,
+        data=given.data,
+        column=given.column,
+        tokenizer=given.tokenizer,
+        cache=given.cache,
+        config=config,
+        machine=machine,
+    )
+    return given, arguments
+
+
+def _steps_of(parser: OptionParser, given: Namespace, *, quick: bool) -> tuple[int, ...]:
+    depths: tuple[int, ...] = given.depths
+    steps: tuple[int, ...] = given.steps or (QUICK["steps"] if quick else default_steps(depths))
     if len(steps) == 1:
         steps *= len(depths)
     if len(steps) != len(depths):
@@ -213,22 +218,35 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
             f"argument --steps: {len(steps)} numbers for {len(depths)} depths: "
             "give one for all or one for each"
         )
-    config = SeriesConfig(
-        depths=depths,
-        steps=steps,
-        batch_size=given.batch_size or base.batch_size,
-        sequence_len=given.sequence_len or base.sequence_len,
-        lr=given.lr,
-        ewc_strength=given.ewc_strength,
-        fisher_samples=given.fisher_samples or base.fisher_samples,
-        ars=given.ars,
-        seed=given.seed,
-        device=given.device,
-    )
-    return Arguments(
-        out=given.out or Path(base.out),
-        data=given.data,
-        threads=given.threads,
-        config=config,
-        ratio=given.ratio,
-    )
+    return steps
+
+
+def _check(parser: OptionParser, config: SeriesConfig, machine: Machine) -> None:
+    """What no option can know of itself."""
+    if config.parents is not None:
+        strangers = [depth for depth in config.parents if depth not in config.depths]
+        if strangers:
+            parser.error(f"argument --parents: {strangers[0]} is not among --depths "
+                         f"{','.join(map(str, config.depths))}")  # fmt: skip
+        if config.parents[0] != config.depths[0]:
+            parser.error(f"argument --parents: the first depth, {config.depths[0]}, has to be "
+                         "there: every chain begins with it")  # fmt: skip
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    for depth in config.depths:
+        batch = settings_of(depth, config).batch_size
+        by_rule = f", d{depth}'s by rule," if config.batch_size == RULE else ""
+        if batch % world:
+            parser.error(f"argument --batch-size: {batch}{by_rule} is not divisible by the {world} "
+                         "processes of the run")  # fmt: skip
+        part = machine.device_batch_size
+        if part is not None and (batch // world) % part:
+            parser.error(f"argument --device-batch-size: {part} does not divide the "
+                         f"{batch // world} sequences a step{by_rule} of a process")  # fmt: skip
+
+
+def _as_file(parser: OptionParser, given: Namespace) -> str:
+    content: dict[str, Any] = {}
+    for key in parser.file_keys():
+        value = given[key]
+        content[key] = str(value) if isinstance(value, Path) else value
+    return str(yaml.safe_dump(content, sort_keys=False))

@@ -1,46 +1,131 @@
-"""From what the user asked for to a run that can start: every check, and no write."""
+"""From what the user asked for to a run that can start: every check, and nothing left behind."""
 
 import os
-from dataclasses import replace
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from corpus import Corpus, prepare_corpus
 from trainer.cli import Arguments
-from trainer.config import SeriesConfig
-from trainer.data import Corpus, load_file, load_standard_library
 from trainer.errors import UsageError
-from trainer.series import check_folder
-from trainer.state import steps_for_ratio
+from trainer.parallel import Parallel
+from trainer.run import Run
+from trainer.series import DATA_FOLDER, check_folder, plans_of
+from trainer.signals import StopRequest
+from trainer.tracking import check_trackers
 
-__all__ = ["check_writable", "prepare"]
+__all__ = ["check_writable", "prepare", "use_device"]
+
+_QUIET_SECONDS = 1.0  # tokenising that takes less is not worth a progress bar
 
 
-def prepare(arguments: Arguments) -> tuple[SeriesConfig, Corpus]:
-    """Check the machine, the data and the output folder.
+def prepare(arguments: Arguments, stop: StopRequest) -> Run:
+    """Check the machine, the output folder, the data and the settings.
+
+    The text becomes tokens in the meantime, which are all that is written. Where they go inside the
+    output folder and something is wrong after all, they are taken away again.
 
     Args:
         arguments: of the command line.
+        stop: asked while the text becomes tokens.
 
     Raises:
-        UsageError: one of them cannot be used.
+        RunInterruptedError: a signal arrived.
+        UsageError: something cannot be used.
     """
-    config = arguments.config
-    _use_device(config.device)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    if arguments.ratio is not None:
-        config = replace(config, steps=steps_for_ratio(config, arguments.ratio))
+    config, machine = arguments.config, arguments.machine
+    use_device(machine.device)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    check_trackers(tensorboard=machine.tensorboard, wandb=machine.wandb is not None)
     check_writable(arguments.out)
-    if arguments.data is None:
-        corpus = load_standard_library()
-    else:
-        corpus = load_file(arguments.data, config.sequence_len)
-    check_folder(arguments.out, config, corpus)
-    return config, corpus
+    if arguments.cache is not None:
+        check_writable(arguments.cache, "--cache")
+    check_folder(arguments.out, config, None)
+    parallel = Parallel(machine.device)
+    try:
+        with _nothing_left_behind(arguments, by=parallel.is_first):
+            corpus = _read(arguments, parallel, stop)
+            check_folder(arguments.out, config, corpus)
+            plans_of(config, corpus.vocab_size)
+    except BaseException:
+        parallel.close()
+        raise
+    return Run(
+        folder=arguments.out,
+        config=config,
+        machine=machine,
+        corpus=corpus,
+        parallel=parallel,
+        stop=stop,
+    )
 
 
-def _use_device(name: str) -> None:
+def _read(arguments: Arguments, parallel: Parallel, stop: StopRequest) -> Corpus:
+    """The text as tokens: the first process makes them, the others find them."""
+
+    def read() -> Corpus:
+        with _bar(stop, shown=parallel.is_first) as progress:
+            return prepare_corpus(
+                arguments.data,
+                column=arguments.column,
+                tokenizer=arguments.tokenizer,
+                cache=arguments.cache or arguments.out / DATA_FOLDER,
+                sequence_len=arguments.config.sequence_len,
+                progress=progress,
+            )
+
+    made: list[Corpus] = []
+    parallel.from_first(lambda: made.append(read()))
+    return made[0] if made else read()
+
+
+@contextmanager
+def _bar(stop: StopRequest, *, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
+    with tqdm(
+        desc="tokens", unit="B", unit_scale=True, delay=_QUIET_SECONDS, leave=False,
+        disable=not shown,
+    ) as bar:  # fmt: skip
+
+        def show(done: int, size: int | None) -> None:
+            stop.check()
+            bar.total = size
+            bar.update(done - bar.n)
+
+        yield show
+
+
+@contextmanager
+def _nothing_left_behind(arguments: Arguments, *, by: bool) -> Iterator[None]:
+    """Take away what a refused run has put into its output folder; a folder of --cache stays."""
+    cache = arguments.out / DATA_FOLDER
+    before = set(cache.iterdir()) if cache.is_dir() else set()
+    made = [path for path in (cache, *cache.parents) if not path.exists()]
+    try:
+        yield
+    except UsageError:
+        if by and arguments.cache is None:
+            for path in set(cache.iterdir()) - before if cache.is_dir() else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for folder in made:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+        raise
+
+
+def use_device(name: str) -> None:
+    """Check that a device is there.
+
+    Args:
+        name: "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UsageError: it is unknown or not there.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -55,11 +140,12 @@ def _use_device(name: str) -> None:
             )
 
 
-def check_writable(folder: Path) -> None:
-    """Check that an output folder exists or can be created, and may be written to.
+def check_writable(folder: Path, option: str = "--out") -> None:
+    """Check that a folder exists or can be created, and may be written to.
 
     Args:
         folder: nothing is written to it.
+        option: that named it.
 
     Raises:
         UsageError: it cannot be.
@@ -68,6 +154,8 @@ def check_writable(folder: Path) -> None:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise UsageError(f"--out {folder} cannot be created, {existing} is a file: name a folder")
+        raise UsageError(
+            f"{option} {folder} cannot be created, {existing} is a file: name a folder"
+        )
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {folder} is not writable: name a folder you may write to")
+        raise UsageError(f"{option} {folder} is not writable: name a folder you may write to")

@@ -16,16 +16,20 @@ from trainer.errors import RunInterruptedError, UsageError
 __all__ = ["command", "exit_status", "missing_module", "quit_on_signals"]
 
 
-def _quit_before_training(signum: int, _frame: FrameType | None) -> None:
-    # Not an exception: during the import of an extension module it could end as a traceback.
-    os.write(2, b"interrupted before training: nothing was written\n")
-    os._exit(128 + signum)
+def quit_on_signals(message: str = "interrupted before training: nothing was written") -> None:
+    """End at once on SIGINT and SIGTERM, until a run can be stopped in good order.
 
+    Args:
+        message: what to say then.
+    """
 
-def quit_on_signals() -> None:
-    """End at once on SIGINT and SIGTERM, until a run can be stopped in good order."""
+    def leave(signum: int, _frame: FrameType | None) -> None:
+        # Not an exception: during the import of an extension module it could end as a traceback.
+        os.write(2, f"{message}\n".encode())
+        os._exit(128 + signum)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _quit_before_training)
+        signal.signal(number, leave)
 
 
 def missing_module(error: ModuleNotFoundError, *own: str) -> int:
@@ -35,7 +39,7 @@ def missing_module(error: ModuleNotFoundError, *own: str) -> int:
         error: what an import raised.
         own: packages of this project, whose absence is a defect and is raised again.
     """
-    if error.name is None or error.name.split(".")[0] in ("ars", "trainer", *own):
+    if error.name is None or error.name.split(".")[0] in ("ars", "corpus", "trainer", *own):
         raise error
     print(
         f"error: the module {error.name} is missing: pip install 'ars-triton[examples]'",

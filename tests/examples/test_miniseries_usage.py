@@ -13,7 +13,11 @@ import torch
 
 import miniseries
 from trainer.cli import parse_arguments
-from trainer.state import flops_per_token, steps_for_ratio
+from trainer.plan import plan_series
+from trainer.prepare import prepare
+from trainer.run import Run
+from trainer.signals import StopRequest
+from trainer.state import shape_of
 
 SCRIPT = Path(miniseries.__file__)
 
@@ -41,6 +45,10 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     }
 
 
+def prepared(*words: str) -> Run:
+    return prepare(parse_arguments(words), StopRequest())
+
+
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run with bad input; return the one line."""
     before = snapshot(Path.cwd())
@@ -61,9 +69,14 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--colour"], "--colour"),
-        (["--quic"], "--quic"),
-        (["extra"], "extra"),
+        (["--colour"], "there is no --colour; did you mean --column?"),
+        (["--quic"], "did you mean --quick?"),
+        (["--depth=2-3"], "there is no --depth; did you mean --depths?"),
+        (["--quick", "extra"], "there is no extra"),
+        (["extra"], "there is no mode extra; "),
+        (["4"], "there is no mode 4; use train, plan, sample"),
+        (["trian"], "there is no mode trian; did you mean train?"),
+        (["train", "--colour"], "--colour"),
         (["--depths", "4-2"], "ascending depths"),
         (["--depths", "2"], "two or more"),
         (["--depths", "2,2,3"], "ascending depths"),
@@ -72,34 +85,61 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--depths", "1-2-3"], "such as 2-4 or 2,3,4"),
         (["--depths", "two"], "such as 2-4 or 2,3,4"),
         (["--depths", "2,,3"], "such as 2-4 or 2,3,4"),
+        (["--parents", "two"], "no choice of parents"),
+        (["--parents", "2,9"], "--parents: 9 is not among --depths 2,3,4"),
+        (["--parents", "3,4"], "the first depth, 2, has to be there"),
+        (["--arms", "scratch,grwn"], "there is no 'grwn'; did you mean grown?"),
+        (["--arms", "grown+ecw"], "there is no 'ecw'; did you mean ewc?"),
+        (["--arms", "scratch+ewc"], "ewc goes with grown only"),
+        (["--arms", "grown+ewc+ars,grown+ars+ewc"], "grown+ewc+ars stands there twice"),
+        (["--arms", ""], "there is no ''"),
         (["--steps", "0"], "whole number from 1"),
         (["--steps", "5,5"], "2 numbers for 3 depths"),
         (["--steps", "5", "--ratio", "1"], "not allowed with"),
+        (["--ratio=1", "--steps=5"], "not allowed with"),
         (["--ratio", "0"], "above 0"),
         (["--ratio", "nan"], "not a number"),
         (["--seed", "-1"], "whole number from 0"),
         (["--batch-size", "0"], "whole number from 1 to 4096"),
-        (["--batch-size", "1e3"], "whole number from 1 to 4096"),
+        (["--batch-size", "1e3"], "whole number from 1 to 4096, nor 'rule'"),
         (["--sequence-len", "4"], "whole number from 8 to 8192"),
         (["--lr", "0"], "above 0"),
         (["--lr", "nan"], "not a number"),
         (["--lr", "2"], "up to 1"),
+        (["--muon-lr", "ruel"], "nor 'rule'"),
+        (["--weight-decay", "-1"], "from 0"),
         (["--ewc-strength", "-1"], "from 0"),
         (["--ewc-strength", "inf"], "from 0"),
+        (["--distill-temperature", "0"], "above 0"),
         (["--fisher-samples", "0"], "whole number from 1"),
-        (["--ars", "maybe"], "'default', 'paper', 'off'"),
+        (["--betas", "0.9"], "a pair of numbers in [0, 1)"),
+        (["--betas", "0.9,1"], "a pair of numbers in [0, 1)"),
+        (["--precision", "8"], "not one of 'fp32', 'bf16', 'fp16' (see --help)"),
+        (["--cooldown", "0"], "above 0"),
         (["--threads", "0"], "whole number from 1"),
+        (["--keep", "0"], "whole number from 1"),
+        (["--device-batch-size", "3"], "3 does not divide the 4 sequences"),
+        (["--batch-size", "rule", "--device-batch-size", "3"], "d2's by rule"),
+        (["--peak-flops", "h10"], "nor a device; did you mean h100?"),
+        (["--compile=maybe"], "--compile"),
         (["--out"], "expected one argument"),
+        (["--out", ""], "not a text"),
         (["--device", "tpu"], "use cpu, cuda or cuda:N"),
         (["--device", "meta"], "use cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "use --device cpu"),
+        (["--tokenizer", "bpe:many"], "--tokenizer bpe:many"),
+        (["--tokenizer", "byts"], "--tokenizer byts"),
         (["--data", "missing.txt"], "does not exist"),
-        (["--data", "."], "is a directory"),
         (["--data", "empty.txt"], "is empty"),
         (["--data", "short.txt"], "has 300 bytes, but --sequence-len 256 needs at least 2570"),
+        (["--data", "text.txt", "--column", "text"], "--column"),
+        (["--data", "text.txt", "--fisher-samples", "99999"], "lower --fisher-samples"),
         (["--out", "text.txt"], "is a file"),
         (["--out", "text.txt/sub/demo"], "text.txt is a file"),
+        (["--cache", "text.txt/sub"], "--cache text.txt/sub cannot be created"),
         (["--out", "."], "not a run of this program"),
+        (["--config", "missing.yaml"], "missing.yaml: cannot be read"),
+        (["--config"], "expected one argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -122,6 +162,15 @@ def test_an_output_folder_that_cannot_be_written(
     )
     line = refused(["--data", "text.txt", "--out", "locked/demo"], capsys)
     assert "not writable" in line
+
+
+def test_a_tracker_that_is_not_installed(
+    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("tensorboardX", "wandb"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert "pip install wandb" in refused(["--wandb", "project"], capsys)
+    assert "pip install tensorboardX" in refused(["--tensorboard"], capsys)
 
 
 def test_a_folder_that_the_system_refuses_to_create(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,69 +197,104 @@ def test_the_command_itself_prints_one_line(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
-def test_help_explains_every_option_with_its_default() -> None:
+@pytest.mark.parametrize(("words", "count"), [([], 42), (["plan"], 46), (["sample"], 8)])
+def test_help_explains_every_option_with_its_default(words: list[str], count: int) -> None:
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True
+        [sys.executable, SCRIPT, *words, "--help"], capture_output=True, text=True, check=True
     )
     options = done.stdout.split("\n  --")[1:]
-    assert len(options) == 15
+    assert len(options) == count
     for option in options:
         assert "(default: " in " ".join(option.split()), option
 
 
-def test_defaults() -> None:
-    full, quick = parse_arguments([]), parse_arguments(["--quick"])
-    assert full.out == Path("out/demo")
-    assert full.config.depths == (2, 3, 4)
-    assert (full.config.batch_size, full.config.sequence_len) == (4, 256)
-    assert (full.config.lr, full.config.betas, full.config.weight_decay) == (
-        3e-3,
-        (0.9, 0.95),
-        0.05,
-    )
-    assert quick.out == Path("out/quick")
-    assert quick.config.depths == (1, 2, 3)
-    both = parse_arguments(["--quick", "--steps", "7", "--depths", "2,4", "--seed", "5"])
-    assert both.config.steps == (7, 7)
-    assert both.config.seed == 5
-    assert parse_arguments(["--depths", "4-6"]).config.steps[1:] == (320, 320)
-
-
 def test_sizes_of_the_series() -> None:
-    assert flops_per_token(2, 256) == 6 * (12 * 2 * 128**2 + 256 * 128) + 12 * 2 * 128 * 256
-    config = parse_arguments(["--depths", "2-3"]).config
+    shape = shape_of(2, 256, 256)
+    assert shape.flops_per_token == 6 * (12 * 2 * 128**2 + 256 * 128) + 12 * 2 * 128 * 256
+    config = parse_arguments(["--depths", "2-3", "--ratio", "2", "--arms", "grown"]).config
+    plans = plan_series(config, lambda depth: shape_of(depth, 256, 256))
     parameters = [12 * d * (64 * d) ** 2 + 256 * 64 * d for d in (2, 3)]
-    steps = steps_for_ratio(config, 2.0)
-    for count, parameter in zip(steps, parameters, strict=True):
-        assert 0 <= count * 4 * 256 - 2.0 * parameter < 4 * 256
+    for plan, parameter in zip(plans, parameters, strict=True):
+        # A grown model pays for its growth with a step, at most.
+        assert abs(plan.steps * 4 * 256 - 2.0 * parameter) < 2 * 4 * 256
 
 
 def test_a_run_with_other_settings_or_data_is_left_alone(
     text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--data", "text.txt", "--out", "run", "--quick"]
-    arguments = parse_arguments(words)
-    from trainer.prepare import prepare
-
-    config, corpus = prepare(arguments)
-    Path("run").mkdir()
-    stored = {"settings": config.to_dict(), "data": {"sha256": corpus.sha256}}
+    run = prepared(*words)
+    stored = {"settings": run.config.to_dict(), "data": {"sha256": run.corpus.sha256}}
     Path("run/config.json").write_text(json.dumps(stored))
-    prepare(arguments)
+    prepared(*words)
+    prepared(*words, "--keep", "5", "--device-batch-size", "2")  # nothing that changes the numbers
 
     line = refused([*words, "--batch-size", "3", "--seed", "4"], capsys)
-    assert "batch_size 8 (now 3), seed 0 (now 4)" in line
+    assert "batch_size 8 (now 3)" in line
+    assert "seed 0 (now 4)" in line
     assert "--out" in line
     text.write_bytes(text.read_bytes() + b"x")
     assert "other training data" in refused(words, capsys)
 
 
-def test_threads_are_set(text: Path) -> None:
-    from trainer.prepare import prepare
+def test_tokens_are_all_that_preparing_writes(text: Path) -> None:
+    prepared("--data", "text.txt", "--out", "run")
+    assert [path.name for path in Path("run").iterdir()] == ["data"]
+    prepared("--data", "text.txt", "--out", "run")  # a run that ended here can be begun again
+    prepared("--data", "text.txt", "--out", "other", "--cache", "tokens")
+    assert Path("tokens").is_dir()
+    assert not Path("other").exists()
 
+
+def test_what_the_user_keeps_beside_the_tokens_stays(
+    text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("short.txt").write_bytes(b"x" * 300)
+    Path("run/data").mkdir(parents=True)
+    Path("run/data/kept").write_text("mine")
+    refused(["--data", "short.txt", "--out", "run"], capsys)  # compares the whole folder
+
+
+def test_several_processes_share_the_batch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "4 is not divisible by the 3 processes" in refused([], capsys)
+    words = ["--batch-size", "6", "--device-batch-size", "4"]
+    assert "4 does not divide the 2 sequences" in refused(words, capsys)
+    assert parse_arguments(["--batch-size", "6"]).config.batch_size == 6
+
+
+def test_the_command_line_is_read_without_torch() -> None:
+    code = (
+        "import sys, trainer.cli as cli\n"
+        "cli.parse_arguments(['--quick']), cli.parse_plan([])\n"
+        "cli.parse_sample(['--checkpoint', 'x'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['jsonargparse'] = None\n"
+        "import miniseries; sys.exit(miniseries.main([]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: the module jsonargparse is missing: pip install 'ars-triton[examples]'\n"
+    )
+
+
+def test_threads_are_set(text: Path) -> None:
     before = torch.get_num_threads()
     try:
-        prepare(parse_arguments(["--data", "text.txt", "--threads", "3"]))
+        prepared("--data", "text.txt", "--threads", "3")
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

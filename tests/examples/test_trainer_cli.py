@@ -1,0 +1,255 @@
+"""Options: defaults, files and the command line over them, and what is wrong with each."""
+
+import dataclasses
+import doctest
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import miniseries
+from trainer import options
+from trainer.cli import Arguments, parse_arguments, parse_plan, parse_sample
+from trainer.config import SeriesConfig
+from trainer.devices import PEAK_FLOPS
+from trainer.machine import Machine
+
+EXAMPLES = Path(miniseries.__file__).parent
+DEFAULT_FILE = EXAMPLES / "config.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def written(text: str, name: str = "file.yaml") -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        parse_arguments(words)
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        parse_arguments([*words, "--print-config"])
+    assert exit_.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_the_defaults_are_those_of_the_dataclasses() -> None:
+    full = parse_arguments([])
+    assert full == Arguments(
+        out=Path("out/demo"),
+        data=None,
+        column=None,
+        tokenizer="bytes",
+        cache=None,
+        config=SeriesConfig(),
+        machine=Machine(),
+    )
+
+
+def test_quick() -> None:
+    quick = parse_arguments(["--quick"])
+    assert quick.out == Path("out/quick")
+    assert quick.config == SeriesConfig(
+        depths=(1, 2, 3), steps=(24, 24, 24), batch_size=8, sequence_len=64, fisher_samples=16
+    )
+    both = parse_arguments(["--quick", "--steps", "7", "--depths", "2,4", "--seed", "5"])
+    assert both.config.steps == (7, 7)
+    assert both.config.seed == 5
+    file = written("batch_size: 2\n")
+    assert parse_arguments(["--config", file, "--quick"]).config.batch_size == 2
+
+
+def test_steps_follow_the_depths() -> None:
+    assert doctest.testmod(options).failed == 0
+    assert parse_arguments(["--depths", "4-6"]).config.steps == (320, 320, 320)
+    assert parse_arguments(["--depths", "2,3", "--steps", "9,8"]).config.steps == (9, 8)
+    ratio = parse_arguments(["--ratio", "8"]).config
+    assert (ratio.steps, ratio.ratio) == (None, 8.0)
+
+
+def test_every_field_is_an_option() -> None:
+    words = {
+        "arms": ("scratch+muon,grown+ars+distill", ("scratch+muon", "grown+distill+ars")),
+        "depths": ("10-12", (10, 11, 12)),
+        "parents": ("10,11", (10, 11)),
+        "steps": ("5,6,7", (5, 6, 7)),
+        "batch_size": ("rule", "rule"),
+        "sequence_len": ("512", 512),
+        "lr": ("rule", "rule"),
+        "muon_lr": ("rule", "rule"),
+        "weight_decay": ("rule", "rule"),
+        "betas": ("0.8,0.9", (0.8, 0.9)),
+        "max_grad_norm": ("0", 0.0),
+        "warmup_steps": ("0", 0),
+        "cooldown": ("0.5", 0.5),
+        "ewc_strength": ("1e-3", 1e-3),
+        "subspace_strength": ("2e-3", 2e-3),
+        "distill_strength": ("0.2", 0.2),
+        "distill_temperature": ("3", 3.0),
+        "fisher_samples": ("8", 8),
+        "precision": ("bf16", "bf16"),
+        "seed": ("3", 3),
+        "eval_windows": ("10", 10),
+        "curve_windows": ("11", 11),
+        "curve_points": ("12", 12),
+        "device": ("cuda:1", "cuda:1"),
+        "threads": ("2", 2),
+        "device_batch_size": ("2", 2),
+        "keep": ("4", 4),
+        "checkpoint_seconds": ("60", 60.0),
+        "peak_flops": ("H200", PEAK_FLOPS["h200"]),
+        "wandb": ("project", "project"),
+    }
+    switches = ("compile", "recompute", "tensorboard")
+    line = [f"--{key.replace('_', '-')}={value}" for key, (value, _) in words.items()]
+    found = parse_arguments([*line, *(f"--{name}" for name in switches)])
+    given = {**dataclasses.asdict(found.config), **dataclasses.asdict(found.machine)}
+    del given["ratio"]  # the alternative to steps
+    assert given == {
+        **{key: value for key, (_, value) in words.items()},
+        **dict.fromkeys(switches, True),
+    }
+
+
+def test_the_command_line_wins_over_files_and_later_files_over_earlier() -> None:
+    first = written("lr: 1e-3\nseed: 1\nkeep: 5\ncompile: true\nthreads: 2\n", "first.yaml")
+    second = written("seed: 2\ndepths: 2-3\nbetas: [0.8, 0.9]\n", "second.yaml")
+    found = parse_arguments([
+        "--lr", "2e-3", "--config", first, "--no-compile", f"--config={second}", "--threads=none",
+    ])  # fmt: skip
+    assert found.config == SeriesConfig(
+        lr=2e-3, seed=2, depths=(2, 3), steps=(600, 320), betas=(0.8, 0.9)
+    )
+    assert found.machine == Machine(keep=5)
+    assert parse_arguments(["--config", second, "--config", first]).config.seed == 1
+
+
+def test_the_last_of_steps_and_ratio_wins() -> None:
+    by_ratio, by_steps = written("ratio: 4\n", "ratio.yaml"), written("steps: 5\n", "steps.yaml")
+    words = ["--config", by_ratio]
+    assert parse_arguments(words).config.steps is None
+    assert parse_arguments([*words, "--steps", "5"]).config == SeriesConfig(steps=(5, 5, 5))
+    assert parse_arguments([*words, "--config", by_steps]).config.steps == (5, 5, 5)
+    words = ["--config", by_steps]
+    assert parse_arguments([*words, "--ratio", "3"]).config == SeriesConfig(steps=None, ratio=3.0)
+    assert parse_arguments([*words, "--config", by_ratio]).config.ratio == 4.0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lrr: 1\n", "there is no lrr; did you mean lr?"),
+        ("batch-size: 8\n", "there is no batch-size; did you mean batch_size?"),
+        ("3: 8\n", "there is no 3"),
+        ("lr: fast\n", "lr: 'fast' is not a number above 0 and up to 1, nor 'rule'"),
+        ("lr: {peak: 1}\n", "lr: {'peak': 1} is not a number"),
+        ("lr: true\n", "lr: True is not a number"),
+        ("lr:\n", "lr: it has no value; its default is 0.003"),
+        ("seed: 1.5\n", "seed: 1.5 is not a whole number"),
+        ("seed: true\n", "seed: True is not a whole number"),
+        ("compile: maybe\n", "compile: 'maybe' is neither true nor false"),
+        ("compile: 1\n", "compile: 1 is neither true nor false"),
+        ("depths: [2, 2]\n", "depths: '2,2' is not a series"),
+        ("depths: [2.0, 3.0]\n", "is not a series"),
+        ("arms: [grown+ecw]\n", "arms: grown+ecw: there is no 'ecw'; did you mean ewc?"),
+        ("arms: []\n", "arms: no way to train is named"),
+        ("steps: []\n", "steps: no number is named"),
+        ("betas: [0.9]\n", "is not a pair of numbers"),
+        ("precision: fp61\n", "is not one of 'fp32', 'bf16', 'fp16'; did you mean fp16?"),
+        ("data: 5\n", "data: 5 is not a text"),
+        ("steps: 5\nratio: 4\n", "ratio: not allowed with steps"),
+        ("quick: true\n", "quick goes on the command line only"),
+        ("config: other.yaml\n", "config goes on the command line only"),
+        ("[1\n", "is no YAML file"),
+        ("just words\n", "holds no options"),
+        ("", "holds no options"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_file_is_one_line_with_its_name(
+    text: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(["--config", written(text), "--seed", "1"], capsys)
+    assert line.startswith("error: file.yaml: ")
+    assert says in line
+
+
+def test_a_file_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file.yaml").write_bytes(b"\xff\xfe\xfd")
+    assert "file.yaml: is no YAML file" in refused(["--config", "file.yaml"], capsys)
+    assert ".: cannot be read" in refused(["--config", "."], capsys)
+
+
+def test_a_mistake_after_a_file_is_not_laid_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["--config", written("seed: 3\n"), "--lr", "fast"], capsys)
+    assert line.startswith("error: argument --lr: 'fast'")
+    line = refused(["--config", written("steps: [1, 2]\n")], capsys)
+    assert "2 numbers for 3 depths" in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--quick"],
+        ["--ratio", "8", "--batch-size", "rule", "--lr", "rule", "--out", "somewhere/else"],
+        ["--depths", "2-5", "--parents", "2,4", "--peak-flops", "h100", "--compile"],
+        ["--data", "hf:some/name", "--column", "text", "--cache", "tokens", "--wandb", "project"],
+        ["--betas", "0.5,0.75", "--ewc-strength", "1e-12", "--arms", "grown+ewc,scratch+muon"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_printed_says_the_same_again(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(words, capsys)
+    file = written(text)
+    assert parse_arguments(["--config", file]) == parse_arguments(words)
+    assert printed(["--config", file], capsys) == text
+
+
+def test_the_file_with_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_arguments(["--config", str(DEFAULT_FILE)]) == parse_arguments([])
+    named: dict[str, Any] = yaml.safe_load(DEFAULT_FILE.read_text())
+    assert set(named) == set(yaml.safe_load(printed([], capsys)))
+    for line in DEFAULT_FILE.read_text().splitlines():
+        assert not line[:1].isalpha() or "# " in line, "every option has a comment"
+
+
+@pytest.mark.parametrize(
+    ("name", "depths"),
+    [("d10-d20", tuple(range(10, 21))), ("gpu-d4-d10", (4, 6, 8, 10))],
+)
+def test_the_files_of_larger_series(name: str, depths: tuple[int, ...]) -> None:
+    found = parse_arguments(["--config", str(EXAMPLES / f"configs/{name}.yaml")])
+    assert found.config.depths == depths
+    assert found.config.precision == "bf16"
+    assert found.machine.device == "cuda"
+    assert len(list((EXAMPLES / "configs").glob("*.yaml"))) == 2
+
+
+def test_planning_takes_the_options_of_training_and_its_own() -> None:
+    asked = parse_plan(["--quick", "--peak-flops", "1e12", "--devices", "8", "--price", "3"])
+    assert asked.arguments.config == parse_arguments(["--quick"]).config
+    assert (asked.series, asked.devices, asked.mfu, asked.price) == ("own", 8, 0.4, 3.0)
+
+
+def test_sampling() -> None:
+    asked = parse_sample(["--checkpoint", "x.pt", "--prompt", "def ", "--top-k", "5"])
+    assert (asked.checkpoint, asked.prompt, asked.top_k) == (Path("x.pt"), "def ", 5)
+    assert (asked.tokens, asked.temperature, asked.count) == (200, 0.8, 1)

@@ -1,0 +1,159 @@
+"""Plans: what a series is and costs, without training, and the first nanochat miniseries."""
+
+import doctest
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import miniseries
+from analysis import planning as costs
+from analysis.paper import plan_depths
+from corpus import prepare_corpus
+from trainer import planning
+from trainer.cli import parse_arguments
+from trainer.errors import UsageError
+from trainer.planning import settings_table, vocabulary_of
+from trainer.series import plans_of
+from trainer.state import shape_of
+
+CONFIGS = Path(miniseries.__file__).parent / "configs"
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list(tmp_path.glob("out*")), "planning writes nothing"
+
+
+def planned(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert miniseries.main(["plan", *words]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """First cell of each row of the tables -> the others."""
+    split = (re.split(r"  +", line) for line in text.splitlines() if "  " in line)
+    return {first: others for first, *others in split}
+
+
+def test_the_examples_run() -> None:
+    for module in (planning, costs):
+        outcome = doctest.testmod(module)
+        assert outcome.attempted > 0
+        assert outcome.failed == 0
+
+
+def test_the_plan_of_the_demonstration_is_what_is_trained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = planned([], capsys)
+    table = rows(text)
+    config = parse_arguments([]).config
+    plans = plans_of(config, 256)
+    assert {name for name in table if "-" in name} == {plan.name for plan in plans}
+    for plan in plans:
+        cells = table[plan.name]
+        assert cells[:2] == [str(plan.trunk), str(plan.cooldown)]
+        assert cells[2] == f"{plan.steps * 4 * 256:,}"
+        assert cells[-1] == f"{plan.lineage_flops:.2e}"
+    total = sum(plan.flops + plan.fisher_flops + plan.growth_flops for plan in plans)
+    assert f"All of it: {total:.2e} FLOPs" in text
+    assert "hours" not in table["model"]
+
+
+def test_the_settings_of_every_depth_by_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", str(CONFIGS / "d10-d20.yaml")]
+    table = rows(planned(words, capsys))
+    assert [name for name in table if re.fullmatch(r"d\d+", name)] == [
+        f"d{depth}" for depth in range(10, 21)
+    ]
+    shape = shape_of(12, 32768, 2048)
+    assert table["d12"] == [
+        "768", "12", f"{shape.params:,}", f"{shape.scaling_params:,}", "256", "524,288", "0.0006",
+        "0.02", "0.1",
+    ]  # fmt: skip
+    # From scratch the first depth has its own ratio of tokens, to a step.
+    tokens = int(table["d10-scratch+ars"][2].replace(",", ""))
+    assert abs(tokens - 10.5 * shape_of(10, 32768, 2048).scaling_params) <= 524288 / 2
+
+
+def test_settings_named_by_the_user_stay() -> None:
+    config = parse_arguments(["--lr", "1e-3", "--batch-size", "6"]).config
+    for cells in list(rows(settings_table(config, 256)).values())[1:]:
+        assert (cells[4], cells[6]) == ("6", "0.001")
+
+
+def test_hours_and_price(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--quick", "--peak-flops", "1e9", "--devices", "2", "--mfu", "0.5", "--price", "3"]
+    text = planned(words, capsys)
+    flops = float(re.search(r"All of it: (\S+) FLOPs", text)[1])  # type: ignore[index]
+    hours = float(re.search(r"(\S+) h on 2 x 1e\+09 FLOP/s at 50% MFU", text)[1])  # type: ignore[index]
+    price = float(re.search(r"(\S+) at 3 a device hour", text)[1])  # type: ignore[index]
+    assert hours == pytest.approx(flops / 1e9 / 3600, rel=0.01)
+    assert price == pytest.approx(hours * 2 * 3, rel=0.01)
+    table = rows(text)
+    assert table["model"][-3:] == ["hours", "cumulative", "price"]
+    assert float(list(table.values())[-1][-2]) == hours
+
+
+def test_the_first_nanochat_miniseries(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--series", "nanochat", "--peak-flops", "h100", "--devices", "8", "--mfu", "0.4"]
+    text = planned(words, capsys)
+    assert "All of it: 4.64e+19 FLOPs, 4.07 h on 8 x 9.89e+14 FLOP/s at 40% MFU." in text
+    assert len(rows(text)) == 12
+    # The trainer's own model has the parameters that the paper plan gives it.
+    for model, depth in zip(plan_depths((10, 20)), (10, 20), strict=True):
+        shape = shape_of(depth, 32768, 2048)
+        assert (shape.params, shape.scaling_params) == (model.params, model.scaling_params)
+        assert shape.flops_per_token * model.tokens == model.flops
+
+
+def test_parameters_that_double(capsys: pytest.CaptureFixture[str]) -> None:
+    table = rows(planned(["--series", "doubling"], capsys))
+    names = list(table)[1:]
+    assert (names[0], names[-1], len(names)) == ("7.0M", "7.2B", 11)
+    assert table["7.2B"] == ["7,168,000,000", "7,168,000,000", "143,360,000,000", "6.17e+21"]
+
+
+def test_the_vocabulary_is_known_without_the_text(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the rat sat on the cat. " * 200)
+    corpus = prepare_corpus(str(text), tokenizer="bpe:270", cache=tmp_path / "c", sequence_len=8)
+    corpus.tokenizer.save(tmp_path / "tokenizer.json")
+    assert vocabulary_of("bytes") == 256
+    assert vocabulary_of("bpe:32768") == 32768
+    assert vocabulary_of(str(tmp_path / "tokenizer.json")) == corpus.vocab_size
+    with pytest.raises(UsageError, match="does not exist"):
+        vocabulary_of("missing.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--series", "double"], "is not one of 'own', 'nanochat', 'doubling'; did you mean"),
+        (["--mfu", "1.5", "--peak-flops", "h100"], "up to 1"),
+        (["--mfu", "0.5"], "--mfu: it takes --peak-flops"),
+        (["--price=3"], "--price: it takes --peak-flops"),
+        (["--devices", "0"], "whole number from 1"),
+        (["--tokenizer", "missing.json"], "--tokenizer missing.json does not exist"),
+        (["--fisher-samples", "999999"], "lower --fisher-samples"),
+        (["--colour"], "there is no --colour"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: object = miniseries.main(["plan", *words])
+    except SystemExit as exit_:
+        status = exit_.code
+    captured = capsys.readouterr()
+    assert (status, captured.out) == (2, "")
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert says in captured.err
