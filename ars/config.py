@@ -15,13 +15,15 @@ __all__ = ["CONDITIONED", "ARSConfig"]
 class ARSConfig:
     r"""Settings of the controller that gates an optimizer (adaptive resonance suppression).
 
-    The default brakes the learning rate, down to a tenth and for hundreds of steps, on a surprise
-    far beyond what its recent trend explains; ordinary training runs with an open gate. It is what
-    the stress tests in docs/ars.md support. :meth:`paper` is the formula as proposed, exactly.
-    The equations are those of :mod:`ars.reference.controller`; the parts are
-    :class:`ars.EntropyGuard` (``eps``; 1 switches it off), :class:`ars.SurpriseGate`
-    (``alpha``, ``phi_min``, ``resonance``, ``release``; ``gate=()`` or ``phi_min=1`` switches it
-    off) and :class:`ars.ChronosJitter` (``jitter``, ``seed``; ``jitter=0`` switches it off).
+    The default brakes the learning rate, down to a tenth, on a surprise far beyond what its recent
+    trend explains: for tens of steps, and for hundreds if the surprise then rises again. It also
+    brakes on an alternation beyond sampling noise, whether that surprises or not. Ordinary training
+    runs with an open gate. It is what the stress tests in docs/ars.md support. :meth:`paper` is the
+    formula as proposed, exactly. The equations are those of :mod:`ars.reference.controller`; the
+    parts are :class:`ars.EntropyGuard` (``eps``, ``alternating``; ``eps=1`` switches it off),
+    :class:`ars.SurpriseGate` (``alpha``, ``phi_min``, ``resonance``, ``release``,
+    ``first_release``; ``gate=()`` or ``phi_min=1`` switches it off) and
+    :class:`ars.ChronosJitter` (``jitter``, ``seed``; ``jitter=0`` switches it off).
 
     Args:
         window: How many surprises are remembered, W >= 3.
@@ -42,8 +44,13 @@ class ARSConfig:
         detrend: The trend is a line rather than the mean, and rho is that of its residuals.
         threshold: Standard errors that count as ordinary, >= 0 (only with ``standardize``).
         significance: Standard errors of rho that count as ordinary, >= 0.
+        alternating: Only alternation, a negative rho, is resonance: a trend that is no line makes
+            rho positive in every descent.
         resonance: How much resonance brakes by itself, without surprise, kappa >= 0.
         release: Steps in which a closed gate opens, >= 1; 1 opens it at once.
+        first_release: The same after a first surprise, >= 1. If the surprise rises again while the
+            gate opens, or in resonance, it is ``release``. Without effect from ``release`` on, or
+            without ``standardize``.
         seed: Key of the jitter's random numbers, 0 <= seed < 2^63.
 
     Raises:
@@ -69,9 +76,11 @@ class ARSConfig:
     standardize: bool = True
     detrend: bool = True
     threshold: float = 10.0
-    significance: float = 3.0
-    resonance: float = 0.0
+    significance: float = 4.0
+    alternating: bool = True
+    resonance: float = 30.0
     release: float = 400
+    first_release: float = 20
     seed: int = 0
 
     @classmethod
@@ -87,7 +96,8 @@ class ARSConfig:
         plain: dict[str, Any] = {
             "window": 100, "alpha": 1.0, "phi_min": 0.1, "eps": 1e-6, "jitter": 0.1,
             "gate": ("betas",), "standardize": False, "detrend": False, "threshold": 0.0,
-            "significance": 0.0, "resonance": 0.0, "release": 1,
+            "significance": 0.0, "alternating": False, "resonance": 0.0, "release": 1,
+            "first_release": 1,
         }  # fmt: skip
         return cls(**(plain | overrides))
 

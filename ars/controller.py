@@ -9,6 +9,8 @@ from ars.parts import ChronosJitter, EntropyGuard, SurpriseGate
 
 __all__ = ["ARSController"]
 
+_OPEN = reference.GateState(phi=1.0, slow=0.0, deviation=0.0, mean=0.0, lowest=0.0)
+
 
 class ARSController:
     """The controller: its three parts, and its memory on one device.
@@ -34,7 +36,7 @@ class ARSController:
 
     def __init__(self, config: ARSConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.entropy_guard = EntropyGuard(eps=config.eps)
+        self.entropy_guard = EntropyGuard(eps=config.eps, alternating=config.alternating)
         self.surprise_gate = SurpriseGate(
             alpha=config.alpha,
             phi_min=config.phi_min,
@@ -45,11 +47,12 @@ class ARSController:
         self._settings = (
             vars(self.entropy_guard) | vars(self.surprise_gate) | vars(self.chronos_jitter)
         )
-        for name in ("standardize", "detrend", "threshold", "significance"):
+        for name in ("standardize", "detrend", "threshold", "significance", "first_release"):
             self._settings[name] = getattr(config, name)
         self.window = torch.zeros(config.window, dtype=torch.float64, device=device)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
-        self.last_phi = torch.ones((), dtype=torch.float64, device=device)
+        self.gate_state = torch.zeros(len(_OPEN), dtype=torch.float64, device=device)
+        self.gate_state[0].fill_(1.0)
 
     def observe(self, surprise: Tensor | float) -> reference.Signals:
         """Observe one surprise and return the gate for this step.
@@ -61,12 +64,12 @@ class ARSController:
             The signals (eqs. 1 to 4): numbers on a CPU, 0-d float64 on another device.
         """
         return reference.controller_step_(
-            surprise, self.window, self.counts, self.last_phi, **self._settings
+            surprise, self.window, self.counts, self.gate_state, **self._settings
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the window (W,), the counts (2,) and the last Phi (0-d), as references."""
-        return {"window": self.window, "counts": self.counts, "last_phi": self.last_phi}
+        """Return the window (W,), the counts (2,) and the gate's memory (5,), as references."""
+        return {"window": self.window, "counts": self.counts, "gate_state": self.gate_state}
 
     def check_state_dict(self, state: dict[str, Tensor]) -> None:
         """Check that a saved state fits this controller, changing nothing.
@@ -78,8 +81,8 @@ class ARSController:
             ValueError: An entry is missing or was saved with another window.
         """
         for name, mine in self.state_dict().items():
-            if name == "last_phi" and name not in state:
-                continue  # as in version 0.1.0
+            if name == "gate_state" and name not in state:
+                continue  # as in version 0.1.0, or with last_phi in its place
             if name not in state:
                 raise ValueError(f"the controller's state lacks {name!r}; was it saved by ARS?")
             if state[name].shape != mine.shape:
@@ -91,7 +94,8 @@ class ARSController:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy a state saved by :meth:`state_dict` into this controller's tensors.
 
-        Without a last Phi, which version 0.1.0 did not save, the gate is taken to be open.
+        Version 0.1.0 saved nothing of the gate: it is taken to be open. A ``last_phi``, which was
+        saved in its place later, opens over ``release``, as it would have.
 
         Args:
             state: What :meth:`state_dict` returned.
@@ -102,7 +106,10 @@ class ARSController:
         self.check_state_dict(state)
         self.window.copy_(state["window"])
         self.counts.copy_(state["counts"])
-        if "last_phi" in state:
-            self.last_phi.copy_(state["last_phi"])
+        if "gate_state" in state:
+            self.gate_state.copy_(state["gate_state"])
         else:
-            self.last_phi.fill_(1.0)
+            self.gate_state.copy_(torch.tensor(_OPEN, dtype=torch.float64, device="cpu"))
+            if "last_phi" in state:
+                self.gate_state[0].copy_(state["last_phi"])
+                self.gate_state[1].fill_(1.0)

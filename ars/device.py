@@ -159,12 +159,13 @@ def _on_device(controller: ARSController | None) -> "Controller | None":
     config = controller.config
     constants = (
         config.alpha, config.phi_min, config.eps, config.jitter, config.threshold,
-        config.significance, config.resonance, config.release,
+        config.significance, config.resonance, config.release, config.alternating,
+        config.first_release,
     )  # fmt: skip
     return Controller(
         window=controller.window,
         counts=controller.counts,
-        last_phi=controller.last_phi,
+        gate_state=controller.gate_state,
         config=torch.tensor(constants, dtype=torch.float64, device=controller.window.device),
         seed=config.seed,
         gate=config.gate,

@@ -30,6 +30,7 @@ class EntropyGuard(_Part):
 
     Args:
         eps: Smallest Psi, in (0, 1]; 1 switches the part off.
+        alternating: Only alternation is resonance: a positive rho counts as 0.
 
     Raises:
         TypeError: A setting has the wrong type.
@@ -39,9 +40,13 @@ class EntropyGuard(_Part):
         >>> guard = EntropyGuard()
         >>> guard(0.0), guard(-0.5), guard(1.0)
         (1.0, 0.75, 1e-06)
+        >>> guard = EntropyGuard(alternating=True)
+        >>> guard(-0.5), guard(0.5)
+        (0.75, 1.0)
     """
 
     eps: float = 1e-6
+    alternating: bool = False
 
     def __call__(self, rho: Scalar) -> Scalar:
         """Return Psi.
@@ -49,7 +54,7 @@ class EntropyGuard(_Part):
         Args:
             rho: Lag-1 autocorrelation of the surprises, in [-1, 1].
         """
-        return reference.entropy_guard(rho, self.eps)
+        return reference.entropy_guard(rho, self.eps, self.alternating)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,10 @@ _RULES: dict[str, _Rule] = {
     "detrend": (bool, lambda x: True, ""),
     "threshold": _NOT_NEGATIVE,
     "significance": _NOT_NEGATIVE,
+    "alternating": (bool, lambda x: True, ""),
     "resonance": _NOT_NEGATIVE,
     "release": (float, lambda x: 1 <= x < math.inf, "be finite and >= 1"),
+    "first_release": (float, lambda x: 1 <= x < math.inf, "be finite and >= 1"),
     "seed": (int, lambda x: 0 <= x < 2**63, "lie in [0, 2^63)"),
 }
 

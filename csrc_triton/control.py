@@ -140,7 +140,7 @@ def _write_corrections(
 
 @triton.jit
 def _control(
-    table, hyper, scalars, corrections, window, counts, last_phi, config, seed, loss, grad_scale,
+    table, hyper, scalars, corrections, window, counts, gate_state, config, seed, loss, grad_scale,
     diagnostics, norm, tensor_count, group_count,
     NORM: tl.constexpr, GATED: tl.constexpr, STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
     GATE_BETAS: tl.constexpr, GATE_LR: tl.constexpr, GATE_GRAD: tl.constexpr,
@@ -163,7 +163,7 @@ def _control(
                 observed = observed.to(tl.float32)  # the interpreter's only way out of bf16
             observed = observed.to(tl.float64)
         phi, chi = observe(
-            observed, window, counts, last_phi, config, seed, diagnostics,
+            observed, window, counts, gate_state, config, seed, diagnostics,
             STANDARDIZE, DETREND, WINDOW, WINDOW_BLOCK,
         )  # fmt: skip
         lr_factor += chi
@@ -185,7 +185,7 @@ def _control(
 
 @triton.jit
 def _control_unless_inf(
-    table, hyper, scalars, corrections, window, counts, last_phi, config, seed, loss, grad_scale,
+    table, hyper, scalars, corrections, window, counts, gate_state, config, seed, loss, grad_scale,
     found_inf, diagnostics, norm, tensor_count, group_count,
     NORM: tl.constexpr, GATED: tl.constexpr, STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
     GATE_BETAS: tl.constexpr, GATE_LR: tl.constexpr, GATE_GRAD: tl.constexpr,
@@ -199,7 +199,7 @@ def _control_unless_inf(
     if moves:
         tl.store(scalars + SCALAR.value.SKIP, 0.0)
         _control(
-            table, hyper, scalars, corrections, window, counts, last_phi, config, seed, loss,
+            table, hyper, scalars, corrections, window, counts, gate_state, config, seed, loss,
             grad_scale, diagnostics, norm, tensor_count, group_count,
             NORM, GATED, STANDARDIZE, DETREND, GATE_BETAS, GATE_LR, GATE_GRAD, DECOUPLED,
             WINDOW, WINDOW_BLOCK, GROUP_BLOCK, TENSOR_BLOCK,
@@ -216,7 +216,7 @@ def _control_unless_inf(
 def control_kernel(
     table, grad_table, tiles,  # see tiles.py
     hyper, scalars, corrections,  # (G, 8) float64; (G, 10) and (T, 2), see layout.py
-    window, counts, last_phi, config,  # (W,) float64, (2,) int64, () and (8,) float64; or None
+    window, counts, gate_state, config,  # (W,) float64, (2,) int64, (5,), (10,) float64; or None
     seed,  # (1,) int64
     loss,  # 0-d, floating; None: the surprise is the gradient norm
     grad_scale, found_inf,  # (1,) float32, or None: 1, and 0
@@ -242,14 +242,14 @@ def control_kernel(
                 tl.store(ticket, 0)  # for the next launch
                 norm = tl.sqrt(sum_in_order(partials, partial_count, SUM_BLOCK))
                 _control_unless_inf(
-                    table, hyper, scalars, corrections, window, counts, last_phi, config,
+                    table, hyper, scalars, corrections, window, counts, gate_state, config,
                     seed, loss, grad_scale, found_inf, diagnostics, norm, tensor_count, group_count,
                     NORM, GATED, STANDARDIZE, DETREND, GATE_BETAS, GATE_LR, GATE_GRAD, DECOUPLED,
                     WINDOW, WINDOW_BLOCK, GROUP_BLOCK, TENSOR_BLOCK,
                 )  # fmt: skip
     else:
         _control_unless_inf(
-            table, hyper, scalars, corrections, window, counts, last_phi, config, seed, loss,
+            table, hyper, scalars, corrections, window, counts, gate_state, config, seed, loss,
             grad_scale, found_inf, diagnostics, float("nan"), tensor_count, group_count,
             NORM, GATED, STANDARDIZE, DETREND, GATE_BETAS, GATE_LR, GATE_GRAD, DECOUPLED,
             WINDOW, WINDOW_BLOCK, GROUP_BLOCK, TENSOR_BLOCK,

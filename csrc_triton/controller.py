@@ -9,14 +9,21 @@ Oracle: :func:`ars.reference.controller_step_`.
 import triton
 import triton.language as tl
 
-from ars.csrc_triton.device import CONFIG, DIAGNOSTIC
+from ars.csrc_triton.device import CONFIG, DIAGNOSTIC, GATE_STATE
 
-__all__ = ["ERROR_FLOOR", "MIN_HISTORY", "RELATIVE_NOISE_FLOOR", "observe"]
+__all__ = [
+    "AVERAGED", "CLOSED_BY", "ERROR_FLOOR", "MIN_HISTORY", "OPEN", "RELATIVE_NOISE_FLOOR", "RISE",
+    "observe",
+]  # fmt: skip
 
 # The reference's, which says why; a test keeps them equal.
 RELATIVE_NOISE_FLOOR = tl.constexpr(1e-12)
 MIN_HISTORY = tl.constexpr(10)
 ERROR_FLOOR = tl.constexpr(1e-6)
+AVERAGED = tl.constexpr(4)
+RISE = tl.constexpr(2.0)
+CLOSED_BY = tl.constexpr(0.5)
+OPEN = tl.constexpr(0.9)
 
 
 @triton.jit
@@ -60,7 +67,8 @@ def _standardized_surprise(
     predicted = start + mean + slope * ahead
     scale = error + ERROR_FLOOR * tl.abs(predicted)
     deviations = (surprise - predicted) / tl.where(scale > 0, scale, 1.0)
-    return tl.where(valid >= MIN_HISTORY, tl.maximum(deviations - threshold, 0.0), 0.0)
+    deviations = tl.maximum(deviations - threshold, 0.0)
+    return tl.where(valid >= MIN_HISTORY, deviations, 0.0), scale
 
 
 @triton.jit
@@ -111,8 +119,32 @@ def _autocorrelation(
 
 
 @triton.jit
+def _back_off(
+    phi, surprise, finite, psi, deviation, phi_min, first_release, release,
+    slow, sigma, mean, lowest, previous,
+):  # fmt: skip
+    """Return the gate's next state, as :func:`ars.reference.back_off`."""
+    watching = sigma > 0
+    follows = watching & finite
+    moved = mean + (surprise - mean) / AVERAGED
+    rises = follows & (moved > lowest + RISE * sigma)
+    phi = tl.where(rises, phi_min, phi)
+    alarm = finite & (rises | (phi < phi_min + CLOSED_BY * (previous - phi_min)))
+    slow = (slow > 0) | (psi < 1) | (alarm & watching)
+    limit = previous + (1 - previous) / tl.where(slow, release, first_release)
+    phi = tl.where(phi < limit, phi, limit)
+    opened = phi >= OPEN
+    sigma = tl.where(watching, sigma, tl.where(alarm, deviation, 0.0))
+    lowest = tl.where(follows & (moved < lowest), moved, lowest)
+    mean = tl.where(follows, moved, mean)
+    slow = tl.where(opened, 0.0, slow.to(tl.float64))
+    sigma = tl.where(opened, 0.0, sigma)
+    return phi, slow, sigma, tl.where(alarm, surprise, mean), tl.where(alarm, surprise, lowest)
+
+
+@triton.jit
 def observe(
-    observed, window, counts, last_phi, config, seed, diagnostics,
+    observed, window, counts, gate_state, config, seed, diagnostics,
     STANDARDIZE: tl.constexpr, DETREND: tl.constexpr,
     WINDOW: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +160,7 @@ def observe(
     gated = tl.maximum(surprise, 0.0)
     if STANDARDIZE:
         threshold = tl.load(config + CONFIG.value.THRESHOLD)
-        gated = _standardized_surprise(
+        gated, deviation = _standardized_surprise(
             surprise, window, count, threshold, DETREND, WINDOW, WINDOW_BLOCK
         )
     # eq. 1
@@ -138,14 +170,31 @@ def observe(
     strength = tl.maximum(tl.abs(rho) - noise, 0.0)
     rho = tl.where(rho < 0, -strength, tl.where(rho > 0, strength, 0.0))
 
-    psi = tl.maximum(1 - rho * rho, eps)  # eq. 2
+    alternating = tl.load(config + CONFIG.value.ALTERNATING) != 0
+    counted = tl.where(alternating, tl.minimum(rho, 0.0), rho)
+    psi = tl.maximum(1 - counted * counted, eps)  # eq. 2
     resonance = tl.load(config + CONFIG.value.RESONANCE)
     strained = gated / psi + resonance * (1 / psi - 1)
     phi = phi_min + (1 - phi_min) * tl.exp(-alpha * strained)  # eq. 3
     phi = tl.where(finite, phi, phi_min)
-    previous = tl.load(last_phi)
-    limit = previous + (1 - previous) / tl.load(config + CONFIG.value.RELEASE)
-    phi = tl.where(phi < limit, phi, limit)
+    previous = tl.load(gate_state + GATE_STATE.value.PHI)
+    slow = tl.load(gate_state + GATE_STATE.value.SLOW)
+    sigma = tl.load(gate_state + GATE_STATE.value.DEVIATION)
+    mean = tl.load(gate_state + GATE_STATE.value.MEAN)
+    lowest = tl.load(gate_state + GATE_STATE.value.LOWEST)
+    release = tl.load(config + CONFIG.value.RELEASE)
+    backs_off = False
+    if STANDARDIZE:
+        first_release = tl.load(config + CONFIG.value.FIRST_RELEASE)
+        backs_off = first_release < release
+    if backs_off:
+        phi, slow, sigma, mean, lowest = _back_off(
+            phi, surprise, finite, psi, deviation, phi_min, first_release, release,
+            slow, sigma, mean, lowest, previous,
+        )  # fmt: skip
+    else:
+        limit = previous + (1 - previous) / release
+        phi = tl.where(phi < limit, phi, limit)
     # The same counter and key as ars.reference.philox_uniform: the same number, bit for bit.
     counter = (steps & 0xFFFFFFFF).to(tl.uint32)
     zero = counter * 0
@@ -153,11 +202,15 @@ def observe(
     uniform = word.to(tl.float64) * 2.0**-32
     chi = tl.load(config + CONFIG.value.JITTER) * (2 * uniform - 1) * (1 - psi)  # eq. 4
 
-    tl.debug_barrier()  # every thread has read the window, the counts and the last Phi
+    tl.debug_barrier()  # every thread has read the window, the counts and the gate state
     tl.store(window + count % WINDOW, surprise, mask=finite)
     tl.store(counts, count + finite.to(tl.int64))
     tl.store(counts + 1, steps + 1)
-    tl.store(last_phi, phi)
+    tl.store(gate_state + GATE_STATE.value.PHI, phi)
+    tl.store(gate_state + GATE_STATE.value.SLOW, slow)
+    tl.store(gate_state + GATE_STATE.value.DEVIATION, sigma)
+    tl.store(gate_state + GATE_STATE.value.MEAN, mean)
+    tl.store(gate_state + GATE_STATE.value.LOWEST, lowest)
     tl.store(diagnostics + DIAGNOSTIC.value.SURPRISE, observed)
     tl.store(diagnostics + DIAGNOSTIC.value.RHO, rho)
     tl.store(diagnostics + DIAGNOSTIC.value.PSI, psi)

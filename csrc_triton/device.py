@@ -9,8 +9,8 @@ import triton.language as tl
 from ars.csrc_triton import layout
 
 __all__ = [
-    "CONFIG", "CORRECTION", "DIAGNOSTIC", "HYPER", "SCALAR", "TABLE", "load", "pointer",
-    "sum_in_order",
+    "CONFIG", "CORRECTION", "DIAGNOSTIC", "GATE_STATE", "HYPER", "SCALAR", "TABLE", "load",
+    "pointer", "sum_in_order",
 ]  # fmt: skip
 
 
@@ -27,6 +27,7 @@ def _readable(columns: type[IntEnum]) -> tl.constexpr:
 CONFIG = _readable(layout.Config)
 CORRECTION = _readable(layout.Correction)
 DIAGNOSTIC = _readable(layout.Diagnostic)
+GATE_STATE = _readable(layout.GateState)
 HYPER = _readable(layout.Hyper)
 SCALAR = _readable(layout.Scalar)
 TABLE = _readable(layout.Table)

@@ -111,7 +111,7 @@ class Launches:
                 self._table, grad_table, part.tiles,
                 self._hyper, self._scalars, self._corrections,
                 controller and controller.window, controller and controller.counts,
-                controller and controller.last_phi, controller and controller.config, self._seed,
+                controller and controller.gate_state, controller and controller.config, self._seed,
                 loss, grad_scale, found_inf,
                 self._norm_partials, self._norm_ticket, self.diagnostics,
                 part.first_partial, len(self._norm_partials),

@@ -27,6 +27,18 @@ class Config(IntEnum):
     SIGNIFICANCE = 5
     RESONANCE = 6
     RELEASE = 7
+    ALTERNATING = 8  # 1: only a negative autocorrelation is resonance
+    FIRST_RELEASE = 9
+
+
+class GateState(IntEnum):
+    """Entries of what the controller's gate remembers, float64."""
+
+    PHI = 0  # of the step before
+    SLOW = 1  # 1: it opens over RELEASE, 0: over FIRST_RELEASE
+    DEVIATION = 2  # the trend's standard error at the alarm, 0 once the gate is open
+    MEAN = 3  # running mean of the surprises since the alarm
+    LOWEST = 4  # the least such mean
 
 
 class Diagnostic(IntEnum):

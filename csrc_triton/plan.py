@@ -64,8 +64,8 @@ class Controller(NamedTuple):
 
     window: Tensor  # (W,) float64, ring buffer, written in place
     counts: Tensor  # (2,) int64, surprises written and steps taken, written in place
-    last_phi: Tensor  # 0-d float64, Phi of the step before, written in place
-    config: Tensor  # (8,) float64, see layout.Config
+    gate_state: Tensor  # (5,) float64, see layout.GateState, written in place
+    config: Tensor  # (10,) float64, see layout.Config
     seed: int
     gate: tuple[str, ...]  # what Phi multiplies: some of betas, lr, grad
     standardize: bool

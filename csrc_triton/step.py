@@ -119,7 +119,11 @@ class FusedAdam:
         check_numbers(numbers, params)
         if controller is not None:
             check_controller(
-                controller.window, controller.counts, controller.last_phi, controller.config, hyper
+                controller.window,
+                controller.counts,
+                controller.gate_state,
+                controller.config,
+                hyper,
             )
         if diagnostics is not None:
             check_buffer("diagnostics", diagnostics, (len(Diagnostic),), hyper)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ars.csrc_triton.layout import Config, Hyper
+from ars.csrc_triton.layout import Config, GateState, Hyper
 from ars.csrc_triton.plan import Operands
 
 PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -120,7 +120,7 @@ def check_hyper(hyper: Tensor, groups: list[int], params: list[Tensor]) -> None:
 
 
 def check_controller(
-    window: Tensor, counts: Tensor, last_phi: Tensor, config: Tensor, like: Tensor
+    window: Tensor, counts: Tensor, gate_state: Tensor, config: Tensor, like: Tensor
 ) -> None:
     """Raise unless the controller's tensors have their shapes and dtypes.
 
@@ -131,7 +131,7 @@ def check_controller(
     if window.dim() != 1 or not window.numel():
         raise ValueError(f"window has shape {tuple(window.shape)}; pass (W,) with W >= 1")
     check_buffer("window", window, (window.numel(),), like)
-    check_buffer("last_phi", last_phi, (), like)
+    check_buffer("gate_state", gate_state, (len(GateState),), like)
     check_buffer("config", config, (len(Config),), like)
     if counts.dtype != torch.int64:
         raise TypeError(f"counts is {counts.dtype}; make it int64")

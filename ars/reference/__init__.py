@@ -10,13 +10,13 @@ proximal, (10) subspace, (12) Kronecker-factored; Fisher (11) per-sample squares
 """
 
 from ars.reference.adam import AdamResult, adam_denominator, adam_step, clip_coefficient, grad_norm
+from ars.reference.backoff import GateState, back_off, slow_release
 from ars.reference.controller import (
     Signals,
     chronos_jitter,
     controller_step_,
     draw,
     entropy_guard,
-    slow_release,
     surprise_gate,
 )
 from ars.reference.fisher import squared_products
@@ -34,9 +34,11 @@ from ars.reference.rounding import join_master, rounding_bits, split_master, sto
 
 __all__ = [
     "AdamResult",
+    "GateState",
     "Signals",
     "adam_denominator",
     "adam_step",
+    "back_off",
     "chronos_jitter",
     "clip_coefficient",
     "controller_step_",

@@ -11,12 +11,17 @@ The equations as proposed, with S the surprise and H the last W surprises, S inc
 
 The conditioned form replaces S by its deviation from the window's trend and H by its residuals,
 and discounts what sampling noise explains: :func:`~ars.reference.window.trend`,
-:func:`standardized_surprise`, :func:`shrink`. Two further terms are absent from the proposal, where
-kappa = 0 and r = 1. Resonance brakes by itself, and a gate that has closed opens over r steps:
+:func:`standardized_surprise`, :func:`shrink`. Only alternation counts as resonance, as a trend that
+is no line leaves a positive rho and never a negative one. Two further terms are absent from the
+proposal, where kappa = 0 and r = 1. Resonance brakes by itself, and a gate that has closed opens
+over r steps:
 
 .. math::
+    \rho &\to \min(\rho, 0) \\
     S / \Psi &\to (S + \kappa) / \Psi - \kappa \\
     \Phi_t &= \min(\Phi, \Phi_{t-1} + (1 - \Phi_{t-1}) / r)
+
+with r shorter after a first alarm, :mod:`ars.reference.backoff`.
 """
 
 from typing import Any, NamedTuple
@@ -24,8 +29,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ars.reference.backoff import GateState, back_off, slow_release
 from ars.reference.philox import philox_uniform
-from ars.reference.scalars import Scalar, at_least, choose, copysign, exp, is_finite, read
+from ars.reference.scalars import (
+    Scalar,
+    at_least,
+    at_most,
+    choose,
+    copysign,
+    exp,
+    is_finite,
+    is_host,
+    read,
+)
 from ars.reference.window import (
     ERROR_FLOOR,
     MIN_HISTORY,
@@ -38,8 +54,7 @@ from ars.reference.window import (
 )
 
 __all__ = [
-    "Signals", "chronos_jitter", "controller_step_", "draw", "entropy_guard", "slow_release",
-    "surprise_gate",
+    "Signals", "chronos_jitter", "controller_step_", "draw", "entropy_guard", "surprise_gate",
 ]  # fmt: skip
 
 
@@ -57,7 +72,7 @@ def controller_step_(
     surprise: Scalar,
     window: Tensor,
     counts: Tensor,
-    last_phi: Tensor,
+    gate_state: Tensor,
     *,
     alpha: float,
     phi_min: float,
@@ -67,8 +82,10 @@ def controller_step_(
     detrend: bool,
     threshold: float,
     significance: float,
+    alternating: bool = False,
     resonance: float = 0.0,
     release: float = 1,
+    first_release: float = 1,
     seed: int,
 ) -> Signals:
     """Observe one surprise, in place, and return the gate for this step (eqs. 1 to 4).
@@ -79,7 +96,8 @@ def controller_step_(
         surprise: The step's surprise, 0-d or a number.
         window: Ring buffer of the last W surprises, shape (W,), float64; written in place.
         counts: (surprises ever written, steps ever taken), shape (2,), int64; written in place.
-        last_phi: Phi of the step before, 1 before the first, 0-d, float64; written in place.
+        gate_state: A :class:`~ars.reference.backoff.GateState`, (1, 0, 0, 0, 0) before the first
+            step, shape (5,), float64; written in place.
         alpha: Sensitivity of the gate, >= 0.
         phi_min: Smallest gate, in [0, 1].
         eps: Smallest Psi, in (0, 1].
@@ -88,8 +106,11 @@ def controller_step_(
         detrend: The trend is a line rather than the mean; rho is that of the line's residuals.
         threshold: Standard errors of deviation that are ordinary noise, >= 0.
         significance: Standard errors of rho that are ordinary noise, >= 0.
+        alternating: Only a negative rho is resonance.
         resonance: Strength kappa of the braking on resonance itself, >= 0.
         release: Steps r over which a closed gate opens, >= 1.
+        first_release: The same after a first alarm; only where that is less than ``release`` and
+            only with ``standardize`` is there a difference.
         seed: Key of the jitter.
 
     Returns:
@@ -98,11 +119,13 @@ def controller_step_(
     value = read(torch.as_tensor(surprise, dtype=torch.float64, device=window.device).detach())
     finite = is_finite(value)
 
-    gated = value
+    gated, deviation = value, None
     if standardize:
         values, valid = oldest_first(window, counts[0])
         _, predicted, error = trend(values, valid, linear=detrend)
         gated = standardized_surprise(value, predicted, error, valid, threshold)
+        if first_release < release:
+            deviation = error + ERROR_FLOOR * abs(predicted)
 
     step = read(counts[1].clone())
     remember_(window, counts, value, finite)
@@ -110,11 +133,26 @@ def controller_step_(
     if detrend:
         values = trend(values, valid, linear=True)[0]
     rho = shrink(autocorrelation(values, valid, read(window.abs().amax())), valid, significance)
-    psi = entropy_guard(rho, eps)
+    psi = entropy_guard(rho, eps, alternating)
     phi = choose(finite, surprise_gate(gated, psi, alpha, phi_min, resonance), phi_min)
-    phi = slow_release(phi, read(last_phi), release)
-    last_phi.copy_(phi) if isinstance(phi, Tensor) else last_phi.fill_(phi)
+    before = GateState(*(gate_state.tolist() if is_host(gate_state) else gate_state.unbind()))
+    after = before._replace(phi=slow_release(phi, before.phi, release))
+    if deviation is not None:
+        after = back_off(
+            before, phi, value, finite, psi, deviation,
+            phi_min=phi_min, first_release=first_release, release=release,
+        )  # fmt: skip
+    _write_(gate_state, before, after)
+    phi = after.phi
     return Signals(value, rho, psi, phi, chronos_jitter(psi, draw(psi, seed, step), jitter))
+
+
+def _write_(gate_state: Tensor, before: GateState, after: GateState) -> None:
+    if not is_host(gate_state):
+        for place, entry in zip(gate_state.unbind(), after, strict=True):
+            place.copy_(entry) if isinstance(entry, Tensor) else place.fill_(entry)
+    elif after != before:  # an open gate stays as it is
+        gate_state.copy_(torch.tensor(after, dtype=torch.float64, device="cpu"))
 
 
 def standardized_surprise(
@@ -164,9 +202,13 @@ def shrink(rho: Scalar, valid: Count, significance: float) -> Scalar:
     return copysign(at_least(abs(rho) - noise, 0.0), rho)
 
 
-def entropy_guard(rho: Scalar, eps: float) -> Scalar:
-    """EntropyGuard, ``Psi = max(eps, 1 - rho^2)`` (eq. 2): 1 without resonance, eps in full."""
-    return at_least(1 - rho * rho, eps)
+def entropy_guard(rho: Scalar, eps: float, alternating: bool = False) -> Scalar:
+    """EntropyGuard, ``Psi = max(eps, 1 - rho^2)`` (eq. 2): 1 without resonance, eps in full.
+
+    If only alternation is resonance, a positive rho counts as 0.
+    """
+    counted: Any = at_most(rho, 0.0) if alternating else rho
+    return at_least(1 - counted * counted, eps)
 
 
 def surprise_gate(
@@ -179,12 +221,6 @@ def surprise_gate(
     """
     strained = at_least(surprise, 0.0) / psi + resonance * (1 / psi - 1)
     return phi_min + (1 - phi_min) * exp(-alpha * strained)
-
-
-def slow_release(phi: Scalar, previous: Scalar, release: float) -> Scalar:
-    """Let a gate open by at most a part of what it was closed: ``1 / release``, a step."""
-    limit = previous + (1 - previous) / release
-    return choose(phi < limit, phi, limit)
 
 
 def draw(psi: Scalar, seed: int, step: Any) -> Scalar:

@@ -20,7 +20,8 @@ def run(signal, **settings):
 
 def paper(**overrides):
     plain = {"standardize": False, "detrend": False, "threshold": 0.0, "significance": 0.0}
-    return plain | {"release": 1} | overrides
+    plain |= {"alternating": False, "resonance": 0.0, "release": 1, "first_release": 1}
+    return plain | overrides
 
 
 def test_paper_equals_the_formula_at_every_step():
@@ -50,6 +51,8 @@ def test_paper_config_is_the_proposal():
     assert not config.detrend
     assert config.threshold == config.significance == config.resonance == 0.0
     assert (config.gate, config.surprise, config.release) == (("betas",), "auto", 1)
+    assert not config.alternating
+    assert config.first_release == 1
 
 
 @pytest.mark.parametrize("detrend", [False, True])
@@ -117,8 +120,13 @@ def test_masked_form_equals_the_exact_one(n, monkeypatch):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, paper(), {"resonance": 2.0, "release": 5, "significance": 0.5}],
-    ids=["default", "paper", "resonance"],
+    [
+        {},
+        paper(),
+        {"resonance": 2.0, "release": 5, "significance": 0.5},
+        {"threshold": 1.0, "release": 50, "first_release": 3},
+    ],
+    ids=["default", "paper", "resonance", "back-off"],
 )
 def test_a_device_that_must_not_be_waited_for_gets_the_same_signals(settings, monkeypatch):
     """There every scalar stays a tensor; made so on a CPU, nothing may change."""
@@ -232,7 +240,8 @@ def test_observe_leaves_no_autograd_graph():
         ({"eps": 0.0}, ValueError), ({"jitter": 1.0}, ValueError), ({"jitter": "a"}, TypeError),
         ({"threshold": -1.0}, ValueError), ({"significance": math.nan}, ValueError),
         ({"resonance": -0.1}, ValueError), ({"release": 0.5}, ValueError),
-        ({"release": math.inf}, ValueError), ({"gate": "lr"}, TypeError),
+        ({"release": math.inf}, ValueError), ({"first_release": 0.5}, ValueError),
+        ({"alternating": 1}, TypeError), ({"gate": "lr"}, TypeError),
         ({"gate": ("lr", "lr")}, ValueError), ({"gate": ("momentum",)}, ValueError),
         ({"surprise": "accuracy"}, ValueError), ({"surprise": 3}, TypeError),
         ({"seed": -1}, ValueError), ({"seed": True}, TypeError), ({"detrend": 1}, TypeError),
@@ -253,7 +262,21 @@ def test_controller_state_round_trip_and_refusal():
         ARSController(ARSConfig(window=30)).load_state_dict(controller.state_dict())
     with pytest.raises(ValueError, match="lacks 'counts'"):
         other.load_state_dict({"window": other.window})
-    assert float(other.last_phi) < 1
-    old = {name: t for name, t in controller.state_dict().items() if name != "last_phi"}
+    assert float(other.gate_state[0]) < 1
+    old = {name: t for name, t in controller.state_dict().items() if name != "gate_state"}
+    other.load_state_dict(old | {"last_phi": torch.tensor(0.3, dtype=torch.float64)})
+    assert other.gate_state.tolist() == [0.3, 1.0, 0.0, 0.0, 0.0]
     other.load_state_dict(old)  # as saved by version 0.1.0
-    assert float(other.last_phi) == 1
+    assert other.gate_state.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_controller_goes_on_bit_by_bit_from_any_step_of_a_relapse():
+    signal = 2 + 0.05 * np.random.default_rng(3).normal(size=120)
+    signal[40:] += 3 * np.exp(-np.arange(80) / 10)
+    signal[56:62] += 1.0
+    whole, _ = run(signal)
+    for stop in (39, 40, 41, 50, 57, 58, 59, 90):
+        _, first = run(signal[:stop])
+        second = ARSController(ARSConfig())
+        second.load_state_dict({name: t.clone() for name, t in first.state_dict().items()})
+        assert [second.observe(torch.tensor(float(s))) for s in signal[stop:]] == whole[stop:]

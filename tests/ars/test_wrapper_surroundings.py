@@ -64,7 +64,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name):
     second.load_state_dict(saved(first.state_dict()))
     assert all(map(torch.equal, run(second, others, 8, first=8), expected))
     assert torch.equal(second.controller.window, opt.controller.window)
-    assert float(second.controller.last_phi) == float(opt.controller.last_phi) < 1
+    assert float(second.controller.gate_state[0]) == float(opt.controller.gate_state[0]) < 1
 
 
 def test_a_state_of_the_base_alone_starts_the_controller_afresh():
@@ -74,7 +74,7 @@ def test_a_state_of_the_base_alone_starts_the_controller_afresh():
     del state["controller"]
     opt.load_state_dict(state)
     assert opt.controller.counts.tolist() == [0, 0]
-    assert float(opt.controller.last_phi) == 1
+    assert float(opt.controller.gate_state[0]) == 1
     gradients(params, 5)
     opt.step()  # the norm now
 

@@ -104,7 +104,10 @@ def assert_step(
         assert torch.equal(problem.controller.counts, expected.controller.counts)
         assert torch.equal(problem.controller.window, expected.controller.window)
         torch.testing.assert_close(
-            problem.controller.last_phi, expected.controller.last_phi, rtol=SIGNAL_TOLERANCE, atol=0
+            problem.controller.gate_state,
+            expected.controller.gate_state,
+            rtol=SIGNAL_TOLERANCE,
+            atol=0,
         )
     assert_diagnostics(fused.diagnostics, diagnostics)
 

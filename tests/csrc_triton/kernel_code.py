@@ -70,14 +70,14 @@ CONTROL: dict[str, dict[str, Any]] = {
         "GATED": False,
         "window": None,
         "counts": None,
-        "last_phi": None,
+        "gate_state": None,
         "config": None,
     },
 }
 POINTERS = {
     "table": "*i64", "grad_table": "*i64", "tiles": "*i32", "partials": "*fp64",
     "ticket": "*i32", "diagnostics": "*fp64", "hyper": "*fp64", "window": "*fp64",
-    "counts": "*i64", "last_phi": "*fp64", "config": "*fp64", "seed": "*i64",
+    "counts": "*i64", "gate_state": "*fp64", "config": "*fp64", "seed": "*i64",
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def surprises(count: int) -> list[float]:
     return values.tolist()
 
 
-@pytest.mark.parametrize("name", ["paper", "conditioned", "resonant"])
+@pytest.mark.parametrize("name", ["paper", "conditioned", "resonant", "default"])
 def test_trajectory_equals_the_reference(name: str, device: str) -> None:
     problem, fused = make(device, name)
     controller = problem.clone().controller
@@ -53,7 +53,7 @@ def test_trajectory_equals_the_reference(name: str, device: str) -> None:
         assert found == pytest.approx(expected, rel=SIGNAL_TOLERANCE, abs=1e-12)
         assert torch.equal(problem.controller.window, controller.window)
         assert torch.equal(problem.controller.counts, controller.counts)
-        assert float(problem.controller.last_phi) == found[2]
+        assert float(problem.controller.gate_state[0]) == found[2]
         seen |= {(expected[0] > 0.1) - (expected[0] < -0.1), expected[2] < 0.9}
     # The trajectory has positive, no and negative correlation, and the gate opens and closes.
     assert seen >= {-1, 0, 1}
@@ -101,7 +101,7 @@ def test_a_surprise_that_is_no_number_closes_the_gate_and_is_forgotten(
         take(fused, surprise, device)
     window = problem.controller.window.clone()
     _, _, phi, _ = take(fused, loss, device)
-    assert phi == float(problem.controller.last_phi) == CONTROLLERS[name]["phi_min"]
+    assert phi == float(problem.controller.gate_state[0]) == CONTROLLERS[name]["phi_min"]
     assert torch.equal(problem.controller.window, window)
     assert problem.controller.counts.tolist() == [3, 4]
     assert not problem.params[0].isnan().any()
