@@ -1,10 +1,11 @@
 """What a series cost: operations, seconds, utilisation and money, each model and all together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from analysis.pairings import read_arm
 from analysis.records import Record, chain
 from trainer.devices import PEAK_FLOPS
 
@@ -20,6 +21,8 @@ class ModelCost:
         arm: the series is of this arm, ancestors of other arms included.
         seed: of the run.
         training_flops: of its own steps.
+        overhead_flops: of these, what the arm adds to forward and backward passes (penalties, the
+            teacher, Muon's iterations); ``None`` if no plain model of its depth tells.
         fisher_flops: of the Fisher pass on its parent.
         growth_flops: of growing it.
         flops: the three together.
@@ -37,6 +40,7 @@ class ModelCost:
     arm: str
     seed: int
     training_flops: int
+    overhead_flops: int | None
     fisher_flops: int
     growth_flops: int
     flops: int
@@ -97,9 +101,10 @@ class CostAnalyzer:
             ValueError: a model did more operations a second than its devices can.
         """
         costs = []
+        plain = {r.depth: r.flops / r.tokens for r in records if _adds_nothing(r.arm)}
         for seed in dict.fromkeys(record.seed for record in records):
             for arm in dict.fromkeys(r.arm for r in records if r.seed == seed):
-                costs += self._series(chain(records, arm, seed), arm)
+                costs += self._series(chain(records, arm, seed), arm, plain)
         return costs
 
     def price(self, seconds: float) -> float | None:
@@ -108,7 +113,9 @@ class CostAnalyzer:
             return None
         return seconds / 3600 * self.devices * self.price_per_hour
 
-    def _series(self, series: Sequence[Record], arm: str) -> list[ModelCost]:
+    def _series(
+        self, series: Sequence[Record], arm: str, plain: Mapping[int, float]
+    ) -> list[ModelCost]:
         costs = []
         flops, seconds = 0, 0.0
         for record in series:
@@ -120,6 +127,7 @@ class CostAnalyzer:
                     arm=arm,
                     seed=record.seed,
                     training_flops=record.flops,
+                    overhead_flops=_overhead(record, plain),
                     fisher_flops=record.fisher_flops,
                     growth_flops=record.growth_flops,
                     flops=record.own_flops,
@@ -146,3 +154,14 @@ class CostAnalyzer:
                 "of devices"
             )
         return mfu
+
+
+def _adds_nothing(word: str) -> bool:
+    arm = read_arm(word)
+    return arm is not None and not arm.parts
+
+
+def _overhead(record: Record, plain: Mapping[int, float]) -> int | None:
+    if record.depth not in plain:
+        return None
+    return max(0, round(record.flops - record.tokens * plain[record.depth]))

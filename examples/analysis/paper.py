@@ -14,9 +14,10 @@ Reference:
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
-__all__ = ["PlannedModel", "plan_cost", "plan_depths", "plan_doubling"]
+__all__ = ["PlannedModel", "chain_saving", "plan_cost", "plan_depths", "plan_doubling"]
 
 _WIDTH_PER_DEPTH = 64
 
@@ -170,3 +171,34 @@ def _check_positive(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def chain_saving(
+    efficiency: float, plan: Sequence[PlannedModel] | None = None, *, cooldown: float = 0.2
+) -> float:
+    """Share of the operations that a chain on paper saves, grown from trunk to trunk.
+
+    Every model needs its planned tokens, the last ``cooldown`` share of them in a cooled branch of
+    its own. An inherited token of the trunk replaces ``efficiency`` fresh ones.
+
+    Args:
+        efficiency: e, fresh tokens that an inherited one is worth, in [0, 1].
+        plan: the models, in order; ``None`` for the d10 ... d20 of `plan_depths`.
+        cooldown: share of a model's tokens, in [0, 1).
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Example:
+        >>> [f"{chain_saving(e):.0%}" for e in (0, 0.25, 0.5, 0.75, 1)]
+        ['0%', '17%', '34%', '51%', '68%']
+    """
+    for name, value in (("efficiency", efficiency), ("cooldown", cooldown)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+    models = plan_depths() if plan is None else plan
+    saved = sum(
+        model.flops * (1 - cooldown) * efficiency * parent.tokens / model.tokens
+        for parent, model in pairwise(models)
+    )
+    return saved / sum(model.flops for model in models)

@@ -25,17 +25,20 @@ class Record:
     Args:
         name: unique in a run; another seed may use it again.
         depth: layers.
-        arm: how it was trained, such as "scratch" or "inherited".
+        arm: how it was trained, such as "scratch" or "grown+ewc+ars".
         parent: name of the model it was grown from, or ``None``.
         params: number of all parameters.
         tokens: it was trained on itself, without its ancestors'.
+        lineage_tokens: it and its ancestors' trunks were trained on; ``None`` if not recorded.
         flops: of its own training steps.
         fisher_flops: of the Fisher pass on its parent.
         growth_flops: of growing it out of its parent.
         lineage_flops: of everything that went into it.
         seconds: of growing and training it, without its ancestors.
-        val_bpb: validation bits per byte.
+        val_bpb: validation bits per byte; not finite if it diverged.
         seed: of the run.
+        warnings: what was noticed while it was trained.
+        devices: that worked on it at once.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Record:
     parent: str | None
     params: int
     tokens: int
+    lineage_tokens: int | None
     flops: int
     fisher_flops: int
     growth_flops: int
@@ -51,6 +55,13 @@ class Record:
     seconds: float
     val_bpb: float
     seed: int
+    warnings: tuple[str, ...] = ()
+    devices: int = 1
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training ended in a loss that is no number."""
+        return not math.isfinite(self.val_bpb)
 
     @property
     def own_flops(self) -> int:
@@ -62,7 +73,8 @@ def read_metrics(paths: Sequence[Path]) -> list[Record]:
     """Read the ``metrics.json`` of one or more runs.
 
     Args:
-        paths: files that ``examples/miniseries.py`` wrote; several for several seeds.
+        paths: files that ``examples/miniseries.py`` wrote: several for several seeds, or for other
+            arms of the same seed.
 
     Raises:
         UsageError: a file cannot be read, is not of this form, or two hold the same model.
@@ -109,7 +121,7 @@ def chain(records: Sequence[Record], arm: str, seed: int) -> list[Record]:
     for record in by_name.values():
         if record.arm == arm:
             name: str | None = record.name
-            while name is not None and name not in members:
+            while name in by_name and name not in members:
                 members.add(name)
                 name = by_name[name].parent
     return [record for record in by_name.values() if record.name in members]
@@ -151,8 +163,18 @@ def _record(entry: Any, path: Path, index: int) -> Record:
             raise UsageError(f"{where}: {key} is {value!r}, below {low:g} or not finite")
         return value
 
+    bpb = take("val_bpb", float)
+    if bpb < 0.0:
+        raise UsageError(f"{where}: val_bpb is {bpb!r}, below 0")
+    notes = entry.get("warnings", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise UsageError(f"{where}: warnings is {notes!r}, not a list of texts")
     parent = None if entry.get("parent") is None else take("parent", str)
     params = number("params", int, 1)
+    tokens = number("tokens", int, 1)
+    lineage_tokens = tokens if parent is None else None
+    if "lineage_tokens" in entry:
+        lineage_tokens = number("lineage_tokens", int, tokens)
     flops = number("flops", int, 1)
     fisher = number("fisher_flops", int, 0, 0)
     growth = number("growth_flops", int, 0, 0 if parent is None else _GROWTH_OPERATIONS * params)
@@ -162,12 +184,15 @@ def _record(entry: Any, path: Path, index: int) -> Record:
         arm=take("arm", str),
         parent=parent,
         params=params,
-        tokens=number("tokens", int, 1),
+        tokens=tokens,
+        lineage_tokens=lineage_tokens,
         flops=flops,
         fisher_flops=fisher,
         growth_flops=growth,
         lineage_flops=number("lineage_flops", int, 1, flops + fisher if parent is None else None),
         seconds=number("seconds", float, 0.0),
-        val_bpb=number("val_bpb", float, 0.0),
+        val_bpb=bpb,
         seed=take("seed", int),
+        warnings=tuple(notes),
+        devices=number("devices", int, 1, 1),
     )

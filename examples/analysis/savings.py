@@ -1,32 +1,74 @@
-"""What reaching the baseline's loss costs another arm, with and without its parents' share."""
+"""What reaching the baseline's loss costs another arm, with and without its parents' share.
+
+Two losses to reach, of which neither alone is fair to both sides:
+
+* ``final``: the baseline's at the end of its cooled branch. The arm is not cooled on the way there,
+  so its ratio is an upper bound of what it would need if it had been cooled earlier.
+* ``trunk``: the worse of the two losses at the ends of the constant-rate trunks, which both models
+  reached uncooled: like against like.
+
+The transfer efficiency e says how many fresh tokens an inherited one was worth, trunk against
+trunk: the baseline's tokens to that loss are the arm's own and e times the inherited ones.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from analysis.intervals import Estimate
+from analysis.pairings import Pairing, pairings
 from analysis.records import Log, Record
-from analysis.verdict import is_sweep, mean_interval
 
-__all__ = ["Saving", "find_savings", "flops_to_reach"]
+__all__ = ["Point", "Ratios", "Saving", "find_savings", "measured_rows", "reach", "trunk_of"]
 
-Pair = tuple[float, float]
+
+_Four = tuple[float, float, float, float]  # of one seed, in the order of `Ratios`
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a curve reached a loss.
+
+    Args:
+        flops: of the lineage so far.
+        tokens: of the lineage so far.
+    """
+
+    flops: float
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """The arm's cost over the whole cost of the baseline.
+
+    Args:
+        with_parents: operations, the arm's whole lineage counted.
+        without_parents: operations, its Fisher pass, growth and own training alone.
+        tokens_with_parents: tokens of the lineage.
+        tokens_without_parents: its own tokens alone.
+    """
+
+    with_parents: Estimate
+    without_parents: Estimate
+    tokens_with_parents: Estimate
+    tokens_without_parents: Estimate
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Operations to the baseline's final loss over the operations of the baseline, at one depth.
+    """What an arm needs for the baseline's loss at one depth, paired by seed.
 
     Args:
         depth: of both models.
         arm: compared.
         baseline: compared with.
         seeds: that both have, with logs.
-        reached: seeds of these in which the arm reached the baseline's loss.
-        with_parents: mean ratio, the arm's whole lineage counted; ``None`` unless all reached it.
-        with_parents_interval: its 95 % t interval; ``None`` below 2 seeds.
-        without_parents: mean ratio, its Fisher pass and its own training alone counted.
-        without_parents_interval: its 95 % t interval.
+        reached: seeds of these in which the arm reached the baseline's final loss.
+        final: cost of that loss; ``None`` unless all reached it.
+        trunk: cost of the worse of the two trunks' losses; ``None`` if some log has no trunk.
+        efficiency: e; ``None`` without ``trunk`` or for an arm without parents.
     """
 
     depth: int
@@ -34,96 +76,151 @@ class Saving:
     baseline: str
     seeds: int
     reached: int
-    with_parents: float | None
-    with_parents_interval: Pair | None
-    without_parents: float | None
-    without_parents_interval: Pair | None
+    final: Ratios | None
+    trunk: Ratios | None
+    efficiency: Estimate | None
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON keeps."""
         return asdict(self)
 
 
-def flops_to_reach(log: Log, level: float) -> float | None:
-    """Operations at which a logged validation loss first was at or below a level.
+def reach(log: Log, level: float) -> Point | None:
+    """Where a logged validation loss first was at or below a level.
 
-    Between two measurements the loss is taken as linear in the logarithm of the operations. A model
-    is not cooled down on the way, so an arm with a cooled end is not flattered.
+    Between two measurements the loss is taken as linear in the logarithm of the operations, the
+    tokens as linear in the operations.
 
     Args:
-        log: rows with "flops" of the lineage and, now and then, "val_bpb".
+        log: rows with "flops" and "tokens" of the lineage and, now and then, "val_bpb".
         level: bits per byte.
 
     Returns:
-        The operations, ``None`` if the level was never reached.
+        The place, ``None`` if the level was never reached.
     """
-    before: Pair | None = None
-    for row in log:
-        flops, bpb = row["flops"], row["val_bpb"]
-        if bpb is None or not flops:
-            continue
-        if bpb <= level:
+    before: dict[str, Any] | None = None
+    for row in measured_rows(log):
+        if row["val_bpb"] <= level:
             if before is None:
-                return float(flops)
-            share = (before[1] - level) / (before[1] - bpb)
-            return float(math.exp((1 - share) * math.log(before[0]) + share * math.log(flops)))
-        before = (float(flops), float(bpb))
+                return Point(row["flops"], row["tokens"])
+            share = (before["val_bpb"] - level) / (before["val_bpb"] - row["val_bpb"])
+            logs = (1 - share) * math.log(before["flops"]) + share * math.log(row["flops"])
+            flops = math.exp(logs)
+            way = (flops - before["flops"]) / (row["flops"] - before["flops"])
+            return Point(flops, before["tokens"] + way * (row["tokens"] - before["tokens"]))
+        before = row
     return None
 
 
-def find_savings(
-    records: Sequence[Record], logs: Mapping[tuple[str, int], Log], baseline: str = "scratch"
-) -> list[Saving]:
-    """Compare every arm with the baseline wherever both have logs of a model of the same depth.
+def trunk_of(log: Log) -> Log:
+    """The rows up to the end of the trunk; empty where the log has no learning rates.
 
-    Both losses are those of the logs, measured on the same bytes.
+    The first step of the cooled branch still has the trunk's rate.
+    """
+    rates = [(row["lr"], row["step"]) for row in log if row.get("lr") is not None]
+    if not rates:
+        return []
+    peak = max(rate for rate, _ in rates)
+    end = max(step for rate, step in rates if rate == peak) - 1
+    return [row for row in log if row["step"] <= end]
+
+
+def find_savings(records: Sequence[Record], logs: Mapping[tuple[str, int], Log]) -> list[Saving]:
+    """Hold every arm against the model from scratch of the same depth, where both have logs.
+
+    Losses are those of the logs, measured on the same bytes.
 
     Args:
-        records: of one or more seeds.
+        records: of one or more seeds; none that diverged.
         logs: by name and seed.
-        baseline: the arm compared with.
     """
-    arms = dict.fromkeys(r.arm for r in records)
-    single = [arm for arm in arms if not is_sweep([r for r in records if r.arm == arm])]
-    found = {(r.arm, r.depth, r.seed): r for r in records if r.arm in single}
+    found = {(r.arm, r.depth, r.seed): r for r in records}
     savings = []
-    for arm in single:
-        if arm == baseline:
+    for pairing in pairings(records):
+        if not pairing.from_scratch:
             continue
-        for depth in sorted({r.depth for r in records if r.arm == arm}):
-            ratios = [
-                _ratios(record, found[baseline, depth, seed], logs)
+        for depth in sorted({r.depth for r in records if r.arm == pairing.arm}):
+            pairs = [
+                _Pair(record, found[pairing.baseline, depth, seed], logs)
                 for (a, d, seed), record in found.items()
-                if (a, d) == (arm, depth) and (baseline, depth, seed) in found
+                if (a, d) == (pairing.arm, depth) and (pairing.baseline, depth, seed) in found
             ]
-            known = [pair for pair in ratios if pair != ()]
+            known = [pair for pair in pairs if pair.is_known]
             if known:
-                savings.append(_summary(depth, arm, baseline, known))
+                savings.append(_summary(depth, pairing, known))
     return savings
 
 
-def _ratios(
-    ours: Record, theirs: Record, logs: Mapping[tuple[str, int], Log]
-) -> Pair | tuple[()] | None:
-    """With and without parents; ``None`` if not reached, empty if a log or its loss is missing."""
-    log, reference = logs.get((ours.name, ours.seed)), logs.get((theirs.name, theirs.seed))
-    measured = [row["val_bpb"] for row in reference or [] if row["val_bpb"] is not None]
-    if not log or not measured:
-        return ()
-    flops = flops_to_reach(log, measured[-1])
-    if flops is None:
-        return None
-    parents = ours.lineage_flops - ours.flops - ours.fisher_flops
-    return flops / theirs.lineage_flops, (flops - parents) / theirs.lineage_flops
+class _Pair:
+    """An arm's model and the baseline's of one seed, with their logs."""
+
+    def __init__(self, ours: Record, theirs: Record, logs: Mapping[tuple[str, int], Log]) -> None:
+        self.ours, self.theirs = ours, theirs
+        self.log = logs.get((ours.name, ours.seed), [])
+        self.reference = logs.get((theirs.name, theirs.seed), [])
+        logged = measured_rows(self.log) and measured_rows(self.reference)
+        self.is_known = bool(logged) and ours.lineage_tokens is not None
+        self.final: _Four | None = None
+        self.trunk: _Four | None = None
+        self.efficiency: float | None = None
+        if self.is_known:
+            self._find()
+
+    def _find(self) -> None:
+        point = reach(self.log, measured_rows(self.reference)[-1]["val_bpb"])
+        if point is not None:
+            whole = Point(self.theirs.lineage_flops, self.theirs.tokens)
+            self.final = self._ratios(point, whole)
+        trunks = [measured_rows(trunk_of(log)) for log in (self.log, self.reference)]
+        if all(trunks):
+            level = max(trunk[-1]["val_bpb"] for trunk in trunks)
+            point, other = (reach(trunk, level) for trunk in trunks)
+            if point is not None and other is not None:
+                self.trunk = self._ratios(point, other)
+                if self._inherited_tokens:
+                    own = point.tokens - self._inherited_tokens
+                    self.efficiency = (other.tokens - own) / self._inherited_tokens
+
+    @property
+    def _inherited_tokens(self) -> int:
+        whole = self.ours.lineage_tokens
+        return 0 if whole is None else whole - self.ours.tokens
+
+    def _ratios(self, point: Point, other: Point) -> _Four:
+        # What was there before the arm's Fisher pass and growth belongs to the parents.
+        own = point.flops - (self.ours.lineage_flops - self.ours.own_flops)
+        own_tokens = point.tokens - self._inherited_tokens
+        return (
+            point.flops / other.flops,
+            own / other.flops,
+            point.tokens / other.tokens,
+            own_tokens / other.tokens,
+        )
 
 
-def _summary(
-    depth: int, arm: str, baseline: str, known: Sequence[Pair | tuple[()] | None]
-) -> Saving:
-    reached = [pair for pair in known if pair]
-    if len(reached) < len(known):
-        return Saving(depth, arm, baseline, len(known), len(reached), None, None, None, None)
-    whole, whole_interval = mean_interval([pair[0] for pair in reached])
-    own, own_interval = mean_interval([pair[1] for pair in reached])
-    count = len(known)
-    return Saving(depth, arm, baseline, count, count, whole, whole_interval, own, own_interval)
+def measured_rows(log: Log) -> Log:
+    """Rows with a validation loss, those before the first operation left out."""
+    return [
+        row for row in log
+        if row["val_bpb"] is not None and math.isfinite(row["val_bpb"]) and row["flops"]
+    ]  # fmt: skip
+
+
+def _summary(depth: int, pairing: Pairing, pairs: Sequence[_Pair]) -> Saving:
+    def ratios(found: Sequence[_Four | None]) -> Ratios | None:
+        whole = [values for values in found if values is not None]
+        if len(whole) < len(found):
+            return None
+        return Ratios(*(Estimate.of(column) for column in zip(*whole, strict=True)))
+
+    worth = [pair.efficiency for pair in pairs if pair.efficiency is not None]
+    return Saving(
+        depth=depth,
+        arm=pairing.arm,
+        baseline=pairing.baseline,
+        seeds=len(pairs),
+        reached=sum(pair.final is not None for pair in pairs),
+        final=ratios([pair.final for pair in pairs]),
+        trunk=ratios([pair.trunk for pair in pairs]),
+        efficiency=Estimate.of(worth) if len(worth) == len(pairs) else None,
+    )

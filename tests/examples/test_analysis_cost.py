@@ -4,10 +4,10 @@ import json
 from itertools import pairwise
 
 import pytest
-from analysis_records import DEMO, two_arms, write
+from analysis_records import DEMO, entry, two_arms, write
 
 from analysis.cost import PEAK_FLOPS, CostAnalyzer
-from analysis.paper import plan_cost, plan_depths, plan_doubling
+from analysis.paper import PlannedModel, chain_saving, plan_cost, plan_depths, plan_doubling
 from analysis.records import read_metrics
 from ars.models import GPT, miniseries_config
 
@@ -18,16 +18,16 @@ def test_costs_count_growth_and_fisher_and_add_up(tmp_path) -> None:
     costs = {(c.arm, c.name): c for c in analyzer.analyze(records)}
     assert list(costs) == [
         ("scratch", "d2-scratch"), ("scratch", "d3-scratch"), ("scratch", "d4-scratch"),
-        ("inherited", "d2-scratch"), ("inherited", "d3-inherited"), ("inherited", "d4-inherited"),
+        ("grown", "d2-scratch"), ("grown", "d3-grown"), ("grown", "d4-grown"),
     ]  # fmt: skip
-    grown = costs["inherited", "d3-inherited"]
+    grown = costs["grown", "d3-grown"]
     assert grown.growth_flops == 4 * 3000
     assert grown.flops == 3 * 10**9 + 10**8 + 12_000
     assert grown.flops_per_second == grown.flops / 30.0
     assert grown.mfu == pytest.approx(grown.flops / (30.0 * 2 * 1e9))
     assert grown.price == pytest.approx(30.0 / 3600 * 2 * 3.6)
-    last = costs["inherited", "d4-inherited"]
-    series = [c for (arm, _), c in costs.items() if arm == "inherited"]
+    last = costs["grown", "d4-grown"]
+    series = [c for (arm, _), c in costs.items() if arm == "grown"]
     assert last.cumulative_flops == sum(c.flops for c in series)
     assert last.cumulative_seconds == 90.0
     assert last.cumulative_price == pytest.approx(sum(c.price or 0.0 for c in series))
@@ -112,3 +112,24 @@ def test_the_doubling_series() -> None:
 def test_unfit_plans_are_refused(call, name) -> None:
     with pytest.raises(ValueError, match=name):
         call()
+
+
+def test_what_an_arm_adds_to_its_steps_is_told_by_the_plain_model(tmp_path) -> None:
+    muon = {**entry("d3-scratch+muon", 2.4), "flops": 4 * 10**9}
+    other = entry("d5-scratch+muon", 2.0)
+    records = read_metrics([write(tmp_path / "metrics.json", [*two_arms(), muon, other])])
+    costs = {c.name: c for c in CostAnalyzer().analyze(records)}
+    assert costs["d3-scratch"].overhead_flops == costs["d3-grown"].overhead_flops == 0
+    assert costs["d3-scratch+muon"].overhead_flops == 10**9
+    assert costs["d5-scratch+muon"].overhead_flops is None
+
+
+def test_the_ladder_of_the_transfer_efficiency() -> None:
+    assert [round(100 * chain_saving(e)) for e in (0, 0.25, 0.5, 0.75, 1)] == [0, 17, 34, 51, 68]
+    assert 0.6 / chain_saving(1.0) == pytest.approx(0.88, abs=0.005)
+    # Two models of 10 and 20 tokens at 1 and 2 operations: 8 of the second's trunk are inherited.
+    plan = [PlannedModel("a", 1, 1, 10, 10), PlannedModel("b", 2, 2, 20, 40)]
+    assert chain_saving(0.5, plan) == pytest.approx(0.5 * 8 * 2 / 50)
+    for bad in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="efficiency"):
+            chain_saving(bad)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_records import DEMO, entry, two_arms, write
+from analysis_records import DEMO, chain_of, entry, two_arms, write
 
 from analysis.records import chain, read_logs, read_metrics
 from trainer.errors import UsageError
@@ -14,13 +14,10 @@ from trainer.log import StepLog
 
 def test_the_committed_demo_is_read() -> None:
     records = read_metrics([DEMO])
-    assert [r.name for r in records][:2] == ["d2-scratch", "d3-inherited"]
-    assert records[1].parent == "d2-scratch"
-    assert records[1].growth_flops == 4 * records[1].params
-    assert records[0].growth_flops == 0
-    assert records[1].own_flops == sum(
-        (records[1].flops, records[1].fisher_flops, records[1].growth_flops)
-    )
+    root, grown = records[0], next(r for r in records if r.parent is not None)
+    assert grown.parent == root.name
+    assert (root.growth_flops, grown.growth_flops) == (0, 4 * grown.params)
+    assert grown.own_flops == grown.flops + grown.fisher_flops + grown.growth_flops
 
 
 def test_several_seeds_are_several_files(tmp_path: Path) -> None:
@@ -32,10 +29,11 @@ def test_several_seeds_are_several_files(tmp_path: Path) -> None:
 
 def test_fields_that_follow_may_be_absent(tmp_path: Path) -> None:
     record = entry("d2-scratch", 3.0)
-    for key in ("lineage_flops", "fisher_flops"):
+    for key in ("lineage_flops", "lineage_tokens", "fisher_flops", "warnings"):
         del record[key]
     (found,) = read_metrics([write(tmp_path / "metrics.json", [record])])
     assert (found.lineage_flops, found.fisher_flops, found.growth_flops) == (record["flops"], 0, 0)
+    assert (found.lineage_tokens, found.warnings, found.devices) == (record["tokens"], (), 1)
     record["growth_flops"] = 7
     (found,) = read_metrics([write(tmp_path / "metrics.json", [record])])
     assert found.own_flops == record["flops"] + 7
@@ -48,16 +46,20 @@ def change(key: str, value: Any) -> Callable[[list[dict[str, Any]]], None]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (change("params", "many"), "d3-inherited: params is 'many', not of type int"),
+        (change("params", "many"), "d3-grown: params is 'many', not of type int"),
         (change("params", True), "params is True"),
         (change("params", 0), "params is 0, below 1"),
-        (change("val_bpb", float("nan")), "val_bpb is nan, below 0 or not finite"),
-        (change("val_bpb", float("inf")), "val_bpb is inf"),
+        (change("val_bpb", -0.1), "val_bpb is -0.1, below 0"),
+        (change("val_bpb", "low"), "val_bpb is 'low', not of type float"),
+        (change("warnings", "one"), "warnings is 'one', not a list of texts"),
+        (change("warnings", [1]), "warnings is [1], not a list"),
+        (change("lineage_tokens", 1), "lineage_tokens is 1, below"),
+        (change("devices", 0), "devices is 0, below 1"),
         (change("seconds", None), "seconds is None"),
         (change("seed", 1.5), "seed is 1.5, not of type int"),
-        (change("parent", "d9"), "the parent d9 of d3-inherited has no record"),
-        (lambda records: records[1].pop("flops"), "d3-inherited has no flops"),
-        (lambda records: records[1].pop("lineage_flops"), "d3-inherited has no lineage_flops"),
+        (change("parent", "d9"), "the parent d9 of d3-grown has no record"),
+        (lambda records: records[1].pop("flops"), "d3-grown has no flops"),
+        (lambda records: records[1].pop("lineage_flops"), "d3-grown has no lineage_flops"),
         (lambda records: records[1].pop("name"), "record 1 has no name"),
         (lambda records: records.append(3), "record 5 is not an object"),  # type: ignore[arg-type]
         (lambda records: records.append(dict(records[0])), "d2-scratch with seed 0 is in"),
@@ -87,11 +89,28 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_a_chain_holds_the_ancestors_of_its_arm(tmp_path: Path) -> None:
     records = read_metrics([write(tmp_path / "metrics.json", two_arms())])
-    assert [r.name for r in chain(records, "inherited", 0)] == [
-        "d2-scratch", "d3-inherited", "d4-inherited",
+    assert [r.name for r in chain(records, "grown", 0)] == [
+        "d2-scratch", "d3-grown", "d4-grown",
     ]  # fmt: skip
     assert [r.depth for r in chain(records, "scratch", 0)] == [2, 3, 4]
     assert chain(records, "scratch", 1) == []
+
+
+def test_a_model_that_diverged_is_read_as_such(tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf")):
+        records = two_arms()
+        records[1]["val_bpb"] = value
+        found = read_metrics([write(tmp_path / "metrics.json", records)])
+        assert [r.name for r in found if r.diverged] == ["d3-grown"]
+
+
+def test_arms_of_one_seed_may_lie_in_several_files(tmp_path: Path) -> None:
+    plain = write(tmp_path / "a" / "metrics.json", two_arms())
+    controlled = [entry("d2-scratch+ars", 3.0), *chain_of("grown+ars", "scratch+ars", [2.4])]
+    other = write(tmp_path / "b" / "metrics.json", controlled)
+    found = read_metrics([plain, other])
+    assert {r.seed for r in found} == {0}
+    assert [r.name for r in chain(found, "grown+ars", 0)] == ["d2-scratch+ars", "d3-grown+ars"]
 
 
 def test_logs_beside_the_metrics_are_found(tmp_path: Path) -> None:

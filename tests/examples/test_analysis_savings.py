@@ -1,79 +1,153 @@
-"""Operations to a loss, worked out by hand."""
+"""Operations and tokens to a loss, worked out by hand."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from analysis_records import two_arms, write
+from analysis_records import entry, two_arms, write
 
 from analysis.records import Log, Record, read_metrics
-from analysis.savings import find_savings, flops_to_reach
+from analysis.savings import Point, Saving, find_savings, reach, trunk_of
 
 
-def curve(*points: tuple[float, float | None]) -> Log:
-    return [{"flops": flops, "val_bpb": bpb} for flops, bpb in points]
+def curve(*points: tuple[float, float, float | None]) -> Log:
+    """Rows of (operations, tokens, loss)."""
+    return [
+        {"step": i, "flops": flops, "tokens": tokens, "val_bpb": bpb, "lr": None}
+        for i, (flops, tokens, bpb) in enumerate(points)
+    ]
 
 
 def test_the_first_crossing_is_interpolated_in_log_flops() -> None:
-    log = curve((0, 8.0), (1e10, 4.0), (3e10, None), (1e12, 2.0), (1e13, 2.5), (1e14, 1.0))
-    assert flops_to_reach(log, 4.0) == 1e10
-    assert flops_to_reach(log, 3.0) == pytest.approx(1e11)
-    assert flops_to_reach(log, 2.0) == pytest.approx(1e12)
-    assert flops_to_reach(log, 1.25) == pytest.approx(10**13.8333333, rel=1e-6)
-    assert flops_to_reach(log, 0.9) is None
-    assert flops_to_reach(log, 5.0) == 1e10, "before the first measurement nothing is known"
-    assert flops_to_reach([], 5.0) is None
+    log = curve((0, 0, 8.0), (1e10, 10, 4.0), (3e10, 30, None), (1e12, 1000, 2.0),
+                (1e13, 10_000, 2.5), (1e14, 100_000, 1.0))  # fmt: skip
+    assert reach(log, 4.0) == Point(1e10, 10)
+    point = reach(log, 3.0)
+    assert point is not None
+    assert (point.flops, point.tokens) == pytest.approx((1e11, 100)), "tokens go with operations"
+    assert reach(log, 2.0) == Point(pytest.approx(1e12), pytest.approx(1000))
+    late = reach(log, 1.25)
+    assert late is not None
+    assert late.flops == pytest.approx(10**13.8333333, rel=1e-6)
+    assert reach(log, 0.9) is None
+    assert reach(log, 5.0) == Point(1e10, 10), "before the first measurement nothing is known"
+    assert reach([], 5.0) is None
+    assert reach(curve((1e9, 1, float("nan")), (1e10, 10, 3.0)), 3.5) == Point(1e10, 10)
+
+
+def test_the_trunk_ends_before_the_cooled_branch() -> None:
+    # Two steps of warm-up, trunk to step 4, three steps cooled: 1, 2/3, 1/3 of the rate.
+    rates = [None, 0.5, 1.0, 1.0, 1.0, 1.0, 2 / 3, 1 / 3]
+    log = [{"step": i, "lr": rate} for i, rate in enumerate(rates)]
+    assert [row["step"] for row in trunk_of(log)] == [0, 1, 2, 3, 4]
+    assert trunk_of([{"step": 0, "lr": None}]) == []
 
 
 def runs(tmp_path: Path, seeds: int) -> list[Record]:
     return read_metrics([write(tmp_path / f"{i}.json", two_arms(i)) for i in range(seeds)])
 
 
-# d3: the lineage has 6e9 operations in either arm; of the inherited model's, 3e9 are its own
-# training and 1e8 its Fisher pass.
-SCRATCH = curve((1e9, 5.0), (6e9, 3.0))
+def only(records: list[Record], logs: dict[tuple[str, int], Log]) -> Saving:
+    (saving,) = find_savings(records, logs)
+    return saving
+
+
+# d3: the lineage has 6e9 operations in either arm; of the grown model's, 3e9 are its own training,
+# 1e8 its Fisher pass and 12,000 growing. It has 50,000 tokens of its own and 40,000 inherited ones.
+SCRATCH = curve((1e9, 10_000, 5.0), (6e9, 50_000, 3.0))
 
 
 def test_ratios_with_and_without_parents(tmp_path: Path) -> None:
-    records = runs(tmp_path, 2)
     logs = {}
-    for seed, reached in enumerate((4.5e9, 4.8e9)):
+    for seed, (reached, tokens) in enumerate(((4.5e9, 70_000), (4.8e9, 72_000))):
         logs["d3-scratch", seed] = SCRATCH
-        logs["d3-inherited", seed] = curve((3e9, 4.0), (reached, 3.0), (6e9, 2.9))
-    (saving,) = find_savings(records, logs)
-    assert (saving.arm, saving.depth, saving.seeds, saving.reached) == ("inherited", 3, 2, 2)
-    assert saving.with_parents == pytest.approx((0.75 + 0.8) / 2)
-    assert saving.without_parents == pytest.approx((1.6 / 6 + 1.9 / 6) / 2)
-    for interval, middle in (
-        (saving.with_parents_interval, saving.with_parents),
-        (saving.without_parents_interval, saving.without_parents),
-    ):
-        assert interval is not None
-        assert interval[1] - interval[0] == pytest.approx(2 * 12.7062 * 0.025, rel=1e-4)
-        assert sum(interval) / 2 == pytest.approx(middle)
+        logs["d3-grown", seed] = curve(
+            (3e9, 41_000, 4.0), (reached, tokens, 3.0), (6e9, 90_000, 2.9)
+        )
+    saving = only(runs(tmp_path, 2), logs)
+    assert (saving.arm, saving.depth, saving.seeds, saving.reached) == ("grown", 3, 2, 2)
+    ratios = saving.final
+    assert ratios is not None
+    assert ratios.with_parents.values == pytest.approx((0.75, 0.8))
+    parents = 6e9 - 3e9 - 1e8 - 12_000
+    assert ratios.without_parents.values == pytest.approx(
+        ((4.5e9 - parents) / 6e9, (4.8e9 - parents) / 6e9)
+    )
+    assert ratios.tokens_with_parents.values == pytest.approx((1.4, 1.44))
+    assert ratios.tokens_without_parents.values == pytest.approx((0.6, 0.64))
+    interval = ratios.with_parents.interval
+    assert interval is not None
+    assert interval[1] - interval[0] == pytest.approx(2 * 12.7062 * 0.025, rel=1e-4)
+    assert saving.trunk is None, "the logs have no learning rates"
+    assert saving.efficiency is None
+
+
+def with_trunk(*rows: tuple[float, float, float]) -> Log:
+    """A trunk of these rows, then a cooled branch of one step."""
+    log = curve(*rows, (rows[-1][0] * 1.2, rows[-1][1] * 1.2, 1.0))
+    for row in log:
+        row["lr"] = 1e-3 if row["step"] else None
+    return log
+
+
+def test_trunk_against_trunk_at_the_worse_of_the_two_losses(tmp_path: Path) -> None:
+    scratch = with_trunk((0, 0, 8.0), (1e9, 10_000, 5.0), (5e9, 40_000, 3.0))
+    better = with_trunk((2.9e9, 40_000, 4.0), (3.5e9, 50_000, 3.0), (5e9, 80_000, 2.5))
+    saving = only(runs(tmp_path, 1), {("d3-scratch", 0): scratch, ("d3-grown", 0): better})
+    assert saving.trunk is not None
+    assert saving.trunk.with_parents.mean == pytest.approx(3.5 / 5)
+    assert saving.trunk.tokens_with_parents.mean == pytest.approx(50 / 40)
+    # 40,000 fresh tokens did what 10,000 own and 40,000 inherited ones did.
+    assert saving.efficiency is not None
+    assert saving.efficiency.mean == pytest.approx(30 / 40)
+
+    worse = with_trunk((2.9e9, 40_000, 6.0), (5e9, 80_000, 5.0))
+    saving = only(runs(tmp_path, 1), {("d3-scratch", 0): scratch, ("d3-grown", 0): worse})
+    assert saving.trunk is not None
+    assert saving.trunk.with_parents.mean == pytest.approx(5.0)
+    # 10,000 fresh tokens did what 40,000 own and 40,000 inherited ones did.
+    assert saving.efficiency is not None
+    assert saving.efficiency.mean == pytest.approx(-30 / 40)
 
 
 def test_a_loss_that_is_not_reached_gives_no_ratio(tmp_path: Path) -> None:
-    records = runs(tmp_path, 2)
     logs = {("d3-scratch", seed): SCRATCH for seed in (0, 1)}
-    logs["d3-inherited", 0] = curve((3e9, 4.0), (6e9, 2.9))
-    logs["d3-inherited", 1] = curve((3e9, 4.0), (6e9, 3.1))
-    (saving,) = find_savings(records, logs)
-    assert (saving.seeds, saving.reached) == (2, 1)
-    assert saving.with_parents is saving.without_parents is saving.with_parents_interval is None
+    logs["d3-grown", 0] = curve((3e9, 41_000, 4.0), (6e9, 90_000, 2.9))
+    logs["d3-grown", 1] = curve((3e9, 41_000, 4.0), (6e9, 90_000, 3.1))
+    saving = only(runs(tmp_path, 2), logs)
+    assert (saving.seeds, saving.reached, saving.final) == (2, 1, None)
 
 
-def test_a_parent_that_is_better_already_costs_its_fisher_pass_only(tmp_path: Path) -> None:
-    logs = {("d3-scratch", 0): SCRATCH, ("d3-inherited", 0): curve((3e9, 2.5), (6e9, 2.0))}
-    (saving,) = find_savings(runs(tmp_path, 1), logs)
-    assert (saving.with_parents, saving.without_parents) == (0.5, pytest.approx(1 / 60))
-    assert saving.with_parents_interval is None
+def test_a_parent_that_is_better_already_costs_its_fisher_pass_and_growth_only(
+    tmp_path: Path,
+) -> None:
+    logs = {
+        ("d3-scratch", 0): SCRATCH,
+        ("d3-grown", 0): curve((3e9, 40_000, 2.5), (6e9, 90_000, 2.0)),
+    }
+    saving = only(runs(tmp_path, 1), logs)
+    assert saving.final is not None
+    assert saving.final.with_parents.mean == 0.5
+    assert saving.final.without_parents.mean == pytest.approx((1e8 + 12_000) / 6e9)
+    assert saving.final.tokens_without_parents.mean == 0.0
+    assert saving.final.with_parents.interval is None
 
 
 def test_without_both_logs_nothing_is_said(tmp_path: Path) -> None:
     records = runs(tmp_path, 1)
     assert find_savings(records, {}) == []
     assert find_savings(records, {("d3-scratch", 0): SCRATCH}) == []
-    silent = {("d3-scratch", 0): curve((6e9, None)), ("d3-inherited", 0): SCRATCH}
+    silent = {("d3-scratch", 0): curve((6e9, 5, None)), ("d3-grown", 0): SCRATCH}
     assert find_savings(records, silent) == []
-    again = find_savings(records, {("d3-scratch", 0): SCRATCH, ("d3-inherited", 0): SCRATCH})
+    again = find_savings(records, {("d3-scratch", 0): SCRATCH, ("d3-grown", 0): SCRATCH})
     assert [s.depth for s in again] == [3]
+
+
+def test_arms_are_held_against_the_model_from_scratch_alone(tmp_path: Path) -> None:
+    more: list[dict[str, Any]] = [entry("d3-scratch+muon", 2.4), entry("d3-scratch+ars", 2.4)]
+    records = read_metrics([write(tmp_path / "m.json", [*two_arms(), *more])])
+    logs = {(r.name, 0): SCRATCH for r in records if r.depth == 3}
+    pairs = {(s.arm, s.baseline) for s in find_savings(records, logs)}
+    assert pairs == {(arm, "scratch") for arm in ("grown", "scratch+muon", "scratch+ars")}
+    del logs["d3-grown", 0]
+    assert "grown" not in {s.arm for s in find_savings(records, logs)}

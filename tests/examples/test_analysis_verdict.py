@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
-from analysis_records import entry, two_arms, write
+from analysis_records import chain_of, entry, two_arms, write
 
+from analysis.intervals import Estimate, mean_interval
+from analysis.pairings import is_sweep
 from analysis.records import Record, read_metrics
-from analysis.verdict import compare_arms, headlines, is_sweep, mean_interval
+from analysis.verdict import compare_arms, headlines
 
 
 def records(tmp_path: Path, gains: list[float]) -> list[Record]:
@@ -28,7 +30,7 @@ def records(tmp_path: Path, gains: list[float]) -> list[Record]:
 def test_conclusions(tmp_path: Path, gains: list[float], conclusion: str) -> None:
     found = compare_arms(records(tmp_path, gains))
     assert [(c.arm, c.depth, c.seeds) for c in found] == [
-        ("inherited", 3, len(gains)), ("inherited", 4, len(gains)),
+        ("grown", 3, len(gains)), ("grown", 4, len(gains)),
     ]  # fmt: skip
     for comparison in found:
         assert comparison.conclusion == conclusion
@@ -61,9 +63,9 @@ def test_the_interval_is_students() -> None:
 
 
 def test_a_sweep_is_not_compared(tmp_path: Path) -> None:
-    again = {**entry("d3-inherited", 2.0, "d2-scratch"), "name": "d3-again"}
+    again = {**entry("d3-grown", 2.0, "d2-scratch"), "name": "d3-again"}
     found = read_metrics([write(tmp_path / "m.json", [*two_arms(), again])])
-    assert is_sweep([r for r in found if r.arm == "inherited"])
+    assert is_sweep([r for r in found if r.arm == "grown"])
     assert not is_sweep([r for r in found if r.arm == "scratch"])
     assert compare_arms(found) == []
 
@@ -73,11 +75,37 @@ def test_headlines_say_first_what_was_not_gained(tmp_path: Path) -> None:
         "There is nothing to compare: no two arms trained a model of the same depth."
     ]
     for gains, start in (
-        ([0.1, 0.11, 0.12], "inherited against scratch: fewer bits"),
-        ([0.1, -0.09, 0.02], "No benefit shown. inherited against scratch: no difference"),
-        ([-0.1, -0.11, -0.12], "No benefit shown. inherited against scratch: more bits"),
-        ([0.1], "Nothing is shown either way. inherited against scratch: no conclusion"),
+        ([0.1, 0.11, 0.12], "Fewer bits per byte: grown at d3, d4."),
+        ([0.1, -0.09, 0.02], "No benefit shown. No difference beyond chance: grown at d3, d4."),
+        ([-0.1, -0.11, -0.12], "No benefit shown. More bits per byte: grown at d3, d4."),
+        (
+            [0.1],
+            "Nothing is shown either way. No conclusion from fewer than 3 seeds: grown at d3, d4.",
+        ),
     ):
         (line,) = headlines(compare_arms(records(tmp_path, gains)))
-        assert line.startswith(start)
-        assert line.endswith(" at d3, d4.")
+        assert line == f"Does inheriting beat training from scratch at equal FLOPs? {start}"
+
+
+def test_every_question_has_its_own_answer(tmp_path: Path) -> None:
+    paths = []
+    for seed in range(3):
+        noise = 0.001 * seed
+        more = chain_of("grown+ewc", "scratch", [2.45 + noise, 2.15], seed)
+        more += [entry("d2-scratch+ars", 3.0, seed=seed), entry("d3-scratch+ars", 2.5, seed=seed)]
+        paths.append(write(tmp_path / f"{seed}.json", [*two_arms(seed, 0.1 + noise), *more]))
+    lines = headlines(compare_arms(read_metrics(paths)))
+    assert len(lines) == 3
+    assert lines[0].endswith("? Fewer bits per byte: grown, grown+ewc at d3, d4.")
+    assert lines[1].startswith("Do the penalties add anything to plain growing? No benefit shown.")
+    assert "More bits per byte: grown+ewc at d3, d4" in lines[1]
+    assert lines[2].endswith(
+        "No benefit shown. No difference beyond chance: scratch+ars at d2, d3."
+    )
+
+
+def test_an_estimate_of_two_seeds_is_not_known() -> None:
+    assert Estimate.of([1.0, 2.0]).interval is not None
+    assert Estimate.of([1.0, 2.0]).known is None
+    assert Estimate.of([1.0, 2.0, 3.0]).known == Estimate.of([1.0, 2.0, 3.0]).interval
+    assert Estimate.of([1.0]).interval is None
