@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from ars.models.config import GPTConfig
 
@@ -174,6 +175,7 @@ class GPT(nn.Module):
         if not isinstance(config, GPTConfig):
             raise TypeError(f"config must be a GPTConfig, got {type(config).__name__}")
         self.config = config
+        self.recompute = False  # whether blocks keep only their inputs for the backward pass
         self.wte = _Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_layer))
         self.lm_head = _Linear(config.n_embd, config.vocab_size)
@@ -224,8 +226,9 @@ class GPT(nn.Module):
         config = self.config
         x = _norm(self.wte(tokens), config.norm_eps / config.n_head)  # (B, T, D)
         cos, sin = _rotary_tables(tokens.size(1), config.head_dim, config.rope_base, x)
+        again = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = checkpoint(block, x, cos, sin, use_reentrant=False) if again else block(x, cos, sin)
         logits: Tensor = self.lm_head(_norm(x, config.norm_eps))  # (B, T, V)
         return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -35,19 +35,11 @@ from torch import Tensor
 
 from ars.models.config import GPTConfig
 from ars.models.gpt import GPT
+from ars.models.moments import MOMENTS, embed, grow_moment
 
 __all__ = ["Growth", "grow"]
 
-# Power of 1/c by which each optimizer state of a parameter's shape transforms, after g' = g / c.
-_STATE_POWER = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 _PACKED = ("state", "param_groups")  # the entries of every optimizer's state_dict
-
-
-def _embed(old: Tensor, rest: Tensor) -> Tensor:
-    """Return a copy of ``rest`` (R', C') with its leading block replaced by ``old`` (R, C)."""
-    grown = rest.clone()
-    grown[: old.size(0), : old.size(1)] = old
-    return grown
 
 
 def _scale(name: str, stretch: float) -> float:
@@ -114,7 +106,7 @@ class Growth:
         for name, weight in self.initial.items():
             if name in importance:
                 old = importance[name].detach()
-                mapped[name] = _embed(old / self.scales[name] ** 2, old.new_zeros(weight.shape))
+                mapped[name] = embed(old / self.scales[name] ** 2, old.new_zeros(weight.shape))
             elif name not in self.scales:
                 mapped[name] = torch.zeros_like(weight, dtype=torch.float32)
         return mapped
@@ -139,7 +131,7 @@ class Growth:
         for name, weight in self.initial.items():
             if name in anchor:
                 old = anchor[name].detach()
-                mapped[name] = _embed(self.scales[name] * old, weight.to(old))
+                mapped[name] = embed(self.scales[name] * old, weight.to(old))
             elif name not in self.scales:
                 mapped[name] = weight.clone()
         return mapped
@@ -150,12 +142,15 @@ class Growth:
         """Map the state of an Adam-like optimizer of the parent to one of the grown model.
 
         On old blocks exp_avg / c and exp_avg_sq / c^2 (max_exp_avg_sq alike), so that an Adam step
-        moves an old block as far as in the parent. On new coordinates of an old tensor exp_avg is 0
-        and exp_avg_sq the mean of the tensor's mapped exp_avg_sq: the tensor keeps its step count,
-        and after 0 the first update would be (1 - beta1) / sqrt(1 - beta2) lr, 3.2 lr for the usual
-        betas. Scalars and vectors (step, products of betas) are per tensor and copied. A parameter
-        that the parent did not have gets no state and starts at step 0. Hyperparameters are those
-        of ``new_optimizer``; other top-level entries of the old state_dict are copied.
+        moves an old block as far as in the parent. On new coordinates of an old tensor exp_avg is
+        0, which ramps their updates up over 1 / (1 - beta1) steps, as the tensor keeps its step
+        count. Their exp_avg_sq is the largest of the mapped means of the tensor, of the
+        coordinate's old row and of its old column: after 0 the first update would be
+        (1 - beta1) / sqrt(1 - beta2) lr, 3.2 lr for the usual betas, and after the tensor's mean
+        that of frequent tokens exceeds lr. Scalars and vectors (step, products of betas) are per
+        tensor and copied. A parameter that the parent did not have gets no state and starts at step
+        0. Hyperparameters are those of ``new_optimizer``; other top-level entries of the old
+        state_dict are copied.
 
         Args:
             old_optimizer: optimizer of (some of) the parent's parameters; its state may be empty.
@@ -201,18 +196,13 @@ class Growth:
     def _map_entry(self, name: str, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim <= 1:
             return deepcopy(value)
-        if key not in _STATE_POWER:
+        if key not in MOMENTS:
             raise ValueError(
                 f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)} and no known "
-                f"rule of growth; only {sorted(_STATE_POWER)} can be mapped"
+                f"rule of growth; only {sorted(MOMENTS)} can be mapped"
             )
         self._check_shape(name, value)
-        old = value / self.scales[name] ** _STATE_POWER[key]
-        shape = self.initial[name].shape
-        if _STATE_POWER[key] == 1:
-            return _embed(old, old.new_zeros(shape))
-        # The mean in fp64: a sum of many small squares loses them in bf16.
-        return _embed(old, old.double().mean().to(old.dtype).expand(shape))
+        return grow_moment(key, value, self.scales[name], self.initial[name].shape)
 
     def _check_named(self, tensors: Mapping[str, Tensor]) -> None:
         for name, value in tensors.items():
@@ -294,7 +284,7 @@ def grow(model: GPT, config: GPTConfig, generator: torch.Generator | None = None
     scales = {name: _scale(name, stretch) for name, _ in model.named_parameters()}
     for name, old in model.named_parameters():
         weight = grown.get_parameter(name)
-        weight.copy_(_embed(scales[name] * old, weight))
+        weight.copy_(embed(scales[name] * old, weight))
         weight.requires_grad_(old.requires_grad)
     initial = {name: weight.detach().clone() for name, weight in grown.named_parameters()}
     return Growth(parent=model, model=grown, scales=scales, initial=initial)

@@ -2,65 +2,76 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["ARS_CHOICES", "DEFAULT_EWC_STRENGTH", "DEFAULT_STEPS", "SeriesConfig", "default_steps"]
+__all__ = ["RULE", "ByRule", "Precision", "SeriesConfig"]
 
-ARS_CHOICES = ("default", "paper", "off")
-
-# Trunk steps of the default series, to fit six minutes on two CPU cores. At equal FLOPs, batches of
-# 4 sequences beat 8 and 16 in both arms (d3 from scratch: 2.43, 2.66 and 3.06 bits per byte).
-DEFAULT_STEPS = {2: 600, 3: 320, 4: 320}
-_OTHER_STEPS = 320
-
-# The largest strength that costs nothing. Both models read the same kind of text, so there is
-# nothing to forget: d2 -> d3 gave, with seeds 7 and 8, 2.3057 and 2.3278 bits per byte without the
-# penalty; 2.3060 and 2.3277 with 1e-4; 2.3081 and 2.3284 with 1e-3; 2.3220 and 2.3422 with 1e-2;
-# 2.3813 and 2.3874 with 1e-1; 2.3945 and 2.3734 with 1.
-DEFAULT_EWC_STRENGTH = 1e-4
+RULE = "rule"
+ByRule = Literal["rule"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class SeriesConfig:
     """Settings of one series; two runs with equal settings and data give equal numbers.
 
+    The defaults are the demonstration's, for two CPU cores.
+
     Args:
-        depths: layers of each model, ascending; each is grown from the one before it.
-        steps: trunk steps of the first model and of each inherited one (same length).
-        batch_size: sequences a step.
-        sequence_len: bytes a sequence.
-        lr: constant learning rate of the trunk.
-        ewc_strength: weight of the penalty towards the grown parent; 0 trains without it.
-        fisher_samples: sequences that the Fisher information is averaged over.
-        ars: "default", "paper" or "off".
-        seed: of the initial weights, of the batches and of the Fisher sketch.
-        device: torch device the models live on.
-        warmup_steps: linear warm-up of the models trained from scratch.
-        cooldown: steps of the cooled branch as a share of the trunk's steps.
-        weight_decay: decoupled, on every matrix.
+        arms: the ways to train that are compared, as `trainer.arms` reads them.
+        depths: layers of each model, ascending.
+        parents: the depths that larger ones are grown out of, each out of the largest below it;
+            ``None`` for all.
+        steps: trunk steps of each depth of a chain without overhead, in the order of ``depths``;
+            ``None`` to go by ``ratio``.
+        ratio: tokens, trunk and cooled branch, per parameter in matrix products.
+        batch_size: sequences a step over all processes, or "rule".
+        sequence_len: tokens a sequence.
+        lr: constant learning rate of the trunk, or "rule".
+        muon_lr: the same of Muon, for the matrices of the blocks.
+        weight_decay: decoupled, on every matrix, or "rule".
         betas: of Adam.
-        max_grad_norm: the gradient's norm is clipped to it.
-        eval_windows: most validation windows of ``sequence_len`` bytes for the reported number.
+        max_grad_norm: the gradient's norm is clipped to it; 0 does not clip.
+        warmup_steps: linear warm-up of models that are not grown.
+        cooldown: steps of the cooled branch as a share of the trunk's steps.
+        ewc_strength: lambda of ``ewc`` (and of the EWC in ``ewc+subspace``).
+        subspace_strength: gamma of ``subspace``.
+        distill_strength: weight of ``distill``.
+        distill_temperature: of ``distill``.
+        fisher_samples: sequences that the Fisher information is averaged over.
+        precision: of the forward and backward pass; weights and moments are fp32.
+        seed: of the initial weights, of the batches and of the Fisher sketch.
+        eval_windows: most validation windows of ``sequence_len`` tokens for the reported number.
         curve_windows: most of these used for the points of the validation curve.
+        curve_points: points of the validation curve of a model.
     """
 
-    depths: tuple[int, ...]
-    steps: tuple[int, ...]
-    batch_size: int
-    sequence_len: int
-    lr: float
-    ewc_strength: float
-    fisher_samples: int
-    ars: str
-    seed: int
-    device: str
-    warmup_steps: int = 20
-    cooldown: float = 0.25
-    weight_decay: float = 0.05
+    arms: tuple[str, ...] = ("scratch+ars", "grown+ewc+ars")
+    depths: tuple[int, ...] = (2, 3, 4)
+    parents: tuple[int, ...] | None = None
+    steps: tuple[int, ...] | None = (600, 320, 320)
+    ratio: float = 10.5
+    batch_size: int | ByRule = 4
+    sequence_len: int = 256
+    lr: float | ByRule = 3e-3
+    muon_lr: float | ByRule = 0.01
+    weight_decay: float | ByRule = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
+    warmup_steps: int = 20
+    cooldown: float = 0.25
+    # The largest strength that costs nothing. Both models read the same kind of text, so there is
+    # nothing to forget (docs/miniseries.md has the grid).
+    ewc_strength: float = 1e-4
+    subspace_strength: float = 1e-4
+    distill_strength: float = 0.1
+    distill_temperature: float = 2.0
+    fisher_samples: int = 64
+    precision: Precision = "fp32"
+    seed: int = 0
     eval_windows: int = 256
     curve_windows: int = 32
+    curve_points: int = 10
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON has them (lists for tuples)."""
@@ -68,13 +79,3 @@ class SeriesConfig:
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
         }
-
-
-def default_steps(depths: tuple[int, ...]) -> tuple[int, ...]:
-    """Trunk steps of each depth when the user names none.
-
-    Example:
-        >>> default_steps((2, 3, 4)), default_steps((4, 5))
-        ((600, 320, 320), (320, 320))
-    """
-    return tuple(DEFAULT_STEPS.get(depth, _OTHER_STEPS) for depth in depths)

@@ -13,18 +13,25 @@ _BATCH = 32  # windows at a time: bounds the memory of the logits
 
 @torch.no_grad()
 def bits_per_byte(
-    model: nn.Module, windows: Tensor, *, between: Callable[[], None] = lambda: None
+    model: nn.Module,
+    windows: Tensor,
+    token_bytes: Tensor,
+    *,
+    between: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean code length of the bytes: sum of nats / ln 2 / bytes.
 
-    The first byte of a window is context only. Logits and losses are fp32, their sum fp64.
+    The first token of a window is context only, and tokens that stand for no bytes are left out.
+    Logits and losses are fp32, their sum fp64.
 
     Args:
-        model: (B, T) int64 -> logits (B, T, 256).
+        model: (B, T) int64 -> logits (B, T, V).
         windows: (n, T + 1) int64.
+        token_bytes: (V,) int64, the bytes of each token.
         between: called before every batch; may raise to stop.
     """
     device = next(model.parameters()).device
+    token_bytes = token_bytes.to(device)
     was_training = model.training
     model.eval()
     nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -33,9 +40,9 @@ def bits_per_byte(
             between()
             part = part.to(device)
             logits = model(part[:, :-1]).float()
-            nats += nn.functional.cross_entropy(
-                logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none"
-            ).sum(dtype=torch.float64)
+            targets = part[:, 1:].flatten()
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+            nats += losses.where(token_bytes[targets] > 0, 0.0).sum(dtype=torch.float64)
     finally:
         model.train(was_training)
-    return nats.item() / math.log(2) / windows[:, 1:].numel()
+    return nats.item() / math.log(2) / int(token_bytes[windows[:, 1:].to(device)].sum())

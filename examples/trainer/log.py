@@ -11,34 +11,43 @@ from trainer.checkpoint import write_atomically
 
 __all__ = ["FIELDS", "StepLog", "read_log"]
 
-# step: updates done; flops: of the whole lineage so far; loss: nats a byte on the step's batch;
-# penalty: the EWC value; val_bpb: on the curve's windows, where it was measured.
-FIELDS = ("step", "tokens", "flops", "seconds", "lr", "loss", "phi", "psi", "penalty", "val_bpb")
+# step: updates done; tokens and flops: of the whole lineage so far; loss: nats a token on the
+# step's batch; penalty: the value of the penalties in the optimizer; val_bpb: on the curve's
+# windows, where it was measured; memory: of the device, most so far, MiB.
+FIELDS = (
+    "step", "tokens", "flops", "seconds", "lr", "loss", "phi", "psi", "grad_norm", "penalty",
+    "val_bpb", "tokens_per_second", "mfu", "memory",
+)  # fmt: skip
 
 
 class StepLog:
     """Appends rows to a CSV file; opening it drops the rows after a given step.
 
     Args:
-        path: the file; created if absent.
+        path: the file; created if absent. ``None`` writes nothing.
         last_step: rows after this step are dropped (they will be computed again).
     """
 
-    def __init__(self, path: Path, last_step: int | None) -> None:
+    def __init__(self, path: Path | None, last_step: int | None) -> None:
+        self._file = None
+        if path is None:
+            return
         rows = [] if last_step is None else [r for r in read_log(path) if r["step"] <= last_step]
         lines = [",".join(FIELDS)]
-        lines += [",".join(_cell(row[field]) for field in FIELDS) for row in rows]
+        lines += [",".join(_cell(row.get(field)) for field in FIELDS) for row in rows]
         write_atomically(path, "\n".join(lines) + "\n")
         self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
 
     def write(self, row: Mapping[str, float | int | None]) -> None:
         """Append one row; fields that are missing or ``None`` stay empty."""
-        self._file.write(",".join(_cell(row.get(field)) for field in FIELDS) + "\n")
+        if self._file is not None:
+            self._file.write(",".join(_cell(row.get(field)) for field in FIELDS) + "\n")
 
     def flush(self) -> None:
         """Put every row on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> "StepLog":
         return self
@@ -49,7 +58,8 @@ class StepLog:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

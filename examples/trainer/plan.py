@@ -1,25 +1,29 @@
 """Which models a series trains, and what each may cost.
 
-Costs are floating point operations of training: a step costs ``flops_per_token`` of the model
-times the tokens of a batch, and a Fisher pass one forward and backward for each of its sequences.
-Growing a model (a copy) and evaluating it are not counted.
+Costs are floating point operations of training: a step costs ``flops_per_token`` of the model times
+the tokens of a batch, and what the arm adds to it; a Fisher pass one forward and backward for each
+of its sequences; growing four operations a parameter. Evaluating is not counted.
 
-The lineage of an inherited model is everything that went into it: the trunks of all its parents,
-every Fisher pass on the way, its own trunk and its own cooled branch. The parents' cooled branches
-are for their own reports and nothing grows out of them. The model of the same size from scratch
-gets exactly that many operations, rounded up to whole steps, so it is never given less.
+The lineage of a grown model is everything that went into it: the trunks of all its parents, every
+Fisher pass and growth on the way, its own trunk and its own cooled branch. The parents' cooled
+branches are for their own reports and nothing grows out of them.
+
+All arms have one budget at each depth: the lineage of a chain that is grown and nothing else. What
+an arm adds it pays for with steps of its own, rounded down; a model from scratch has the whole
+budget, rounded up to a whole step. So what is compared with is never given less.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from trainer.arms import Arm, parse_arm
 from trainer.config import SeriesConfig
+from trainer.errors import UsageError
+from trainer.overhead import GROWTH_OPERATIONS, Shape, step_overhead
+from trainer.rules import Settings, settings_of
 from trainer.schedule import cooldown_steps, split_steps
 
-__all__ = ["INHERITED", "SCRATCH", "ModelPlan", "plan_series"]
-
-SCRATCH = "scratch"
-INHERITED = "inherited"
+__all__ = ["ModelPlan", "plan_series"]
 
 
 @dataclass(frozen=True)
@@ -28,34 +32,41 @@ class ModelPlan:
 
     Args:
         depth: number of layers; the width is 64 times it.
-        arm: "scratch" or "inherited".
+        arm: how it is trained.
         parent: name of the model it is grown from, or ``None``.
         has_child: whether a later model is grown from this one's trunk.
+        settings: batch, learning rates and weight decay.
         trunk: steps at the constant rate (warm-up included).
         cooldown: steps of the cooled branch.
         warmup: steps of warm-up; 0 for a grown model.
-        first_batch: index of the first batch, so that a child reads on where its parent stopped.
-        flops_per_step: of one training step.
+        first_sample: sequences its ancestors have read, so that a child reads on from there.
+        flops_per_step: of one training step, what the arm adds included.
         fisher_flops: of the Fisher pass on the parent.
-        prior_flops: of the lineage before this model's first step, its own Fisher pass included.
+        growth_flops: of growing.
+        prior_flops: of the lineage before this model's first step, its own Fisher pass and growth
+            included.
+        prior_tokens: that the lineage has been trained on before.
     """
 
     depth: int
-    arm: str
+    arm: Arm
     parent: str | None
     has_child: bool
+    settings: Settings
     trunk: int
     cooldown: int
     warmup: int
-    first_batch: int
+    first_sample: int
     flops_per_step: int
     fisher_flops: int
+    growth_flops: int
     prior_flops: int
+    prior_tokens: int
 
     @property
     def name(self) -> str:
-        """Stem of the model's files, such as ``d3-inherited``."""
-        return f"d{self.depth}-{self.arm}"
+        """Stem of the model's files, such as ``d3-grown+ewc``."""
+        return f"d{self.depth}-{self.arm.name}"
 
     @property
     def steps(self) -> int:
@@ -73,64 +84,144 @@ class ModelPlan:
         return self.prior_flops + self.flops
 
 
-def plan_series(
-    config: SeriesConfig, flops_per_token: Callable[[int], int]
-) -> tuple[ModelPlan, ...]:
-    """The models of a series in the order they are trained.
+def plan_series(config: SeriesConfig, shape_of: Callable[[int], Shape]) -> tuple[ModelPlan, ...]:
+    """The models of a series in the order they are trained: depth by depth, parents first.
 
-    The first model has no parent, so its inherited and its scratch arm are one run, planned once
-    with the arm "scratch".
+    The first model of a chain has nothing to grow out of, so chains whose first models are trained
+    alike share it, and it is the model from scratch of that depth.
 
     Args:
         config: the settings.
-        flops_per_token: training operations a token of the model of a given depth.
+        shape_of: sizes and operations of the model of a depth.
+
+    Raises:
+        UsageError: an arm is none, or what it adds costs more than a whole trunk.
     """
-    plans: list[ModelPlan] = []
-    parent: ModelPlan | None = None
-    batch_tokens = config.batch_size * config.sequence_len
-    for depth, trunk in zip(config.depths, config.steps, strict=True):
-        flops_per_step = flops_per_token(depth) * batch_tokens
-        fisher_flops = prior_flops = first_batch = 0
-        if parent is not None:
-            if config.ewc_strength > 0:
-                sequences = config.fisher_samples
-                fisher_flops = flops_per_token(parent.depth) * config.sequence_len * sequences
-            prior_flops = parent.prior_flops + parent.trunk * parent.flops_per_step + fisher_flops
-            first_batch = parent.first_batch + parent.trunk
-        chain = ModelPlan(
+    series = _Planner(config, {depth: shape_of(depth) for depth in config.depths})
+    arms = [parse_arm(word) for word in config.arms]
+    for depth in config.depths:
+        for arm in arms:
+            series.add(depth, arm)
+    return tuple(series.plans.values())
+
+
+class _Planner:
+    def __init__(self, config: SeriesConfig, shapes: dict[int, Shape]) -> None:
+        self.config, self.shapes = config, shapes
+        self.plans: dict[str, ModelPlan] = {}
+        self.settings = {depth: settings_of(depth, config) for depth in config.depths}
+        self.trunks, self.cooldowns = self._reference_steps()
+        # Of the chain without overhead: what its trunks cost before each depth's own begins.
+        self.priors: dict[int, int] = {}
+        for depth in config.depths:
+            parent = self._parent_depth(depth)
+            self.priors[depth] = (
+                0 if parent is None else self.priors[parent] + self._trunk_budget(parent)
+            )
+
+    def _reference_steps(self) -> tuple[dict[int, int], dict[int, int]]:
+        config = self.config
+        if config.steps is not None:
+            trunks = dict(zip(config.depths, config.steps, strict=True))
+            return trunks, {d: cooldown_steps(n, config.cooldown) for d, n in trunks.items()}
+        pairs = {}
+        for depth in config.depths:
+            tokens = config.ratio * self.shapes[depth].scaling_params
+            total = max(2, round(tokens / self._batch_tokens(depth)))
+            pairs[depth] = split_steps(total, config.cooldown)
+        return {d: pair[0] for d, pair in pairs.items()}, {d: pair[1] for d, pair in pairs.items()}
+
+    def _batch_tokens(self, depth: int) -> int:
+        return self.settings[depth].batch_size * self.config.sequence_len
+
+    def _step_flops(self, depth: int) -> int:
+        return self.shapes[depth].flops_per_token * self._batch_tokens(depth)
+
+    def _trunk_budget(self, depth: int) -> int:
+        return self.trunks[depth] * self._step_flops(depth)
+
+    def _parent_depth(self, depth: int) -> int | None:
+        allowed = self.config.depths if self.config.parents is None else self.config.parents
+        return max((d for d in allowed if d < depth), default=None)
+
+    def add(self, depth: int, arm: Arm) -> None:
+        parent_depth = self._parent_depth(depth)
+        if not arm.grown or parent_depth is None:
+            plan = self._from_scratch(depth, arm.root)
+        else:
+            plan = self._grown(depth, arm, self._parent(parent_depth, arm))
+        self.plans.setdefault(plan.name, plan)
+
+    def _parent(self, depth: int, arm: Arm) -> ModelPlan:
+        is_root = self._parent_depth(depth) is None
+        name = f"d{depth}-{(arm.root if is_root else arm).name}"
+        return self.plans[name]
+
+    def _has_child(self, depth: int, arm: Arm) -> bool:
+        grown = [a for a in map(parse_arm, self.config.arms) if a.grown]
+        is_root = self._parent_depth(depth) is None
+        mine = [a for a in grown if (a.root if is_root else a) == arm]
+        return bool(mine) and any(self._parent_depth(d) == depth for d in self.config.depths)
+
+    def _from_scratch(self, depth: int, arm: Arm) -> ModelPlan:
+        step = self._step_flops(depth) + step_overhead(arm, self.shapes[depth], None, 0)
+        if step == self._step_flops(depth) and self._parent_depth(depth) is None:
+            trunk, cooldown = self.trunks[depth], self.cooldowns[depth]
+        else:
+            total = max(2, -(-self._budget(depth) // step))  # rounded up
+            trunk, cooldown = split_steps(total, self.config.cooldown)
+        return ModelPlan(
             depth=depth,
-            arm=SCRATCH if parent is None else INHERITED,
-            parent=None if parent is None else parent.name,
-            has_child=depth != config.depths[-1],
+            arm=arm,
+            parent=None,
+            has_child=self._has_child(depth, arm),
+            settings=self.settings[depth],
             trunk=trunk,
-            cooldown=cooldown_steps(trunk, config.cooldown),
-            warmup=min(config.warmup_steps, trunk) if parent is None else 0,
-            first_batch=first_batch,
-            flops_per_step=flops_per_step,
-            fisher_flops=fisher_flops,
-            prior_flops=prior_flops,
+            cooldown=cooldown,
+            warmup=min(self.config.warmup_steps, trunk),
+            first_sample=0,
+            flops_per_step=step,
+            fisher_flops=0,
+            growth_flops=0,
+            prior_flops=0,
+            prior_tokens=0,
         )
-        plans.append(chain)
-        if parent is not None:
-            plans.append(_from_scratch(chain, config))
-        parent = chain
-    return tuple(plans)
 
+    def _budget(self, depth: int) -> int:
+        """Operations of the lineage of every model of a depth."""
+        own = self.trunks[depth] + self.cooldowns[depth]
+        return self.priors[depth] + own * self._step_flops(depth)
 
-def _from_scratch(inherited: ModelPlan, config: SeriesConfig) -> ModelPlan:
-    """The same size from scratch for the operations of the whole lineage."""
-    total = -(-inherited.lineage_flops // inherited.flops_per_step)  # rounded up
-    trunk, cooldown = split_steps(total, config.cooldown)
-    return ModelPlan(
-        depth=inherited.depth,
-        arm=SCRATCH,
-        parent=None,
-        has_child=False,
-        trunk=trunk,
-        cooldown=cooldown,
-        warmup=min(config.warmup_steps, trunk),
-        first_batch=0,
-        flops_per_step=inherited.flops_per_step,
-        fisher_flops=0,
-        prior_flops=0,
-    )
+    def _grown(self, depth: int, arm: Arm, parent: ModelPlan) -> ModelPlan:
+        config, shape, old = self.config, self.shapes[depth], self.shapes[parent.depth]
+        batch_tokens = self._batch_tokens(depth)
+        step = self._step_flops(depth) + step_overhead(arm, shape, old, batch_tokens)
+        fisher = 0
+        if arm.has("ewc") and arm.strength("ewc", config.ewc_strength) > 0:
+            fisher = old.flops_per_token * config.sequence_len * config.fisher_samples
+        growth = GROWTH_OPERATIONS * shape.params
+        prior = parent.prior_flops + parent.trunk * parent.flops_per_step + fisher + growth
+        total = (self._budget(depth) - prior) // step  # rounded down
+        if total < 2:
+            raise UsageError(
+                f"the Fisher pass and growth of d{depth}-{arm.name} cost as much as its training: "
+                "lower --fisher-samples or raise --steps or --ratio"
+            )
+        trunk, cooldown = split_steps(total, config.cooldown)
+        parent_sequences = parent.trunk * parent.settings.batch_size
+        return ModelPlan(
+            depth=depth,
+            arm=arm,
+            parent=parent.name,
+            has_child=self._has_child(depth, arm),
+            settings=self.settings[depth],
+            trunk=trunk,
+            cooldown=cooldown,
+            warmup=0,
+            first_sample=parent.first_sample + parent_sequences,
+            flops_per_step=step,
+            fisher_flops=fisher,
+            growth_flops=growth,
+            prior_flops=prior,
+            prior_tokens=parent.prior_tokens + parent_sequences * config.sequence_len,
+        )

@@ -1,7 +1,7 @@
 """The whole series: what is done, what is next, and what it amounts to.
 
-The checkpoints are the only memory. A model whose ``checkpoints/<name>.pt`` holds a record is
-finished; one whose file holds a state is continued; the report is rebuilt from the records.
+The checkpoints are the only memory. A model whose ``checkpoints/<name>.pt`` is there is finished;
+one that has states in ``checkpoints/<name>/`` is continued; the report is rebuilt from the records.
 """
 
 import json
@@ -13,28 +13,34 @@ from typing import Any
 
 import torch
 
+from corpus import Corpus, validation_windows
 from trainer import report
-from trainer.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from trainer.checkpoint import write_atomically
 from trainer.config import SeriesConfig
-from trainer.data import Corpus
 from trainer.errors import UsageError
+from trainer.keep import Keeper
 from trainer.plan import ModelPlan, plan_series
-from trainer.signals import StopRequest
-from trainer.state import TrainingState, build_from_scratch, flops_per_token, inherit, restore
+from trainer.run import Run
+from trainer.state import TrainingState, build_from_scratch, inherit, restore, shape_of
 from trainer.train import train
 
-__all__ = ["Series", "check_folder", "run_series"]
+__all__ = [
+    "CONFIG_FILE", "DATA_FOLDER", "TOKENIZER_FILE", "Series", "check_folder", "plans_of",
+    "run_series",
+]  # fmt: skip
 
 CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+DATA_FOLDER = "data"  # the text as tokens, made before the run is begun
 
 
-def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus) -> None:
+def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus | None) -> None:
     """See whether a run with these settings may use an output folder; write nothing.
 
     Args:
         folder: may or may not exist.
         config: the settings.
-        corpus: the data.
+        corpus: the data; ``None`` where it is not known yet.
 
     Raises:
         UsageError: the folder holds something else, or a run with other settings or data.
@@ -45,7 +51,7 @@ def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus) -> None:
         raise UsageError(f"--out {folder} is a file: name a folder")
     stored_path = folder / CONFIG_FILE
     if not stored_path.exists():
-        if any(folder.iterdir()):
+        if any(path.name != DATA_FOLDER for path in folder.iterdir()):
             raise UsageError(
                 f"--out {folder} holds files that are not a run of this program: "
                 "name a new or empty folder"
@@ -63,7 +69,7 @@ def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus) -> None:
         for key, value in config.to_dict().items()
         if settings.get(key) != value
     ]
-    if data_sha256 != corpus.sha256:
+    if corpus is not None and data_sha256 != corpus.sha256:
         changes.append("other training data")
     if changes:
         raise UsageError(
@@ -72,151 +78,149 @@ def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus) -> None:
         )
 
 
-def run_series(
-    folder: Path, config: SeriesConfig, corpus: Corpus, stop: StopRequest
-) -> tuple[str, bool]:
+def plans_of(config: SeriesConfig, vocab_size: int) -> tuple[ModelPlan, ...]:
+    """The models of a series over a vocabulary, in the order they are trained.
+
+    Args:
+        config: the settings.
+        vocab_size: number of token values.
+
+    Raises:
+        UsageError: the settings make no series.
+    """
+    shape = partial(shape_of, vocab_size=vocab_size, sequence_len=config.sequence_len)
+    return plan_series(config, shape)
+
+
+def run_series(run: Run) -> tuple[str, bool]:
     """Train whatever is not yet trained and write the report.
 
     Args:
-        folder: output folder, accepted by `check_folder`; created if absent.
-        config: the settings.
-        corpus: the data.
-        stop: asked at every safe point.
+        run: whose folder `check_folder` accepted; it is created if absent.
 
     Returns:
         The table, and whether everything had been trained before.
 
     Raises:
         RunInterruptedError: a signal arrived; what was reached is saved.
-        UsageError: a checkpoint is damaged.
+        UsageError: the settings make no series.
     """
-    series = Series(folder, config, corpus, stop)
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if not (folder / CONFIG_FILE).exists():
-        stored = {"settings": config.to_dict(), "data": {"sha256": corpus.sha256, **corpus.facts}}
-        write_atomically(folder / CONFIG_FILE, json.dumps(stored, indent=2) + "\n")
-    return series.run()
+    series = Series(run)
+    if run.parallel.is_first:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not (run.folder / CONFIG_FILE).exists():
+            data = {"sha256": run.corpus.sha256, **run.corpus.facts}
+            stored = {"settings": run.config.to_dict(), "data": data}
+            write_atomically(run.folder / CONFIG_FILE, json.dumps(stored, indent=2) + "\n")
+        run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
+    return series.train_all()
 
 
 class Series:
     """One series in one folder.
 
     Args:
-        folder: output folder.
-        config: the settings.
-        corpus: the data.
-        stop: asked at every safe point.
+        run: with the settings.
+
+    Raises:
+        UsageError: the settings make no series.
     """
 
-    def __init__(
-        self, folder: Path, config: SeriesConfig, corpus: Corpus, stop: StopRequest
-    ) -> None:
-        self.folder = folder
-        self.config = config
-        self.corpus = corpus
-        self.stop = stop
-        self.plans = plan_series(config, partial(flops_per_token, sequence_len=config.sequence_len))
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.plans = plans_of(run.config, run.corpus.vocab_size)
+        self._keepers = {plan.name: Keeper(plan, run) for plan in self.plans}
 
-    def run(self) -> tuple[str, bool]:
+    def train_all(self) -> tuple[str, bool]:
         """Finish every model in order; return the table and whether there was nothing to do."""
+        run = self.run
         records = []
         nothing_to_do = True
         for plan in self.plans:
-            record = self._finished(plan)
+            record = run.parallel.from_first(partial(self._finished, plan))
             if record is None:
                 nothing_to_do = False
-                self.stop.check()
+                if run.parallel.any(run.stop.requested):
+                    run.stop.leave()
                 record = self._train(plan)
             records.append(record)
-            if not nothing_to_do:
-                report.write_metrics(self.folder, records)
+            if not nothing_to_do and run.parallel.is_first:
+                report.write_metrics(run.folder, records)
+        if not run.parallel.is_first:
+            return "", nothing_to_do
         if nothing_to_do:
-            report.write_metrics(self.folder, records)
-        return report.write_report(self.folder, records, self.plans), nothing_to_do
-
-    def _path(self, plan: ModelPlan) -> Path:
-        return self.folder / "checkpoints" / f"{plan.name}.pt"
-
-    def _trunk_path(self, name: str) -> Path:
-        return self.folder / "checkpoints" / f"{name}-trunk.pt"
-
-    def _load(self, path: Path) -> dict[str, Any] | None:
-        if not path.exists():
-            return None
-        return load_checkpoint(path, remedy="delete it and run the same command again")
+            report.write_metrics(run.folder, records)
+        return report.write_report(run.folder, records, self.plans), nothing_to_do
 
     def _trunk_is_missing(self, plan: ModelPlan) -> bool:
         """Whether a child still has to grow out of a trunk that is not on the disk."""
         children = [p for p in self.plans if p.parent == plan.name]
-        needed = any(not self._path(child).exists() for child in children)
-        return needed and not self._trunk_path(plan.name).exists()
+        needed = any(self._keepers[child.name].record() is None for child in children)
+        return needed and self._keepers[plan.name].trunk() is None
 
     def _finished(self, plan: ModelPlan) -> dict[str, Any] | None:
-        content = self._load(self._path(plan))
-        if content is None or content["record"] is None or self._trunk_is_missing(plan):
-            return None
-        return dict(content["record"])
+        record = self._keepers[plan.name].record()
+        return None if record is None or self._trunk_is_missing(plan) else record
+
+    def _begin(self, plan: ModelPlan) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """The state to go on from, or else the parent's trunk."""
+        content = self._keepers[plan.name].latest()
+        if content is not None and content["step"] >= plan.trunk and self._trunk_is_missing(plan):
+            content = None  # only a new run of the trunk can bring it back
+        if content is not None or plan.parent is None:
+            return content, None
+        return None, self._keepers[plan.parent].trunk()
 
     def _train(self, plan: ModelPlan) -> dict[str, Any]:
-        content = self._load(self._path(plan))
-        past_trunk = content is not None and content["step"] >= plan.trunk
-        if past_trunk and self._trunk_is_missing(plan):
-            content = None  # only a new run of the trunk can bring it back
-        state = self._start(plan) if content is None else restore(plan, self.config, content)
-        bpb = train(
-            state,
-            plan,
-            self.config,
-            self.corpus,
-            self.folder,
-            self.stop,
-            resumed=content is not None,
-        )
+        run = self.run
+        content, trunk = run.parallel.from_first(partial(self._begin, plan))
+        if content is not None:
+            state = restore(plan, run, content)
+        elif plan.parent is None:
+            state = build_from_scratch(plan, run)
+        else:
+            assert trunk is not None, "models are trained in order, parents first"
+            started = time.perf_counter()
+            parent = next(p for p in self.plans if p.name == plan.parent)
+            state = inherit(plan, run, restore(parent, run, trunk))
+            state.seconds = time.perf_counter() - started
+        keeper = self._keepers[plan.name]
+        bpb = train(state, plan, run, keeper, resumed=content is not None)
         record = self._record(plan, state, bpb)
-        # The moments have done their work: what is kept is the model and what is known of it.
-        finished = {"step": state.step, "model": state.model.state_dict(), "record": record}
-        save_checkpoint(self._path(plan), finished)
+        keeper.finish(state, record)
         return record
 
-    def _start(self, plan: ModelPlan) -> TrainingState:
-        if plan.parent is None:
-            return build_from_scratch(plan, self.config)
-        parent = next(p for p in self.plans if p.name == plan.parent)
-        content = self._load(self._trunk_path(parent.name))
-        assert content is not None, "models are trained in order, parents first"
-        started = time.perf_counter()
-        state = inherit(
-            plan,
-            self.config,
-            restore(parent, self.config, content),
-            self.corpus,
-            self.stop.check,
-        )
-        state.seconds = time.perf_counter() - started
-        return state
-
     def _record(self, plan: ModelPlan, state: TrainingState, bpb: float) -> dict[str, Any]:
+        config = self.run.config
+        tokens = plan.steps * plan.settings.batch_size * config.sequence_len
         return {
             "name": plan.name,
             "depth": plan.depth,
-            "arm": plan.arm,
+            "arm": plan.arm.name,
             "parent": plan.parent,
             "params": state.model.num_parameters(),
-            "tokens": plan.steps * self.config.batch_size * self.config.sequence_len,
+            "scaling_params": state.model.num_scaling_parameters(),
+            "tokens": tokens,
+            "lineage_tokens": plan.prior_tokens + tokens,
             "steps": plan.steps,
+            "batch_size": plan.settings.batch_size,
+            "lr": plan.settings.lr,
             "flops": plan.flops,
             "fisher_flops": plan.fisher_flops,
+            "growth_flops": plan.growth_flops,
             "lineage_flops": plan.lineage_flops,
             "seconds": round(state.seconds, 3),
             "val_bpb": bpb,
             "val_bytes": self._validation_bytes(),
-            "seed": self.config.seed,
-            "data_sha256": self.corpus.sha256,
+            "warnings": state.warnings,
+            "seed": config.seed,
+            "devices": self.run.parallel.world_size,
+            "data_sha256": self.run.corpus.sha256,
             "python": platform.python_version(),
             "torch": str(torch.__version__),  # a subclass of str that a checkpoint cannot hold
         }
 
     def _validation_bytes(self) -> int:
-        length = self.config.sequence_len
-        available = (self.corpus.validation.numel() - 1) // length
-        return min(self.config.eval_windows, available) * length
+        config, corpus = self.run.config, self.run.corpus
+        windows = validation_windows(corpus.validation, config.sequence_len, config.eval_windows)
+        return int(corpus.token_bytes[windows[:, 1:]].sum())

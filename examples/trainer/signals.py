@@ -3,6 +3,7 @@
 import os
 import signal
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from trainer.errors import RunInterruptedError
 
@@ -37,7 +38,15 @@ class StopRequest:
             RunInterruptedError: a signal has arrived.
         """
         if self._signum is not None:
-            raise RunInterruptedError(self._signum)
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """Leave the run, also for a signal that another process of it has got.
+
+        Raises:
+            RunInterruptedError: always.
+        """
+        raise RunInterruptedError(self._signum or signal.SIGTERM)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self._signum is not None:

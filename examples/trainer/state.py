@@ -2,34 +2,30 @@
 
 From scratch, grown out of a parent's trunk with its whole training state, or read back from a
 checkpoint. Growing takes along the weights (function-preserving), the moments of the optimizer
-(m / c, v / c^2), its controller, and the Fisher information (Omega / c^2) as an EWC penalty whose
-anchor is the grown model itself.
+(m / c, v / c^2), its controller, and what the arm keeps of the parent: the Fisher information
+(Omega / c^2) as an EWC penalty whose anchor is the grown model itself, a subspace penalty, or the
+parent itself as a teacher.
 """
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ars import ARSAdamW, ARSConfig
-from ars.models import GPT, GPTConfig, grow, miniseries_config
-from ars.regularizers import EWC, DiagonalFisher
-from trainer.config import SeriesConfig
-from trainer.data import Corpus, batch
+from ars.models import GPT, grow, miniseries_config
+from ars.regularizers import DiagonalFisher
+from corpus import batch
+from trainer.inheritance import Inheritance, inherit_penalties, restore_penalties
+from trainer.optimizers import Optimizer, build_optimizer
+from trainer.overhead import Shape
 from trainer.plan import ModelPlan
+from trainer.run import Run
 
-__all__ = [
-    "TrainingState",
-    "build_from_scratch",
-    "flops_per_token",
-    "inherit",
-    "restore",
-    "steps_for_ratio",
-]
+__all__ = ["TrainingState", "build_from_scratch", "inherit", "restore", "shape_of"]
 
 _FISHER_BATCH = 16  # sequences at a time; the result does not depend on it
 
@@ -40,17 +36,23 @@ class TrainingState:
 
     Args:
         model: the model.
+        forward: the same, compiled and averaging over processes where the run does so.
         optimizer: over all of its parameters.
-        penalty: the EWC term that the optimizer applies, or ``None``.
+        inheritance: what it keeps of its parent.
+        scaler: of the loss, under fp16.
         step: updates done.
         seconds: spent on growing and training so far, evaluation not included.
+        warnings: what the penalties warned of so far.
     """
 
     model: GPT
-    optimizer: ARSAdamW
-    penalty: EWC | None
+    forward: nn.Module
+    optimizer: Optimizer
+    inheritance: Inheritance
+    scaler: "torch.amp.GradScaler | None" = None
     step: int = 0
     seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as tensors, numbers and strings (the tensors are not copied)."""
@@ -58,90 +60,115 @@ class TrainingState:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "warnings": list(self.warnings),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "penalty": None if self.penalty is None else self.penalty.state_dict(),
+            "inheritance": self.inheritance.to_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
 
 
-def flops_per_token(depth: int, sequence_len: int) -> int:
-    """Training operations a token of the series' model of this depth."""
-    return _sizes(depth, sequence_len).flops_per_token()
+def shape_of(depth: int, vocab_size: int, sequence_len: int) -> Shape:
+    """Sizes and operations of the series' model of a depth, without making one.
 
-
-def steps_for_ratio(config: SeriesConfig, ratio: float) -> tuple[int, ...]:
-    """Trunk steps of each depth that make ``ratio`` tokens per parameter in matrix products."""
-    tokens = config.batch_size * config.sequence_len
-    return tuple(
-        math.ceil(ratio * _sizes(depth, config.sequence_len).num_scaling_parameters() / tokens)
-        for depth in config.depths
+    Example:
+        >>> shape_of(2, 256, 64).params
+        458752
+    """
+    with torch.device("meta"):  # shapes only: no memory, no initial values
+        config = miniseries_config(depth, vocab_size=vocab_size, sequence_len=sequence_len)
+        model = GPT(config)
+    inside = [w for name, w in model.named_parameters() if name.startswith("blocks.")]
+    return Shape(
+        params=model.num_parameters(),
+        scaling_params=model.num_scaling_parameters(),
+        flops_per_token=model.flops_per_token(),
+        matrices=tuple((w.shape[0], w.shape[1]) for w in inside),
     )
 
 
-def _sizes(depth: int, sequence_len: int) -> GPT:
-    with torch.device("meta"):  # shapes only: no memory, no initial values
-        return GPT(miniseries_config(depth, sequence_len=sequence_len))
-
-
-def build_from_scratch(plan: ModelPlan, config: SeriesConfig) -> TrainingState:
+def build_from_scratch(plan: ModelPlan, run: Run) -> TrainingState:
     """A model with random weights and an empty optimizer."""
-    torch.manual_seed(_number(config.seed, f"{plan.name} training"))
-    weights = _generator(config.seed, f"{plan.name} weights")
-    model = GPT(_model_config(plan, config), weights).to(config.device)
-    return TrainingState(model, _optimizer(model, config, None), None)
+    torch.manual_seed(_number(run.config.seed, f"{plan.name} training"))
+    weights = _generator(run.config.seed, f"{plan.name} weights")
+    return _assemble(_empty(plan.depth, run, weights), plan, run, Inheritance())
 
 
-def inherit(
-    plan: ModelPlan,
-    config: SeriesConfig,
-    parent: TrainingState,
-    corpus: Corpus,
-    between: Callable[[], None],
-) -> TrainingState:
+def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
     """Grow a parent at the end of its trunk.
 
     Args:
         plan: of the grown model.
-        config: the settings.
+        run: whose training split gives the sequences of the Fisher information.
         parent: its state at the end of its trunk.
-        corpus: the training split gives the sequences of the Fisher information.
-        between: called before every Fisher batch; may raise to stop.
+
+    Raises:
+        RunInterruptedError: a signal arrived during the Fisher pass.
     """
     importance: dict[str, Tensor] = {}
-    torch.manual_seed(_number(config.seed, f"{plan.name} training"))
-    if config.ewc_strength > 0:
-        signs = _generator(config.seed, f"{plan.name} Fisher", config.device)
-        fisher = DiagonalFisher(parent.model, estimator="sketch", generator=signs)
-        importance = fisher.fit(_fisher_batches(plan, config, corpus, between)).importance
-    weights = _generator(config.seed, f"{plan.name} weights")
-    growth = grow(parent.model, _model_config(plan, config), weights)
-    penalty = None
-    if importance:
-        penalty = EWC(growth.model, growth.importance(importance), strength=config.ewc_strength)
-    optimizer = _optimizer(growth.model, config, penalty)
-    optimizer.load_state_dict(growth.optimizer_state(parent.optimizer, optimizer))
-    return TrainingState(growth.model, optimizer, penalty)
+    torch.manual_seed(_number(run.config.seed, f"{plan.name} training"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if plan.fisher_flops:
+            signs = _generator(run.config.seed, f"{plan.name} Fisher", run.parallel.device)
+            fisher = DiagonalFisher(parent.model, estimator="sketch", generator=signs)
+            importance = fisher.fit(_fisher_batches(plan, run)).importance
+        weights = _generator(run.config.seed, f"{plan.name} weights")
+        growth = grow(parent.model, _model_config(plan.depth, run), weights)
+        kept = inherit_penalties(growth, plan.arm, run.config, importance)
+    state = _assemble(growth.model, plan, run, kept)
+    state.warnings += [str(warning.message) for warning in caught]
+    moments = growth.optimizer_state(parent.optimizer.adamw, state.optimizer.adamw)
+    state.optimizer.adamw.load_state_dict(moments)
+    return state
 
 
-def restore(plan: ModelPlan, config: SeriesConfig, content: dict[str, Any]) -> TrainingState:
+def restore(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingState:
     """Build the state that `TrainingState.to_dict` described."""
-    model = GPT(_model_config(plan, config)).to(config.device)
+    model = _empty(plan.depth, run)
     model.load_state_dict(content["model"])
-    penalty = None
-    if content["penalty"] is not None:
-        penalty = EWC(model, content["penalty"]["importance"], strength=config.ewc_strength)
-        penalty.load_state_dict(content["penalty"])
-    optimizer = _optimizer(model, config, penalty)
-    optimizer.load_state_dict(content["optimizer"])
+    teacher = None
+    if content["inheritance"]["teacher"] is not None:
+        assert plan.parent is not None, "a teacher is a parent"
+        teacher = _empty(int(plan.parent.split("-")[0][1:]), run)
+    kept = restore_penalties(model, teacher, plan.arm, run.config, content["inheritance"])
+    state = _assemble(model, plan, run, kept)
+    state.optimizer.load_state_dict(content["optimizer"])
+    if state.scaler is not None:
+        state.scaler.load_state_dict(content["scaler"])
     torch.set_rng_state(content["rng"])
-    if content["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(content["cuda_rng"], config.device)
-    return TrainingState(model, optimizer, penalty, content["step"], content["seconds"])
+    if content["cuda_rng"] is not None and run.parallel.device.type == "cuda":
+        torch.cuda.set_rng_state(content["cuda_rng"], run.parallel.device)
+    state.step, state.seconds = content["step"], content["seconds"]
+    state.warnings = list(content["warnings"])
+    return state
 
 
-def _generator(seed: int, purpose: str, device: str = "cpu") -> torch.Generator:
+def _assemble(model: GPT, plan: ModelPlan, run: Run, kept: Inheritance) -> TrainingState:
+    optimizer = build_optimizer(model, plan.arm, plan.settings, run.config, kept.penalty)
+    model.recompute = run.machine.recompute
+    forward: nn.Module = model
+    if run.machine.compile:
+        forward = torch.compile(model)  # type: ignore[assignment]
+    scaler = None
+    if run.config.precision == "fp16":
+        scaler = torch.amp.GradScaler(run.parallel.device.type)
+    return TrainingState(model, run.parallel.wrap(forward), optimizer, kept, scaler)
+
+
+def _empty(depth: int, run: Run, generator: torch.Generator | None = None) -> GPT:
+    return GPT(_model_config(depth, run), generator).to(run.parallel.device)
+
+
+def _model_config(depth: int, run: Run) -> Any:
+    return miniseries_config(
+        depth, vocab_size=run.corpus.vocab_size, sequence_len=run.config.sequence_len
+    )
+
+
+def _generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
     """One of its own for every purpose, so that no draw depends on another."""
     return torch.Generator(device).manual_seed(_number(seed, purpose))
 
@@ -150,33 +177,16 @@ def _number(seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8], "big") >> 1
 
 
-def _model_config(plan: ModelPlan, config: SeriesConfig) -> GPTConfig:
-    return miniseries_config(plan.depth, sequence_len=config.sequence_len)
-
-
-def _optimizer(model: GPT, config: SeriesConfig, penalty: EWC | None) -> ARSAdamW:
-    controller = {"default": ARSConfig(), "paper": ARSConfig.paper(), "off": None}[config.ars]
-    return ARSAdamW(
-        model.parameters(),
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,  # every parameter of this GPT is a matrix
-        ars=controller,
-        penalty=penalty,
-        max_grad_norm=config.max_grad_norm,
-    )
-
-
-def _fisher_batches(
-    plan: ModelPlan, config: SeriesConfig, corpus: Corpus, between: Callable[[], None]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for index, first in enumerate(range(0, config.fisher_samples, _FISHER_BATCH)):
-        between()
+def _fisher_batches(plan: ModelPlan, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    for index, first in enumerate(range(0, run.config.fisher_samples, _FISHER_BATCH)):
+        run.stop.check()
         inputs, targets = batch(
-            corpus.train,
-            stream=f"fisher {plan.name} {config.seed}",
+            run.corpus.train,
+            stream=f"fisher {plan.name} {run.config.seed}",
             step=index,
-            batch_size=min(_FISHER_BATCH, config.fisher_samples - first),
-            sequence_len=config.sequence_len,
+            batch_size=_FISHER_BATCH,
+            sequence_len=run.config.sequence_len,
         )
-        yield inputs.to(config.device), targets.to(config.device)
+        count = min(_FISHER_BATCH, run.config.fisher_samples - first)
+        device = run.parallel.device
+        yield inputs[:count].to(device), targets[:count].to(device)

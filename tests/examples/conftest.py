@@ -33,12 +33,12 @@ def series(text: Path) -> Iterator[Series]:
 
     def run(out: Path, stop: StopRequest | None = None, *words: str) -> tuple[str, bool]:
         arguments = parse_arguments([*TINY, "--data", str(text), "--out", str(out), *words])
-        config, corpus = prepare(arguments)
+        prepared = prepare(arguments, stop or StopRequest())
         torch.manual_seed(time.monotonic_ns())  # nothing may depend on the global state
         with pytest.MonkeyPatch.context() as patch:
             # The figures are tested elsewhere, and drawing them takes longer than training here.
             patch.setattr(report, "write_report", lambda _, records, __: markdown_table(records))
-            return run_series(arguments.out, config, corpus, stop or StopRequest())
+            return run_series(prepared)
 
     yield run
     torch.set_num_threads(threads)

@@ -16,6 +16,8 @@ TINY = [
 ]  # fmt: skip
 LONG = "60"  # enough steps for a signal to arrive in the middle of a model
 
+CHAIN = "d2-grown+ewc+ars"
+
 Series = Callable[..., tuple[str, bool]]
 
 
@@ -28,11 +30,12 @@ def results(folder: Path) -> dict[str, Any]:
     for path in folder.glob("log_*.csv"):
         rows = read_log(path)
         for row in rows:
-            row.pop("seconds")
+            for key in ("seconds", "tokens_per_second", "memory"):
+                row.pop(key)
         logs[path.name] = rows
     models = {
         path.name: _bits(torch.load(path, weights_only=True)["model"])
-        for path in (folder / "checkpoints").iterdir()
+        for path in (folder / "checkpoints").glob("*.pt")
     }
     return {"records": records, "logs": logs, "models": models}
 

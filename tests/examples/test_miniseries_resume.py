@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_series import Series, results
+from small_series import CHAIN, Series, results
 
-from trainer import train as train_module
-from trainer.errors import RunInterruptedError, UsageError
+from trainer.errors import RunInterruptedError
 from trainer.report import markdown_table
 from trainer.signals import StopRequest
 
@@ -28,21 +27,18 @@ class _Stop(StopRequest):
 
     @property
     def requested(self) -> bool:
-        """Read by the loop once a step."""
+        """Read by the loop once a step, and once before a model."""
         self._left -= 1
         if self._left == 0 and not self._kill:
             self._handle(signal.SIGTERM, None)
+        if self._left < 0 and self._kill:
+            raise _KilledError
         return super().requested
 
-    def check(self) -> None:
-        if self._kill and self._left <= 0:
-            raise _KilledError
-        super().check()
 
-
-# d1 trains 10 steps and d2-inherited 10: within a trunk, at its end, at the end of a model, at the
-# first step of the next one, at its end.
-@pytest.mark.parametrize("step", [5, 8, 10, 11, 20])
+# d1 trains 10 steps and the grown d2 about as many, with a question before each: within a trunk, at
+# its end, at the end of a model, before and at the first step of the next one, at its end.
+@pytest.mark.parametrize("step", [6, 9, 11, 12, 13, 22])
 def test_stopped_and_resumed(
     series: Series, straight: dict[str, Any], tmp_path: Path, step: int
 ) -> None:
@@ -60,41 +56,62 @@ def test_stopping_at_every_step_gets_there_too(
     done = False
     while not done:
         try:
-            series(tmp_path, _Stop(1))
+            series(tmp_path, _Stop(2))  # 1 is the question before the model
             done = True
         except RunInterruptedError:
             stops += 1
-    assert stops == sum(record["steps"] for record in straight["records"])
+    models = straight["records"]  # a stop before each but the first one
+    assert stops == sum(record["steps"] for record in models) + len(models) - 1
     assert results(tmp_path) == straight
 
 
-@pytest.mark.parametrize("every", [0.0, 1e9], ids=["checkpoints each step", "none within a model"])
-@pytest.mark.parametrize("step", [4, 9, 14])
+@pytest.mark.parametrize(
+    "every", [0.0, 86400.0], ids=["checkpoints each step", "none within a model"]
+)
+@pytest.mark.parametrize(("step", "saved"), [(4, 3), (9, 3), (14, 2)])
 def test_killed_and_resumed(
     series: Series,
     straight: dict[str, Any],
     tmp_path: Path,
     step: int,
+    saved: int,
     every: float,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train_module, "CHECKPOINT_SECONDS", every)
+    words = ("--checkpoint-seconds", str(every), "--keep", "3")
     with pytest.raises(_KilledError):
-        series(tmp_path, _Stop(step, kill=True))
-    series(tmp_path)
+        series(tmp_path, _Stop(step, kill=True), *words)
+    states = [path.stem for path in sorted(tmp_path.glob("checkpoints/*/*.pt"))]
+    assert len(states) == (0 if every else saved)
+    series(tmp_path, None, *words)
     assert results(tmp_path) == straight
+    assert not list(tmp_path.glob("checkpoints/*/*.pt"))
 
 
 @pytest.mark.parametrize(
-    "choice", [("--ars", "off"), ("--ars", "paper"), ("--ewc-strength", "0")], ids=" ".join
+    "words",
+    [
+        ("--arms", "scratch,grown"),
+        ("--arms", "grown+paper"),
+        ("--arms", "grown+ewc=0"),
+        ("--arms", "grown+ewc+subspace=0.5"),
+        ("--arms", "grown+subspace=0.5"),
+        ("--arms", "grown+distill=0.5+ars"),
+        ("--arms", "grown+ewc+subspace+distill"),
+        ("--arms", "scratch+muon,scratch+muon+ars"),
+        ("--arms", "grown", "--precision", "bf16"),
+        ("--arms", "grown+ewc+ars", "--precision", "fp16"),
+        ("--arms", "scratch+muon", "--precision", "fp16"),
+        ("--arms", "grown", "--device-batch-size", "1", "--recompute"),
+    ],
+    ids=" ".join,
 )
 def test_resuming_with_every_kind_of_state(
-    series: Series, tmp_path: Path, choice: tuple[str, str]
+    series: Series, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    series(tmp_path / "straight", None, *choice)
+    series(tmp_path / "straight", None, *words)
     with pytest.raises(RunInterruptedError):
-        series(tmp_path / "stopped", _Stop(14), *choice)
-    series(tmp_path / "stopped", None, *choice)
+        series(tmp_path / "stopped", _Stop(9 if "muon" in words[1] else 17), *words)
+    series(tmp_path / "stopped", None, *words)
     assert results(tmp_path / "stopped") == results(tmp_path / "straight")
 
 
@@ -117,32 +134,74 @@ def test_a_finished_series_is_left_as_it_is(
     assert results(tmp_path) == straight
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_remedy_works(
-    series: Series, straight: dict[str, Any], tmp_path: Path
+def _damage(path: Path) -> bytes:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("name", ["d1-scratch+ars", CHAIN])
+def test_a_damaged_model_is_put_aside_and_trained_again(
+    series: Series,
+    straight: dict[str, Any],
+    tmp_path: Path,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     series(tmp_path)
-    for name in ("d1-scratch.pt", "d2-inherited.pt"):
-        path = tmp_path / "checkpoints" / name
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-        with pytest.raises(UsageError, match=f"{name} is damaged .*delete it and run") as error:
-            series(tmp_path)
-        assert "\n" not in str(error.value)
-        path.unlink()
-        series(tmp_path)
-        assert results(tmp_path) == straight
+    damaged = _damage(tmp_path / f"checkpoints/{name}.pt")
+    series(tmp_path)
+    assert results(tmp_path) == straight
+    warning = next(w for w in capsys.readouterr().err.splitlines() if w.startswith("warning"))
+    assert f"{name}.pt is damaged (its checksum does not match)" in warning
+    assert (tmp_path / f"checkpoints/{name}.pt.damaged").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("how", ["damaged", "cut", "foreign"])
+def test_the_state_before_a_damaged_one_is_used(
+    series: Series,
+    straight: dict[str, Any],
+    tmp_path: Path,
+    how: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--checkpoint-seconds", "0")
+    with pytest.raises(RunInterruptedError):
+        series(tmp_path, _Stop(7), *words)
+    folder = tmp_path / "checkpoints/d1-scratch+ars"
+    assert [path.name for path in sorted(folder.iterdir())] == ["00000005.pt", "00000006.pt"]
+    newest = folder / "00000006.pt"
+    if how == "foreign":
+        with pytest.raises(RunInterruptedError):
+            series(tmp_path / "other", _Stop(7), *words, "--seed", "5")
+        newest.write_bytes((tmp_path / f"other/{newest.relative_to(tmp_path)}").read_bytes())
+    elif how == "cut":
+        newest.write_bytes(newest.read_bytes()[:1000])
+    else:
+        _damage(newest)
+    bad = newest.read_bytes()
+    capsys.readouterr()
+    with pytest.raises(RunInterruptedError):
+        series(tmp_path, _Stop(2), *words)  # the step from 5 to 6, done again
+    warning = next(w for w in capsys.readouterr().err.splitlines() if w.startswith("warning"))
+    assert "00000006.pt" in warning
+    assert ("another run" if how == "foreign" else "damaged") in warning
+    assert (folder / "00000006.pt.damaged").read_bytes() == bad
+    assert [p.name for p in sorted(folder.glob("*.pt"))] == ["00000005.pt", "00000006.pt"]
+    series(tmp_path, None, *words)
+    assert results(tmp_path) == straight
+    assert (folder / "00000006.pt.damaged").read_bytes() == bad
 
 
 def test_a_damaged_or_missing_trunk(
     series: Series, straight: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(RunInterruptedError):
-        series(tmp_path, _Stop(10))  # d1 is done, d2 has not begun
-    trunk = tmp_path / "checkpoints/d1-scratch-trunk.pt"
-    trunk.write_bytes(b"")
-    with pytest.raises(UsageError, match=r"d1-scratch-trunk\.pt is damaged"):
-        series(tmp_path)
-    trunk.unlink()
-    series(tmp_path)  # trains d1 again, since d2 has to grow out of it
-    assert results(tmp_path) == straight
+    for damage in ("empty", "missing"):
+        out = tmp_path / damage
+        with pytest.raises(RunInterruptedError):
+            series(out, _Stop(12))  # d1 is done, d2 has not begun
+        trunk = out / "checkpoints/d1-scratch+ars-trunk.pt"
+        trunk.write_bytes(b"") if damage == "empty" else trunk.unlink()
+        series(out)  # trains d1 again, since d2 has to grow out of it
+        assert results(out) == straight

@@ -16,14 +16,17 @@ import torch
 
 import miniseries
 from ars.models import GPT, miniseries_config
-from trainer.data import load_standard_library, validation_windows
+from corpus import prepare_corpus, validation_windows
 from trainer.evaluate import bits_per_byte
 from trainer.log import read_log
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(miniseries.__file__)
-NAMES = ["d1-scratch", "d2-inherited", "d2-scratch", "d3-inherited", "d3-scratch"]
+SCRATCH, GROWN = "scratch+ars", "grown+ewc+ars"
+NAMES = [
+    f"d1-{SCRATCH}", f"d2-{SCRATCH}", f"d2-{GROWN}", f"d3-{SCRATCH}", f"d3-{GROWN}",
+]  # fmt: skip
 
 
 def run(folder: Path) -> "subprocess.CompletedProcess[str]":
@@ -60,7 +63,7 @@ def test_it_takes_less_than_a_minute_of_one_core(quick: dict[str, Any]) -> None:
 def test_the_table_is_printed_and_saved(quick: dict[str, Any]) -> None:
     table = (quick["out"] / "table.md").read_text()
     assert quick["stdout"].startswith(table)
-    rows = [line for line in table.splitlines() if re.match(r"\| (scratch|inherited) ", line)]
+    rows = [line for line in table.splitlines() if re.match(r"\| (scratch|grown)", line)]
     assert len(rows) == 5
     for row, record in zip(rows, quick["records"], strict=True):
         assert f"{record['val_bpb']:.4f}" in row
@@ -74,7 +77,8 @@ def test_the_records_are_complete(quick: dict[str, Any]) -> None:
         model = GPT(miniseries_config(record["depth"], sequence_len=64))
         assert record["params"] == model.num_parameters()
         assert record["tokens"] == record["steps"] * 8 * 64
-        assert record["flops"] == record["tokens"] * model.flops_per_token()
+        ewc = 5 * record["params"] * record["steps"] if record["arm"] == GROWN else 0
+        assert record["flops"] == record["tokens"] * model.flops_per_token() + ewc
         assert record["seconds"] > 0
         assert 1.0 < record["val_bpb"] < 6.0
         assert record["val_bytes"] == 256 * 64
@@ -82,7 +86,7 @@ def test_the_records_are_complete(quick: dict[str, Any]) -> None:
         assert record["python"] == ".".join(map(str, sys.version_info[:3]))
         assert record["torch"] == str(torch.__version__)
         assert record["data_sha256"] == config["data"]["sha256"]
-        inherited = record["arm"] == "inherited"
+        inherited = record["arm"] == GROWN
         assert (record["parent"] is not None) == inherited
         assert (record["fisher_flops"] > 0) == inherited
 
@@ -90,11 +94,11 @@ def test_the_records_are_complete(quick: dict[str, Any]) -> None:
 def test_the_arms_of_a_depth_get_equal_flops(quick: dict[str, Any]) -> None:
     for depth in (2, 3):
         arms = {r["arm"]: r for r in quick["records"] if r["depth"] == depth}
-        step = arms["scratch"]["flops"] // arms["scratch"]["steps"]
-        more = arms["scratch"]["lineage_flops"] - arms["inherited"]["lineage_flops"]
-        assert 0 <= more < step
-        assert arms["scratch"]["flops"] == arms["scratch"]["lineage_flops"]
-        assert arms["inherited"]["flops"] < arms["inherited"]["lineage_flops"]
+        scratch, grown = arms[SCRATCH], arms[GROWN]
+        step = scratch["flops"] // scratch["steps"] + grown["flops"] // grown["steps"]
+        assert 0 <= scratch["lineage_flops"] - grown["lineage_flops"] < step
+        assert scratch["flops"] == scratch["lineage_flops"]
+        assert grown["flops"] < grown["lineage_flops"]
 
 
 def test_the_figures_are_there(quick: dict[str, Any]) -> None:
@@ -108,7 +112,8 @@ def test_the_logs_agree_with_the_records(quick: dict[str, Any]) -> None:
     for record in quick["records"]:
         rows = read_log(quick["out"] / f"log_{record['name']}.csv")
         assert [r["step"] for r in rows] == list(range(record["steps"] + 1))
-        assert rows[-1]["tokens"] == record["tokens"]
+        assert rows[-1]["tokens"] == record["lineage_tokens"]
+        assert rows[-1]["tokens"] - rows[0]["tokens"] == record["tokens"]
         assert rows[-1]["flops"] == record["lineage_flops"]
         assert rows[0]["flops"] == record["lineage_flops"] - record["flops"]
         assert all(0 < r["phi"] <= 1 and 0 < r["psi"] <= 1 for r in rows[1:])
@@ -116,8 +121,10 @@ def test_the_logs_agree_with_the_records(quick: dict[str, Any]) -> None:
 
 
 def test_a_grown_model_starts_where_its_parents_trunk_ended(quick: dict[str, Any]) -> None:
-    for child, parent in (("d2-inherited", "d1-scratch"), ("d3-inherited", "d2-inherited")):
-        trunk_end = next(r for r in read_log(quick["out"] / f"log_{parent}.csv") if r["step"] == 24)
+    for child, parent in ((f"d2-{GROWN}", f"d1-{SCRATCH}"), (f"d3-{GROWN}", f"d2-{GROWN}")):
+        content = torch.load(quick["out"] / f"checkpoints/{parent}-trunk.pt", weights_only=True)
+        rows = read_log(quick["out"] / f"log_{parent}.csv")
+        trunk_end = next(r for r in rows if r["step"] == content["step"])
         first = read_log(quick["out"] / f"log_{child}.csv")[0]
         assert first["step"] == 0
         assert first["val_bpb"] == pytest.approx(trunk_end["val_bpb"], abs=1e-5)
@@ -125,33 +132,38 @@ def test_a_grown_model_starts_where_its_parents_trunk_ended(quick: dict[str, Any
 
 
 def test_the_schedule_and_the_penalty_are_in_the_log(quick: dict[str, Any]) -> None:
-    scratch = read_log(quick["out"] / "log_d2-scratch.csv")[1:]
-    inherited = read_log(quick["out"] / "log_d2-inherited.csv")[1:]
-    assert scratch[0]["lr"] == pytest.approx(3e-3 / 20)
-    assert [r["lr"] for r in inherited[:24]] == [3e-3] * 24
-    assert inherited[24]["lr"] == 3e-3
-    assert [r["lr"] for r in inherited[24:]] == pytest.approx(
-        [3e-3 * k / 6 for k in range(6, 0, -1)]
+    scratch = read_log(quick["out"] / f"log_d2-{SCRATCH}.csv")[1:]
+    inherited = read_log(quick["out"] / f"log_d2-{GROWN}.csv")[1:]
+    trunk = torch.load(quick["out"] / f"checkpoints/d2-{GROWN}-trunk.pt", weights_only=True)["step"]
+    peak = quick["records"][2]["lr"]
+    assert scratch[0]["lr"] == pytest.approx(peak / 20)
+    assert [r["lr"] for r in inherited[: trunk + 1]] == [peak] * (trunk + 1)
+    cooled = len(inherited) - trunk
+    assert [r["lr"] for r in inherited[trunk:]] == pytest.approx(
+        [peak * k / cooled for k in range(cooled, 0, -1)]
     )
-    assert all(r["penalty"] == 0 for r in scratch)
+    assert all(r["penalty"] is None for r in scratch)
     assert inherited[0]["penalty"] == 0  # the anchor is where it starts
     assert all(r["penalty"] > 0 for r in inherited[1:])
 
 
 def test_the_reported_number_is_that_of_the_saved_model(quick: dict[str, Any]) -> None:
-    corpus = load_standard_library()
+    (tokens,) = (quick["out"] / "data").iterdir()
+    corpus = prepare_corpus(None, cache=tokens.parent, sequence_len=64)
     windows = validation_windows(corpus.validation, 64, 256)
-    record = quick["records"][1]
-    content = torch.load(quick["out"] / "checkpoints/d2-inherited.pt", weights_only=True)
+    record = quick["records"][2]
+    content = torch.load(quick["out"] / f"checkpoints/d2-{GROWN}.pt", weights_only=True)
     model = GPT(miniseries_config(2, sequence_len=64))
     model.load_state_dict(content["model"])
-    assert bits_per_byte(model, windows) == pytest.approx(record["val_bpb"], abs=1e-6)
+    assert bits_per_byte(model, windows, corpus.token_bytes) == pytest.approx(
+        record["val_bpb"], abs=1e-6
+    )
     assert content["record"] == record
 
 
 def test_every_checkpoint_loads_safely(quick: dict[str, Any]) -> None:
     files = sorted((quick["out"] / "checkpoints").iterdir())
-    trunks = ["d1-scratch-trunk.pt", "d2-inherited-trunk.pt"]
+    trunks = [f"d1-{SCRATCH}-trunk.pt", f"d2-{GROWN}-trunk.pt"]
     assert [f.name for f in files] == sorted([*(f"{n}.pt" for n in NAMES), *trunks])
     for file in files:
         content = torch.load(file, weights_only=True)
@@ -160,16 +172,20 @@ def test_every_checkpoint_loads_safely(quick: dict[str, Any]) -> None:
 
 
 def test_the_whole_training_state_is_inherited(quick: dict[str, Any]) -> None:
-    content = torch.load(quick["out"] / "checkpoints/d2-inherited-trunk.pt", weights_only=True)
+    folder = quick["out"] / "checkpoints"
+    content = torch.load(folder / f"d2-{GROWN}-trunk.pt", weights_only=True)
+    parent = torch.load(folder / f"d1-{SCRATCH}-trunk.pt", weights_only=True)
     model = GPT(miniseries_config(2, sequence_len=64))
     indices = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    state = content["optimizer"]["state"]
+    (optimizer,) = content["optimizer"]
+    own, inherited = content["step"], parent["step"]
     for name, steps in (
-        ("wte.weight", 48),
-        ("blocks.0.mlp.fc.weight", 48),
-        ("blocks.1.mlp.fc.weight", 24),
+        ("wte.weight", own + inherited),
+        ("blocks.0.mlp.fc.weight", own + inherited),
+        ("blocks.1.mlp.fc.weight", own),
     ):
-        assert state[indices[name]]["step"] == steps  # parameters of the parent count on
+        assert optimizer["state"][indices[name]]["step"] == steps  # the parent's count on
+    content = content["inheritance"]
     importance = content["penalty"]["importance"]
     anchor = content["penalty"]["anchor"]
     assert importance.keys() == anchor.keys() == indices.keys()
@@ -183,9 +199,10 @@ def test_the_whole_training_state_is_inherited(quick: dict[str, Any]) -> None:
 
 def test_one_progress_bar_a_model(quick: dict[str, Any]) -> None:
     for name in NAMES:
-        last = re.findall(rf"{name}: 100%.*", quick["stderr"].replace("\r", "\n"))[-1]
-        for shown in ("loss ", "tokens/s", "Phi ", "Psi ", "EWC "):
+        last = re.findall(rf"{re.escape(name)}: 100%.*", quick["stderr"].replace("\r", "\n"))[-1]
+        for shown in ("loss ", "tokens/s", "Phi ", "Psi "):
             assert shown in last
+        assert ("penalty " in last) == (GROWN in name)
     assert len(quick["stderr"].replace("\r", "\n").splitlines()) < 60  # a log file keeps them all
 
 
@@ -219,5 +236,5 @@ def test_a_second_run_only_prints_the_table(quick: dict[str, Any]) -> None:
 
 
 def test_the_loss_is_nats_per_byte(quick: dict[str, Any]) -> None:
-    rows = read_log(quick["out"] / "log_d3-scratch.csv")
+    rows = read_log(quick["out"] / "log_d3-scratch+ars.csv")
     assert rows[1]["loss"] == pytest.approx(math.log(256), abs=0.1)

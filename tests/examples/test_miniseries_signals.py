@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_series import LONG, TINY, results
+from small_series import CHAIN, LONG, TINY, results
 
 import miniseries
 from trainer.errors import RunInterruptedError
@@ -21,13 +21,9 @@ SCRIPT = Path(miniseries.__file__)
 
 def command(text: Path, out: Path, *, checkpoint_each_step: bool = False) -> list[str]:
     words = [*TINY, "--data", str(text), "--out", str(out), "--steps", LONG]
-    if not checkpoint_each_step:
-        return [sys.executable, str(SCRIPT), *words]
-    code = (
-        "import sys, miniseries, trainer.train as t; t.CHECKPOINT_SECONDS = 0.0; "
-        "sys.exit(miniseries.main(sys.argv[1:]))"
-    )
-    return [sys.executable, "-c", code, *words]
+    if checkpoint_each_step:
+        words += ["--checkpoint-seconds", "0"]
+    return [sys.executable, str(SCRIPT), *words]
 
 
 def run(words: list[str], *, when: Path | None = None, send: int = 0) -> tuple[int, str, str]:
@@ -48,7 +44,7 @@ def run(words: list[str], *, when: Path | None = None, send: int = 0) -> tuple[i
 def test_signals_save_and_say_how_to_resume(
     text: Path, long_straight: dict[str, Any], tmp_path: Path
 ) -> None:
-    for number, name in ((signal.SIGINT, "d2-inherited"), (signal.SIGTERM, "d2-scratch")):
+    for number, name in ((signal.SIGINT, "d2-scratch+ars"), (signal.SIGTERM, CHAIN)):
         begun = tmp_path / f"log_{name}.csv"
         status, output, errors = run(command(text, tmp_path), when=begun, send=number)
         assert status == 128 + number
@@ -58,17 +54,18 @@ def test_signals_save_and_say_how_to_resume(
         assert last.startswith("interrupted: run `python ")
         assert last.endswith("` again to resume")
         assert f"--out {tmp_path}" in last
-        saved = torch.load(tmp_path / f"checkpoints/{name}.pt", weights_only=True)
-        assert 0 < saved["step"] < 75  # in the middle of the model
+        (saved,) = (tmp_path / "checkpoints" / name).glob("*.pt")
+        assert 0 < int(saved.stem) < 75  # in the middle of the model
     assert run(command(text, tmp_path))[0] == 0
     assert results(tmp_path) == long_straight
 
 
 def test_killed_for_real(text: Path, long_straight: dict[str, Any], tmp_path: Path) -> None:
-    saved = tmp_path / "checkpoints/d2-inherited.pt"
+    saved = tmp_path / f"checkpoints/{CHAIN}/00000002.pt"
     words = command(text, tmp_path, checkpoint_each_step=True)
     assert run(words, when=saved, send=signal.SIGKILL)[0] == -signal.SIGKILL
-    assert 0 < torch.load(saved, weights_only=True)["step"] < 75
+    newest = max(saved.parent.glob("*.pt"))
+    assert 2 <= torch.load(newest, weights_only=True)["step"] < 75
     assert run(command(text, tmp_path))[0] == 0
     assert results(tmp_path) == long_straight
 

@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["config", "schedule", "signals"])
+@pytest.mark.parametrize("name", ["arms", "overhead", "rules", "schedule", "signals", "state"])
 def test_the_examples_run(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(f"trainer.{name}"))
     assert outcome.attempted > 0

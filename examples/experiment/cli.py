@@ -1,0 +1,70 @@
+"""The command line of the experiment."""
+
+import argparse
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiment.design import SIZES, STAGES, jobs_of
+from experiment.jobs import run_jobs
+from experiment.summary import write_summary
+from trainer.arguments import Parser, integer, number
+from trainer.prepare import check_writable
+from trainer.signals import StopRequest
+
+__all__ = ["parse_arguments", "run"]
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; a mistake ends the program with status 2.
+
+    Args:
+        argv: the words after the program's name; ``None`` for those of this process.
+    """
+    parser = Parser(
+        prog="inheritance.py",
+        description="Train every arm of the miniseries at equal total FLOPs, after tuning what is "
+        "compared with, and sweep the strengths of the penalties on one transition.",
+        epilog="Interrupt at any time (Ctrl-C) and run the same command again to go on.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR",
+        help="output folder (default: out/inheritance-SIZE)")  # fmt: skip
+    add("--data", metavar="SOURCE",
+        help="text, as for miniseries.py (default: the standard library's source)")  # fmt: skip
+    add("--size", choices=sorted(SIZES), default="cpu",
+        help="cpu: d2 to d4; gpu: d4 to d10; quick: d1 to d3 (default: %(default)s)")  # fmt: skip
+    add("--stage", choices=STAGES, nargs="+", default=list(STAGES),
+        help="what to do (default: all)")  # fmt: skip
+    add("--workers", type=integer(1, 256), default=1, metavar="N",
+        help="series trained at a time, each on one thread (default: %(default)s)")  # fmt: skip
+    add("--minutes", type=number(0, 1e6, above=True), metavar="M",
+        help="stop in good order after so long, to be continued (default: never)")  # fmt: skip
+    arguments = parser.parse_args(argv)
+    if arguments.out is None:
+        arguments.out = Path(f"out/inheritance-{arguments.size}")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Train what is not yet trained and sum it up.
+
+    Args:
+        arguments: of `parse_arguments`.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        RunInterruptedError: a signal arrived, or the minutes are over.
+        UsageError: the text or the folder cannot be used, or a series failed.
+    """
+    check_writable(arguments.out)
+    jobs = [job for stage in arguments.stage for job in jobs_of(stage, arguments.size)]
+    with StopRequest() as stop:
+        if arguments.minutes is not None:
+            signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
+            signal.setitimer(signal.ITIMER_REAL, 60 * arguments.minutes)
+        run_jobs(arguments.out, arguments.data, jobs, arguments.workers, stop)
+    return write_summary(arguments.out)

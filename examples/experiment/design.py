@@ -1,0 +1,130 @@
+"""The runs of the experiment: what is tuned, what is swept and what is compared.
+
+Sizes are chosen for two CPU cores and an hour. The forward and backward passes are in bfloat16,
+which these cores multiply faster; weights and moments are fp32.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from trainer.config import SeriesConfig
+from trainer.machine import Machine
+from trainer.series import plans_of
+
+__all__ = ["STAGES", "Job", "Stage", "jobs_of"]
+
+Stage = Literal["tune", "grid", "arms"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+METHODS = (
+    "scratch", "scratch+muon", "grown", "grown+ewc", "grown+ewc+subspace", "grown+distill",
+)  # fmt: skip
+_SEEDS = (0, 1, 2)
+_TUNING_SEEDS = (100, 101)
+_RATES = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 1.5e-2)
+_MUON_RATES = (1e-2, 2e-2, 4e-2)
+# The proposal's three pairs lie on the diagonal of the middle.
+_LAMBDAS = (None, 0.01, 0.5, 1.0, 2.0, 10.0)
+_GAMMAS = (None, 0.05, 0.1, 0.2, 1.0)
+_DISTILL = (0.03, 0.1, 0.3, 1.0)
+_BYTES = 256
+
+_CPU = SeriesConfig(steps=(450, 240, 240), precision="bf16", lr=3e-3, muon_lr=2e-2)
+_QUICK = SeriesConfig(
+    depths=(1, 2, 3),
+    steps=(24, 24, 24),
+    batch_size=8,
+    sequence_len=64,
+    fisher_samples=16,
+    lr=3e-3,
+    muon_lr=2e-2,
+)
+_GPU = SeriesConfig(
+    depths=(4, 5, 6, 7, 8, 9, 10),
+    steps=None,
+    ratio=8.0,
+    batch_size=128,
+    sequence_len=512,
+    precision="bf16",
+    lr=2e-3,
+    muon_lr=2e-2,
+    warmup_steps=100,
+)
+SIZES = {"cpu": _CPU, "quick": _QUICK, "gpu": _GPU}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One series: a folder, its settings and the machine's.
+
+    Args:
+        name: folder of its results below the experiment's.
+        config: the settings.
+        machine: what it is trained with.
+    """
+
+    name: str
+    config: SeriesConfig
+    machine: Machine
+
+
+def jobs_of(stage: Stage, size: str) -> tuple[Job, ...]:
+    """The series of a stage, in the order they begin.
+
+    Args:
+        stage: "tune" for the learning rates and the distillation, "grid" for the strengths on one
+            transition, "arms" for the comparison.
+        size: a name of `SIZES`.
+
+    Example:
+        >>> [job.name for job in jobs_of("arms", "cpu")][:2]
+        ['arms/seed-0', 'arms/seed-0-ars']
+    """
+    base = SIZES[size]
+    gpu = size == "gpu"
+    machine = Machine(device="cuda" if gpu else "cpu", threads=None if gpu else 1, compile=gpu)
+    seeds = _SEEDS if size != "quick" else _SEEDS[:1]
+    jobs: list[Job] = []
+
+    def add(name: str, config: SeriesConfig) -> None:
+        jobs.append(Job(f"{stage}/{name}", config, machine))
+
+    if stage == "arms":
+        for seed in seeds:
+            for suffix in ("", "+ars"):
+                arms = tuple(method + suffix for method in METHODS)
+                add(f"seed-{seed}{suffix.replace('+', '-')}", replace(base, arms=arms, seed=seed))
+    elif stage == "tune":
+        # From scratch, the largest model alone, with the budget that it has in the comparison.
+        tuned = replace(_largest(base), seed=_TUNING_SEEDS[0])
+        for rate in _RATES if size != "quick" else _RATES[:2]:
+            add(f"lr-{rate:g}", replace(tuned, arms=("scratch",), lr=rate))
+        for rate in _MUON_RATES if size != "quick" else _MUON_RATES[:2]:
+            add(f"muon-lr-{rate:g}", replace(tuned, arms=("scratch+muon",), muon_lr=rate))
+        arms = ("grown", *(f"grown+distill={strength:g}" for strength in _DISTILL))
+        add("distill", replace(_first_two(base), arms=arms, seed=_TUNING_SEEDS[0]))
+    else:
+        lambdas = _LAMBDAS if size != "quick" else (None, 1.0)
+        gammas = _GAMMAS if size != "quick" else (None, 0.1)
+        words = []
+        for strength in lambdas:
+            for gamma in gammas:
+                ewc = "" if strength is None else f"+ewc={strength:g}"
+                subspace = "" if gamma is None else f"+subspace={gamma:g}"
+                words.append(f"grown{ewc}{subspace}")
+        for seed in _TUNING_SEEDS if size != "quick" else _TUNING_SEEDS[:1]:
+            arms = ("scratch", *words)
+            add(f"seed-{seed}", replace(_first_two(base), arms=arms, seed=seed))
+    return tuple(jobs)
+
+
+def _first_two(config: SeriesConfig) -> SeriesConfig:
+    steps = None if config.steps is None else config.steps[:2]
+    return replace(config, depths=config.depths[:2], steps=steps)
+
+
+def _largest(config: SeriesConfig) -> SeriesConfig:
+    depth = config.depths[-1]
+    scratch = replace(config, arms=("scratch", "grown"))
+    last = next(p for p in plans_of(scratch, _BYTES) if p.depth == depth and not p.arm.grown)
+    return replace(config, depths=(depth,), steps=(last.trunk,))

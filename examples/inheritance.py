@@ -1,0 +1,37 @@
+"""Does inheriting pay? The experiment: tuned controls, a grid of strengths, arms with intervals.
+
+    python examples/inheritance.py --workers 2     # everything, about an hour on two CPU cores
+    python examples/inheritance.py --size quick    # the same path in two minutes
+    python examples/inheritance.py --size gpu --data FILE --minutes 8    # a piece at a time
+
+Exit status: 0 done; 2 the command line, the text or the output folder is wrong; 130 or 143
+interrupted, or the minutes are over: the same command goes on.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# The checkout this file lies in, so that it runs without installing the package.
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment and return the exit status.
+
+    Args:
+        argv: the words after the program's name; ``None`` for those of this process.
+    """
+    from trainer.program import exit_status, missing_module, quit_on_signals
+
+    quit_on_signals()
+    try:
+        from experiment.cli import parse_arguments, run
+    except ModuleNotFoundError as error:
+        return missing_module(error, "experiment", "analysis", "corpus")
+    arguments = parse_arguments(argv)
+    return exit_status(arguments.out, lambda: print(run(arguments), end=""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

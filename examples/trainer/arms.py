@@ -1,0 +1,117 @@
+"""The ways to train a model of the series, each a word that says what it is made of.
+
+    scratch[+muon][+ars | +paper]
+    grown[+ewc[=S]][+subspace[=S]][+distill[=S]][+ars | +paper]
+
+``scratch`` begins with random weights, ``grown`` out of the model before it, function-preserving,
+with its whole training state. ``muon`` takes torch's Muon for the matrices of the blocks, the
+others take AdamW; ``ewc`` and ``subspace`` are penalties in the optimizer's step, ``distill`` one
+on the predictions, each with a strength S of its own or the run's; ``ars`` and ``paper`` are this
+package's controller and the proposal's.
+"""
+
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from trainer.errors import UsageError
+
+__all__ = ["Arm", "parse_arm"]
+
+_SCRATCH = ("muon",)
+_GROWN = ("ewc", "subspace", "distill")
+_CONTROLLERS = ("ars", "paper")
+_STRONGEST = 1e12
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Args:
+        grown: out of the model before it, where there is one.
+        parts: what is added, in the order of this module's first lines, and its strength where
+            the word names one.
+        controller: "ars", "paper" or ``None``.
+    """
+
+    grown: bool
+    parts: tuple[tuple[str, float | None], ...]
+    controller: str | None
+
+    @property
+    def name(self) -> str:
+        """Its word, such as ``grown+ewc=0.5+ars``."""
+        words = ["grown" if self.grown else "scratch"]
+        words += [part if value is None else f"{part}={value:g}" for part, value in self.parts]
+        return "+".join(words if self.controller is None else [*words, self.controller])
+
+    @property
+    def root(self) -> "Arm":
+        """How the first model of its chain is trained, which has nothing to grow out of."""
+        return Arm(False, (), self.controller) if self.grown else self
+
+    def has(self, part: str) -> bool:
+        """Whether it contains a part."""
+        return any(part == name for name, _ in self.parts)
+
+    def strength(self, part: str, default: float) -> float:
+        """Strength of a part.
+
+        Args:
+            part: that it contains.
+            default: the run's.
+        """
+        own = dict(self.parts)[part]
+        return default if own is None else own
+
+
+def parse_arm(word: str) -> Arm:
+    """Read an arm; the order of its parts does not matter.
+
+    Args:
+        word: such as ``"grown+ewc+ars"``.
+
+    Raises:
+        UsageError: it is none; the message names the nearest part that exists.
+
+    Example:
+        >>> parse_arm("grown+ars+subspace+ewc=0.50").name
+        'grown+ewc=0.5+subspace+ars'
+    """
+    first, *words = word.strip().split("+")
+    _check_known(word, first, ("scratch", "grown"))
+    allowed = _GROWN if first == "grown" else _SCRATCH
+    found: dict[str, float | None] = {}
+    for text in words:
+        part, _, value = text.partition("=")
+        if part in _SCRATCH + _GROWN and part not in allowed:
+            other = "scratch" if first == "grown" else "grown"
+            raise UsageError(f"--arms {word}: {part} goes with {other} only, not with {first}")
+        _check_known(word, part, (*allowed, *_CONTROLLERS))
+        if part in found:
+            raise UsageError(f"--arms {word}: {part} stands there twice; name it once")
+        found[part] = _strength(word, part, value) if "=" in text else None
+    controllers = [part for part in found if part in _CONTROLLERS]
+    if len(controllers) > 1:
+        raise UsageError(f"--arms {word}: one controller at a time; drop {controllers[-1]}")
+    parts = tuple((part, found[part]) for part in allowed if part in found)
+    return Arm(first == "grown", parts, controllers[0] if controllers else None)
+
+
+def _check_known(word: str, part: str, choices: tuple[str, ...]) -> None:
+    if part not in choices:
+        near = get_close_matches(part, choices, 1)
+        hint = f"did you mean {near[0]}?" if near else f"use {', '.join(choices)}"
+        raise UsageError(f"--arms {word}: there is no {part!r}; {hint}")
+
+
+def _strength(word: str, part: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if part not in _GROWN or not 0 <= value <= _STRONGEST:
+        takes = f"takes a strength from 0 to {_STRONGEST:g}" if part in _GROWN else "takes none"
+        raise UsageError(f"--arms {word}: {part} {takes}, not {text!r}")
+    return value

@@ -1,0 +1,119 @@
+"""The states of a model in training that are kept, and what is done about one that is damaged.
+
+    checkpoints/d3-grown/00000120.pt    the states after so many steps, the last few
+    checkpoints/d3-grown-trunk.pt       the state at the end of the trunk, which children grow from
+    checkpoints/d3-grown.pt             the finished model and its record; then the states go
+
+A state that is damaged, or of another run, is put aside under another name and the one before it
+is used: nothing of the user's is overwritten.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.errors import UsageError
+from trainer.plan import ModelPlan
+from trainer.run import Run
+from trainer.state import TrainingState
+
+__all__ = ["Keeper"]
+
+_ASIDE = ".damaged"
+
+
+class Keeper:
+    """Writes and finds the checkpoints of one model.
+
+    Args:
+        plan: of the model.
+        run: whose first process alone reads and writes.
+    """
+
+    def __init__(self, plan: ModelPlan, run: Run) -> None:
+        self.run = run
+        self.has_child = plan.has_child
+        self._fingerprint = run.fingerprint(plan)
+        self._states = run.checkpoints / plan.name
+        self._trunk = run.checkpoints / f"{plan.name}-trunk.pt"
+        self._final = run.checkpoints / f"{plan.name}.pt"
+
+    def save(self, state: TrainingState, *, at_trunk_end: bool) -> None:
+        """Keep a state, and drop those that are older than the last few.
+
+        Args:
+            state: to keep.
+            at_trunk_end: whether children grow out of it.
+        """
+        if not self.run.parallel.is_first:
+            return
+        content = {**state.to_dict(), "run": self._fingerprint}
+        if at_trunk_end:
+            save_checkpoint(self._trunk, content)
+        self._states.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(self._states / f"{state.step:08d}.pt", content)
+        for old in self._found()[: -self.run.machine.keep]:
+            old.unlink()
+
+    def finish(self, state: TrainingState, record: dict[str, Any]) -> None:
+        """Keep the finished model; the moments have done their work."""
+        if not self.run.parallel.is_first:
+            return
+        content = {
+            "step": state.step,
+            "model": state.model.state_dict(),
+            "record": record,
+            "run": self._fingerprint,
+        }
+        save_checkpoint(self._final, content)
+        for path in self._found():
+            path.unlink()
+        if self._states.exists() and not any(self._states.iterdir()):
+            shutil.rmtree(self._states)
+
+    def record(self) -> dict[str, Any] | None:
+        """What is known of the model, if it is finished."""
+        content = self._usable(self._final)
+        return None if content is None else dict(content["record"])
+
+    def trunk(self) -> dict[str, Any] | None:
+        """The state that children grow out of, if it has been reached."""
+        return self._usable(self._trunk)
+
+    def latest(self) -> dict[str, Any] | None:
+        """The newest state that is whole, the older ones behind it; ``None`` for none."""
+        for path in reversed(self._found()):
+            content = self._usable(path)
+            if content is not None:
+                return content
+        return None
+
+    def _found(self) -> list[Path]:
+        return sorted(path for path in self._states.glob("*.pt") if path.stem.isdigit())
+
+    def _usable(self, path: Path) -> dict[str, Any] | None:
+        if not path.exists():
+            return None
+        try:
+            content = load_checkpoint(path, remedy="it is put aside")
+            if content.get("run") != self._fingerprint:
+                raise UsageError(f"{path} belongs to another run: it is put aside")
+        except UsageError as error:
+            aside = _free_name(path)
+            os.replace(path, aside)
+            print(f"warning: {error} as {aside.name}, and what was before it is used",
+                  file=sys.stderr)  # fmt: skip
+            return None
+        return content
+
+
+def _free_name(path: Path) -> Path:
+    number = 0
+    while True:
+        aside = path.with_name(f"{path.name}{_ASIDE}{number or ''}")
+        if not aside.exists():
+            return aside
+        number += 1

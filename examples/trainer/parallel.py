@@ -1,0 +1,96 @@
+"""Several processes as one: what torchrun started them for, and what one process does without.
+
+    torchrun --standalone --nproc_per_node=2 examples/miniseries.py --device cuda
+
+Every process holds the whole model and steps it alike; gradients and losses are averaged. The
+first process alone writes and reads files and draws, and tells the others.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.errors import UsageError
+
+__all__ = ["Parallel"]
+
+_Value = TypeVar("_Value")
+
+
+class Parallel:
+    """This process among all of a run.
+
+    Without torchrun there is one, and nothing here does anything.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N"; with several processes each takes the one of its number.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        if self.world_size > 1 and device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        self.device = torch.device(device)
+        if self.world_size > 1 and not dist.is_initialized():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and draws."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model, averaging gradients over the processes where there are several."""
+        if self.world_size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over the processes, the same bits in each."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process: all learn it at the same point."""
+        if self.world_size == 1:
+            return flag
+        found = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found.item())
+
+    def from_first(self, work: Callable[[], _Value]) -> _Value:
+        """Let the first process do something and tell the others what came of it.
+
+        Args:
+            work: whose result can be pickled.
+
+        Raises:
+            UsageError: it raised one, in every process.
+        """
+        if self.world_size == 1:
+            return work()
+        told: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                told[0] = work()
+            except UsageError as error:
+                told[1] = str(error)
+        dist.broadcast_object_list(told, device=self.device)
+        if told[1] is not None:
+            raise UsageError(told[1])
+        result: _Value = told[0]
+        return result
+
+    def close(self) -> None:
+        """Take leave of the other processes."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

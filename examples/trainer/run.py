@@ -1,0 +1,46 @@
+"""One run: what every part of the trainer is told."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from corpus import Corpus
+from trainer.config import SeriesConfig
+from trainer.machine import Machine
+from trainer.parallel import Parallel
+from trainer.plan import ModelPlan
+from trainer.signals import StopRequest
+
+__all__ = ["Run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A series, and where and with what it is trained.
+
+    Args:
+        folder: output folder.
+        config: the settings.
+        machine: device, memory and reporting.
+        corpus: the data.
+        parallel: this process among those of the run.
+        stop: asked at every safe point.
+    """
+
+    folder: Path
+    config: SeriesConfig
+    machine: Machine
+    corpus: Corpus
+    parallel: Parallel
+    stop: StopRequest
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def fingerprint(self, plan: ModelPlan) -> str:
+        """Digest of what a state of this model depends on, to tell it from that of another run."""
+        facts = [self.config.to_dict(), self.corpus.sha256, plan.name]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

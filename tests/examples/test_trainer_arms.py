@@ -1,0 +1,67 @@
+"""Arms by their words, and what depth decides where nobody names it."""
+
+import re
+
+import pytest
+
+from trainer.arms import parse_arm
+from trainer.config import SeriesConfig
+from trainer.errors import UsageError
+from trainer.rules import settings_of
+
+
+def test_an_arm_is_what_its_word_says() -> None:
+    arm = parse_arm("grown+ars+distill+ewc=0.25")
+    assert arm.name == "grown+ewc=0.25+distill+ars"
+    assert parse_arm(arm.name) == arm
+    assert arm.grown
+    assert arm.controller == "ars"
+    assert [arm.has(part) for part in ("ewc", "subspace", "distill", "muon")] == [
+        True, False, True, False,
+    ]  # fmt: skip
+    assert arm.strength("ewc", 3.0) == 0.25
+    assert arm.strength("distill", 3.0) == 3.0
+    assert arm.root.name == "scratch+ars"
+    assert parse_arm("scratch+muon+paper").root.name == "scratch+muon+paper"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("scrach", "there is no 'scrach'; did you mean scratch?"),
+        ("grown+ewx", "there is no 'ewx'; did you mean ewc?"),
+        ("grown+9", "there is no '9'; use ewc, subspace, distill, ars, paper"),
+        ("grown+muon", "muon goes with scratch only, not with grown"),
+        ("scratch+ewc", "ewc goes with grown only, not with scratch"),
+        ("grown+ewc+ewc=1", "ewc stands there twice"),
+        ("grown+ars+paper", "one controller at a time; drop paper"),
+        ("grown+ewc=x", "ewc takes a strength from 0 to 1e+12, not 'x'"),
+        ("grown+ewc=-1", "ewc takes a strength from 0 to 1e+12, not '-1'"),
+        ("grown+ewc=nan", "ewc takes a strength"),
+        ("scratch+muon=2", "muon takes none, not '2'"),
+        ("grown+ars=2", "ars takes none, not '2'"),
+        ("", "there is no ''"),
+    ],
+)
+def test_what_is_no_arm_is_refused(word: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as error:
+        parse_arm(word)
+    assert str(error.value).startswith(f"--arms {word}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_the_rule_is_nanochats_and_follows_a_named_batch() -> None:
+    rule = SeriesConfig(
+        batch_size="rule", lr="rule", muon_lr="rule", weight_decay="rule", sequence_len=2048
+    )
+    d12, d20, d3 = (settings_of(depth, rule) for depth in (12, 20, 3))
+    assert (d12.batch_size, d12.lr, d12.muon_lr) == (256, 6e-4, 0.02)
+    assert d12.weight_decay == pytest.approx(0.1)
+    assert d20.batch_size == 256  # 2^round(19 + 0.383 log2(20 / 12))
+    assert d20.lr == pytest.approx(6e-4 * (12 / 20) ** 0.5)
+    assert d20.weight_decay == pytest.approx(0.1 * 12 / 20)
+    assert d3.batch_size == 128
+    assert d3.muon_lr == pytest.approx(0.02 / 2**0.5)
+    named = settings_of(12, SeriesConfig(batch_size=64, lr="rule", sequence_len=2048))
+    assert named.lr == pytest.approx(3e-4)
+    assert (named.batch_size, named.muon_lr) == (64, SeriesConfig().muon_lr)

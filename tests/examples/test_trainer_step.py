@@ -1,0 +1,127 @@
+"""One step: accumulated, recomputed, compiled or in several processes it is the same step."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_series import TINY, Series, results
+
+import miniseries
+from trainer.log import read_log
+
+SCRIPT = Path(miniseries.__file__)
+ARMS = ("--arms", "scratch,grown+ewc+subspace+distill+ars", "--batch-size", "4")
+
+
+def bits(folder: Path) -> dict[str, float]:
+    records = json.loads((folder / "metrics.json").read_text())
+    return {record["name"]: record["val_bpb"] for record in records}
+
+
+@pytest.fixture(scope="module")
+def whole(series: Series, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    series(folder, None, *ARMS)
+    return folder
+
+
+@pytest.mark.parametrize("size", ["1", "3"])
+def test_accumulating_a_batch_changes_rounding_alone(
+    series: Series, whole: Path, tmp_path: Path, size: str
+) -> None:
+    series(tmp_path, None, *ARMS, "--device-batch-size", size)
+    assert bits(tmp_path) == pytest.approx(bits(whole), abs=2e-4)
+    for name in bits(whole):
+        ours, theirs = (read_log(folder / f"log_{name}.csv") for folder in (tmp_path, whole))
+        assert ours[1]["loss"] == pytest.approx(theirs[1]["loss"], abs=1e-6)
+        assert ours[1]["grad_norm"] == pytest.approx(theirs[1]["grad_norm"], rel=1e-5)
+
+
+def test_recomputing_blocks_changes_no_bit(series: Series, whole: Path, tmp_path: Path) -> None:
+    series(tmp_path, None, *ARMS, "--recompute")
+    assert results(tmp_path) == results(whole)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near(
+    series: Series, whole: Path, tmp_path: Path, precision: str
+) -> None:
+    series(tmp_path, None, *ARMS, "--precision", precision)
+    assert bits(tmp_path) == pytest.approx(bits(whole), abs=0.02)
+    assert bits(tmp_path) != bits(whole)
+    content = torch.load(tmp_path / "checkpoints/d1-scratch-trunk.pt", weights_only=True)
+    assert {w.dtype for w in content["model"].values()} == {torch.float32}
+    assert (content["scaler"] is not None) == (precision == "fp16")
+
+
+def test_gradients_that_overflow_move_nothing(
+    series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", torch.amp.GradScaler.get_scale)
+    create = torch.amp.GradScaler.__init__
+
+    def start_too_high(self: Any, device: str) -> None:
+        create(self, device, init_scale=2.0**40)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", start_too_high)
+    series(tmp_path, None, "--arms", "scratch,grown", "--precision", "fp16")
+    rows = read_log(tmp_path / "log_d1-scratch.csv")
+    assert rows[0]["val_bpb"] == rows[1]["val_bpb"] == pytest.approx(8.0, abs=0.05)
+    assert all(value < 20 for value in bits(tmp_path).values())
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _two_processes(words: list[str]) -> list["subprocess.CompletedProcess[str]"]:
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *words],
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    done = []
+    for process in started:
+        output, errors = process.communicate()
+        done.append(subprocess.CompletedProcess(words, process.returncode, output, errors))
+    return done
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(text: Path, whole: Path, tmp_path: Path) -> None:
+    words = [*TINY, "--data", str(text), "--out", str(tmp_path / "two"), *ARMS]
+    first, second = _two_processes(words)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout.startswith((tmp_path / "two/table.md").read_text())
+    assert second.stdout == ""
+    assert bits(tmp_path / "two") == pytest.approx(bits(whole), abs=2e-4)
+    records = json.loads((tmp_path / "two/metrics.json").read_text())
+    assert {record["devices"] for record in records} == {2}
+    again = _two_processes(words)
+    assert [done.returncode for done in again] == [0, 0]
+    assert "already trained" in again[0].stdout
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once_by_each_of_two_processes(tmp_path: Path) -> None:
+    words = [*TINY, "--data", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]
+    for done in _two_processes(words):
+        assert done.returncode == 2
+        assert [line for line in done.stderr.splitlines() if "Warning" not in line][-1].startswith(
+            "error: --data"
+        )
+    assert not (tmp_path / "out").exists()
