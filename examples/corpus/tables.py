@@ -179,7 +179,8 @@ def _parquet_columns(path: Path) -> list[str]:
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[Any]:
-    with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES) as file:
+    # Buffering ahead, the default, would hold the column of a whole row group.
+    with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False) as file:
         for records in file.iter_batches(_PARQUET_ROWS, columns=[column], use_threads=False):
             values = records.column(0)
             kind = values.type

@@ -46,15 +46,16 @@ line = "".join(f"word{i} " for i in range(200))
 rows = [f"{i} {line}" for i in range(1000)]
 table = pa.table({"text": rows})
 once = sum(map(len, rows))
+times = size // once + 1
 if kind == "txt":
     with open(path, "w") as file:
-        for _ in range(size // once + 1):
+        for _ in range(times):
             file.writelines(rows)
-else:
-    module = pa_csv.CSVWriter if kind == "csv" else pq.ParquetWriter
-    with module(path, table.schema) as writer:
-        for _ in range(size // once + 1):
-            writer.write_table(table)
+elif kind == "csv":
+    pa_csv.write_csv(pa.concat_tables([table] * times), path)
+else:  # one row group, as large on the disk as in memory
+    options = {"compression": "none", "use_dictionary": False, "row_group_size": 10**9}
+    pq.write_table(pa.concat_tables([table] * times), path, **options)
 """
 
 
