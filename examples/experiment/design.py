@@ -22,7 +22,7 @@ METHODS = (
 _SEEDS = (0, 1, 2)
 _TUNING_SEEDS = (100, 101)
 _RATES = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 1.5e-2)
-_MUON_RATES = (1e-2, 2e-2, 4e-2)
+_MUON_RATES = (1e-2, 2e-2, 4e-2, 8e-2)
 # The proposal's three pairs lie on the diagonal of the middle.
 _LAMBDAS = (None, 0.01, 0.5, 1.0, 2.0, 10.0)
 _GAMMAS = (None, 0.05, 0.1, 0.2, 1.0)

@@ -1,6 +1,7 @@
 """A series small enough to be run many times, and what a run of it produced."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.log import read_log
+from trainer.signals import StopRequest
 
 TINY = [
     "--depths", "1,2", "--batch-size", "2", "--sequence-len", "16", "--fisher-samples", "3",
@@ -42,3 +44,26 @@ def results(folder: Path) -> dict[str, Any]:
 
 def _bits(state: dict[str, Tensor]) -> dict[str, list[int]]:
     return {name: value.view(torch.int32).flatten().tolist() for name, value in state.items()}
+
+
+class KilledError(BaseException):
+    """Stands for a kill: nothing is saved on the way out."""
+
+
+class Stop(StopRequest):
+    """Asks to stop, or kills, after a number of training steps."""
+
+    def __init__(self, step: int, *, kill: bool = False) -> None:
+        super().__init__()
+        self._left = step
+        self._kill = kill
+
+    @property
+    def requested(self) -> bool:
+        """Read by the loop once a step, and once before a model."""
+        self._left -= 1
+        if self._left == 0 and not self._kill:
+            self._handle(signal.SIGTERM, None)
+        if self._left < 0 and self._kill:
+            raise KilledError
+        return super().requested

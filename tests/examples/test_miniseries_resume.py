@@ -6,34 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_series import CHAIN, Series, results
+from small_series import CHAIN, KilledError, Series, Stop, results
 
 from trainer.errors import RunInterruptedError
 from trainer.report import markdown_table
-from trainer.signals import StopRequest
-
-
-class _KilledError(BaseException):
-    """Stands for a kill: nothing is saved on the way out."""
-
-
-class _Stop(StopRequest):
-    """Asks to stop, or kills, after a number of training steps."""
-
-    def __init__(self, step: int, *, kill: bool = False) -> None:
-        super().__init__()
-        self._left = step
-        self._kill = kill
-
-    @property
-    def requested(self) -> bool:
-        """Read by the loop once a step, and once before a model."""
-        self._left -= 1
-        if self._left == 0 and not self._kill:
-            self._handle(signal.SIGTERM, None)
-        if self._left < 0 and self._kill:
-            raise _KilledError
-        return super().requested
 
 
 # d1 trains 10 steps and the grown d2 about as many, with a question before each: within a trunk, at
@@ -43,7 +19,7 @@ def test_stopped_and_resumed(
     series: Series, straight: dict[str, Any], tmp_path: Path, step: int
 ) -> None:
     with pytest.raises(RunInterruptedError) as stopped:
-        series(tmp_path, _Stop(step))
+        series(tmp_path, Stop(step))
     assert stopped.value.signum == signal.SIGTERM
     series(tmp_path)
     assert results(tmp_path) == straight
@@ -56,7 +32,7 @@ def test_stopping_at_every_step_gets_there_too(
     done = False
     while not done:
         try:
-            series(tmp_path, _Stop(2))  # 1 is the question before the model
+            series(tmp_path, Stop(2))  # 1 is the question before the model
             done = True
         except RunInterruptedError:
             stops += 1
@@ -78,8 +54,8 @@ def test_killed_and_resumed(
     every: float,
 ) -> None:
     words = ("--checkpoint-seconds", str(every), "--keep", "3")
-    with pytest.raises(_KilledError):
-        series(tmp_path, _Stop(step, kill=True), *words)
+    with pytest.raises(KilledError):
+        series(tmp_path, Stop(step, kill=True), *words)
     states = [path.stem for path in sorted(tmp_path.glob("checkpoints/*/*.pt"))]
     assert len(states) == (0 if every else saved)
     series(tmp_path, None, *words)
@@ -110,7 +86,7 @@ def test_resuming_with_every_kind_of_state(
 ) -> None:
     series(tmp_path / "straight", None, *words)
     with pytest.raises(RunInterruptedError):
-        series(tmp_path / "stopped", _Stop(9 if "muon" in words[1] else 17), *words)
+        series(tmp_path / "stopped", Stop(9 if "muon" in words[1] else 17), *words)
     series(tmp_path / "stopped", None, *words)
     assert results(tmp_path / "stopped") == results(tmp_path / "straight")
 
@@ -126,7 +102,7 @@ def test_a_finished_series_is_left_as_it_is(
     series: Series, straight: dict[str, Any], tmp_path: Path
 ) -> None:
     assert series(tmp_path)[1] is False
-    table, nothing_to_do = series(tmp_path, _Stop(1))
+    table, nothing_to_do = series(tmp_path, Stop(1))
     assert nothing_to_do
     assert table == markdown_table(json.loads((tmp_path / "metrics.json").read_text()))
     (tmp_path / "metrics.json").unlink()
@@ -168,13 +144,13 @@ def test_the_state_before_a_damaged_one_is_used(
 ) -> None:
     words = ("--checkpoint-seconds", "0")
     with pytest.raises(RunInterruptedError):
-        series(tmp_path, _Stop(7), *words)
+        series(tmp_path, Stop(7), *words)
     folder = tmp_path / "checkpoints/d1-scratch+ars"
     assert [path.name for path in sorted(folder.iterdir())] == ["00000005.pt", "00000006.pt"]
     newest = folder / "00000006.pt"
     if how == "foreign":
         with pytest.raises(RunInterruptedError):
-            series(tmp_path / "other", _Stop(7), *words, "--seed", "5")
+            series(tmp_path / "other", Stop(7), *words, "--seed", "5")
         newest.write_bytes((tmp_path / f"other/{newest.relative_to(tmp_path)}").read_bytes())
     elif how == "cut":
         newest.write_bytes(newest.read_bytes()[:1000])
@@ -183,7 +159,7 @@ def test_the_state_before_a_damaged_one_is_used(
     bad = newest.read_bytes()
     capsys.readouterr()
     with pytest.raises(RunInterruptedError):
-        series(tmp_path, _Stop(2), *words)  # the step from 5 to 6, done again
+        series(tmp_path, Stop(2), *words)  # the step from 5 to 6, done again
     warning = next(w for w in capsys.readouterr().err.splitlines() if w.startswith("warning"))
     assert "00000006.pt" in warning
     assert ("another run" if how == "foreign" else "damaged") in warning
@@ -200,7 +176,7 @@ def test_a_damaged_or_missing_trunk(
     for damage in ("empty", "missing"):
         out = tmp_path / damage
         with pytest.raises(RunInterruptedError):
-            series(out, _Stop(12))  # d1 is done, d2 has not begun
+            series(out, Stop(12))  # d1 is done, d2 has not begun
         trunk = out / "checkpoints/d1-scratch+ars-trunk.pt"
         trunk.write_bytes(b"") if damage == "empty" else trunk.unlink()
         series(out)  # trains d1 again, since d2 has to grow out of it
