@@ -1,6 +1,6 @@
-"""The figures of the report, each a PNG in memory."""
+"""The figures that compare arms, each a PNG in memory."""
 
-import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,232 +8,171 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.cost import ModelCost
-from analysis.laws import ChinchillaLaw, ComputeLaw
+from analysis.intervals import mean_interval
+from analysis.pairings import is_sweep, single_arms
+from analysis.power_sums import Array
 from analysis.records import Log, Record, chain
-from analysis.series_laws import ArmLaws
-from analysis.verdict import is_sweep, mean_interval
+from analysis.savings import measured_rows
+from analysis.style import Style, legend_beside, png, polish, styles_of, without_strengths
+from analysis.verdict import Comparison
 
-__all__ = ["bpb_against_depth", "costs", "gates", "loss_against_flops", "scaling"]
+__all__ = ["bpb_against_depth", "loss_against_flops"]
 
 Logs = Mapping[tuple[str, int], Log]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the baseline is black.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_CURVE_POINTS = 150  # of a log that has more steps, means of groups are drawn
-_EXTRAPOLATION = 10.0  # how far beyond the largest budget a law is drawn
+_COLUMNS = 3
+_GRID_POINTS = 60  # of the mean over seeds whose curves have points at different places
+_MANY_ARMS = 16  # of more, those with strengths of their own are not named one by one
+_HEADROOM = 0.15  # above the highest start of a grown model, share of the range shown
 
 
 def loss_against_flops(records: Sequence[Record], logs: Logs) -> bytes:
-    """Validation loss over the operations of the lineage: finished models and, thin, their way."""
-    figure, axes = _axes()
-    for i, arm in enumerate(_arms(records)):
+    """Validation loss over the operations of the lineage, a panel a depth.
+
+    The mean over the seeds and the range between the lowest and the highest; where there are no
+    logs, the finished models alone.
+    """
+    depths = sorted({r.depth for r in records})
+    columns = min(_COLUMNS, len(depths))
+    rows = math.ceil(len(depths) / columns)
+    figure = Figure(figsize=(2.6 + 3.3 * columns, 0.5 + 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    styles = styles_of(list(dict.fromkeys(r.arm for r in records)))
+    for axes, depth in zip(panels, depths, strict=False):
+        _draw_depth(axes, [r for r in records if r.depth == depth], logs, styles)
+        axes.set_title(f"d{depth}", fontsize=10)
+    for axes in panels[len(depths) :]:
+        axes.set_visible(False)
+    figure.supxlabel("training FLOPs of the whole lineage", fontsize=10)
+    figure.supylabel("validation bits per byte", fontsize=10)
+    legend_beside(figure, list(panels))
+    return png(figure)
+
+
+def _draw_depth(
+    axes: Axes, records: Sequence[Record], logs: Logs, styles: Mapping[str, Style]
+) -> None:
+    starts, ends = [], []
+    for arm in dict.fromkeys(r.arm for r in records):
         own = [r for r in records if r.arm == arm]
-        for record in own:
-            rows = logs.get((record.name, record.seed), [])
-            points = [(r["flops"], r["val_bpb"]) for r in rows if r["val_bpb"] and r["flops"]]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=_colour(i), linewidth=0.7, alpha=0.45)
-        for k, seed in enumerate(dict.fromkeys(r.seed for r in own)):
-            series = sorted(chain(records, arm, seed), key=lambda r: r.lineage_flops)
+        style = styles[arm]
+        look: dict[str, Any] = {"color": style.colour, "linestyle": style.line, "linewidth": 1.5}
+        curves = [points for r in own if len(points := _curve(logs.get((r.name, r.seed), []))) > 1]
+        if curves and not is_sweep(own):
+            x, values = _on_one_grid(curves)
+            axes.plot(x, values.mean(axis=0), label=style.label, **look)
+            if len(curves) > 1:
+                low, high = values.min(axis=0), values.max(axis=0)
+                axes.fill_between(x, low, high, color=style.colour, alpha=0.12, linewidth=0)
+            ends.append(float(values[:, -1].max()))
+            if any(r.parent for r in own):
+                starts.append(float(values[:, 0].max()))
+        else:
+            for points in curves:
+                axes.plot(points[:, 0], points[:, 1], alpha=0.6, **look)
+            flops, losses = [r.lineage_flops for r in own], [r.val_bpb for r in own]
             axes.plot(
-                [r.lineage_flops for r in series],
-                [r.val_bpb for r in series],
-                color=_colour(i),
-                marker=_marker(i),
-                markersize=6,
-                linewidth=0 if is_sweep(own) else 1.6,
-                zorder=3 - 0.1 * i,  # where a series begins with a model of the first arm, its mark
-                label=None if k else arm,
-            )
-        _name_models(axes, own, i)
+                flops, losses, style.marker, color=style.colour, markerfacecolor=style.face,
+                label=style.label,
+            )  # fmt: skip
+            ends += losses
     axes.set_xscale("log")
-    axes.set_xlabel("training FLOPs of the whole lineage")
-    axes.set_ylabel("validation bits per byte")
-    return _png(figure, axes)
+    if ends and any(line.get_linestyle() != "None" for line in axes.get_lines()):
+        bottom, top = axes.get_ylim()
+        # What a model from scratch does at first would flatten everything that matters.
+        top = min(top, max(starts, default=0.3 * top + 0.7 * max(ends)))
+        bottom = max(bottom, min(ends) - _HEADROOM * (top - min(ends)))
+        axes.set_ylim(bottom, top + _HEADROOM * (top - bottom))
+    polish(axes)
 
 
-def bpb_against_depth(records: Sequence[Record]) -> bytes:
-    """Mean bits per byte and its 95 % interval over the seeds, of the arms that are no sweeps."""
-    figure, axes = _axes()
-    arms = _arms(records)
+def _curve(log: Log) -> Array:
+    return np.array([(r["flops"], r["val_bpb"]) for r in measured_rows(log)], dtype=np.float64)
+
+
+def _on_one_grid(curves: Sequence[Array]) -> tuple[Array, Array]:
+    """Operations (P,) and the losses of all curves at them (seeds, P)."""
+    first = curves[0][:, 0]
+    if all(np.array_equal(c[:, 0], first) for c in curves):
+        return first, np.stack([c[:, 1] for c in curves])
+    low, high = max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves)
+    x = np.geomspace(low, high, _GRID_POINTS)
+    return x, np.stack([np.interp(np.log(x), np.log(c[:, 0]), c[:, 1]) for c in curves])
+
+
+def bpb_against_depth(records: Sequence[Record], comparisons: Sequence[Comparison]) -> bytes:
+    """Left: mean bits per byte. Right: differences to the model from scratch, with intervals."""
+    arms = single_arms(records)
+    if len(arms) > _MANY_ARMS:
+        arms = [arm for arm in arms if without_strengths(arm) == arm]
+    styles = styles_of(list(dict.fromkeys(r.arm for r in records)))
+    rows = [c for c in comparisons if c.question in ("inheriting", "control") and c.arm in arms]
+    rows += [c for c in comparisons if c.question == "controller" and c.baseline == "scratch"
+             and c.arm in arms]  # fmt: skip
+    compared = list(dict.fromkeys(c.arm for c in rows))
+    height = max(4.0, 1.2 + 0.3 * len(compared))
+    figure = Figure(figsize=(12.0 if rows else 8.0, height), layout="constrained")
+    panels = figure.subplots(1, 2 if rows else 1, squeeze=False)
+    left = panels[0][0]
     for i, arm in enumerate(arms):
-        if is_sweep([r for r in records if r.arm == arm]):
-            continue
         seeds = dict.fromkeys(r.seed for r in records if r.arm == arm)
         series = [r for seed in seeds for r in chain(records, arm, seed)]
         depths = sorted({r.depth for r in series})
         found = [mean_interval([r.val_bpb for r in series if r.depth == d]) for d in depths]
-        axes.errorbar(
-            np.array(depths) + 0.02 * (i - (len(arms) - 1) / 2),  # so that intervals do not overlap
+        style = styles[arm]
+        left.plot(
+            np.array(depths) + 0.015 * (i - (len(arms) - 1) / 2),  # so that marks do not overlap
             [mean for mean, _ in found],
-            yerr=[0.0 if pair is None else pair[1] - mean for mean, pair in found],
-            color=_colour(i),
-            marker=_marker(i),
-            capsize=3 if len(seeds) > 1 else 0,
-            linewidth=1.6,
-            zorder=3 - 0.1 * i,
+            style.line,
+            color=style.colour,
+            marker=style.marker,
+            markerfacecolor=style.face,
+            markersize=5,
+            linewidth=1.2,
             label=arm,
         )
-    axes.set_xticks(sorted({r.depth for r in records}))
-    axes.set_xlabel("depth (layers; width 64 x depth)")
-    axes.set_ylabel("validation bits per byte")
-    return _png(figure, axes)
+    left.set_xticks(sorted({r.depth for r in records}))
+    left.set_xlabel("depth (layers; width 64 x depth)")
+    left.set_ylabel("validation bits per byte")
+    polish(left)
+    if rows:
+        _draw_differences(panels[0][1], rows, compared, styles)
+    else:
+        legend_beside(figure, [left])
+    return png(figure)
 
 
-def scaling(laws: Sequence[ArmLaws]) -> bytes:
-    """Left: the loss over compute with L(C). Right, where L(N, D) was fitted: fit over measured."""
-    fitted = [a for a in laws if isinstance(a.chinchilla, ChinchillaLaw)]
-    figure = Figure(figsize=(11.0 if fitted else 7.0, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2 if fitted else 1, squeeze=False)[0]
-    axes = panels[0]
-    for i, arm in enumerate(laws):
-        flops = np.array([r.lineage_flops for r in arm.models], dtype=np.float64)
-        losses = [r.val_bpb for r in arm.models]
-        label = arm.arm
-        if isinstance(arm.compute, ComputeLaw):
-            label += f": {arm.compute.E:.3g} + K C^-{arm.compute.gamma:.3f}"
-            inside = np.geomspace(flops.min(), flops.max(), 100)
-            beyond = np.geomspace(flops.max(), flops.max() * _EXTRAPOLATION, 30)
-            axes.plot(inside, arm.compute.predict(inside), color=_colour(i), linewidth=1.4)
-            axes.plot(beyond, arm.compute.predict(beyond), ":", color=_colour(i), linewidth=1.4)
-        axes.plot(flops, losses, _marker(i), color=_colour(i), markersize=6, label=label)
-    axes.set_xscale("log")
-    axes.set_xlabel("C, training FLOPs of the whole lineage")
-    axes.set_ylabel("validation bits per byte")
-    _style(axes)
-    for i, arm in enumerate(laws):
-        if isinstance(arm.chinchilla, ChinchillaLaw):
-            measured = np.array([r.val_bpb for r in arm.models])
-            predicted = arm.chinchilla.predict(
-                [r.params for r in arm.models], [r.tokens for r in arm.models]
-            )
-            panels[1].plot(
-                measured, predicted, _marker(i), color=_colour(i), markersize=5, label=arm.arm
-            )
-            ends = [measured.min(), measured.max()]
-            panels[1].plot(ends, ends, color="#888888", linewidth=0.8, zorder=0)
-    if fitted:
-        panels[1].set_xlabel("measured bits per byte")
-        panels[1].set_ylabel("E + A/N^alpha + B/D^beta")
-        _style(panels[1])
-    return _png(figure)
-
-
-def costs(found: Sequence[ModelCost], records: Sequence[Record]) -> bytes:
-    """Left: operations of each model by kind. Right: what was reached for how much time."""
-    figure = Figure(figsize=(11.0, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    models = list({(c.name, c.seed): c for c in found}.values())
-    first_seed = [c for c in models if c.seed == models[0].seed]
-    names = [c.name for c in first_seed]
-    base = np.zeros(len(names))
-    for key, colour, label in (
-        ("training_flops", "#0072B2", "training"),
-        ("fisher_flops", "#E69F00", "Fisher pass on the parent"),
-        ("growth_flops", "#CC79A7", "growing"),
-    ):
-        values = np.array([getattr(c, key) for c in first_seed], dtype=np.float64)
-        left.barh(names, values, left=base, color=colour, label=label)
-        base += values
-    left.invert_yaxis()
-    left.set_xlim(0, 1.05 * base.max())
-    left.set_axisbelow(True)
-    left.set_xlabel(f"FLOPs of the model itself (seed {models[0].seed})")
-    _style(left)
-    bpb = {(r.name, r.seed): r.val_bpb for r in records}
-    for i, arm in enumerate(_arms(records)):
-        for k, seed in enumerate(dict.fromkeys(c.seed for c in found if c.arm == arm)):
-            series = [c for c in found if (c.arm, c.seed) == (arm, seed)]
-            right.plot(
-                [c.cumulative_seconds for c in series],
-                [bpb[c.name, c.seed] for c in series],
-                color=_colour(i),
-                marker=_marker(i),
-                linewidth=0 if is_sweep([r for r in records if r.arm == arm]) else 1.6,
-                label=arm if k == 0 else None,
-            )
-    right.set_xscale("log")
-    right.set_xlabel("seconds of the series so far")
-    right.set_ylabel("validation bits per byte")
-    _style(right)
-    return _png(figure)
-
-
-def gates(logs: Logs, records: Sequence[Record]) -> bytes | None:
-    """Phi, psi and the penalty over the steps, from the logs; ``None`` without any."""
-    shown = [r for r in records if (r.name, r.seed) in logs and r.seed == records[0].seed]
-    panels = (
-        ("phi", "phi (1: nothing damped)", lambda r: r["phi"]),
-        ("psi", "psi (1: no surprise)", lambda r: r["psi"]),
-        ("penalty", "penalty / task loss", _penalty_share),
-    )
-    figure = Figure(figsize=(11.0, 3.6), layout="constrained")
-    drawn = 0
-    for axes, (_, title, value) in zip(figure.subplots(1, 3), panels, strict=True):
-        for i, record in enumerate(shown):
-            rows = [row for row in logs[record.name, record.seed] if row["loss"] is not None]
-            points = [(row["step"], v) for row in rows if (v := value(row)) is not None]
-            if points:
-                drawn += 1
-                axes.plot(*_thinned(points), color=_colour(i), linewidth=1.1, label=record.name)
-        axes.set_xlabel("step")
-        axes.set_title(title, fontsize=10)
-        _style(axes)
-    return _png(figure) if drawn else None
-
-
-def _penalty_share(row: Mapping[str, Any]) -> float | None:
-    return None if row["penalty"] is None or not row["loss"] else row["penalty"] / row["loss"]
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    size = max(1, len(points) // _CURVE_POINTS)
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [g[-1][0] for g in groups], [sum(v for _, v in g) / len(g) for g in groups]
-
-
-def _arms(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(record.arm for record in records))
-
-
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
-
-
-def _marker(index: int) -> str:
-    return _MARKERS[index % len(_MARKERS)]
-
-
-def _name_models(axes: Axes, models: Sequence[Record], index: int) -> None:
-    for record in {r.depth: r for r in models}.values():
-        axes.annotate(
-            f"d{record.depth}",
-            (record.lineage_flops, record.val_bpb),
-            xytext=(6, 6) if index == 0 else (-6, -11),
-            ha="left" if index == 0 else "right",
-            textcoords="offset points",
-            fontsize=8,
-            color=_colour(index),
+def _draw_differences(
+    axes: Axes, rows: Sequence[Comparison], arms: Sequence[str], styles: Mapping[str, Style]
+) -> None:
+    depths = sorted({c.depth for c in rows})
+    markers = "osD^vP<>Xhp"
+    for c in rows:
+        k = depths.index(c.depth)
+        style = styles[c.arm]
+        place = arms.index(c.arm) + 0.5 * ((k + 0.5) / len(depths) - 0.5)
+        error = None
+        if c.interval is not None:
+            error = [[c.difference - c.interval[0]], [c.interval[1] - c.difference]]
+        axes.errorbar(
+            [c.difference], [place], xerr=error, color=style.colour, capsize=2, linewidth=1.2,
+            marker=markers[k % len(markers)], markersize=5, markerfacecolor=style.face,
+        )  # fmt: skip
+    for k, depth in enumerate(depths):
+        axes.plot([], [], markers[k % len(markers)], color="#555555", label=f"d{depth}")
+    axes.axvline(0.0, color="#000000", linewidth=0.9)
+    axes.set_yticks(range(len(arms)), arms, fontsize=8)
+    axes.invert_yaxis()
+    if all(c.interval is None for c in rows):
+        words = "one seed, so no intervals"
+    else:
+        middle = [abs(c.difference) for c in rows]
+        reach = 1.3 * max(
+            [*middle, *(min(abs(e), 3 * max(middle)) for c in rows for e in c.interval or ())]
         )
-
-
-def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _style(axes: Axes) -> None:
-    axes.grid(visible=True, which="both", linewidth=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
-
-
-def _png(figure: Figure, axes: Axes | None = None) -> bytes:
-    if axes is not None:
-        _style(axes)
-    content = io.BytesIO()
-    # Without the name of the program in it, equal figures are equal files.
-    figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
-    return content.getvalue()
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -reach), min(high, reach))  # two seeds make intervals without end
+        words = "95 % intervals over the seeds"
+    axes.set_xlabel(f"bits per byte, arm − scratch (left is better; {words})", fontsize=9)
+    polish(axes)
+    axes.legend(frameon=False, fontsize=8, loc="best")

@@ -7,37 +7,49 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from analysis import figures
-from analysis.cost import ModelCost
+from analysis import detail_figures, figures
+from analysis.assemble import Analysis
+from analysis.intervals import Estimate
+from analysis.pairings import QUESTIONS
 from analysis.records import Log, Record
-from analysis.savings import Saving
 from analysis.series_laws import ArmLaws
-from analysis.verdict import Comparison, headlines
+from analysis.sweeps import Sweep
+from analysis.verdict import headlines
+from trainer.checkpoint import write_atomically
 
-__all__ = ["gate_rows", "render_report"]
+__all__ = ["REPORT_FILE", "gate_rows", "render_report", "write_report"]
+
+REPORT_FILE = "report.html"
+
+_LAWS = {
+    "chinchilla": ("E + A/N^alpha + B/D^beta", ("E", "A", "B", "alpha", "beta", "a")),
+    "compute": ("E + K C^-gamma", ("E", "K", "gamma")),
+    "isoflop": ("isoFLOP, N* ~ C^a and D* ~ C^b", ("a", "b")),
+}
 
 
-def render_report(
-    records: Sequence[Record],
-    logs: Mapping[tuple[str, int], Log],
-    comparisons: Sequence[Comparison],
-    savings: Sequence[Saving],
-    laws: Sequence[ArmLaws],
-    costs: Sequence[ModelCost],
-    plans: Mapping[str, Mapping[str, Any]],
-    core: Mapping[str, Mapping[str, Any]] | None = None,
-) -> str:
+def write_report(analysis: Analysis, out: Path, sweeps: Sequence[Sweep] = ()) -> str:
+    """Write the report.
+
+    Args:
+        analysis: reported.
+        out: folder; made if absent.
+        sweeps: settings that were tuned before.
+
+    Returns:
+        The name of the file.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / REPORT_FILE, render_report(analysis, sweeps))
+    return REPORT_FILE
+
+
+def render_report(analysis: Analysis, sweeps: Sequence[Sweep] = ()) -> str:
     """The report as HTML.
 
     Args:
-        records: of the trained models.
-        logs: of their steps, as far as there are any.
-        comparisons: of the arms.
-        savings: of the arms, where there are logs.
-        laws: of every arm.
-        costs: of every arm and seed.
-        plans: title -> `analysis.paper.plan_cost`, series on paper.
-        core: name of a model -> `analysis.core.CoreResult.to_dict`; ``None`` if none was evaluated.
+        analysis: reported.
+        sweeps: settings that were tuned before.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -54,30 +66,99 @@ def render_report(
         "interval": lambda pair: "" if pair is None else f"[{pair[0]:+.4f}, {pair[1]:+.4f}]",
         "span": lambda pair: f"[{pair[0]:.3g}, {pair[1]:.3g}]",
         "or_dash": lambda value, form: "–" if value is None else form.format(value),
+        "estimate": _estimate,
     }
-    drawn = {
-        "flops": figures.loss_against_flops(records, logs),
-        "depth": figures.bpb_against_depth(records),
-        "scaling": figures.scaling(laws),
-        "cost": figures.costs(costs, records),
-        "gates": figures.gates(logs, records),
+    fitted, refused = _law_rows(analysis.laws)
+    compared = {
+        words: [c for c in analysis.comparisons if c.question == question]
+        for question, words in QUESTIONS.items()
     }
     return environment.get_template("report.html.j2").render(
-        records=records,
-        seeds=sorted({record.seed for record in records}),
-        headlines=headlines(comparisons),
-        comparisons=comparisons,
-        savings=savings,
-        laws=[law.to_dict() for law in laws],
-        costs=costs,
-        plans=plans,
-        gates=gate_rows(records, logs),
-        core=core or {},
+        records=analysis.records,
+        seeds=sorted({record.seed for record in analysis.records}),
+        headlines=headlines(analysis.comparisons),
+        claims=analysis.claims,
+        warnings=_grouped(analysis.warnings),
+        comparisons={words: rows for words, rows in compared.items() if rows},
+        count=len(analysis.comparisons),
+        savings=analysis.savings,
+        grid=analysis.grid,
+        sweeps=sweeps,
+        fitted=fitted,
+        refused=refused,
+        costs=analysis.costs,
+        plans=analysis.plans,
+        gates=gate_rows(analysis.records, analysis.logs),
+        core=analysis.core,
         figures={
-            name: None if png is None else base64.b64encode(png).decode()
-            for name, png in drawn.items()
+            name: base64.b64encode(content).decode()
+            for name, content in _figures(analysis, sweeps).items()
+            if content is not None
         },
     )
+
+
+def _figures(analysis: Analysis, sweeps: Sequence[Sweep]) -> dict[str, bytes | None]:
+    records, logs = analysis.healthy, analysis.logs
+    drawn: dict[str, bytes | None] = {}
+    if records:
+        drawn = {
+            "flops": figures.loss_against_flops(records, logs),
+            "depth": figures.bpb_against_depth(records, analysis.comparisons),
+            "scaling": detail_figures.scaling(analysis.laws),
+            "cost": detail_figures.costs(analysis.costs, records),
+            "gates": detail_figures.gates(logs, records),
+        }
+    if analysis.grid is not None:
+        drawn["grid"] = detail_figures.grid_map(analysis.grid)
+    if sweeps:
+        drawn["sweeps"] = detail_figures.sweep_curves(sweeps)
+    return drawn
+
+
+def _estimate(value: Estimate | None) -> str:
+    if value is None:
+        return "–"
+    if value.interval is None:
+        return f"{value.mean:.2f}"
+    return f"{value.mean:.2f} [{value.interval[0]:.2f}, {value.interval[1]:.2f}]"
+
+
+def _grouped(warnings: Sequence[tuple[str, int, str]]) -> dict[str, list[str]]:
+    """Text -> the models it was said of."""
+    found: dict[str, list[str]] = {}
+    for name, seed, text in warnings:
+        found.setdefault(text, []).append(f"{name} (seed {seed})")
+    return found
+
+
+def _law_rows(laws: Sequence[ArmLaws]) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The laws that were fitted, and for each reason why not: which laws of which arms."""
+    fitted: list[dict[str, Any]] = []
+    refused: dict[str, dict[str, Any]] = {}
+    for arm in laws:
+        found = arm.to_dict()
+        for key, (title, names) in _LAWS.items():
+            law = found[key]
+            if "refused" in law:
+                row = refused.setdefault(law["refused"], {"laws": [], "arms": []})
+                for kind, value in (("laws", title), ("arms", arm.arm)):
+                    if value not in row[kind]:
+                        row[kind].append(value)
+                continue
+            score = found.get(f"{key}_score", {"refused": ""})
+            error = law.get("rms_relative_error")
+            held_out = None if "refused" in score else score["rms_relative_error"]
+            fitted.append({
+                "arm": arm.arm,
+                "title": title,
+                "values": ", ".join(f"{name} = {law[name]:.3g}" for name in names),
+                "flaws": law.get("flaws", []),
+                "intervals": law["intervals"],
+                "error": None if error is None else 100 * error,
+                "held_out": None if held_out is None else 100 * held_out,
+            })  # fmt: skip
+    return fitted, refused
 
 
 def gate_rows(
@@ -90,17 +171,18 @@ def gate_rows(
         logs: of their steps.
 
     Returns:
-        One row a logged model: mean phi and psi, share of steps with phi below 0.99, and the
-        largest ratio of penalty to task loss; ``None`` for what was not logged.
+        One row a logged model with a controller or a penalty: mean phi and psi, share of steps with
+        phi below 0.99, and the largest ratio of penalty to task loss; ``None`` for what was not
+        logged.
     """
     rows = []
     for record in records:
         steps = [s for s in logs.get((record.name, record.seed), []) if s["loss"] is not None]
-        if not steps:
-            continue
         phi = [step["phi"] for step in steps if step["phi"] is not None]
         psi = [step["psi"] for step in steps if step["psi"] is not None]
         shares = [s["penalty"] / s["loss"] for s in steps if s["penalty"] is not None and s["loss"]]
+        if not (phi or psi or shares):
+            continue
         rows.append({
             "name": record.name,
             "seed": record.seed,

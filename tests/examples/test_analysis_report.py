@@ -1,25 +1,24 @@
 """The HTML report: whole, self-contained, and saying what is true."""
 
 import base64
-import json
+import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from analysis_records import DEMO, two_arms, write
+from analysis_records import DEMO, chain_of, entry, two_arms, write, write_run
 
+from analysis import detail_figures, figures, report_html
+from analysis.assemble import Analysis, analyze_runs
 from analysis.bundle import MINI_BUNDLE, load_bundle
 from analysis.core import CORE_TASKS, CoreResult, TaskResult, byte_tokens, evaluate
-from analysis.cost import CostAnalyzer
-from analysis.paper import plan_cost, plan_doubling
-from analysis.records import Log, Record, read_metrics
+from analysis.records import Log, read_metrics
 from analysis.report_html import gate_rows, render_report
-from analysis.savings import find_savings
-from analysis.scaling import ScalingLawValidator
-from analysis.series_laws import fit_series
-from analysis.verdict import compare_arms
+from analysis.sweeps import Sweep
 from ars.models import GPT, miniseries_config
 
 VOID = {"meta", "img", "br"}
@@ -57,21 +56,11 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def render(
-    records: list[Record],
-    logs: dict[tuple[str, int], Log] | None = None,
-    core: dict[str, dict[str, Any]] | None = None,
-) -> Page:
-    html = render_report(
-        records,
-        logs or {},
-        compare_arms(records),
-        find_savings(records, logs or {}),
-        fit_series(records, ScalingLawValidator(bootstraps=10)),
-        CostAnalyzer(peak_flops=1e12, price_per_hour=0.5).analyze(records),
-        {"A plan": plan_cost(plan_doubling())},
-        core,
-    )
+def render(analysis: Analysis, sweeps: tuple[Sweep, ...] = (), *, draw: bool = False) -> Page:
+    with pytest.MonkeyPatch.context() as patch:
+        if not draw:  # which takes longest
+            patch.setattr(report_html, "_figures", lambda *_: {})
+        html = render_report(analysis, sweeps)
     page = Page(html)
     assert page.fetched == []
     assert all(image.startswith(b"\x89PNG") and len(image) > 5000 for image in page.images)
@@ -79,72 +68,187 @@ def render(
     return page
 
 
+def analyze(*paths: Path, **settings: Any) -> Analysis:
+    return analyze_runs(paths, bootstraps=5, **settings)
+
+
+METHODS = (
+    "scratch", "scratch+muon", "grown", "grown+ewc", "grown+ewc+subspace", "grown+distill",
+)  # fmt: skip
+
+
+def experiment(tmp_path: Path, seeds: int) -> list[Path]:
+    """Thirteen arms on three depths, as the experiment has them, in a folder a controller."""
+    paths = []
+    for seed in range(seeds):
+        for suffix in ("", "+ars"):
+            records = []
+            for i, method in enumerate(METHODS):
+                # Grown arms gain 0.1 and lose 0.01 a penalty; the controller does nothing.
+                noise = 0.002 * ((seed + len(suffix)) % 3)
+                arm = f"{method}{suffix}"
+                if method.startswith("grown"):
+                    losses = [2.4 + 0.01 * i + noise, 2.1 + 0.01 * i + noise]
+                    records += chain_of(arm, f"scratch{suffix}", losses, seed)
+                else:
+                    records += [
+                        entry(f"d{d}-{arm}", bpb + 0.02 * i + noise, seed=seed)
+                        for d, bpb in ((2, 3.0), (3, 2.5), (4, 2.2))
+                    ]
+            records.append(entry(f"d4-other{suffix}", 2.3, seed=seed))
+            paths.append(write_run(tmp_path / f"seed-{seed}{suffix}", records))
+    return paths
+
+
 @pytest.fixture(scope="module")
-def demo() -> Page:
-    return render(read_metrics([DEMO]))
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    paths = experiment(tmp_path_factory.mktemp("experiment"), 3)
+    return render(analyze(*paths, peak_flops=1e12, price_per_hour=0.5), draw=True)
 
 
-def test_the_report_of_the_demo(demo: Page) -> None:
-    assert len(demo.images) == 4
-    verdict = "Nothing is shown either way. inherited against scratch: no conclusion from fewer"
-    assert demo.text.index(verdict) < demo.text.index("Models")
-    bpb = {(r["depth"], r["arm"]): r["val_bpb"] for r in json.loads(DEMO.read_text())}
-    measured = bpb[4, "inherited"]
-    numbers = f"{measured:.4f}", f"{measured - bpb[4, 'scratch']:+.4f}"
-    for words in ("d4-inherited", *numbers, "3,276,800", "not fitted: 3 runs cannot",
-                  "A plan", "7.2B", "No log_*.csv lie beside"):  # fmt: skip
-        assert words in demo.text
-    assert "CORE" not in demo.text
+def test_the_result_stands_first_and_the_claims_follow(whole: Page) -> None:
+    words = (
+        "Does inheriting beat training from scratch at equal FLOPs? Fewer bits per byte: grown",
+        "Do the penalties add anything to plain growing? No benefit shown. More bits per byte:",
+        "Does the controller add anything? No benefit shown. No difference beyond chance:",
+        "60 % cheaper: the baseline's loss",
+        "The same score with under 75 % of the tokens",
+        "Monotonic improvement",
+        "No divergence",
+        "No warning during training",
+        "Arms compared",
+        "Cost of the model from scratch's loss",
+        "Scaling laws",
+        "Gates and penalties",
+    )
+    places = [whole.text.index(word) for word in words]
+    assert places == sorted(places)
 
 
-def test_logs_add_the_gates_and_several_seeds_a_conclusion(tmp_path: Path) -> None:
-    paths = [
-        write(tmp_path / f"{i}.json", two_arms(i, gain)) for i, gain in enumerate((0.1, 0.11, 0.12))
-    ]
-    records = read_metrics(paths)
-    rows: Log = [
-        {"step": s, "flops": 10**7 * s, "loss": 5.0 / s, "val_bpb": 7.0 / s if s % 9 == 0 else None,
-         "phi": 0.5 if s == 7 else 1.0, "psi": 0.75, "penalty": 1e-3}
-        for s in range(1, 401)
-    ]  # fmt: skip
-    rows.insert(0, {**dict.fromkeys(rows[0]), "step": 0, "flops": 0, "val_bpb": 8.0})
-    logs = {
-        ("d3-inherited", 0): rows,
-        ("d3-scratch", 0): [*rows[:11], {**rows[11], "val_bpb": 0.5}],
-    }
-    gate, _ = gate_rows(records, logs)
-    assert (gate["name"], gate["steps"], gate["psi"]) == ("d3-inherited", 400, 0.75)
-    assert gate["phi"] == pytest.approx(1 - 0.5 / 400)
-    assert gate["damped"] == 1 / 400
-    assert gate["penalty"] == pytest.approx(1e-3 / (5.0 / 400))
-    page = render(records, logs)
-    assert len(page.images) == 5
-    assert "fewer bits per byte for the same FLOPs at d3, d4" in page.text
-    assert "No benefit" not in page.text
-    assert "inherited to scratch d3 1 of 1" in page.text
-    assert "No log_*.csv" not in page.text
+def test_everything_is_in_the_report_of_many_arms(whole: Page) -> None:
+    assert len(whole.images) == 4, "no controller and no penalty is in these logs"
+    for words in (
+        "grown+ewc+subspace+ars grown+ewc+subspace d4 3",  # what the controller does
+        "grown+distill+ars grown+ars d3 3",  # what the penalty adds
+        "grown scratch+muon d4 3",
+        "scratch+muon+ars scratch d2 3",
+        "grown d4 3 of 3",
+        "d10 ... d20 on paper",
+        "7.2B",
+        "No logs of a controller or a penalty",
+        "L(N, D) does not describe them",
+    ):
+        assert words in whole.text
+    assert "CORE" not in whole.text
+    # A reason is given once, not once an arm.
+    assert whole.text.count("models of this series were grown") == 1
+
+
+def test_the_report_of_one_seed_concludes_nothing(tmp_path: Path) -> None:
+    page = render(analyze(write_run(tmp_path, two_arms())))
+    verdict = "Nothing is shown either way. No conclusion from fewer than 3 seeds: grown at d3, d4."
+    assert verdict in page.text
+    assert page.text.count("not shown") >= 4
+
+
+def test_metrics_without_logs_are_enough(tmp_path: Path) -> None:
+    page = render(analyze(DEMO), draw=True)
+    assert len(page.images) == 4
+    assert "reached" not in page.text.split("Arms compared")[0]
 
 
 def test_a_loss_is_said_first(tmp_path: Path) -> None:
     paths = [
         write(tmp_path / f"{i}.json", two_arms(i, -g)) for i, g in enumerate((0.1, 0.11, 0.12))
     ]
-    page = render(read_metrics(paths))
-    assert "No benefit shown. inherited against scratch: more bits per byte" in page.text
+    page = render(analyze(*paths))
+    sentence = "No benefit shown. More bits per byte: grown at d3, d4."
+    assert page.text.index(sentence) < page.text.index("60 % cheaper")
+
+
+def test_warnings_are_listed_with_their_models(tmp_path: Path) -> None:
+    records = two_arms()
+    records[1]["warnings"] = ["penalty above the task loss", "Omega collapsed"]
+    records[3]["warnings"] = ["penalty above the task loss"]
+    page = render(analyze(write_run(tmp_path, records)))
+    assert "penalty above the task loss d3-grown (seed 0), d4-grown (seed 0)" in page.text
+    assert "Omega collapsed d3-grown (seed 0)" in page.text
+    assert "No warning" not in page.text
+
+
+def test_a_model_that_diverged_is_said_and_left_out_of_the_figures(tmp_path: Path) -> None:
+    records = two_arms()
+    records[3]["val_bpb"] = math.nan
+    analysis = analyze(write_run(tmp_path, records))
+    assert [r.name for r in analysis.records if r not in analysis.healthy] == ["d4-grown"]
+    page = render(analysis, draw=True)
+    assert "d4-grown (seed 0) ended at nan" in page.text
+    for record in records:
+        record["val_bpb"] = math.nan
+    page = render(analyze(write_run(tmp_path, records)), draw=True)
+    assert page.images == []
+
+
+def test_gates_of_controllers_and_penalties(tmp_path: Path) -> None:
+    records = read_metrics([write_run(tmp_path, two_arms())])
+    rows: Log = [
+        {"step": s, "tokens": 10 * s, "flops": 10**7 * s, "loss": 5.0 / s, "val_bpb": None,
+         "phi": 0.5 if s == 7 else 1.0, "psi": 0.75, "penalty": 1e-3}
+        for s in range(1, 401)
+    ]  # fmt: skip
+    rows.insert(0, {**dict.fromkeys(rows[0]), "step": 0, "flops": 0, "val_bpb": 8.0})
+    silent: Log = [{**row, "phi": None, "psi": None, "penalty": None} for row in rows]
+    logs = {("d3-grown", 0): rows, ("d3-scratch", 0): silent}
+    (gate,) = gate_rows(records, logs)
+    assert (gate["name"], gate["steps"], gate["psi"]) == ("d3-grown", 400, 0.75)
+    assert gate["phi"] == pytest.approx(1 - 0.5 / 400)
+    assert gate["damped"] == 1 / 400
+    assert gate["penalty"] == pytest.approx(1e-3 / (5.0 / 400))
+    page = render(replace(analyze(tmp_path / "metrics.json"), logs=logs))
+    assert "No logs of a controller" not in page.text
+    assert "d3-grown 0 400 0.9988 0.2% 0.7500" in page.text
+    assert detail_figures.gates(logs, records) is not None
+    assert detail_figures.gates({("d3-scratch", 0): silent}, records) is None
+
+
+def test_tuning_and_strengths_have_their_sections(tmp_path: Path) -> None:
+    arms = ("grown", "grown+ewc=0.5+subspace=0.05", "grown+ewc=1", "grown+subspace=0.1")
+    records = [entry("d2-scratch", 3.0)]
+    for i, arm in enumerate(arms):
+        records += chain_of(arm, "scratch", [2.4 + 0.01 * i])
+    sweep = Sweep.of("AdamW learning rate", 2, {1e-3: [2.0], 3e-3: [1.9], 6e-3: [2.1]})
+    edge = Sweep.of("AdamW learning rate", 3, {1e-3: [1.8], 3e-3: [1.9]})
+    page = render(analyze(write(tmp_path / "m.json", records)), (sweep, edge), draw=True)
+    assert len(page.images) == 6
+    assert "A search, not a test: 1 seed. Of 3 pairs, 0 end below plain growing" in page.text
+    losses = "0.001: 2.0000, 0.003: 1.9000, 0.006: 2.1000"
+    assert f"AdamW learning rate d2 {losses} 0.003 yes" in page.text
+    assert "0.001 no, at the edge" in page.text
+
+
+def test_curves_of_other_lengths_are_averaged_where_all_have_points() -> None:
+    straight = [np.array([(x, -np.log10(x)) for x in points]) for points in
+                ((1e3, 1e5, 1e7), (1e4, 1e6))]  # fmt: skip
+    x, values = figures._on_one_grid(straight)
+    assert (x[0], x[-1]) == pytest.approx((1e4, 1e6))
+    assert values == pytest.approx(np.stack([-np.log10(x)] * 2)), "linear in the logarithm"
+    same = [np.array([(1.0, 2.0), (2.0, 1.0)]), np.array([(1.0, 4.0), (2.0, 3.0)])]
+    x, values = figures._on_one_grid(same)
+    assert values.mean(axis=0).tolist() == [3.0, 2.0]
 
 
 def test_tasks_that_are_not_core_are_not_called_core() -> None:
-    records = read_metrics([DEMO])
+    analysis = analyze(DEMO)
     model = GPT(miniseries_config(1, sequence_len=64))
     result = evaluate(model, load_bundle(MINI_BUNDLE), byte_tokens, bos=10, max_tokens=64)
-    page = render(records, core={"d4-inherited": result.to_dict()})
-    assert "Tasks: d4-inherited" in page.text
+    page = render(replace(analysis, core={"d4-grown": result.to_dict()}))
+    assert "Tasks: d4-grown" in page.text
     assert "not CORE: 22 of 22 tasks are missing" in page.text
-    assert "CORE: d4-inherited" not in page.text
+    assert "CORE: d4-grown" not in page.text
     assert "mini_schema" in page.text
     tasks = tuple(TaskResult(t, 100, 0.7, 0.4, 0.3, 0.05, 0.06, 2, 0) for t in CORE_TASKS)
     whole = CoreResult(tasks, missing=(), altered=(), max_per_task=100)
-    page = render(records, core={"gpt": whole.to_dict()})
+    page = render(replace(analysis, core={"gpt": whole.to_dict()}))
     assert "CORE: gpt" in page.text
     assert "CORE 0.4000 ± 0.0107 (baselines of version 1), 0.3000 ± 0.0128" in page.text
     assert "at most 100 items a task" in page.text
@@ -152,6 +256,6 @@ def test_tasks_that_are_not_core_are_not_called_core() -> None:
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     record = {**two_arms()[0], "name": "<b>&d2", "arm": "<i>scratch"}
-    page = render(read_metrics([write(tmp_path / "m.json", [record])]))
+    page = render(analyze(write(tmp_path / "m.json", [record])))
     assert "<b>&d2" in page.text
     assert "There is nothing to compare" in page.text

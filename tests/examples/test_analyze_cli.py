@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from analysis_records import DEMO, two_arms, write
+from analysis_records import DEMO, two_arms, write, write_run
 
 from analysis import cli
 from analysis.bundle import MINI_BUNDLE
@@ -28,29 +28,35 @@ def test_everything_is_written(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "folder"
-    words = ["--metrics", str(DEMO), "--out", str(out), "--device", "a100", "--price", "2"]
+    records = two_arms()
+    records[1]["warnings"] = ["the penalty is large"]
+    metrics = write_run(tmp_path / "run", records)
+    words = ["--metrics", str(metrics), "--out", str(out), "--device", "a100", "--price", "2"]
     words += ["--bootstraps", "10", "--eval-bundle", str(MINI_BUNDLE), "--checkpoint"]
     assert main([*words, str(checkpoint), "--max-per-task", "4", "--sequence-len", "40"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert "no conclusion from fewer than 3 seeds at d3, d4" in printed.out
-    assert {path.name for path in out.iterdir()} == {
-        "scaling_laws.json", "cost_analysis.json", "core.json", "report.html",
-    }  # fmt: skip
-    laws = json.loads((out / "scaling_laws.json").read_text())
-    assert [arm["arm"] for arm in laws["arms"]] == ["scratch", "inherited"]
-    models = {(r["depth"], r["arm"]): r for r in json.loads(DEMO.read_text())}
-    gain = models[4, "inherited"]["val_bpb"] - models[4, "scratch"]["val_bpb"]
-    assert laws["comparisons"][1]["difference"] == pytest.approx(gain)
-    cost = json.loads((out / "cost_analysis.json").read_text())
+    assert "No conclusion from fewer than 3 seeds: grown at d3, d4" in printed.out
+    assert "not shown: 60 % cheaper" in printed.out
+    assert "warning: d3-grown, seed 0: the penalty is large" in printed.out
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == [
+        "metrics/core.json", "metrics/cost_analysis.json", "metrics/scaling_laws.json",
+        "metrics/training_log.json", "report.html",
+    ]  # fmt: skip
+    laws = json.loads((out / "metrics" / "scaling_laws.json").read_text())
+    assert [arm["arm"] for arm in laws["arms"]] == ["scratch", "grown"]
+    assert len(laws["claims"]) == 4
+    assert laws["comparisons"][1]["difference"] == pytest.approx(-0.1)
+    assert [s["depth"] for s in laws["savings"]] == [3, 4]
+    cost = json.loads((out / "metrics" / "cost_analysis.json").read_text())
     assert (cost["peak_flops"], cost["price_per_hour"], cost["devices"]) == (312e12, 2.0, 1)
-    assert cost["models"][0]["price"] == pytest.approx(models[2, "scratch"]["seconds"] / 3600 * 2)
+    assert cost["models"][0]["price"] == pytest.approx(20.0 / 3600 * 2)
     assert next(f"{plan['flops']:.3g}" for plan in cost["on_paper"].values()) == "4.64e+19"
-    core = json.loads((out / "core.json").read_text())["d2-scratch"]
+    core = json.loads((out / "metrics" / "core.json").read_text())["d2-scratch"]
     assert core["core_v1"] is None
     assert [task["items"] for task in core["tasks"]] == [4, 4, 4]
     assert [task["cropped"] for task in core["tasks"]] == [4, 4, 4]
-    assert "d4-inherited" in (out / "report.html").read_text()
+    assert "d4-grown" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     ("content", "message"),
     [
         ({"step": 1}, "holds no model"),
-        ({"model": {"wte.weight": torch.zeros(300, 64)}}, "has 300 tokens, not bytes"),
+        ({"model": {"wte.weight": torch.zeros(300, 64)}}, "has 300 tokens and no tokenizer.json"),
         ({"model": {"wte.weight": torch.zeros(256, 64)}}, "another kind of model"),
         (
             {"model": GPT(GPTConfig(256, 16, 1, 2, 32)).state_dict()},

@@ -1,0 +1,141 @@
+"""What the strengths of the two penalties do on a grid of them, against growing without any."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from analysis.intervals import MIN_SEEDS, Estimate
+from analysis.pairings import read_arm
+from analysis.records import Record
+from trainer.arms import Arm
+
+__all__ = ["PROPOSED", "Cell", "Grid", "find_grid"]
+
+# The proposal's pairs of lambda and gamma.
+PROPOSED = ((0.5, 0.05), (1.0, 0.1), (2.0, 0.2))
+_PENALTIES = {"ewc", "subspace"}
+_FEWEST_CELLS = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pair of strengths.
+
+    Args:
+        ewc: lambda; ``None`` without that penalty.
+        subspace: gamma; ``None`` without that penalty.
+        difference: bits per byte minus those of plain growing, paired by seed; negative is better.
+        proposed: whether it is one of the proposal's pairs.
+    """
+
+    ewc: float | None
+    subspace: float | None
+    difference: Estimate
+    proposed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON keeps."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All pairs at the deepest model that has them.
+
+    Args:
+        depth: of the models.
+        parent_depth: of what they were grown out of.
+        seeds: of plain growing.
+        baseline: mean bits per byte of plain growing.
+        cells: without plain growing itself.
+    """
+
+    depth: int
+    parent_depth: int
+    seeds: int
+    baseline: float
+    cells: tuple[Cell, ...]
+
+    @property
+    def best(self) -> Cell:
+        """The pair of the lowest mean."""
+        return min(self.cells, key=lambda cell: cell.difference.mean)
+
+    @property
+    def sentence(self) -> str:
+        """The result in words."""
+        best = self.best
+        pair = " and ".join(
+            f"{name} {value:g}"
+            for name, value in (("lambda", best.ewc), ("gamma", best.subspace))
+            if value is not None
+        )
+        worse = sum(min(cell.difference.values) > 0 for cell in self.cells)
+        better = sum(max(cell.difference.values) < 0 for cell in self.cells)
+        shown = any((c.difference.known or (0.0, 0.0))[1] < 0 for c in self.cells)
+        start = "" if shown else "No benefit shown. "
+        if self.seeds < MIN_SEEDS:
+            start = f"A search, not a test: {self.seeds} seed{'s' if self.seeds > 1 else ''}. "
+        return (
+            f"{start}Of {len(self.cells)} pairs, {better} end below plain growing in every seed "
+            f"and {worse} above it; the best, {pair}, differs by {best.difference.mean:+.4f} bits "
+            "per byte."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON keeps."""
+        return {
+            "depth": self.depth,
+            "parent_depth": self.parent_depth,
+            "seeds": self.seeds,
+            "baseline_bpb": self.baseline,
+            "sentence": self.sentence,
+            "cells": [cell.to_dict() for cell in self.cells],
+        }
+
+
+def find_grid(records: Sequence[Record]) -> Grid | None:
+    """The grid in a set of records, ``None`` if there is none.
+
+    Args:
+        records: of one or more seeds; none that diverged.
+    """
+    strengths = {}
+    for word in dict.fromkeys(r.arm for r in records):
+        pair = _strengths(read_arm(word))
+        if pair is not None:
+            strengths[word] = pair
+    plain = Arm(True, (), None).name
+    depth = max((r.depth for r in records if r.arm in strengths), default=0)
+    found = {(r.arm, r.seed): r for r in records if r.depth == depth}
+    cells = []
+    for word, (ewc, subspace) in strengths.items():
+        values = [
+            record.val_bpb - found[plain, seed].val_bpb
+            for (arm, seed), record in found.items()
+            if arm == word and (plain, seed) in found
+        ]
+        if values:
+            proposed = (ewc, subspace) in PROPOSED
+            cells.append(Cell(ewc, subspace, Estimate.of(values), proposed))
+    if len(cells) < _FEWEST_CELLS:
+        return None
+    base = [record for (arm, _), record in found.items() if arm == plain]
+    parents = [r.depth for r in records if r.name == base[0].parent]
+    return Grid(
+        depth=depth,
+        parent_depth=parents[0] if parents else depth - 1,
+        seeds=len(base),
+        baseline=Estimate.of([record.val_bpb for record in base]).mean,
+        cells=tuple(cells),
+    )
+
+
+def _strengths(arm: Arm | None) -> tuple[float | None, float | None] | None:
+    """Lambda and gamma of an arm whose word names the strengths of these penalties alone."""
+    if arm is None or not arm.grown or arm.controller is not None or not arm.parts:
+        return None
+    values = dict(arm.parts)
+    if not values.keys() <= _PENALTIES or None in values.values():
+        return None
+    return values.get("ewc"), values.get("subspace")
