@@ -1,47 +1,59 @@
-"""Models of a finished series, brought back for evaluation."""
+"""Models of a finished series, brought back for evaluation with the tokenizer of their run."""
 
 from pathlib import Path
 
 from analysis.bundle import Task
-from analysis.core import CoreResult, byte_tokens, evaluate
+from analysis.core import CoreResult, evaluate
 from ars.models import GPT, miniseries_config
+from corpus.choice import load_tokenizer
+from corpus.tokenizer import ByteTokenizer, Tokenizer
 from trainer.checkpoint import load_checkpoint
 from trainer.errors import UsageError
+from trainer.series import TOKENIZER_FILE
 
-__all__ = ["evaluate_checkpoint", "load_model"]
+__all__ = ["beginning_token", "evaluate_checkpoint", "load_model"]
 
-_BYTES = 256
-_BOS = ord("\n")  # a byte model has no token of its own for the beginning of a text
 _BLOCK = "blocks."
+_LEVELS = 3  # from checkpoints/d4-scratch/00000120.pt up to the folder of the run
 
 
-def load_model(path: Path, sequence_len: int) -> GPT:
-    """The model in a checkpoint of ``examples/miniseries.py``.
+def load_model(path: Path, sequence_len: int) -> tuple[GPT, Tokenizer]:
+    """The model in a checkpoint of ``examples/miniseries.py``, and its tokenizer.
+
+    The tokenizer is the ``tokenizer.json`` of the run's folder. A model of 256 tokens needs none:
+    only bytes are so few.
 
     Args:
-        path: such as ``checkpoints/d4-inherited.pt``.
+        path: such as ``checkpoints/d4-grown.pt``.
         sequence_len: longest input that will be read; the training's own is the longest sensible.
 
     Raises:
-        UsageError: the file is damaged or holds no byte-level model of the miniseries.
+        UsageError: the file is damaged, holds no model of the miniseries, or its tokenizer is
+            missing or another.
     """
     content = load_checkpoint(path, remedy="name a checkpoint of a finished run")
     weights = content.get("model")
     if not isinstance(weights, dict) or "wte.weight" not in weights:
         raise UsageError(f"{path} holds no model: name a file of a run's checkpoints folder")
     vocab_size = weights["wte.weight"].shape[0]
-    if vocab_size != _BYTES:
-        raise UsageError(
-            f"{path} has {vocab_size} tokens, not bytes: call analysis.core.evaluate with its "
-            "tokenizer"
-        )
+    tokenizer = _tokenizer(path, vocab_size)
     depth = len({name.split(".")[1] for name in weights if name.startswith(_BLOCK)})
-    model = GPT(miniseries_config(max(1, depth), sequence_len=sequence_len))
+    model = GPT(miniseries_config(max(1, depth), vocab_size=vocab_size, sequence_len=sequence_len))
     try:
         model.load_state_dict(weights)
     except RuntimeError:
         raise UsageError(f"{path} holds another kind of model than the miniseries'") from None
-    return model
+    return model, tokenizer
+
+
+def beginning_token(tokenizer: Tokenizer) -> int:
+    """What stands before a text: the separator of documents, or a line's end where there is none.
+
+    Example:
+        >>> beginning_token(ByteTokenizer())
+        10
+    """
+    return int(tokenizer.encode(b"\n")[0]) if tokenizer.separator is None else tokenizer.separator
 
 
 def evaluate_checkpoint(
@@ -52,20 +64,40 @@ def evaluate_checkpoint(
     Args:
         path: see `load_model`.
         tasks: of the bundle.
-        sequence_len: longest input.
+        sequence_len: longest input in tokens.
         max_per_task: items of each task at most; ``None`` for all.
 
     Raises:
         UsageError: see `load_model`, or ``max_per_task`` is too small for a task.
     """
+    model, tokenizer = load_model(path, sequence_len)
     try:
         return evaluate(
-            load_model(path, sequence_len),
+            model,
             tasks,
-            byte_tokens,
-            bos=_BOS,
+            lambda text: tokenizer.encode(text).tolist(),
+            bos=beginning_token(tokenizer),
             max_tokens=sequence_len,
             max_per_task=max_per_task,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    folders = path.absolute().parents[:_LEVELS]
+    file = next((f / TOKENIZER_FILE for f in folders if (f / TOKENIZER_FILE).is_file()), None)
+    if file is None:
+        if vocab_size == ByteTokenizer.vocab_size:
+            return ByteTokenizer()
+        raise UsageError(
+            f"{path} has {vocab_size} tokens and no {TOKENIZER_FILE} in its run's folder: put the "
+            "tokenizer there"
+        )
+    tokenizer = load_tokenizer(file)
+    if tokenizer.vocab_size != vocab_size:
+        raise UsageError(
+            f"{path} has {vocab_size} tokens, but the tokenizer of {file.parent} has "
+            f"{tokenizer.vocab_size}: put the checkpoint back into its own run's folder"
+        )
+    return tokenizer
