@@ -260,8 +260,8 @@ def test_several_processes_share_the_batch(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "4 is not divisible by the 3 processes" in refused([], capsys)
-    words = ["--batch-size", "6", "--device-batch-size", "4"]
-    assert "4 does not divide the 2 sequences" in refused(words, capsys)
+    words = ["--batch-size", "12", "--device-batch-size", "6"]
+    assert "6 does not divide the 4 sequences" in refused(words, capsys)
     assert parse_arguments(["--batch-size", "6"]).config.batch_size == 6
 
 
