@@ -95,7 +95,7 @@ def write_run(folder: Path, records: list[dict[str, Any]], **settings: Any) -> P
     path = write(folder / "metrics.json", records)
     by_name = {record["name"]: record for record in records}
     depths = sorted({record["depth"] for record in records})
-    arms = list(dict.fromkeys(record["arm"] for record in records))
+    arms = list(dict.fromkeys(r["arm"] for r in records if r["depth"] == depths[-1]))
     content = {"settings": {"depths": depths, "arms": arms, **settings}, "data": {"kind": "text"}}
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
     for record in records:

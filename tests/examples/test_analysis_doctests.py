@@ -6,7 +6,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["paper", "scaling"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "intervals", "paper", "scaling", "style", "training_log"]
+)
 def test_the_examples_run(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(f"analysis.{name}"))
     assert outcome.attempted > 0
