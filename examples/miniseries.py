@@ -43,6 +43,7 @@ def _train(words: Sequence[str]) -> int:
     from trainer.cli import parse_arguments
 
     arguments = parse_arguments(words)
+    from analysis.run_report import write_run_analysis
     from trainer.planning import settings_table
     from trainer.prepare import prepare
     from trainer.program import exit_status
@@ -63,11 +64,16 @@ def _train(words: Sequence[str]) -> int:
                     return
             finally:
                 run.parallel.close()
+            if not nothing_to_do or not (out / "report.html").exists():
+                write_run_analysis(out, peak_flops=run.machine.peak_flops)
         print(table, end="")
         if nothing_to_do:
             print(f"\nEvery model was already trained in {out}; delete it to train again.")
         else:
-            print(f"\nResults are in {out}: table.md, metrics.json, loss_*.png, checkpoints/.")
+            print(
+                f"\nResults are in {out}: report.html, table.md, metrics.json, metrics/, "
+                "log_*.csv, checkpoints/."
+            )
 
     return exit_status(out, work)
 
