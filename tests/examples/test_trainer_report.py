@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.log import FIELDS, StepLog, read_log
-from trainer.plan import ModelPlan
+from trainer.config import SeriesConfig
+from trainer.overhead import Shape
+from trainer.plan import plan_series
 from trainer.report import markdown_table, write_metrics, write_report
 
 
@@ -27,23 +29,26 @@ def record(depth: int, arm: str, bpb: float) -> dict[str, Any]:
 
 RECORDS = [
     record(2, "scratch", 3.0),
-    record(3, "inherited", 2.25),
+    record(2, "scratch+ars", 3.5),
     record(3, "scratch", 2.5),
-    record(4, "inherited", 2.125),
+    record(3, "grown+ewc", 2.25),
+    record(3, "grown+ars", 2.0),
     record(4, "scratch", 2.0),
+    record(4, "grown+ewc", 2.125),
 ]
 
 
 def test_the_table_has_one_row_a_model_and_signed_differences() -> None:
     lines = markdown_table(RECORDS).splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines if "|" in line]
-    assert len(cells) == 2 + 5
+    assert len(cells) == 2 + 7
     assert all(len(row) == 9 for row in cells)
     assert set(cells[1][0]) == {"-"}
     assert all(set(c) == {"-", ":"} and c.endswith(":") for c in cells[1][1:])
-    assert [row[-1] for row in cells[2:]] == ["", "-0.2500", "", "+0.1250", ""]
-    assert cells[3][:8] == [
-        "inherited", "d3", "1,234,567", "4,096", "1.000e+12", "2.000e+12", "12.3", "2.2500",
+    # A controller is compared with the model from scratch that has one, where there is one.
+    assert [row[-1] for row in cells[2:]] == ["", "", "", "-0.2500", "", "", "+0.1250"]
+    assert cells[5][:8] == [
+        "grown+ewc", "d3", "1,234,567", "4,096", "1.000e+12", "2.000e+12", "12.3", "2.2500",
     ]  # fmt: skip
     assert len({len(line) for line in lines if "|" in line}) == 1
 
@@ -53,6 +58,9 @@ def test_the_notes_say_what_was_measured() -> None:
     assert "d2 has no parent" in text
     assert "131,072 bytes" in text
     assert "One seed (3)" in text
+    assert "warning" not in text
+    warned = [*RECORDS[:-1], {**RECORDS[-1], "warnings": ["the penalty, 3, exceeds 1"]}]
+    assert "- warning: d4-grown+ewc: the penalty, 3, exceeds 1" in markdown_table(warned)
 
 
 def test_a_log_is_cut_to_the_step_of_its_checkpoint(tmp_path: Path) -> None:
@@ -89,22 +97,10 @@ def test_a_new_log_forgets_an_old_one(tmp_path: Path) -> None:
 
 
 def test_the_report_is_written(tmp_path: Path) -> None:
-    plans = []
-    for entry in RECORDS:
-        plan = ModelPlan(
-            depth=entry["depth"],
-            arm=entry["arm"],
-            parent=None,
-            has_child=False,
-            trunk=8,
-            cooldown=2,
-            warmup=0,
-            first_batch=0,
-            flops_per_step=100,
-            fisher_flops=0,
-            prior_flops=0,
-        )
-        plans.append(plan)
+    shape = Shape(params=100, scaling_params=80, flops_per_token=500, matrices=())
+    config = SeriesConfig(arms=("scratch", "scratch+ars", "grown+ewc", "grown+ars"))
+    plans = plan_series(config, lambda _: shape)
+    for plan in plans:
         with StepLog(tmp_path / f"log_{plan.name}.csv", None) as log:
             log.write({"step": 0, "flops": 0, "val_bpb": 8.0})
             for step in range(1, 11):
