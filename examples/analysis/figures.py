@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.intervals import mean_interval
-from analysis.pairings import is_sweep, single_arms
+from analysis.pairings import is_sweep, single_arms, without_strengths
 from analysis.power_sums import Array
 from analysis.records import Log, Record, chain
 from analysis.savings import measured_rows
-from analysis.style import Style, legend_beside, png, polish, styles_of, without_strengths
+from analysis.style import Style, legend_beside, png, polish, styles_of
 from analysis.verdict import Comparison
 
 __all__ = ["bpb_against_depth", "loss_against_flops"]

@@ -11,7 +11,15 @@ from analysis.records import Record
 from trainer.arms import Arm, parse_arm
 from trainer.errors import UsageError
 
-__all__ = ["QUESTIONS", "Pairing", "is_sweep", "pairings", "read_arm", "single_arms"]
+__all__ = [
+    "QUESTIONS",
+    "Pairing",
+    "is_sweep",
+    "pairings",
+    "read_arm",
+    "single_arms",
+    "without_strengths",
+]
 
 # Question -> its words, in the order of the report.
 QUESTIONS = {
@@ -48,6 +56,19 @@ def read_arm(word: str) -> Arm | None:
         return parse_arm(word)
     except UsageError:
         return None
+
+
+def without_strengths(word: str) -> str:
+    """The arm without the strengths in its word.
+
+    Example:
+        >>> without_strengths("grown+ewc=0.5+subspace=0.05+ars")
+        'grown+ewc+subspace+ars'
+    """
+    arm = read_arm(word)
+    if arm is None:
+        return word
+    return Arm(arm.grown, tuple((part, None) for part, _ in arm.parts), arm.controller).name
 
 
 def is_sweep(models: Sequence[Record]) -> bool:

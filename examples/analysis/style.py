@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from analysis.pairings import read_arm
+from analysis.pairings import read_arm, without_strengths
 from trainer.arms import Arm
 
-__all__ = ["Style", "legend_beside", "png", "polish", "styles_of", "without_strengths"]
+__all__ = ["Style", "legend_beside", "png", "polish", "styles_of"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the baseline is black.
 _METHODS = {
@@ -51,19 +51,6 @@ class Style:
     def face(self) -> str:
         """Colour inside the marker."""
         return self.colour if self.filled else "white"
-
-
-def without_strengths(word: str) -> str:
-    """The arm without the strengths in its word.
-
-    Example:
-        >>> without_strengths("grown+ewc=0.5+subspace=0.05+ars")
-        'grown+ewc+subspace+ars'
-    """
-    arm = read_arm(word)
-    if arm is None:
-        return word
-    return Arm(arm.grown, tuple((part, None) for part, _ in arm.parts), arm.controller).name
 
 
 def styles_of(arms: Sequence[str]) -> dict[str, Style]:

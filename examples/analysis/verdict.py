@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from analysis.intervals import MIN_SEEDS, Interval, mean_interval
-from analysis.pairings import QUESTIONS, Pairing, pairings
+from analysis.pairings import QUESTIONS, Pairing, pairings, without_strengths
 from analysis.records import Record
 
 __all__ = ["Comparison", "compare_arms", "headlines"]
@@ -125,7 +125,7 @@ def _answer(comparisons: Sequence[Comparison]) -> str:
         for arm, found in depths.items():
             arms.setdefault(", ".join(found), []).append(arm)
         if arms:
-            groups = [f"{', '.join(names)} at {where}" for where, names in arms.items()]
+            groups = [f"{_names(names)} at {where}" for where, names in arms.items()]
             parts.append(f"{words}: {'; '.join(groups)}")
     conclusions = {c.conclusion for c in comparisons}
     start = "" if "better" in conclusions else "No benefit shown. "
@@ -133,3 +133,14 @@ def _answer(comparisons: Sequence[Comparison]) -> str:
         start = "Nothing is shown either way. "
     text = ". ".join(part[0].upper() + part[1:] for part in parts)
     return f"{start}{text}."
+
+
+def _names(arms: Sequence[str]) -> str:
+    """The arms; those that differ by the strengths of their penalties alone are counted."""
+    groups: dict[str, list[str]] = {}
+    for arm in arms:
+        groups.setdefault(without_strengths(arm), []).append(arm)
+    return ", ".join(
+        words[0] if len(words) == 1 else f"{method} ({len(words)} strengths)"
+        for method, words in groups.items()
+    )

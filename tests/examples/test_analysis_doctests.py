@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoints", "intervals", "paper", "scaling", "style", "training_log"]
+    "name", ["checkpoints", "intervals", "pairings", "paper", "scaling", "training_log"]
 )
 def test_the_examples_run(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(f"analysis.{name}"))

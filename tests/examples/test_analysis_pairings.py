@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from analysis_records import entry, write
 
-from analysis.pairings import QUESTIONS, Pairing, pairings
+from analysis.pairings import QUESTIONS, Pairing, pairings, without_strengths
 from analysis.records import read_metrics
-from analysis.style import styles_of, without_strengths
+from analysis.style import styles_of
 from trainer.arms import parse_arm
 
 METHODS = (

@@ -104,6 +104,14 @@ def test_every_question_has_its_own_answer(tmp_path: Path) -> None:
     )
 
 
+def test_strengths_are_counted_and_not_listed(tmp_path: Path) -> None:
+    more = [entry("d3-grown+ewc=2+ars", 2.4, "d2-scratch")]
+    for word in ("grown+ewc=0.5", "grown+ewc=1", "grown+ewc=2", "grown+subspace=1"):
+        more.append(entry(f"d3-{word}", 2.4, "d2-scratch"))
+    lines = headlines(compare_arms(read_metrics([write(tmp_path / "m.json", two_arms() + more)])))
+    assert lines[1].endswith("3 seeds: grown+ewc (3 strengths), grown+subspace=1 at d3.")
+
+
 def test_an_estimate_of_two_seeds_is_not_known() -> None:
     assert Estimate.of([1.0, 2.0]).interval is not None
     assert Estimate.of([1.0, 2.0]).known is None
