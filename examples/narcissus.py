@@ -3,6 +3,7 @@
     python examples/narcissus.py --workers 2     # all scenarios and arms, ten seeds
     python examples/narcissus.py --quick         # under three minutes
     python examples/narcissus.py --sensitivity   # the default controller with other settings
+    python examples/narcissus.py --oscillation   # weights that explode while the loss falls
     python examples/narcissus.py --help
 
 Exit status: 0 done; 2 the command line or the output folder is wrong; 130 or 143 interrupted.
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from stress.cli import SENSITIVITY_PAIRS, parse_arguments
         from stress.figures import draw_scenarios, draw_sensitivity
+        from stress.oscillation import write_oscillations
         from stress.summary import tables, write_summary
         from stress.sweep import run_jobs
         from trainer.data import load_file, load_standard_library
@@ -45,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.size.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--size gpu needs a CUDA device and torch finds none: name another")
         check_writable(out)
+        if arguments.oscillation:
+            print(write_oscillations(out, arguments.oscillation))
+            print(f"Results are in {out}: tables.md, oscillation.csv, oscillation.png.")
+            return
         length = arguments.size.sequence_len
         corpus = load_standard_library() if data is None else load_file(data, length)
         with StopRequest() as stop:

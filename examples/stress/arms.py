@@ -51,6 +51,7 @@ ARMS = {
     "paper-psi-phi": Arm("paper, Psi and Phi", controller=ARSConfig.paper(jitter=0.0)),
     "paper-lr": Arm("paper, gate on lr", controller=ARSConfig.paper(gate=("lr",))),
     "default": Arm("default", controller=ARSConfig()),
+    "default-clip": Arm("default, clipped", controller=ARSConfig(), clip=1.0),
     "default-norm": Arm(
         "default, watching the gradient norm", controller=ARSConfig(surprise="grad_norm")
     ),

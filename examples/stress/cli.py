@@ -13,12 +13,13 @@ from trainer.arguments import Parser, integer
 __all__ = ["SENSITIVITY_PAIRS", "Arguments", "parse_arguments"]
 
 _FIRST_SEED = 0
+_MODES = ("quick", "sensitivity", "oscillation")
 _QUICK_ARMS = ("adamw", "adamw-clip", "paper", "default")
 _QUICK_SCENARIOS = ("ordinary", "bytes", "loop", "edge")
 
 SENSITIVITY_PAIRS = (
     (("window", (25, 50, 100)), ("threshold", (5.0, 10.0, 20.0))),
-    (("phi_min", (0.03, 0.1, 0.3)), ("release", (1, 100, 400, 1600))),
+    (("phi_min", (0.03, 0.1, 0.3)), ("first_release", (5, 20, 80, 400))),
     (("gate", (("betas",), ("lr",), ("grad",), ("betas", "lr"))), ("alpha", (0.3, 1.0, 3.0))),
 )
 _SENSITIVITY_SCENARIOS = ("ordinary", "bytes", "edge")
@@ -43,6 +44,7 @@ class Arguments:
         data: text file to train on; ``None`` for the standard library.
         workers: processes.
         sensitivity: whether it is the sweep over the settings of the controller.
+        oscillation: seeds of the self-oscillation, empty if that is not asked for.
         size: of a run.
         jobs: the runs.
     """
@@ -51,6 +53,7 @@ class Arguments:
     data: Path | None
     workers: int
     sensitivity: bool
+    oscillation: range
     size: Size
     jobs: tuple[Job, ...]
 
@@ -76,8 +79,7 @@ def _build_parser() -> Parser:
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="output folder (default: out/narcissus, with --quick out/narcissus-quick, with "
-        "--sensitivity out/narcissus-sensitivity)",
+        help="output folder (default: out/narcissus, with --quick out/narcissus-quick, and so on)",
     )  # fmt: skip
     parser.add_argument(
         "--data", type=Path, metavar="FILE",
@@ -91,6 +93,11 @@ def _build_parser() -> Parser:
     parser.add_argument(
         "--sensitivity", action="store_true",
         help="instead of the arms, the default controller with other settings (default: off)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--oscillation", action="store_true",
+        help="instead of a GPT, logistic regression that alternates beyond the edge; a minute "
+        "(default: off)",
     )  # fmt: skip
     parser.add_argument(
         "--scenarios", type=_names(tuple(SCENARIOS)), metavar="NAME[,NAME...]",
@@ -128,13 +135,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """
     parser = _build_parser()
     given = parser.parse_args(argv)
+    chosen = [mode for mode in _MODES if getattr(given, mode)]
     if given.sensitivity and (given.quick or given.arms):
         parser.error("argument --sensitivity: takes neither --quick nor --arms")
+    if given.oscillation and (len(chosen) > 1 or given.arms or given.scenarios or given.data):
+        parser.error("argument --oscillation: takes --out, --seeds and --first-seed only")
     size = SIZES[given.size]
-    suffix = "-sensitivity" if given.sensitivity else "-quick" if given.quick else ""
+    suffix = f"-{chosen[0]}" if chosen else ""
     seeds = given.seeds or (2 if given.sensitivity else 1 if given.quick else 10)
     numbers = range(given.first_seed, given.first_seed + seeds)
-    if given.sensitivity:
+    if given.oscillation:
+        jobs: tuple[Job, ...] = ()
+    elif given.sensitivity:
         jobs = _sensitivity_jobs(given.scenarios or _SENSITIVITY_SCENARIOS, numbers, size)
     else:
         scenarios = given.scenarios or (_QUICK_SCENARIOS if given.quick else tuple(SCENARIOS))
@@ -151,6 +163,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         data=given.data,
         workers=given.workers,
         sensitivity=given.sensitivity,
+        oscillation=numbers if given.oscillation else range(0),
         size=size,
         jobs=jobs,
     )

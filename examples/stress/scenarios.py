@@ -17,7 +17,9 @@ _PROMPT = 8  # bytes of real text that a sample begins with
 _POOL = 8  # samples at a time
 _POOL_STEPS = 20  # steps that train on a pool before the model samples the next one
 _WARMUP = 0.1  # of the run
-_MAIN_ARMS = ("adamw", "adamw-clip", "adamw-betas", "paper", "default", "default-betas")
+_MAIN_ARMS = (
+    "adamw", "adamw-clip", "adamw-betas", "paper", "default", "default-clip", "default-betas",
+)  # fmt: skip
 _OTHER_OPTIMIZERS = ("sgd", "sgd-default", "muon", "muon-default")
 
 

@@ -53,11 +53,10 @@ def test_beyond_the_edge_the_default_saves_what_adamw_loses(corpus: Corpus) -> N
     assert lost["metrics"]["recovery"] == SIZE.steps // 2
 
 
-def test_in_ordinary_training_the_gate_is_open_and_jitter_is_all_that_is_left(
-    corpus: Corpus,
-) -> None:
+def test_in_ordinary_training_the_default_is_adamw_up_to_rounding(corpus: Corpus) -> None:
     plain, gated = (run(corpus, "ordinary", arm) for arm in ("adamw-clip", "default"))
     assert gated["metrics"]["mean_phi"] == 1.0
+    assert set(gated["curves"]["psi"]) == {1.0}
     assert gated["metrics"]["final"] == pytest.approx(
         run(corpus, "ordinary", "adamw")["metrics"]["final"], abs=0.01
     )

@@ -36,6 +36,8 @@ def _folder_and_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         (["--size", "huge"], "invalid choice: 'huge'"),
         (["--sensitivity", "--quick"], "--sensitivity: takes neither"),
         (["--sensitivity", "--arms", "adamw"], "--sensitivity: takes neither"),
+        (["--oscillation", "--quick"], "--oscillation: takes --out"),
+        (["--oscillation", "--arms", "adamw"], "--oscillation: takes --out"),
         (["--data", "missing"], "--data missing does not exist"),
         (["--out", "file"], "--out file cannot be created"),
         (["--quic"], "unrecognized arguments: --quic"),
