@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TEXT_BYTES = 128 << 20
-MOST_BYTES = 48 << 20  # pieces, groups, shards and pyarrow's batches; a whole text would be 128
+TEXT_BYTES = 96 << 20
+MOST_BYTES = 48 << 20  # pieces, groups, shards and pyarrow's batches; a whole text would be 96
 
 # A peak never falls, so every kind of source has a process of its own. The one of getrusage would
 # be that of the process which started it, if that was higher.
