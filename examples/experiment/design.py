@@ -1,7 +1,8 @@
 """The runs of the experiment: what is tuned, what is swept and what is compared.
 
 Sizes are chosen for two CPU cores and an hour. The forward and backward passes are in bfloat16,
-which these cores multiply faster; weights and moments are fp32.
+which these cores multiply faster; weights and moments are fp32. Learning rates are the defaults of
+the trainer, which the stage "tune" found.
 """
 
 from dataclasses import dataclass, replace
@@ -22,22 +23,21 @@ METHODS = (
 _SEEDS = (0, 1, 2)
 _TUNING_SEEDS = (100, 101)
 _RATES = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 1.5e-2)
-_MUON_RATES = (1e-2, 2e-2, 4e-2, 8e-2)
+_MUON_RATES = (1e-2, 2e-2, 4e-2)
+_MUON_ADAMW_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 # The proposal's three pairs lie on the diagonal of the middle.
 _LAMBDAS = (None, 0.01, 0.5, 1.0, 2.0, 10.0)
 _GAMMAS = (None, 0.05, 0.1, 0.2, 1.0)
 _DISTILL = (0.03, 0.1, 0.3, 1.0)
 _BYTES = 256
 
-_CPU = SeriesConfig(steps=(450, 240, 240), precision="bf16", lr=3e-3, muon_lr=2e-2)
+_CPU = SeriesConfig(steps=(450, 240, 240), precision="bf16")
 _QUICK = SeriesConfig(
     depths=(1, 2, 3),
     steps=(24, 24, 24),
     batch_size=8,
     sequence_len=64,
     fisher_samples=16,
-    lr=3e-3,
-    muon_lr=2e-2,
 )
 _GPU = SeriesConfig(
     depths=(4, 5, 6, 7, 8, 9, 10),
@@ -47,7 +47,6 @@ _GPU = SeriesConfig(
     sequence_len=512,
     precision="bf16",
     lr=2e-3,
-    muon_lr=2e-2,
     warmup_steps=100,
 )
 SIZES = {"cpu": _CPU, "quick": _QUICK, "gpu": _GPU}
@@ -101,6 +100,10 @@ def jobs_of(stage: Stage, size: str) -> tuple[Job, ...]:
             add(f"lr-{rate:g}", replace(tuned, arms=("scratch",), lr=rate))
         for rate in _MUON_RATES if size != "quick" else _MUON_RATES[:2]:
             add(f"muon-lr-{rate:g}", replace(tuned, arms=("scratch+muon",), muon_lr=rate))
+        for rate in _MUON_ADAMW_RATES if size != "quick" else ():
+            if rate != base.muon_adamw_lr:
+                muon = replace(tuned, arms=("scratch+muon",), muon_adamw_lr=rate)
+                add(f"muon-adamw-lr-{rate:g}", muon)
         arms = ("grown", *(f"grown+distill={strength:g}" for strength in _DISTILL))
         add("distill", replace(_first_two(base), arms=arms, seed=_TUNING_SEEDS[0]))
     else:

@@ -29,6 +29,7 @@ class SeriesConfig:
         sequence_len: tokens a sequence.
         lr: constant learning rate of the trunk, or "rule".
         muon_lr: the same of Muon, for the matrices of the blocks.
+        muon_adamw_lr: the same of the AdamW beside Muon, for the embedding and the head.
         weight_decay: decoupled, on every matrix, or "rule".
         betas: of Adam.
         max_grad_norm: the gradient's norm is clipped to it; 0 does not clip.
@@ -54,7 +55,8 @@ class SeriesConfig:
     batch_size: int | ByRule = 4
     sequence_len: int = 256
     lr: float | ByRule = 3e-3
-    muon_lr: float | ByRule = 0.01
+    muon_lr: float | ByRule = 0.02
+    muon_adamw_lr: float | ByRule = 6e-3
     weight_decay: float | ByRule = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0

@@ -112,7 +112,7 @@ def build_optimizer(
     others = [p for n, p in model.named_parameters() if not (muon and n.startswith("blocks."))]
     adamw = ARSAdamW(
         others,
-        lr=settings.lr,
+        lr=settings.muon_adamw_lr if muon else settings.lr,
         betas=config.betas,
         weight_decay=settings.weight_decay,
         ars=controller,

@@ -169,6 +169,8 @@ def _add_training(parser: OptionParser) -> None:
     group = _Group(parser, "training", _CONFIG)
     group.add("lr", values.rule_or(_SHARE), "X", "learning rate of the trunk, or rule")
     group.add("muon-lr", values.rule_or(_SHARE), "X", "the same of Muon, or rule")
+    group.add("muon-adamw-lr", values.rule_or(_SHARE), "X",
+              "the same of the AdamW beside Muon, or rule")  # fmt: skip
     group.add("weight-decay", values.rule_or(number(0, 10)), "X", "decoupled, or rule")
     group.add("betas", values.betas, "B,B", "of Adam")
     group.add("max-grad-norm", number(0, 1e12), "X", "gradients are clipped to it; 0 clips none")

@@ -42,7 +42,7 @@ def settings_table(config: SeriesConfig, vocab_size: int) -> str:
     """
     rows: list[Sequence[str]] = [(
         "depth", "width", "heads", "parameters", "in products", "sequences", "tokens a step",
-        "lr", "Muon lr", "decay",
+        "lr", "Muon lr", "beside it", "decay",
     )]  # fmt: skip
     for depth in config.depths:
         shape = shape_of(depth, vocab_size, config.sequence_len)
@@ -57,6 +57,7 @@ def settings_table(config: SeriesConfig, vocab_size: int) -> str:
             f"{chosen.batch_size * config.sequence_len:,}",
             f"{chosen.lr:.3g}",
             f"{chosen.muon_lr:.3g}",
+            f"{chosen.muon_adamw_lr:.3g}",
             f"{chosen.weight_decay:.3g}",
         ))  # fmt: skip
     return aligned(rows)

@@ -52,7 +52,12 @@ def test_what_is_no_arm_is_refused(word: str, message: str) -> None:
 
 def test_the_rule_is_nanochats_and_follows_a_named_batch() -> None:
     rule = SeriesConfig(
-        batch_size="rule", lr="rule", muon_lr="rule", weight_decay="rule", sequence_len=2048
+        batch_size="rule",
+        lr="rule",
+        muon_lr="rule",
+        muon_adamw_lr="rule",
+        weight_decay="rule",
+        sequence_len=2048,
     )
     d12, d20, d3 = (settings_of(depth, rule) for depth in (12, 20, 3))
     assert (d12.batch_size, d12.lr, d12.muon_lr) == (256, 6e-4, 0.02)
@@ -62,6 +67,7 @@ def test_the_rule_is_nanochats_and_follows_a_named_batch() -> None:
     assert d20.weight_decay == pytest.approx(0.1 * 12 / 20)
     assert d3.batch_size == 128
     assert d3.muon_lr == pytest.approx(0.02 / 2**0.5)
+    assert d3.muon_adamw_lr == pytest.approx(0.008 / 2**0.5 * 2)
     named = settings_of(12, SeriesConfig(batch_size=64, lr="rule", sequence_len=2048))
     assert named.lr == pytest.approx(3e-4)
     assert (named.batch_size, named.muon_lr) == (64, SeriesConfig().muon_lr)

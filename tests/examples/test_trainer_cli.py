@@ -93,6 +93,7 @@ def test_every_field_is_an_option() -> None:
         "sequence_len": ("512", 512),
         "lr": ("rule", "rule"),
         "muon_lr": ("rule", "rule"),
+        "muon_adamw_lr": ("0.02", 0.02),
         "weight_decay": ("rule", "rule"),
         "betas": ("0.8,0.9", (0.8, 0.9)),
         "max_grad_norm": ("0", 0.0),

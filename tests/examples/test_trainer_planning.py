@@ -75,7 +75,7 @@ def test_the_settings_of_every_depth_by_rule(capsys: pytest.CaptureFixture[str])
     shape = shape_of(12, 32768, 2048)
     assert table["d12"] == [
         "768", "12", f"{shape.params:,}", f"{shape.scaling_params:,}", "256", "524,288", "0.0006",
-        "0.02", "0.1",
+        "0.02", "0.008", "0.1",
     ]  # fmt: skip
     # From scratch the first depth has its own ratio of tokens, to a step.
     tokens = int(table["d10-scratch+ars"][2].replace(",", ""))
