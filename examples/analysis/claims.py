@@ -104,10 +104,11 @@ def _cost_claim(
     found = set(verdicts.values())
     verdict = HOLDS if HOLDS in found else FAILS if found == {FAILS} else NOT_SHOWN
 
-    def rank(saving: Saving) -> tuple[int, float]:
+    def rank(saving: Saving) -> tuple[int, bool, float]:
         ratios = saving.final or saving.trunk
         order = (HOLDS, NOT_SHOWN, FAILS).index(verdicts[saving.arm])
-        return order, math.inf if ratios is None else cost(ratios).mean
+        mean = math.inf if ratios is None else cost(ratios).mean
+        return order, saving.final is None, mean
 
     best = min(deepest, key=rank)
     of = f"best of {len(deepest)} grown arms" if len(deepest) > 1 else "the only grown arm"

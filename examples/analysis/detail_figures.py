@@ -242,9 +242,15 @@ def sweep_curves(sweeps: Sequence[Sweep]) -> bytes:
         for sweep in (s for s in sweeps if s.setting == setting):
             colour = str(shades[depths.index(sweep.depth)])
             losses = [loss.mean for loss in sweep.losses]
-            axes.plot(sweep.values, losses, "o-", color=colour, markersize=4, linewidth=1.2,
+            points = [pair for pair in zip(sweep.values, losses, strict=True) if pair[0] > 0]
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=1.2,
                       label=f"d{sweep.depth}")  # fmt: skip
-            axes.plot([sweep.best], [min(losses)], "o", color="#D55E00", markersize=8, zorder=3)
+            if sweep.best > 0:
+                axes.plot([sweep.best], [min(losses)], "o", color="#D55E00", markersize=8, zorder=3)
+            if sweep.values[0] == 0:  # which has no place on this axis
+                axes.axhline(losses[0], color=colour, linestyle=":", linewidth=1.2)
+                axes.annotate("without", (1.0, losses[0]), xycoords=("axes fraction", "data"),
+                              ha="right", va="bottom", fontsize=8)  # fmt: skip
         axes.set_xscale("log")
         axes.set_xlabel(setting)
         polish(axes)

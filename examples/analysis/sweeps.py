@@ -38,8 +38,11 @@ class Sweep:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best is the first or last value, so that a better one may lie beyond."""
-        return self.best in (self.values[0], self.values[-1])
+        """Whether the best is the first or last value, so that a better one may lie beyond.
+
+        Nothing lies beyond 0, which is to do without.
+        """
+        return self.best != 0 and self.best in (self.values[0], self.values[-1])
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON keeps."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from analysis_records import chain_of, entry, two_arms, write, write_run
 
-from analysis import report_html
+from analysis import detail_figures, report_html
 from analysis.records import Record, read_metrics
 from experiment import summary
 from experiment.summary import write_summary
@@ -56,6 +56,7 @@ def tune(folder: Path) -> None:
     records = [entry("d2-scratch", 3.0, seed=100)]
     for strength, bpb in ((0.03, 2.5), (0.1, 2.4), (0.3, 2.45)):
         records += chain_of(f"grown+distill={strength:g}", "scratch", [bpb], 100)
+    records += chain_of("grown", "scratch", [2.6], 100)
     write_run(folder / "tune" / "distill", records, lr=3e-3, muon_lr=0.02)
 
 
@@ -102,7 +103,7 @@ def test_all_stages_are_summed_up(tmp_path: Path, drawn: dict[str, list[str]]) -
     assert len(runs) == 3 + 2 + 1 + 2 + 6
     assert runs["arms/seed-1"]["seed"] == 1
     assert runs["tune/lr-0.002"]["settings"]["lr"] == 2e-3
-    assert len(found["models"]) == 3 * 2 + 2 + 4 + 2 * 4 + 3 * (5 + 4)
+    assert len(found["models"]) == 3 * 2 + 2 + 5 + 2 * 4 + 3 * (5 + 4)
     model = next(m for m in found["models"] if (m["run"], m["name"]) == ("arms/seed-2", "d4-grown"))
     assert model["val_bpb"] == two_arms(2, 0.102)[3]["val_bpb"], "every digit"
     assert set(model["curve"]) == {"tokens", "flops", "val_bpb", "loss"}
@@ -139,7 +140,8 @@ def test_the_table_says_what_matters_first(tmp_path: Path, drawn: dict[str, list
         "| 0.5 |  | **+0.0100** |",
         "| AdamW learning rate | d3 | 0.001: 2.6000, 0.002: 2.5000, 0.004: 2.5500 | 0.002 | yes |",
         "| Muon learning rate | d3 | 0.01: 2.4000, 0.02: 2.3000 | 0.02 | no, at the edge |",
-        "| distillation strength | d3 | 0.03: 2.5000, 0.1: 2.4000, 0.3: 2.4500 | 0.1 | yes |",
+        "| distillation strength | d3 | 0: 2.6000, 0.03: 2.5000, 0.1: 2.4000, "
+        "0.3: 2.4500 | 0.1 | yes |",
         "- d3-grown, seed 0: penalty above the task loss",
     )
     places = [table.index(word) for word in words]
@@ -197,3 +199,30 @@ def test_tuning_leaves_out_what_diverged_or_varied_nothing(tmp_path: Path) -> No
     assert find_sweeps([({"lr": "rule"}, fine), ({"lr": 2e-3}, fine)]) == []
     (sweep,) = find_sweeps([({"lr": 1e-3}, fine), ({"lr": 2e-3}, fine), ({"lr": 2e-3}, fine)])
     assert [len(loss.values) for loss in sweep.losses] == [1, 2]
+
+
+def test_two_settings_of_an_arm_are_varied_one_at_a_time(tmp_path: Path) -> None:
+    runs = []
+    for i, (muon, beside) in enumerate(
+        ((0.01, 3e-3), (0.02, 3e-3), (0.04, 3e-3), (0.02, 6e-3), (0.02, 1e-3))
+    ):
+        path = write(tmp_path / f"{i}.json", [entry("d2-scratch+muon", 2.0 + i / 10)])
+        runs.append(({"muon_lr": muon, "muon_adamw_lr": beside, "lr": 9.0}, read_metrics([path])))
+    muon_sweep, beside_sweep = find_sweeps(runs)
+    assert (muon_sweep.setting, muon_sweep.values) == ("Muon learning rate", (0.01, 0.02, 0.04))
+    assert [loss.values for loss in muon_sweep.losses] == [(2.0,), (2.1,), (2.2,)]
+    assert beside_sweep.setting == "learning rate of AdamW beside Muon"
+    assert [loss.values for loss in beside_sweep.losses] == [(2.4,), (2.1,), (2.3,)]
+
+
+def test_plain_growing_is_a_distillation_without_strength(tmp_path: Path) -> None:
+    records = [entry("d2-scratch", 3.0)]
+    for arm, bpb in (("grown", 2.3), ("grown+distill=0.1", 2.4), ("grown+distill=1", 2.6),
+                     ("grown+ewc=2", 1.0), ("grown+ars", 1.0)):  # fmt: skip
+        records += chain_of(arm, "scratch", [bpb])
+    found = read_metrics([write(tmp_path / "m.json", records)])
+    (sweep,) = find_sweeps([({}, found)])
+    assert (sweep.values, sweep.best, sweep.at_edge) == ((0.0, 0.1, 1.0), 0.0, False)
+    assert detail_figures.sweep_curves([sweep]).startswith(PNG)
+    grid_only = [record for record in found if "distill" not in record.arm]
+    assert find_sweeps([({}, grid_only)]) == []
