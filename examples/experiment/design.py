@@ -17,8 +17,10 @@ __all__ = ["STAGES", "Job", "Stage", "jobs_of"]
 Stage = Literal["tune", "grid", "arms"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
+# The penalties have the strengths of the proposal; the grid has weaker and stronger ones.
 METHODS = (
-    "scratch", "scratch+muon", "grown", "grown+ewc", "grown+ewc+subspace", "grown+distill",
+    "scratch", "scratch+muon", "grown", "grown+ewc=1", "grown+ewc=1+subspace=0.1",
+    "grown+distill=0.03",
 )  # fmt: skip
 _SEEDS = (0, 1, 2)
 _TUNING_SEEDS = (100, 101)

@@ -56,7 +56,7 @@ class SeriesConfig:
     sequence_len: int = 256
     lr: float | ByRule = 3e-3
     muon_lr: float | ByRule = 0.02
-    muon_adamw_lr: float | ByRule = 6e-3
+    muon_adamw_lr: float | ByRule = 0.012
     weight_decay: float | ByRule = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
@@ -66,7 +66,7 @@ class SeriesConfig:
     # nothing to forget (docs/miniseries.md has the grid).
     ewc_strength: float = 1e-4
     subspace_strength: float = 1e-4
-    distill_strength: float = 0.1
+    distill_strength: float = 0.03
     distill_temperature: float = 2.0
     fisher_samples: int = 64
     precision: Precision = "fp32"

@@ -91,9 +91,7 @@ def shape_of(depth: int, vocab_size: int, sequence_len: int) -> Shape:
 
 def build_from_scratch(plan: ModelPlan, run: Run) -> TrainingState:
     """A model with random weights and an empty optimizer."""
-    torch.manual_seed(_number(run.config.seed, f"{plan.name} training"))
-    weights = _generator(run.config.seed, f"{plan.name} weights")
-    return _assemble(_empty(plan.depth, run, weights), plan, run, Inheritance())
+    return _assemble(_empty(plan.depth, run, _weights(plan, run)), plan, run, Inheritance())
 
 
 def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
@@ -108,15 +106,13 @@ def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
         RunInterruptedError: a signal arrived during the Fisher pass.
     """
     importance: dict[str, Tensor] = {}
-    torch.manual_seed(_number(run.config.seed, f"{plan.name} training"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if plan.fisher_flops:
-            signs = _generator(run.config.seed, f"{plan.name} Fisher", run.parallel.device)
+            signs = _generator(run.config.seed, f"d{plan.depth} Fisher", run.parallel.device)
             fisher = DiagonalFisher(parent.model, estimator="sketch", generator=signs)
             importance = fisher.fit(_fisher_batches(plan, run)).importance
-        weights = _generator(run.config.seed, f"{plan.name} weights")
-        growth = grow(parent.model, _model_config(plan.depth, run), weights)
+        growth = grow(parent.model, _model_config(plan.depth, run), _weights(plan, run))
         kept = inherit_penalties(growth, plan.arm, run.config, importance)
     state = _assemble(growth.model, plan, run, kept)
     state.warnings += [str(warning.message) for warning in caught]
@@ -168,6 +164,11 @@ def _model_config(depth: int, run: Run) -> Any:
     )
 
 
+def _weights(plan: ModelPlan, run: Run) -> torch.Generator:
+    """The same for every arm of a depth: they then differ by what they add alone."""
+    return _generator(run.config.seed, f"d{plan.depth}-scratch weights")
+
+
 def _generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
     """One of its own for every purpose, so that no draw depends on another."""
     return torch.Generator(device).manual_seed(_number(seed, purpose))
@@ -182,7 +183,7 @@ def _fisher_batches(plan: ModelPlan, run: Run) -> Iterator[tuple[Tensor, Tensor]
         run.stop.check()
         inputs, targets = batch(
             run.corpus.train,
-            stream=f"fisher {plan.name} {run.config.seed}",
+            stream=f"fisher d{plan.depth} {run.config.seed}",
             step=index,
             batch_size=_FISHER_BATCH,
             sequence_len=run.config.sequence_len,

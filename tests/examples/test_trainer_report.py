@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.log import FIELDS, StepLog, read_log
 from trainer.config import SeriesConfig
+from trainer.log import FIELDS, StepLog, read_log
 from trainer.overhead import Shape
 from trainer.plan import plan_series
 from trainer.report import markdown_table, write_metrics, write_report
