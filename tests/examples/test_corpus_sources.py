@@ -22,7 +22,7 @@ ROWS = [
     "12.50",
     "nul",
     " räksmörgås 日本 ",
-    *(f"row {i} has some words" for i in range(6, 70)),
+    *(f"row {i}\nhas some words" for i in range(6, 70)),
 ]
 
 
@@ -132,10 +132,11 @@ def test_a_folder_is_all_of_its_files_by_path(tmp_path: Path) -> None:
 
 def test_of_a_few_files_one_is_for_validation(tmp_path: Path) -> None:
     (tmp_path / "books").mkdir()
-    for name in "abc":
+    for name in "def":
+        assert split_of(f"{name}.txt") == "train"  # there would be nothing to validate on
         (tmp_path / "books" / f"{name}.txt").write_text(name * 50)
     found = content(prepare(tmp_path / "books", tmp_path / "cache"))
-    assert sorted(found["train"] + found["validation"]) == sorted(b"abc" * 50)
+    assert sorted(found["train"] + found["validation"]) == sorted(b"def" * 50)
     assert len(found["validation"]) == 50
     assert len(set(found["validation"])) == 1
 
