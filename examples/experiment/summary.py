@@ -89,7 +89,7 @@ def write_summary(folder: Path) -> str:
     of = {stage: [s for s in series if s.stage == stage] for stage in STAGES}
     sweeps = find_sweeps([(s.settings, s.records) for s in of["tune"]])
     grid = find_grid([r for s in of["grid"] for r in s.records if not r.diverged])
-    shown = of["arms"] or of["grid"]
+    shown = of["arms"] or of["grid"][:1]  # the grid's series repeat their first model
     analysis = None
     if shown:
         analysis = analyze_runs([s.path for s in shown], bootstraps=_BOOTSTRAPS)
