@@ -85,7 +85,7 @@ INVALID: dict[str, tuple[Spoil, type[Exception], str]] = {
     "window-dtype": (put_controller("window", Tensor.float), TypeError, "window is"),
     "counts-dtype": (put_controller("counts", Tensor.int), TypeError, "counts is torch.int32"),
     "counts-shape": (put_controller("counts", lambda t: t[:1]), ValueError, "counts must be"),
-    "config-shape": (put_controller("config", lambda t: t[:5]), ValueError, r"config .*\(8,\)"),
+    "config-shape": (put_controller("config", lambda t: t[:5]), ValueError, r"config .*\(10,\)"),
     "anchor-missing": (put("anchors", lambda t: None), ValueError, "parameter 1 has only one"),
     "anchors-missing": (put_all(anchors=None), ValueError, "both anchors and importances"),
     "anchor-shape": (put("anchors", lambda t: t[:1]), ValueError, "anchor 1 has shape"),

@@ -28,7 +28,7 @@ def test_the_default_brakes_where_a_gate_on_surprise_alone_stays_open(seed: int)
     assert min(default.gates) < 0.5
     assert default.metrics["braked"] is not None
     assert max(default.norms) < 0.6 * max(plain.norms)
-    assert default.metrics["late_loss"] < surprise.metrics["late_loss"] / 3  # type: ignore[operator]
+    assert default.metrics["late_loss"] < surprise.metrics["late_loss"] / 1.5  # type: ignore[operator]
 
 
 def test_below_the_edge_nothing_brakes() -> None:
