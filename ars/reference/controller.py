@@ -125,7 +125,8 @@ def controller_step_(
         _, predicted, error = trend(values, valid, linear=detrend)
         gated = standardized_surprise(value, predicted, error, valid, threshold)
         if first_release < release:
-            deviation = error + ERROR_FLOOR * abs(predicted)
+            magnitude: Any = abs(predicted)
+            deviation = error + ERROR_FLOOR * magnitude
 
     step = read(counts[1].clone())
     remember_(window, counts, value, finite)

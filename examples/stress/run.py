@@ -20,6 +20,7 @@ DIVERGED_BY = 1.0  # bits per byte worse at the end than half-way; or worse than
 RECOVERED_WITHIN = 0.25  # bits per byte above half-way
 _POINTS = 20  # measurements on the way
 _WINDOWS, _CURVE_WINDOWS = 64, 16  # of the validation text: half-way and at the end; on the way
+_TOKEN_BYTES = torch.ones(256, dtype=torch.int64)  # a token is a byte
 
 
 def run_job(job: Job, corpus: Corpus, between: Callable[[], None]) -> dict[str, Any]:
@@ -43,12 +44,12 @@ def run_job(job: Job, corpus: Corpus, between: Callable[[], None]) -> dict[str, 
 
     start = _norm(model)
     norms, losses, gates, guards = [1.0], [], [], []
-    validation = [bits_per_byte(model, few)]
+    validation = [_bits(model, few)]
     half = few_half = math.inf
     for index in range(size.steps):
         between()
         if index == stream.half:
-            half, few_half = bits_per_byte(model, windows), bits_per_byte(model, few)
+            half, few_half = _bits(model, windows), _bits(model, few)
         inputs, targets = stream.training(index, model)
         loss = nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         shown = step(loss, stream.rate(index))
@@ -57,8 +58,8 @@ def run_job(job: Job, corpus: Corpus, between: Callable[[], None]) -> dict[str, 
         guards.append(shown["psi"])
         norms.append(_norm(model) / start)
         if (index + 1) % every == 0:
-            validation.append(bits_per_byte(model, stream.shifted(few, index)))
-    last = bits_per_byte(model, stream.shifted(windows, size.steps - 1))
+            validation.append(_bits(model, stream.shifted(few, index)))
+    last = _bits(model, stream.shifted(windows, size.steps - 1))
     times = [i * every for i in range(len(validation))]
     metrics = {
         "final": last,
@@ -87,6 +88,10 @@ def run_job(job: Job, corpus: Corpus, between: Callable[[], None]) -> dict[str, 
             name: [_json(_short(value)) for value in values] for name, values in curves.items()
         },
     }
+
+
+def _bits(model: nn.Module, windows: Tensor) -> float:
+    return bits_per_byte(model, windows, _TOKEN_BYTES)
 
 
 def _norm(model: nn.Module) -> float:
