@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from stress.oscillation import write_oscillations
         from stress.summary import tables, write_summary
         from stress.sweep import run_jobs
-        from trainer.data import load_file, load_standard_library
+        from stress.text import load_file, load_standard_library
         from trainer.errors import UsageError
         from trainer.prepare import check_writable
         from trainer.signals import StopRequest

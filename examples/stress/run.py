@@ -11,7 +11,7 @@ from ars.models import GPT
 from stress.arms import Step, controller_settings
 from stress.jobs import Job
 from stress.scenarios import Stream
-from trainer.data import Corpus, validation_windows
+from stress.text import Corpus, validation_windows
 from trainer.evaluate import bits_per_byte
 
 __all__ = ["DIVERGED_BY", "RECOVERED_WITHIN", "run_job"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ars.models import GPT
 from stress.jobs import Size
-from trainer.data import batch
+from stress.text import batch
 
 __all__ = ["EDGE_FACTOR", "SCENARIOS", "Scenario", "Stream"]
 

@@ -14,8 +14,8 @@ from continual.statistics import estimate
 from stress.arms import ARMS
 from stress.jobs import Job
 from stress.scenarios import SCENARIOS
+from stress.text import Corpus
 from trainer.checkpoint import write_atomically
-from trainer.data import Corpus
 
 __all__ = ["share_interval", "summarize", "tables", "write_summary"]
 

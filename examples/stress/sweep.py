@@ -18,8 +18,8 @@ from tqdm import tqdm
 from stress.arms import controller_settings
 from stress.jobs import Job
 from stress.run import run_job
+from stress.text import Corpus
 from trainer.checkpoint import write_atomically
-from trainer.data import Corpus
 from trainer.signals import StopRequest
 
 __all__ = ["run_jobs"]

@@ -14,7 +14,7 @@ from stress.cli import SENSITIVITY_PAIRS, parse_arguments
 from stress.figures import draw_scenarios, draw_sensitivity
 from stress.jobs import Job, Size
 from stress.summary import share_interval, summarize, tables, write_summary
-from trainer.data import Corpus, load_file
+from stress.text import Corpus, load_file
 
 SIZE = Size(1, 32, 24, 2, 20)
 METRICS = {

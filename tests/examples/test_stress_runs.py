@@ -16,7 +16,7 @@ from stress.jobs import SIZES, Job, Size
 from stress.run import _recovery, _wasted, run_job
 from stress.scenarios import EDGE_FACTOR, SCENARIOS, Stream
 from stress.sweep import run_jobs
-from trainer.data import Corpus, load_file
+from stress.text import Corpus, load_file
 from trainer.errors import RunInterruptedError
 from trainer.signals import StopRequest
 

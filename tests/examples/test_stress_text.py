@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.data import batch, load_file, load_standard_library, validation_windows
+from stress.text import batch, load_file, load_standard_library, validation_windows
 from trainer.errors import UsageError
 
 

@@ -1,13 +1,10 @@
-"""Bytes to train on: where they come from, how they are split, and which ones a step sees.
+"""Bytes to train on, whole in memory, and windows of them drawn at random.
 
-The default corpus is the source of Python's own standard library: every installation has it, no
-download is needed, and its text is ordinary. Tests, installed packages and machine-made tables
-are left out. A file belongs to the validation split by the hash of its name alone, so no file is
-on both sides and adding a file moves no other.
+Which files of the standard library, and which of them are for validation, is what
+`corpus.library` says. Tokens, shards and epochs, which the trainer has, would be no use here.
 """
 
 import hashlib
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corpus.library import library_source
+from corpus.pieces import split_of
 from trainer.errors import UsageError
 
 __all__ = ["Corpus", "batch", "load_file", "load_standard_library", "validation_windows"]
-
-_VALIDATION_ONE_IN = 20
-_EXCLUDED_FOLDERS = {
-    "__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests",
-    "encodings", "pydoc_data",  # generated tables: near copies of one another
-}  # fmt: skip
-_EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")  # differ from machine to machine
 
 
 @dataclass(frozen=True)
@@ -48,33 +40,21 @@ def load_standard_library(root: Path | None = None) -> Corpus:
     """Read the Python files of the standard library.
 
     Args:
-        root: folder to read; ``None`` asks ``sysconfig`` where the standard library lies.
+        root: folder to read; ``None`` for where the standard library lies.
 
     Raises:
         UsageError: the folder holds no Python source (some distributions ship only byte code).
     """
-    root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
-    train: list[tuple[str, bytes]] = []
-    validation: list[tuple[str, bytes]] = []
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        name = path.relative_to(root).as_posix()
-        parts = name.split("/")
-        if _EXCLUDED_FOLDERS.intersection(parts[:-1]) or parts[0].startswith(_EXCLUDED_PREFIXES):
-            continue
-        bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-        split = validation if bucket % _VALIDATION_ONE_IN == 0 else train
-        split.append((name, path.read_bytes()))
-    if not train or not validation:
-        raise UsageError(
-            "the standard library of this Python has no source files to train on: "
-            "name a text file with --data FILE"
-        )
+    source = library_source(root)
+    texts: dict[str, list[tuple[str, bytes]]] = {"train": [], "validation": []}
+    for identity, path in zip(source.identity["files"], source.files, strict=True):
+        texts[split_of(identity["name"])].append((identity["name"], path.read_bytes()))
     facts = {
-        "source": "the Python standard library",
-        "train_files": len(train),
-        "validation_files": [name for name, _ in validation],
+        "source": source.facts["source"],
+        "train_files": len(texts["train"]),
+        "validation_files": [name for name, _ in texts["validation"]],
     }
-    return _corpus(train, validation, facts)
+    return _corpus(texts["train"], texts["validation"], facts)
 
 
 def load_file(path: Path, sequence_len: int) -> Corpus:
