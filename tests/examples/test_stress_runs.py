@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,27 @@ def run(corpus: Corpus, scenario: str, arm: str, **changes: Any) -> dict[str, An
     return run_job(job, corpus, lambda: None)
 
 
-def test_beyond_the_edge_the_default_saves_what_adamw_loses(corpus: Corpus) -> None:
-    lost, clipped, saved = (run(corpus, "edge", arm) for arm in ("adamw", "adamw-clip", "default"))
+def test_beyond_the_edge_the_default_holds_what_adamw_loses(corpus: Corpus) -> None:
+    longer = replace(SIZE, steps=120)  # with the history to know a relapse by
+    lost, clipped, saved = (
+        run_job(Job("edge", arm, 1.0, 0, longer), corpus, lambda: None)
+        for arm in ("adamw", "adamw-clip", "default")
+    )
     assert lost["metrics"]["diverged"]
     assert clipped["metrics"]["diverged"]
-    assert saved["metrics"]["final"] < min(r["metrics"]["final"] for r in (lost, clipped)) / 1.4
+    worst_lost, worst_clipped, worst_saved = (
+        max(r["curves"]["validation"][10:]) for r in (lost, clipped, saved)
+    )
+    assert worst_saved < min(worst_lost, worst_clipped) / 1.5
+    assert saved["metrics"]["final"] < min(r["metrics"]["final"] for r in (lost, clipped))
     assert saved["metrics"]["peak_norm"] < lost["metrics"]["peak_norm"] / 1.5
+    gates = saved["curves"]["phi"]
+    relapse = gates.index(0.1, 66)  # after a first alarm and an attempt to open
+    assert gates[relapse - 1] > 0.2
+    assert max(gates[relapse:]) < 0.3
     assert saved["metrics"]["mean_phi_before"] == 1.0
     assert saved["metrics"]["least_phi"] == pytest.approx(0.1, abs=0.01)
-    assert lost["metrics"]["recovery"] == SIZE.steps // 2
+    assert lost["metrics"]["recovery"] == longer.steps // 2
 
 
 def test_in_ordinary_training_the_default_is_adamw_up_to_rounding(corpus: Corpus) -> None:
