@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from trainer.plan import ModelPlan
 
@@ -69,6 +70,7 @@ def _plot(
                 )
         axes.set_title(f"d{depth}", fontsize=10)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())  # within a decade its labels overlap
         axes.set_xlabel("training FLOPs of the lineage")
         axes.grid(visible=True, which="both", linewidth=0.3)
         axes.legend(frameon=False, fontsize=8)
