@@ -148,8 +148,7 @@ def test_the_schedule_and_the_penalty_are_in_the_log(quick: dict[str, Any]) -> N
 
 
 def test_the_reported_number_is_that_of_the_saved_model(quick: dict[str, Any]) -> None:
-    (tokens,) = (quick["out"] / "data").iterdir()
-    corpus = prepare_corpus(None, cache=tokens.parent, sequence_len=64)
+    corpus = prepare_corpus(None, cache=quick["out"] / "data", sequence_len=64)
     windows = validation_windows(corpus.validation, 64, 256)
     record = quick["records"][2]
     content = torch.load(quick["out"] / f"checkpoints/d2-{GROWN}.pt", weights_only=True)
@@ -226,7 +225,9 @@ def test_a_second_run_only_prints_the_table(quick: dict[str, Any]) -> None:
     done = run(quick["folder"])
     assert time.monotonic() - started < 60  # starting Python and torch; no step is trained
     assert done.returncode == 0
-    assert done.stderr == ""
+    settings = done.stderr.splitlines()
+    assert settings[0].startswith("depth")
+    assert [line.split()[0] for line in settings[1:]] == ["d1", "d2", "d3"]
     table = (quick["out"] / "table.md").read_text()
     assert done.stdout.startswith(table)
     last = done.stdout[len(table) :].strip().splitlines()
