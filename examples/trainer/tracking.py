@@ -75,7 +75,11 @@ def open_tracker(run: Run, plan: ModelPlan, step: int) -> Iterator[Tracker]:
         from tensorboardX import SummaryWriter
 
         folder = run.folder / "tensorboard" / plan.name
-        writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        writer = SummaryWriter(
+            str(folder),
+            purge_step=step + 1 if step else None,
+            filename_suffix=f".{step:08d}",  # the rest of its name is the second, which may recur
+        )
     if machine.wandb:
         import wandb
 

@@ -31,7 +31,7 @@ def whole(series: Series, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("size", ["1", "3"])
+@pytest.mark.parametrize("size", ["1", "2"])
 def test_accumulating_a_batch_changes_rounding_alone(
     series: Series, whole: Path, tmp_path: Path, size: str
 ) -> None:
@@ -55,7 +55,7 @@ def test_half_precision_stays_near(
     series(tmp_path, None, *ARMS, "--precision", precision)
     assert bits(tmp_path) == pytest.approx(bits(whole), abs=0.02)
     assert bits(tmp_path) != bits(whole)
-    content = torch.load(tmp_path / "checkpoints/d1-scratch-trunk.pt", weights_only=True)
+    content = torch.load(tmp_path / "checkpoints/d1-scratch+ars-trunk.pt", weights_only=True)
     assert {w.dtype for w in content["model"].values()} == {torch.float32}
     assert (content["scaler"] is not None) == (precision == "fp16")
 
