@@ -62,8 +62,8 @@ class SeriesConfig:
     max_grad_norm: float = 1.0
     warmup_steps: int = 20
     cooldown: float = 0.25
-    # The largest strength that costs nothing. Both models read the same kind of text, so there is
-    # nothing to forget (docs/miniseries.md has the grid).
+    # Weak: both models read the same kind of text, so there is nothing to forget, and every
+    # strength that was tried from 0.01 on costs (docs/miniseries.md).
     ewc_strength: float = 1e-4
     subspace_strength: float = 1e-4
     distill_strength: float = 0.03
