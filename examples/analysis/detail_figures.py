@@ -211,7 +211,9 @@ def grid_map(grid: Grid) -> bytes:
                 continue
             values[i, j] = cell.difference.mean
             dark = abs(cell.difference.mean) > 0.65 * limit
-            axes.text(j, i, f"{cell.difference.mean:+.4f}", ha="center", va="center", fontsize=8.5,
+            margin = cell.difference.margin
+            text = f"{cell.difference.mean:+.4f}" + ("" if margin is None else f"\n± {margin:.4f}")
+            axes.text(j, i, text, ha="center", va="center", fontsize=8.5,
                       color="white" if dark else "black")  # fmt: skip
             if cell.proposed:
                 corner = (j - 0.47, i - 0.47)
@@ -222,9 +224,10 @@ def grid_map(grid: Grid) -> bytes:
     axes.set_xlabel("gamma, strength of the subspace penalty")
     axes.set_ylabel("lambda, strength of EWC")
     seeds = f"{grid.seeds} seed{'s' if grid.seeds > 1 else ''}"
+    interval = "mean and 95 % interval of " if grid.seeds > 1 else ""
     axes.set_title(
         f"d{grid.parent_depth} grown to d{grid.depth}: bits per byte minus plain growing's\n"
-        f"(mean of {seeds}; blue is better; framed: the proposal's pairs)",
+        f"({interval}{seeds}; blue is better; framed: the proposal's pairs)",
         fontsize=9.5,
     )
     figure.colorbar(image, extend="both" if size.max() > limit else "neither", shrink=0.9)

@@ -56,6 +56,11 @@ class Estimate:
         """The interval, if enough seeds are behind it to conclude anything."""
         return self.interval if len(self.values) >= MIN_SEEDS else None
 
+    @property
+    def margin(self) -> float | None:
+        """Half the interval's width; ``None`` below 2 values."""
+        return None if self.interval is None else self.interval[1] - self.mean
+
     def to_dict(self) -> dict[str, Any]:
         """What JSON keeps."""
         return asdict(self)

@@ -6,6 +6,7 @@ the trainer, which the stage "tune" found.
 """
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal, get_args
 
 from trainer.config import SeriesConfig
@@ -24,6 +25,7 @@ METHODS = (
 )  # fmt: skip
 _SEEDS = (0, 1, 2)
 _TUNING_SEED = 100
+_GRID_SEEDS = (100, 101, 102)
 _RATES = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 1.5e-2)
 _MUON_RATES = (1e-2, 2e-2, 4e-2)
 _MUON_ADAMW_RATES = (6e-3, 1.2e-2, 2.4e-2)
@@ -112,14 +114,14 @@ def jobs_of(stage: Stage, size: str) -> tuple[Job, ...]:
         lambdas = _LAMBDAS if size != "quick" else (None, 1.0)
         gammas = _GAMMAS if size != "quick" else (None, 0.1)
         # A series for each lambda, so that they share the machine's cores.
-        for strength in lambdas:
+        for seed, strength in product(_GRID_SEEDS if size != "quick" else _GRID_SEEDS[:1], lambdas):
             ewc = "" if strength is None else f"+ewc={strength:g}"
             arms = tuple(
                 f"grown{ewc}" + ("" if gamma is None else f"+subspace={gamma:g}")
                 for gamma in gammas
             )
-            name = f"lambda-{0.0 if strength is None else strength:g}-seed-{_TUNING_SEED}"
-            add(name, replace(_first_two(base), arms=arms, seed=_TUNING_SEED))
+            name = f"lambda-{0.0 if strength is None else strength:g}-seed-{seed}"
+            add(name, replace(_first_two(base), arms=arms, seed=seed))
     return tuple(jobs)
 
 

@@ -128,12 +128,13 @@ def _grid(grid: Grid) -> str:
                 cells.append("0" if ewc is None and subspace is None else "")
             else:
                 mark = "**" if cell.proposed else ""
-                cells.append(f"{mark}{cell.difference.mean:+.4f}{mark}")
+                cells.append(f"{mark}{cell.difference.mean:+.4f}{mark}{_spread(cell.difference)}")
         rows.append((_strength(ewc), *cells))
     header = ("lambda \\ gamma", *(_strength(v) for v in columns))
     return (
         f"{_table(header, rows)}\n\nBits per byte minus those of plain growing "
-        f"({grid.baseline:.4f}), mean of {grid.seeds} seeds; bold: the proposal's pairs."
+        f"({grid.baseline:.4f}), paired, mean of {grid.seeds} seeds and 95 % t interval; bold: the "
+        "proposal's pairs."
     )
 
 
@@ -159,9 +160,11 @@ def _strength(value: float | None) -> str:
 
 
 def _bits(value: Estimate) -> str:
-    if value.interval is None:
-        return f"{value.mean:.4f}"
-    return f"{value.mean:.4f} ± {value.interval[1] - value.mean:.4f}"
+    return f"{value.mean:.4f}" + _spread(value)
+
+
+def _spread(value: Estimate) -> str:
+    return "" if value.margin is None else f" ± {value.margin:.4f}"
 
 
 def _ratio(value: Estimate | None) -> str:
