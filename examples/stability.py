@@ -13,14 +13,16 @@ with b = beta_1, a the learning rate and w the weight decay.
 Exit status: 0 done; 2 the command line or the output folder is wrong.
 """
 
-import argparse
 import cmath
 import math
 import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from trainer.arguments import Parser
+from trainer.program import exit_status, missing_module
 
 __all__ = ["descend", "eigenvalues", "growth_rate", "main", "stable_rate", "update_matrix"]
 
@@ -129,21 +131,18 @@ def descend(
     return path
 
 
-def _draw(path: Path) -> None:
-    import matplotlib
+def _draw() -> Any:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     _draw_range(left)
     _draw_radius(middle)
     _draw_lock(right)
     for axes in (left, middle, right):
         axes.grid(visible=True, linewidth=0.3)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def _draw_range(axes: Any) -> None:
@@ -195,32 +194,28 @@ def _draw_lock(axes: Any) -> None:
     axes.set_title("A period of two, gradient descent")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """End with status 2 and one line (argparse prints the usage as well)."""
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the figure and return the exit status.
 
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
-    parser = _Parser(description="Draw where AdamW is stable on a quadratic.", allow_abbrev=False)
+    parser = Parser(description="Draw where AdamW is stable on a quadratic.", allow_abbrev=False)
     parser.add_argument(
         "--out", type=Path, default=Path("out/stability"), help="folder (default: %(default)s)"
     )
     out: Path = parser.parse_args(argv).out
     try:
+        figure = _draw()
+    except ModuleNotFoundError as error:
+        return missing_module(error)
+
+    def write() -> None:
         out.mkdir(parents=True, exist_ok=True)
-        _draw(out / "stability.png")
-    except OSError as error:
-        reason = error.strerror or error
-        print(f"error: writing to {out} failed ({reason}): name another folder", file=sys.stderr)
-        return 2
-    print(out / "stability.png")
-    return 0
+        figure.savefig(out / "stability.png", dpi=110)
+        print(out / "stability.png")
+
+    return exit_status(out, write)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import cmath
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import matplotlib.image
@@ -135,6 +136,17 @@ def test_figure_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as caught:
         stability.main(["--nonsense"])
     assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: unrecognized arguments: --nonsense")
+
+
+def test_a_missing_module_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert stability.main(["--out", str(tmp_path / "a")]) == 2
+    expected = "error: the module matplotlib.figure is missing: pip install 'ars-triton[examples]'"
+    assert capsys.readouterr().err == expected + "\n"
+    assert not (tmp_path / "a").exists()
 
 
 def test_examples() -> None:
