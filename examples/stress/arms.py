@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ars import ARSAdamW, ARSConfig, ARSOptimizer
 
-__all__ = ["ARMS", "BASE_RATES", "Arm", "Step", "controller_settings"]
+__all__ = ["ARMS", "BASE_RATES", "Arm", "Step", "arm_settings"]
 
 # Best final validation of plain training at the size "small", found on seeds 100 and 101.
 BASE_RATES = {"adamw": 0.01, "sgd": 0.3, "muon": 0.03}
 _BETAS = (0.9, 0.95)
 _WEIGHT_DECAY = 0.1
+_MOMENTUM = 0.9  # of SGD
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,22 @@ ARMS = {
 }
 
 
-def controller_settings(arm: str, changes: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The controller's settings in full, ``None`` for an arm without one."""
-    config = _controller(ARMS[arm], changes)
-    return None if config is None else dataclasses.asdict(config)
+def arm_settings(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of an arm's update: its own, the controller's in full, and what all share.
+
+    Args:
+        name: of the arm.
+        changes: settings of the controller that differ from the arm's.
+
+    Example:
+        >>> arm_settings("adamw-clip", {})["clip"], arm_settings("adamw-clip", {})["controller"]
+        (1.0, None)
+    """
+    arm = ARMS[name]
+    settings = dataclasses.asdict(dataclasses.replace(arm, controller=_controller(arm, changes)))
+    del settings["title"]
+    shared = {"base_rates": BASE_RATES, "weight_decay": _WEIGHT_DECAY, "momentum": _MOMENTUM}
+    return settings | shared
 
 
 def _controller(arm: Arm, changes: Mapping[str, Any]) -> ARSConfig | None:
@@ -98,7 +111,7 @@ class Step:
                 ARSAdamW(
                     self._parameters,
                     lr=scale * BASE_RATES["adamw"],
-                    betas=_BETAS,
+                    betas=self.arm.betas,
                     weight_decay=_WEIGHT_DECAY,
                     ars=config,
                 )
@@ -153,7 +166,7 @@ def _adamw_of(parameters: Any, scale: float, betas: tuple[float, float]) -> torc
 
 
 def _sgd(model: nn.Module, scale: float, betas: tuple[float, float]) -> list[torch.optim.Optimizer]:
-    return [torch.optim.SGD(model.parameters(), lr=scale * BASE_RATES["sgd"], momentum=0.9)]
+    return [torch.optim.SGD(model.parameters(), lr=scale * BASE_RATES["sgd"], momentum=_MOMENTUM)]
 
 
 def _muon(

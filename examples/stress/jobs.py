@@ -1,6 +1,6 @@
-"""What one run is, how large it is, and what it leaves behind."""
+"""What one run is, how large it is, and where its record lies."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ars.models import GPTConfig
@@ -74,22 +74,6 @@ class Job:
         changed = "".join(f"-{name}={_plain(value)}" for name, value in self.changes)
         return f"{self.scenario}/{self.arm}{changed}-x{self.rate:g}-{self.seed}.json"
 
-    def identity(self, corpus: str, controller: dict[str, Any] | None) -> dict[str, Any]:
-        """All that decides the numbers, as JSON reads it back: a record of another is run again.
-
-        Args:
-            corpus: digest of the text.
-            controller: the controller's settings in full, ``None`` without one.
-        """
-        content = asdict(self) | {"corpus": corpus, "controller": controller}
-        return {name: _listed(value) for name, value in content.items()}
-
 
 def _plain(value: Any) -> str:
     return "+".join(value) if isinstance(value, tuple) else str(value)
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _listed(item) for name, item in value.items()}
-    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,26 +1,49 @@
 """One run: train an arm through a scenario and measure it."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ars.models import GPT
-from stress.arms import Step, controller_settings
+from stress.arms import Step, arm_settings
 from stress.jobs import Job
-from stress.scenarios import Stream
+from stress.scenarios import Stream, scenario_settings
 from stress.text import Corpus, validation_windows
 from trainer.evaluate import bits_per_byte
 
-__all__ = ["DIVERGED_BY", "RECOVERED_WITHIN", "run_job"]
+__all__ = ["DIVERGED_BY", "RECOVERED_WITHIN", "identity_of", "run_job"]
 
 DIVERGED_BY = 1.0  # bits per byte worse at the end than half-way; or worse than untrained
 RECOVERED_WITHIN = 0.25  # bits per byte above half-way
 _POINTS = 20  # measurements on the way
 _WINDOWS, _CURVE_WINDOWS = 64, 16  # of the validation text: half-way and at the end; on the way
 _TOKEN_BYTES = torch.ones(256, dtype=torch.int64)  # a token is a byte
+
+
+def identity_of(job: Job, corpus: Corpus) -> dict[str, Any]:
+    """Every setting that decides the numbers of a run, as JSON reads it back.
+
+    Args:
+        job: the run.
+        corpus: the text.
+    """
+    content = asdict(job) | {
+        "corpus": corpus.sha256,
+        "update": arm_settings(job.arm, dict(job.changes)),
+        "stress": scenario_settings(),
+        "measurement": {
+            "diverged_by": DIVERGED_BY, "recovered_within": RECOVERED_WITHIN, "points": _POINTS,
+            "windows": _WINDOWS, "curve_windows": _CURVE_WINDOWS,
+        },
+        "torch": str(torch.__version__),
+    }  # fmt: skip
+    settings: dict[str, Any] = json.loads(json.dumps(content))
+    return settings
 
 
 def run_job(job: Job, corpus: Corpus, between: Callable[[], None]) -> dict[str, Any]:
@@ -80,9 +103,8 @@ def run_job(job: Job, corpus: Corpus, between: Callable[[], None]) -> dict[str, 
         "times": times,
         "validation": validation,
     }
-    identity = job.identity(corpus.sha256, controller_settings(job.arm, dict(job.changes)))
     return {
-        "identity": identity,
+        "identity": identity_of(job, corpus),
         "metrics": {name: _json(value) for name, value in metrics.items()},
         "curves": {
             name: [_json(_short(value)) for value in values] for name, values in curves.items()
@@ -104,11 +126,12 @@ def _recovery(
 ) -> int:
     """Steps from half-way until the validation is near its old value for good; all if never."""
     late = [(t, v) for t, v in zip(times, validation, strict=True) if t > begins]
-    since = begins
-    for time, value in late:
+    since = steps
+    for time, value in reversed(late):
         if not value <= half + RECOVERED_WITHIN:
-            since = time
-    return steps - begins if since >= late[-1][0] else since - begins
+            return since - begins
+        since = time
+    return 0
 
 
 def _wasted(times: Sequence[int], validation: Sequence[float], steps: int) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from ars.models import GPT
 from stress.jobs import Size
 from stress.text import batch
 
-__all__ = ["EDGE_FACTOR", "SCENARIOS", "Scenario", "Stream"]
+__all__ = ["EDGE_FACTOR", "SCENARIOS", "Scenario", "Stream", "scenario_settings"]
 
 EDGE_FACTOR = 100.0
 _PROMPT = 8  # bytes of real text that a sample begins with
@@ -54,6 +55,14 @@ SCENARIOS = {
         "Learning rate beyond the edge", f"the learning rate is multiplied by {EDGE_FACTOR:g}"
     ),
 }
+
+
+def scenario_settings() -> dict[str, Any]:
+    """Every setting that the scenarios have in common."""
+    return {
+        "edge_factor": EDGE_FACTOR, "warmup": _WARMUP, "prompt": _PROMPT, "pool": _POOL,
+        "pool_steps": _POOL_STEPS,
+    }  # fmt: skip
 
 
 class Stream:

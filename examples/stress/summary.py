@@ -25,8 +25,8 @@ Row = dict[str, Any]
 _Z95 = 1.960  # two-sided 95 % quantile of the normal distribution
 _AVERAGED = ("final", "peak_norm", "recovery", "wasted", "mean_phi", "mean_phi_before")
 _HEADER = (
-    "arm", "runs", "diverged [95 %]", "final bits", "against base", "peak norm", "recovery",
-    "wasted", "mean Phi",
+    "arm", "runs", "diverged [95 %]", "final bits", "against base", "against clipped AdamW",
+    "peak norm", "recovery", "wasted", "mean Phi",
 )  # fmt: skip
 
 
@@ -48,15 +48,29 @@ def summarize(jobs: Sequence[Job], records: Sequence[Record]) -> list[Row]:
             "diverged": failed,
             "diverged_interval": share_interval(failed, len(runs)),
         }
-        for name in _AVERAGED:
-            row[name] = _interval([metrics[name] for metrics in runs.values()])
-        base = groups.get((scenario, rate, ARMS[arm].family, ()), {})
-        if arm != ARMS[arm].family and base:
-            row["against_base"] = _interval([
-                _difference(runs[seed]["final"], base[seed]["final"]) for seed in runs.keys() & base
-            ])  # fmt: skip
+        values = {name: [metrics[name] for metrics in runs.values()] for name in _AVERAGED}
+        for name, control in _controls(arm).items():
+            other = groups.get((scenario, rate, control, ()), {})
+            if other:
+                values[name] = [
+                    _difference(runs[seed]["final"], other[seed]["final"])
+                    for seed in runs.keys() & other
+                ]
+        row |= {name: _interval(found) for name, found in values.items()}
+        row["not_finite"] = {
+            name: found.count(None) for name, found in values.items() if None in found
+        }
         rows.append(row)
     return rows
+
+
+def _controls(arm: str) -> dict[str, str]:
+    """The arms that an arm is compared with, by the names of the differences."""
+    family = ARMS[arm].family
+    controls = {"against_base": family}
+    if family == "adamw":
+        controls["against_clipped"] = "adamw-clip"  # the fair one
+    return {name: control for name, control in controls.items() if control != arm}
 
 
 def _difference(mine: float | None, other: float | None) -> float | None:
@@ -109,22 +123,26 @@ def _cells(row: Row) -> list[str]:
         ARMS[row["arm"]].title + changed,
         str(row["runs"]),
         f"{row['diverged'] / row['runs']:.0%} [{low:.0%}, {high:.0%}]",
-        _text(row["final"], "{:.3f}"),
-        _text(row.get("against_base"), "{:+.3f}"),
-        _text(row["peak_norm"], "{:.2f}"),
-        _text(row["recovery"], "{:.0f}"),
-        _text(row["wasted"], "{:.0f}"),
-        _text(row["mean_phi"], "{:.3f}"),
+        _text(row, "final", "{:.3f}"),
+        _text(row, "against_base", "{:+.3f}"),
+        _text(row, "against_clipped", "{:+.3f}"),
+        _text(row, "peak_norm", "{:.2f}"),
+        _text(row, "recovery", "{:.0f}"),
+        _text(row, "wasted", "{:.0f}"),
+        _text(row, "mean_phi", "{:.3f}"),
     ]
 
 
-def _text(interval: tuple[float, float] | None, form: str) -> str:
-    if interval is None:
-        return ""
-    mean, half = interval
-    return form.format(mean) + (
-        f" ± {form.format(half).lstrip('+')}" if math.isfinite(half) else ""
-    )
+def _text(row: Row, name: str, form: str) -> str:
+    parts = []
+    if row.get(name):
+        mean, half = row[name]
+        parts.append(form.format(mean))
+        if math.isfinite(half):
+            parts.append(f"± {form.format(half).lstrip('+')}")
+    if name in row["not_finite"]:
+        parts.append(f"({row['not_finite'][name]} not finite)")
+    return " ".join(parts)
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -159,7 +177,7 @@ def write_summary(
         table.writerow([*values, *record["metrics"].values()])
     write_atomically(folder / "runs.csv", text.getvalue())
     identities = [record["identity"] for record in records]
-    controllers = {i["arm"]: i["controller"] for i in identities if not i["changes"]}
+    controllers = {i["arm"]: i["update"]["controller"] for i in identities if not i["changes"]}
     content = {
         "command": command,
         "torch": torch.__version__,

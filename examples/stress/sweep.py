@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from stress.arms import controller_settings
 from stress.jobs import Job
-from stress.run import run_job
+from stress.run import identity_of, run_job
 from stress.text import Corpus
 from trainer.checkpoint import write_atomically
+from trainer.errors import UsageError
 from trainer.signals import StopRequest
 
 __all__ = ["run_jobs"]
@@ -48,6 +48,7 @@ def run_jobs(
 
     Raises:
         RunInterruptedError: a signal arrived; finished runs are on the disk.
+        UsageError: the folder holds runs of other settings, all of which are left as they are.
     """
     records = {job: _read(folder / job.file, job, corpus) for job in jobs}
     waiting = [job for job in jobs if records[job] is None]
@@ -66,14 +67,33 @@ def run_jobs(
 
 
 def _read(path: Path, job: Job, corpus: Corpus) -> Record | None:
-    """The record of this very run; ``None`` if it is missing, damaged or of other settings."""
+    """The record of this very run; ``None`` if it is missing or damaged."""
     try:
-        record = json.loads(path.read_text())
-        expected = job.identity(corpus.sha256, controller_settings(job.arm, dict(job.changes)))
-        same = record["identity"] == expected
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        record: Record = json.loads(path.read_text())
+        found = _flat(record["identity"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return record if same else None
+    wanted = _flat(identity_of(job, corpus))
+    changes = [
+        f"{name} {found.get(name)} (now {wanted.get(name)})"
+        for name in wanted | found
+        if found.get(name) != wanted.get(name)
+    ]
+    if changes:
+        raise UsageError(
+            f"{path} is of other settings: {', '.join(changes)}; repeat them, name another folder "
+            "with --out, or delete this one"
+        )
+    return record
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same with ``"size.steps"`` for the ``"steps"`` of ``"size"``."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        parts = _flat(value) if isinstance(value, dict) else {}
+        flat |= {f"{name}.{part}": item for part, item in parts.items()} or {name: value}
+    return flat
 
 
 def _inline(

@@ -79,8 +79,8 @@ def load_file(path: Path, sequence_len: int) -> Corpus:
     if len(content) < needed:
         what = "is empty" if not content else f"has {len(content)} bytes"
         raise UsageError(
-            f"--data {path} {what}, but --sequence-len {sequence_len} needs at least {needed}: "
-            "give a longer file or a smaller --sequence-len"
+            f"--data {path} {what}, but sequences of {sequence_len} need at least {needed}: "
+            "give a longer file or a smaller --size"
         )
     cut = len(content) - len(content) // 10
     facts = {"source": path.name, "train_files": 1, "validation_files": [path.name]}

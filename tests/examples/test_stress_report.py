@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
+import matplotlib.axes
+import matplotlib.pyplot as plt
 import pytest
 
 from stress import summary
@@ -29,7 +30,7 @@ CURVES = {
 
 def record(job: Job, **metrics: Any) -> dict[str, Any]:
     identity = {"arm": job.arm, "changes": [list(c) for c in job.changes], "size": {"steps": 20}}
-    identity["controller"] = None if job.arm == "adamw" else {"alpha": 1.0}
+    identity["update"] = {"controller": None if job.arm == "adamw" else {"alpha": 1.0}}
     return {"identity": identity, "metrics": METRICS | metrics, "curves": CURVES}
 
 
@@ -74,6 +75,27 @@ def test_rows_pair_the_seeds_that_both_have_finished(
     shuffled = [*zip(jobs, records, strict=True)][::-1]
     again = summarize([job for job, _ in shuffled], [r for _, r in shuffled])
     assert again[0]["against_base"] == pytest.approx((mean, half))
+    assert plain["not_finite"] == {"final": 1}
+    assert default["not_finite"] == {"against_base": 1}
+
+
+def test_arms_on_adamw_are_paired_with_the_clipped_control(
+    jobs: list[Job], records: list[dict[str, Any]]
+) -> None:
+    more = [Job("edge", arm, 1.0, s, SIZE) for arm in ("adamw-clip", "sgd") for s in range(3)]
+    finals = [4.5, 4.5, 5.5] * 2
+    rows = summarize(
+        [*jobs, *more],
+        [*records, *(record(job, final=f) for job, f in zip(more, finals, strict=True))],
+    )
+    found = {row["arm"]: row.get("against_clipped") for row in rows}
+    assert found.keys() == {"adamw", "default", "adamw-clip", "sgd"}
+    assert found["adamw"][0] == 5.0  # of 4.5 and 5.5
+    mean, half = found["default"]  # of -0.5, 0.0 and -0.5
+    assert mean == pytest.approx(-1 / 3)
+    assert half == pytest.approx(4.303 / 6, rel=1e-3)
+    assert found["adamw-clip"] is found["sgd"] is None
+    assert f"| {mean:+.3f} ± {half:.3f} | 1.50 ± 0.00 |" in tables(rows)
 
 
 def test_table_and_files(
@@ -82,8 +104,9 @@ def test_table_and_files(
     rows = write_summary(tmp_path, jobs, records, corpus, "python narcissus.py")
     text = (tmp_path / "tables.md").read_text()
     assert text == tables(rows)
-    assert "| AdamW | 3 | 100% [44%, 100%] | 9.500 ± 6.353 |" in text
-    assert "| default | 3 | 0% [0%, 56%] | 4.500 ± 1.242 | -5.250 ± 3.177 |" in text
+    assert "| AdamW | 3 | 100% [44%, 100%] | 9.500 ± 6.353 (1 not finite) |" in text
+    line = "| default | 3 | 0% [0%, 56%] | 4.500 ± 1.242 | -5.250 ± 3.177 (1 not finite) |"
+    assert line in text
     with open(tmp_path / "runs.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [(line["arm"], line["seed"]) for line in lines] == [(j.arm, str(j.seed)) for j in jobs]
@@ -99,20 +122,26 @@ def test_one_seed_has_no_interval(corpus: Corpus, tmp_path: Path) -> None:
     job = Job("loop", "adamw", 1.0, 0, SIZE)
     write_summary(tmp_path, [job], [record(job)], corpus, "")
     assert "| 3.000 |" in (tmp_path / "tables.md").read_text()
+    write_summary(tmp_path, [job], [record(job, final=None)], corpus, "")
+    assert "| (1 not finite) |" in (tmp_path / "tables.md").read_text()
     assert "NaN" not in (tmp_path / "summary.json").read_text()
 
 
 def test_figures_show_every_arm(
-    jobs: list[Job], records: list[dict[str, Any]], tmp_path: Path
+    jobs: list[Job], records: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("stress.figures.plt.close", drawn.append)
     more = [Job("edge", "sgd", 1.0, 0, SIZE), Job("edge", "adamw", 3.0, 0, SIZE)]
     everything = [*records, *(record(job) for job in more)]
     files = draw_scenarios(tmp_path, [*jobs, *more], everything)
     assert files == [tmp_path / "edge.png"]
-    one_column = tmp_path / "one"
-    one_column.mkdir()
-    (narrow,) = draw_scenarios(one_column, jobs, records)
-    assert matplotlib.image.imread(files[0]).shape[1] > matplotlib.image.imread(narrow).shape[1]
+    assert files[0].stat().st_size > 1000
+    (figure,) = drawn
+    monkeypatch.undo()
+    plt.close(figure)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["AdamW", "default", "SGD"]
 
 
 def test_heat_map_of_the_whole_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from ars.models import GPT
-from stress.arms import ARMS, BASE_RATES, Step, controller_settings
+from stress.arms import ARMS, BASE_RATES, Step, arm_settings
 from stress.jobs import SIZES, Job, Size
-from stress.run import _recovery, _wasted, run_job
+from stress.run import _recovery, _wasted, identity_of, run_job
 from stress.scenarios import EDGE_FACTOR, SCENARIOS, Stream
 from stress.sweep import run_jobs
 from stress.text import Corpus, load_file
-from trainer.errors import RunInterruptedError
+from trainer.errors import RunInterruptedError, UsageError
 from trainer.signals import StopRequest
 
 SIZE = Size(layers=1, width=32, sequence_len=24, batch_size=4, steps=80)
@@ -85,6 +85,14 @@ def test_after_a_shift_the_gate_on_the_betas_recovers_sooner(corpus: Corpus) -> 
     assert braked["metrics"]["final"] < plain["metrics"]["final"]
 
 
+def test_reversed_text_is_a_shift_that_is_learnt(corpus: Corpus) -> None:
+    record = run(corpus, "reversal", "adamw")
+    loss, half = record["curves"]["loss"], SIZE.steps // 2
+    assert loss[half] > loss[half - 1] + 0.5
+    assert loss[-1] < loss[half] - 0.5
+    assert 0 < record["metrics"]["recovery"] < half
+
+
 def test_on_its_own_samples_the_loss_falls_and_the_validation_rises(corpus: Corpus) -> None:
     """The failure that no arm sees: the surprise is small."""
     record = run(corpus, "loop", "default")
@@ -106,7 +114,7 @@ def test_a_record_repeats_bit_by_bit_and_is_json(corpus: Corpus) -> None:
     first = run(corpus, "loop", "paper", phi_min=0.5)
     assert run(corpus, "loop", "paper", phi_min=0.5) == first
     assert json.loads(json.dumps(first, allow_nan=False)) == first
-    assert first["identity"]["controller"]["phi_min"] == 0.5
+    assert first["identity"]["update"]["controller"]["phi_min"] == 0.5
     assert first["metrics"]["least_phi"] >= 0.5
 
 
@@ -121,20 +129,52 @@ def test_a_run_that_blows_up_is_diverged_and_still_json(corpus: Corpus) -> None:
 
 
 def test_the_ablations_are_what_they_are_called() -> None:
-    paper = controller_settings("paper", {})
-    assert paper is not None
+    def controller_of(arm: str, **changes: Any) -> Any:
+        return arm_settings(arm, changes)["controller"]
+
+    paper = controller_of("paper")
     for arm, differences in {
         "paper-psi": {"phi_min": 1.0, "jitter": 0.0},
         "paper-psi-chi": {"phi_min": 1.0},
         "paper-psi-phi": {"jitter": 0.0},
         "paper-lr": {"gate": ("lr",)},
     }.items():
-        assert controller_settings(arm, {}) == paper | differences
-    assert controller_settings("adamw", {}) is None
+        assert controller_of(arm) == paper | differences
+    assert controller_of("adamw") is None
     for arm in ("default", "sgd-default", "muon-default"):
-        assert controller_settings(arm, {"alpha": 3.0}) == {
-            **(controller_settings("default", {}) or {}), "alpha": 3.0
-        }  # fmt: skip
+        assert controller_of(arm, alpha=3.0) == controller_of("default") | {"alpha": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stress.arms.BASE_RATES", BASE_RATES | {"adamw": 0.02}),
+        ("stress.arms._WEIGHT_DECAY", 0.2),
+        ("stress.arms._MOMENTUM", 0.8),
+        ("stress.arms.ARMS", ARMS | {"adamw": replace(ARMS["adamw"], clip=2.0)}),
+        ("stress.arms.ARMS", ARMS | {"adamw": replace(ARMS["adamw"], factor=2.0)}),
+        ("stress.arms.ARMS", ARMS | {"adamw": replace(ARMS["adamw"], betas=(0.5, 0.5))}),
+        ("stress.scenarios.EDGE_FACTOR", 50.0),
+        ("stress.scenarios._WARMUP", 0.2),
+        ("stress.scenarios._PROMPT", 4),
+        ("stress.scenarios._POOL", 4),
+        ("stress.scenarios._POOL_STEPS", 10),
+        ("stress.run._POINTS", 10),
+        ("stress.run._WINDOWS", 32),
+        ("stress.run._CURVE_WINDOWS", 8),
+        ("stress.run.DIVERGED_BY", 2.0),
+        ("stress.run.RECOVERED_WITHIN", 0.5),
+        ("torch.__version__", "0.0"),
+    ],
+)
+def test_a_record_is_known_by_every_constant(
+    name: str, value: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job("edge", "adamw", 1.0, 0, SIZE)
+    before = identity_of(job, corpus)
+    assert identity_of(job, corpus) == before
+    monkeypatch.setattr(name, value)
+    assert identity_of(job, corpus) != before
 
 
 def test_rates_of_a_run(corpus: Corpus) -> None:
@@ -190,9 +230,10 @@ def test_a_pool_of_samples_begins_with_the_text_and_is_kept(corpus: Corpus) -> N
 def test_recovery_and_waste_by_hand() -> None:
     times = [0, 10, 20, 30, 40]
     assert _recovery(times, [8, 3, 3.1, 3.2, 3.0], 3.0, 20, 40) == 0
-    assert _recovery(times, [8, 3, 3.1, 3.5, 3.0], 3.0, 20, 40) == 10
+    assert _recovery(times, [8, 3, 3.1, 3.5, 3.0], 3.0, 20, 40) == 20
+    assert _recovery([0, 10, 20, 30], [3.0, 3.5, 3.2, 3.1], 3.0, 0, 30) == 20
     assert _recovery(times, [8, 3, 3.1, 3.0, 3.3], 3.0, 20, 40) == 20
-    assert _recovery(times, [8, 3, 3.1, math.nan, 3.0], 3.0, 20, 40) == 10
+    assert _recovery(times, [8, 3, 3.1, math.nan, 3.0], 3.0, 20, 40) == 20
     assert _wasted(times, [8, 5, 4, 3, 2], 40) == 0
     assert _wasted(times, [8, 5, 4, 3, 4.5], 40) == 20
     assert _wasted(times, [8, 5, 4, 3, math.nan], 40) == 40
@@ -217,8 +258,11 @@ def test_finished_runs_are_not_run_again(
     assert ran == [1]
     changed = [Job("ordinary", "default", 1.0, 0, Size(1, 32, 24, 2, 6))]  # in the same file
     assert changed[0].file == jobs[0].file
-    run_jobs(tmp_path, changed, corpus, 1, StopRequest())
-    assert ran == [1, 0]
+    kept = (tmp_path / jobs[0].file).read_bytes()
+    with pytest.raises(UsageError, match=r"of other settings: size.steps 4 \(now 6\); repeat"):
+        run_jobs(tmp_path, changed, corpus, 1, StopRequest())
+    assert ran == [1]
+    assert (tmp_path / jobs[0].file).read_bytes() == kept
     assert not list(tmp_path.rglob("*.tmp"))
 
 

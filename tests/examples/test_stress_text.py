@@ -93,7 +93,7 @@ def test_a_file_keeps_its_last_tenth_for_validation(tmp_path: Path) -> None:
 def test_the_shortest_accepted_file_gives_a_batch_and_a_window(tmp_path: Path, length: int) -> None:
     path = tmp_path / "short"
     path.write_bytes(b"x" * (10 * (length + 1) - 1))
-    with pytest.raises(UsageError, match="longer file or a smaller --sequence-len"):
+    with pytest.raises(UsageError, match="longer file or a smaller --size"):
         load_file(path, length)
     path.write_bytes(b"x" * (10 * (length + 1)))
     corpus = load_file(path, length)

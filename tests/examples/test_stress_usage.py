@@ -103,6 +103,12 @@ def test_a_run_from_end_to_end_and_again(text: Path, capsys: pytest.CaptureFixtu
     assert narcissus.main(words) == 0
     assert capsys.readouterr().out == first
     assert stamps == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.json")}
+    assert narcissus.main([*words, "--size", "small"]) == 2  # in the same folder
+    error = capsys.readouterr().err.splitlines()[-1]
+    record = out / "runs" / "edge" / "adamw-x1-0.json"
+    assert error.startswith(f"error: {record} is of other settings: size.layers 1 (now 2), ")
+    assert "name another folder with --out" in error
+    assert stamps == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.json")}
 
 
 def test_ctrl_c_ends_with_one_line(text: Path) -> None:
