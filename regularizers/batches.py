@@ -1,25 +1,21 @@
 """Checks of the labelled batches that a Fisher is fitted on."""
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ars.regularizers.checks import check_positive_int
 from ars.regularizers.estimators import IGNORE_INDEX
 
 __all__ = ["check_cost", "check_logits", "check_targets", "checked_batch", "take_samples"]
-
-Targets = TypeVar("Targets", Tensor, Tensor | None)
 
 # Backward passes a sample may take; at a millisecond each this is four seconds.
 MAX_BACKWARDS = 4096
 
 
-def checked_batch(
-    batch: object, index: int, *, segments: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return ``batch`` as (inputs, targets, segments or None).
+def checked_batch(batch: object, index: int, *, segments: bool) -> tuple[Tensor, ...]:
+    """Return ``batch`` as (inputs, targets), or (inputs, targets, segments).
 
     Args:
         batch: Inputs (B, ...) and targets (B,) or (B, T) int64, not empty; and, if asked for,
@@ -60,7 +56,7 @@ def checked_batch(
     if targets.numel() == 0:
         raise ValueError(f"batch {index} is empty: targets have shape {tuple(targets.shape)}")
     if not segments:
-        return inputs, targets, None
+        return inputs, targets
     numbers = batch[2]
     if numbers.dtype != torch.int64:
         raise TypeError(f"segments of batch {index} must be int64, got {numbers.dtype}")
@@ -151,29 +147,26 @@ def check_targets(targets: Tensor, classes: int, index: int) -> None:
 
 
 def take_samples(
-    batches: Iterable[tuple[Tensor, Targets]], n_samples: int | None
-) -> Iterator[tuple[Tensor, Targets]]:
+    batches: Iterable[tuple[Tensor, ...]], n_samples: int | None
+) -> Iterator[tuple[Tensor, ...]]:
     """Yield batches until they hold ``n_samples``, cutting the last one to fit.
 
     Args:
-        batches: Checked pairs.
+        batches: Checked tensors, whose first dimension is the samples.
         n_samples: How many samples to take, >= 1; None for all.
 
     Raises:
         ValueError: ``n_samples`` is not a positive integer, there are fewer, or none at all. Raised
             where the batches end.
     """
-    if n_samples is not None and (
-        isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1
-    ):
-        raise ValueError(f"n_samples must be a positive integer, got {n_samples!r}")
+    if n_samples is not None:
+        check_positive_int("n_samples", n_samples)
     seen = 0
-    for inputs, targets in batches:
-        if n_samples is not None and len(inputs) > n_samples - seen:
-            inputs = inputs[: n_samples - seen]
-            targets = targets if targets is None else targets[: len(inputs)]
-        seen += len(inputs)
-        yield inputs, targets
+    for batch in batches:
+        if n_samples is not None:
+            batch = tuple(part[: n_samples - seen] for part in batch)
+        seen += len(batch[0])
+        yield batch
         if seen == n_samples:
             return
     if seen == 0:

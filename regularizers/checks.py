@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from ars.regularizers.estimators import accumulation_dtype
 
 __all__ = [
+    "check_draws",
+    "check_generator",
     "check_names",
     "check_option",
-    "check_shape",
+    "check_positive_int",
     "check_state",
     "check_tensor",
     "checked_choice",
+    "checked_decay",
     "checked_module",
     "checked_strength",
     "copy_like",
@@ -28,6 +31,35 @@ def checked_module(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def check_generator(generator: object) -> None:
+    """Raise TypeError unless ``generator`` is a torch.Generator or None."""  # noqa: DOC501
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
+            "for a seed pass torch.Generator().manual_seed(seed)"
+        )
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is an integer >= 1."""  # noqa: DOC501
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def check_draws(draws: int, estimator: str) -> None:
+    """Raise ValueError unless the estimator can be averaged over as many draws."""  # noqa: DOC501
+    check_positive_int("draws", draws)
+    if draws > 1 and estimator not in {"sketch", "mc"}:
+        raise ValueError(f"estimator={estimator!r} draws nothing; leave draws=1")
+
+
+def checked_decay(decay: float) -> float:
+    """Return ``decay``, or raise ValueError if it is not a number in [0, 1]."""  # noqa: DOC501
+    if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay <= 1:
+        raise ValueError(f"decay must be a number in [0, 1], got {decay!r}")
+    return float(decay)
 
 
 def check_names(names: Mapping[str, Any], model: nn.Module, source: str) -> None:
@@ -57,7 +89,7 @@ def check_names(names: Mapping[str, Any], model: nn.Module, source: str) -> None
         )
 
 
-def check_shape(what: str, tensor: Tensor, shape: torch.Size) -> None:
+def _check_shape(what: str, tensor: Tensor, shape: torch.Size) -> None:
     """Refuse what is not a floating-point tensor of ``shape``.
 
     Args:
@@ -94,7 +126,7 @@ def check_tensor(what: str, tensor: Tensor, param: Tensor, minimum: float = -mat
     Raises:
         ValueError: Another shape, not finite, or too small.
     """
-    check_shape(what, tensor, param.shape)
+    _check_shape(what, tensor, param.shape)
     stored = tensor.detach().to(accumulation_dtype(param.dtype))
     if not stored.isfinite().all():
         raise ValueError(

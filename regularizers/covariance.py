@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ars.regularizers.batches import checked_batch, take_samples
+from ars.regularizers.checks import checked_module
 from ars.regularizers.estimators import IGNORE_INDEX
 from ars.regularizers.factors import outer_products
 from ars.regularizers.layers import (
@@ -64,9 +65,7 @@ class ActivationCovariance:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.model = model
+        self.model = checked_module(model)
         self._moments: dict[str, _Moment] | None = None
         self._n_samples = 0
 
@@ -205,14 +204,14 @@ class _Moment(NamedTuple):
     positions: int
 
 
-def _labelled(batch: object, index: int) -> tuple[Tensor, Tensor]:
+def _labelled(batch: object, index: int) -> tuple[Tensor, ...]:
     """Return inputs and targets; for inputs alone, targets that mask nothing.
 
     Raises:
         ValueError: There are no inputs.
     """
     if not isinstance(batch, Tensor):
-        return checked_batch(batch, index, segments=False)[:2]
+        return checked_batch(batch, index, segments=False)
     if batch.ndim == 0 or len(batch) == 0:
         raise ValueError(f"batch {index} is empty: inputs have shape {tuple(batch.shape)}")
     return batch, torch.zeros(len(batch), dtype=torch.int64, device=batch.device)

@@ -11,7 +11,6 @@ tasks the pull is towards the newest model (:meth:`EWC.consolidate`), or towards
 """
 
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -22,6 +21,7 @@ from ars.regularizers.checks import (
     check_state,
     check_tensor,
     checked_choice,
+    checked_decay,
     checked_module,
     checked_strength,
     copy_like,
@@ -179,8 +179,7 @@ class EWC:
             ValueError: As for the constructor, or ``decay`` is out of range. Nothing has changed
                 then.
         """
-        if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay <= 1:
-            raise ValueError(f"decay must be a number in [0, 1], got {decay!r}")
+        decay = checked_decay(decay)
         for pull, new in self._further(fisher, decay):
             pull.assign(pull.omega().to(new.dtype) * decay + new, pull.param)
         self.constant = 0.0

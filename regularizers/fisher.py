@@ -14,6 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ars.regularizers.adam_moment import adam_importance
+from ars.regularizers.checks import (
+    check_draws,
+    check_generator,
+    check_positive_int,
+    checked_choice,
+    checked_module,
+)
 from ars.regularizers.cotangents import UNITS, Unit
 from ars.regularizers.estimators import ESTIMATORS
 from ars.regularizers.evaluation import trainable
@@ -119,37 +126,22 @@ class DiagonalFisher:
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if estimator not in ESTIMATORS and estimator != "adam":
-            names = [*ESTIMATORS, "adam"]
-            raise ValueError(f"unknown estimator {estimator!r}; choose one of {names}")
-        if unit not in UNITS:
-            raise ValueError(f"unknown unit {unit!r}; choose one of {list(UNITS)}")
-        if unit != "sequence" and estimator in {"batched", "adam"}:
-            raise ValueError(f"estimator={estimator!r} has no units; leave unit='sequence'")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
-                "for a seed pass torch.Generator().manual_seed(seed)"
-            )
-        if dtype not in {None, *STORED}:
-            raise ValueError(f"importance cannot be stored in {dtype}; choose one of {STORED}")
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; choose one of {list(METHODS)}")
-        if chunk_size is not None:
-            _check_positive_int("chunk_size", chunk_size)
-        _check_positive_int("draws", draws)
-        if draws > 1 and estimator not in {"sketch", "mc"}:
-            raise ValueError(f"estimator={estimator!r} draws nothing; leave draws=1")
-        self.model = model
-        self.estimator = estimator
-        self.unit = unit
+        self.model = checked_module(model)
+        self.estimator: str = checked_choice("estimator", estimator, (*ESTIMATORS, "adam"))
+        self.unit: Unit = checked_choice("unit", unit, UNITS)
         self.draws = draws
-        self.method = method
+        self.method: Method = checked_choice("method", method, METHODS)
         self.chunk_size = chunk_size
         self.generator = generator
         self.dtype = dtype
+        if unit != "sequence" and estimator in {"batched", "adam"}:
+            raise ValueError(f"estimator={estimator!r} has no units; leave unit='sequence'")
+        check_generator(generator)
+        if dtype not in {None, *STORED}:
+            raise ValueError(f"importance cannot be stored in {dtype}; choose one of {STORED}")
+        if chunk_size is not None:
+            check_positive_int("chunk_size", chunk_size)
+        check_draws(draws, estimator)
         self._importance: dict[str, Tensor] | dict[str, Quantized] | None = None
         self._n_samples = 0
 
@@ -224,8 +216,6 @@ class DiagonalFisher:
             raise ValueError(
                 "estimator='adam' needs no data; use DiagonalFisher.from_optimizer(model, opt)"
             )
-        if n_samples is not None:
-            _check_positive_int("n_samples", n_samples)
         settings = Settings(
             self.estimator, self.unit, self.draws, self.method, self.chunk_size, self.generator
         )
@@ -292,8 +282,3 @@ class DiagonalFisher:
         self._importance = stored_as(importance, self.dtype)
         self._n_samples = samples
         return self
-
-
-def _check_positive_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")

@@ -6,7 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.batches import check_cost, check_logits, check_targets, checked_batch
+from ars.regularizers.batches import (
+    check_cost,
+    check_logits,
+    check_targets,
+    checked_batch,
+    take_samples,
+)
 from ars.regularizers.cotangents import Chunk, Unit, count_units, units_of
 from ars.regularizers.estimators import ESTIMATORS, draw_nothing
 from ars.regularizers.evaluation import evaluation_mode, trainable
@@ -50,35 +56,23 @@ def sum_squares(
     parameters = trainable(model)
     total = zero_sums(parameters)
     way = Differentiator(model, parameters, settings.method, settings.chunk_size)
+    checked = (
+        checked_batch(batch, index, segments=settings.unit == "segment")
+        for index, batch in enumerate(batches)
+    )
     seen = units = classes = 0
     with evaluation_mode(model), torch.enable_grad():
-        for index, batch in enumerate(batches):
-            inputs, targets, segments = checked_batch(
-                batch, index, segments=settings.unit == "segment"
-            )
-            if n_samples is not None:
-                left = n_samples - seen
-                inputs, targets = inputs[:left], targets[:left]
-                segments = None if segments is None else segments[:left]
+        for index, (inputs, targets, *segments) in enumerate(take_samples(checked, n_samples)):
             if seen == 0:
                 classes = check_logits(model(inputs[:1]), targets[:1]).shape[-1]
             check_targets(targets, classes, index)
-            whole = _chunk(settings, inputs, targets, segments, classes)
+            whole = _chunk(settings, inputs, targets, segments[0] if segments else None, classes)
             if settings.estimator == "batched":
                 add_squared_batch_gradient(total, model, parameters, whole)
             else:
                 way.add_squares(total, settings.estimator, whole)
             seen += len(targets)
             units += len(targets) if whole.units is None else count_units(whole.units)
-            if seen == n_samples:
-                break
-    if seen == 0:
-        raise ValueError("batches is empty: the Fisher needs at least one sample")
-    if n_samples is not None and seen < n_samples:
-        raise ValueError(
-            f"n_samples={n_samples}, but batches held only {seen} samples; "
-            f"provide more, or pass n_samples=None to use the {seen}"
-        )
     if units == 0:
         raise ValueError(f"every position is masked: there is no {settings.unit} to average over")
     return total, seen, units

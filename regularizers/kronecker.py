@@ -26,6 +26,12 @@ from ars.regularizers.batches import (
     checked_batch,
     take_samples,
 )
+from ars.regularizers.checks import (
+    check_draws,
+    check_generator,
+    checked_choice,
+    checked_module,
+)
 from ars.regularizers.cotangents import Chunk, cotangents
 from ars.regularizers.estimators import ESTIMATORS, IGNORE_INDEX
 from ars.regularizers.factors import FactorSums, KroneckerFactors
@@ -45,7 +51,7 @@ __all__ = ["KroneckerFisher"]
 Sharing: TypeAlias = Literal["expand", "reduce"]
 _SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 # A batch's gradient, squared or not, has no factors.
-_ESTIMATORS = [name for name in ESTIMATORS if name != "batched"]
+_ESTIMATORS = tuple(name for name in ESTIMATORS if name != "batched")
 
 
 class KroneckerFisher:
@@ -119,24 +125,11 @@ class KroneckerFisher:
         draws: int = 1,
         generator: torch.Generator | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if estimator not in _ESTIMATORS:
-            raise ValueError(f"unknown estimator {estimator!r}; choose one of {_ESTIMATORS}")
-        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-            raise ValueError(f"draws must be a positive integer, got {draws!r}")
-        if draws > 1 and estimator not in {"sketch", "mc"}:
-            raise ValueError(f"estimator={estimator!r} draws nothing; leave draws=1")
-        if sharing not in _SHARINGS:
-            raise ValueError(f"unknown sharing {sharing!r}; choose one of {list(_SHARINGS)}")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
-                "for a seed pass torch.Generator().manual_seed(seed)"
-            )
-        self.model = model
-        self.estimator = estimator
-        self.sharing = sharing
+        self.model = checked_module(model)
+        self.estimator: str = checked_choice("estimator", estimator, _ESTIMATORS)
+        self.sharing: Sharing = checked_choice("sharing", sharing, _SHARINGS)
+        check_draws(draws, estimator)
+        check_generator(generator)
         self.draws = draws
         self.generator = generator
         self._factors: dict[str, KroneckerFactors] | None = None
@@ -191,9 +184,7 @@ class KroneckerFisher:
             )
         sums: dict[str, FactorSums] = {}
         seen = 0
-        pairs = (
-            checked_batch(batch, index, segments=False)[:2] for index, batch in enumerate(batches)
-        )
+        pairs = (checked_batch(batch, i, segments=False) for i, batch in enumerate(batches))
         with recorded_uses(self.model, layers) as uses, torch.enable_grad():
             for index, (inputs, targets) in enumerate(take_samples(pairs, n_samples)):
                 uses.clear()

@@ -7,7 +7,6 @@ The value and gradient are defined by :func:`ars.reference.kronecker_value` and
 """
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -17,6 +16,7 @@ from ars.regularizers.checks import (
     check_names,
     check_state,
     check_tensor,
+    checked_decay,
     checked_module,
     checked_strength,
 )
@@ -167,8 +167,7 @@ class KroneckerPenalty:
             ValueError: As for the constructor, or ``decay`` is out of range, or the layers are not
                 the same. Nothing has changed then.
         """
-        if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay <= 1:
-            raise ValueError(f"decay must be a number in [0, 1], got {decay!r}")
+        decay = checked_decay(decay)
         found = _factors_of(factors)
         if different := sorted(found.keys() ^ self._pulls.keys()):
             raise ValueError(
@@ -177,7 +176,7 @@ class KroneckerPenalty:
         for name, pull in self._pulls.items():
             pull.check("", *found[name])
         for name, pull in self._pulls.items():
-            pull.consolidate(*found[name], decay=float(decay))
+            pull.consolidate(*found[name], decay=decay)
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, and references to the anchor [W b], A and G by the name of the weight."""
