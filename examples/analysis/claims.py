@@ -10,7 +10,8 @@
 A cost is decided by the interval over the seeds, at least 3, at the depth with the most parents. It
 holds if the cost of the baseline's final loss is below the limit. That cost is an upper bound (see
 `analysis.savings`), so the claim fails only if the cost between the trunks is above the limit too,
-or if some seed never reached that loss at all. A failure that one seed shows is a failure.
+or if some seed never reached that loss at all. A cost that is a bound only, or that some seed's
+divergence leaves open, makes nothing fail. A failure that one seed shows is a failure.
 """
 
 import math
@@ -126,7 +127,7 @@ def _cost_claim(
 
 
 def _decide(saving: Saving, limit: float, cost: Callable[[Ratios], Estimate]) -> str:
-    if saving.seeds < MIN_SEEDS:
+    if saving.seeds < MIN_SEEDS or saving.diverged:
         return NOT_SHOWN
     if saving.final is None:
         return FAILS
@@ -134,20 +135,26 @@ def _decide(saving: Saving, limit: float, cost: Callable[[Ratios], Estimate]) ->
     assert final is not None, "there are as many values as seeds"
     if final[1] <= limit:
         return HOLDS
-    trunk = None if saving.trunk is None else cost(saving.trunk).known
-    if final[0] > limit and (trunk is None or trunk[0] > limit):
-        return FAILS
-    return NOT_SHOWN
+    bounds = [ratios for ratios in (saving.final, saving.trunk) if ratios is not None]
+    intervals = [cost(ratios).known for ratios in bounds]
+    above = all(interval is not None and interval[0] > limit for interval in intervals)
+    return FAILS if above and not any(ratios.is_bound for ratios in bounds) else NOT_SHOWN
 
 
 def _cost_words(saving: Saving, cost: Callable[[Ratios], Estimate]) -> str:
+    if saving.diverged:
+        return f"it or {saving.baseline} diverged in {saving.diverged} of {_seeds(saving.seeds)}"
     if saving.final is None:
         words = f"its final loss was reached in {saving.reached} of {saving.seeds} seeds"
     else:
-        words = f"{_in_words(cost(saving.final))} to its final loss"
+        words = f"{_ratio(saving.final, cost)} to its final loss"
     if saving.trunk is not None:
-        words += f", {_in_words(cost(saving.trunk))} trunk against trunk"
+        words += f", {_ratio(saving.trunk, cost)} trunk against trunk"
     return f"{words} ({saving.seeds} seed{'s' if saving.seeds > 1 else ''})"
+
+
+def _ratio(ratios: Ratios, cost: Callable[[Ratios], Estimate]) -> str:
+    return f"{'at most ' if ratios.is_bound else ''}{_in_words(cost(ratios))}"
 
 
 def _in_words(estimate: Estimate) -> str:
@@ -158,18 +165,21 @@ def _in_words(estimate: Estimate) -> str:
 
 
 def _ladder(savings: Sequence[Saving]) -> str:
-    """The transfer efficiency, and what it would save on paper for d10 ... d20."""
+    """The transfer efficiency, and what it would save on paper for d10 ... d20.
+
+    It is that of a model with one ancestor: see `analysis.paper.chain_saving`.
+    """
     steps = (0.0, 0.25, 0.5, 0.75, 1.0)
     ladder = " / ".join(f"{100 * chain_saving(e):.0f}" for e in steps)
     needed = 0.6 / chain_saving(1.0)
-    known = [s for s in _deepest(savings) if s.efficiency is not None]
+    known = _deepest([s for s in savings if s.efficiency is not None and s.ancestors == 1])
     measured = ""
     if known:
         plain = next((s for s in known if s.arm == "grown"), known[0])
         assert plain.efficiency is not None
         e = min(1.0, max(0.0, plain.efficiency.mean))
         measured = (
-            f"Measured at d{plain.depth} for {plain.arm}: e = {_in_words(plain.efficiency)}, on "
+            f"Measured at d{plain.depth} for {plain.arm}, with one ancestor: e = {_in_words(plain.efficiency)}, on "
             f"that ladder {chain_saving(e):.0%}."
         )
     return (

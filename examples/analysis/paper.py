@@ -179,10 +179,12 @@ def chain_saving(
     """Share of the operations that a chain on paper saves, grown from trunk to trunk.
 
     Every model needs its planned tokens, the last ``cooldown`` share of them in a cooled branch of
-    its own. An inherited token of the trunk replaces ``efficiency`` fresh ones.
+    its own. A token that the parent's trunk was planned with replaces ``efficiency`` fresh ones.
+    Of a parent that was grown itself not all of these are trained, while `analysis.savings` counts
+    the tokens that were, those of all ancestors: the two agree for a model with one ancestor.
 
     Args:
-        efficiency: e, fresh tokens that an inherited one is worth, in [0, 1].
+        efficiency: e, fresh tokens that one of the parent's is worth, in [0, 1].
         plan: the models, in order; ``None`` for the d10 ... d20 of `plan_depths`.
         cooldown: share of a model's tokens, in [0, 1).
 

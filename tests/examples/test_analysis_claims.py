@@ -24,13 +24,16 @@ def saving(
     tokens: list[float] | None = None,
     efficiency: float | None = None,
     seeds: int = 3,
+    bounds: tuple[bool, bool] = (False, False),
+    ancestors: int = 1,
+    diverged: int = 0,
 ) -> Saving:
-    def ratios(values: list[float] | None) -> Ratios | None:
+    def ratios(values: list[float] | None, is_bound: bool) -> Ratios | None:
         if values is None:
             return None
         flops = Estimate.of(values)
         other = flops if tokens is None else Estimate.of(tokens)
-        return Ratios(flops, flops, other, other)
+        return Ratios(flops, flops, other, other, is_bound)
 
     return Saving(
         depth=depth,
@@ -38,9 +41,11 @@ def saving(
         baseline="scratch",
         seeds=seeds,
         reached=0 if final is None else seeds,
-        final=ratios(final),
-        trunk=ratios(trunk),
+        final=ratios(final, bounds[0]),
+        trunk=ratios(trunk, bounds[1]),
         efficiency=None if efficiency is None else Estimate.of([efficiency] * seeds),
+        ancestors=ancestors,
+        diverged=diverged,
     )
 
 
@@ -71,6 +76,34 @@ def test_a_cost_is_decided_by_its_interval(
     assert claim.evidence.startswith("the only grown arm at d4, grown: ")
     if final is not None:
         assert f"{sum(final) / len(final):.2f} [" in claim.evidence
+
+
+@pytest.mark.parametrize(
+    ("final", "trunk", "bounds", "verdict"),
+    [
+        (0.8, None, (True, False), NOT_SHOWN),
+        (0.8, 0.7, (False, True), NOT_SHOWN),
+        (0.8, 0.7, (True, False), NOT_SHOWN),
+        (0.8, 0.7, (False, False), FAILS),
+        (0.3, 0.7, (True, True), HOLDS),  # at most below the limit is below it
+    ],
+)
+def test_a_bound_fails_nothing(
+    final: float, trunk: float | None, bounds: tuple[bool, bool], verdict: str
+) -> None:
+    trunks = None if trunk is None else [trunk] * 3
+    claim = cheaper(saving([final] * 3, trunks, bounds=bounds))
+    assert claim.verdict == verdict
+    assert (f"at most {final:.2f} [" in claim.evidence) == bounds[0]
+    assert (f"at most {trunk or 0:.2f} [" in claim.evidence) == bounds[1]
+
+
+def test_an_arm_that_diverged_in_a_seed_shows_nothing() -> None:
+    claim = cheaper(saving([0.1] * 3, diverged=1))
+    assert claim.verdict == NOT_SHOWN
+    assert "it or scratch diverged in 1 of 3 seeds" in claim.evidence
+    worse = cheaper(saving(None, diverged=1), saving([0.9] * 3, arm="grown+ewc"))
+    assert worse.verdict == NOT_SHOWN
 
 
 def test_the_limits_are_the_proposals() -> None:
@@ -104,9 +137,17 @@ def test_the_ladder_is_said_with_the_efficiency() -> None:
     claim = cheaper(saving([0.9] * 3, efficiency=0.5), saving([0.8] * 3, arm="grown+ewc"))
     assert "saves 0 / 17 / 34 / 51 / 68 % at e = 0 / 0.25 / 0.5 / 0.75 / 1" in claim.evidence
     assert "60 % needs e = 0.88" in claim.evidence
-    assert "for grown: e = 0.50 [0.50, 0.50], on that ladder 34%." in claim.evidence
+    words = "d4 for grown, with one ancestor: e = 0.50 [0.50, 0.50], on that ladder 34%."
+    assert words in claim.evidence
     for e, words in ((-0.4, "ladder 0%"), (1.7, "ladder 68%")):
         assert words in cheaper(saving([0.9] * 3, efficiency=e)).evidence
+
+
+def test_the_ladder_is_read_from_a_model_with_one_ancestor() -> None:
+    deep = saving([0.9] * 3, efficiency=0.2, ancestors=2)
+    assert "Measured" not in cheaper(deep).evidence
+    evidence = cheaper(deep, saving([0.9] * 3, depth=3, efficiency=0.5)).evidence
+    assert "Measured at d3 for grown, with one ancestor: e = 0.50" in evidence
 
 
 def seeds_of(tmp_path: Path, *runs: list[dict[str, Any]]) -> list[Record]:

@@ -1,5 +1,6 @@
 """Operations and tokens to a loss, worked out by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def curve(*points: tuple[float, float, float | None]) -> Log:
 def test_the_first_crossing_is_interpolated_in_log_flops() -> None:
     log = curve((0, 0, 8.0), (1e10, 10, 4.0), (3e10, 30, None), (1e12, 1000, 2.0),
                 (1e13, 10_000, 2.5), (1e14, 100_000, 1.0))  # fmt: skip
-    assert reach(log, 4.0) == Point(1e10, 10)
+    assert reach(log, 4.0) == Point(1e10, 10, is_bound=True)
     point = reach(log, 3.0)
     assert point is not None
     assert (point.flops, point.tokens) == pytest.approx((1e11, 100)), "tokens go with operations"
@@ -30,9 +31,11 @@ def test_the_first_crossing_is_interpolated_in_log_flops() -> None:
     assert late is not None
     assert late.flops == pytest.approx(10**13.8333333, rel=1e-6)
     assert reach(log, 0.9) is None
-    assert reach(log, 5.0) == Point(1e10, 10), "before the first measurement nothing is known"
+    assert reach(log, 5.0) == Point(1e10, 10, is_bound=True), "nothing is known before"
     assert reach([], 5.0) is None
-    assert reach(curve((1e9, 1, float("nan")), (1e10, 10, 3.0)), 3.5) == Point(1e10, 10)
+    silent = curve((1e9, 1, float("nan")), (1e10, 10, 3.0))
+    assert reach(silent, 3.5) == Point(1e10, 10, is_bound=True)
+    assert reach(curve((1e10, 10, 4.0), (1e10, 10, 3.0)), 3.5) == Point(1e10, 10), "free growth"
 
 
 def test_the_trunk_ends_before_the_cooled_branch() -> None:
@@ -80,6 +83,7 @@ def test_ratios_with_and_without_parents(tmp_path: Path) -> None:
     assert interval[1] - interval[0] == pytest.approx(2 * 12.7062 * 0.025, rel=1e-4)
     assert saving.trunk is None, "the logs have no learning rates"
     assert saving.efficiency is None
+    assert (saving.ancestors, saving.diverged, ratios.is_bound) == (1, 0, False)
 
 
 def with_trunk(*rows: tuple[float, float, float]) -> Log:
@@ -101,7 +105,11 @@ def test_trunk_against_trunk_at_the_worse_of_the_two_losses(tmp_path: Path) -> N
     assert saving.efficiency is not None
     assert saving.efficiency.mean == pytest.approx(30 / 40)
 
+    early = with_trunk((5e8, 5_000, 7.0), (1e9, 10_000, 5.0), (5e9, 40_000, 3.0))
     worse = with_trunk((2.9e9, 40_000, 6.0), (5e9, 80_000, 5.0))
+    late = only(runs(tmp_path, 1), {("d3-scratch", 0): scratch, ("d3-grown", 0): worse})
+    assert late.trunk is None, "the baseline was there before its first measurement"
+    scratch = early
     saving = only(runs(tmp_path, 1), {("d3-scratch", 0): scratch, ("d3-grown", 0): worse})
     assert saving.trunk is not None
     assert saving.trunk.with_parents.mean == pytest.approx(5.0)
@@ -118,19 +126,81 @@ def test_a_loss_that_is_not_reached_gives_no_ratio(tmp_path: Path) -> None:
     assert (saving.seeds, saving.reached, saving.final) == (2, 1, None)
 
 
-def test_a_parent_that_is_better_already_costs_its_fisher_pass_and_growth_only(
-    tmp_path: Path,
-) -> None:
+PARENTS = 6e9 - 3e9 - 1e8 - 12_000  # operations of d2 when d3 is grown out of it
+
+
+def test_a_loss_reached_within_the_parents_trunk_is_found_there(tmp_path: Path) -> None:
     logs = {
-        ("d3-scratch", 0): SCRATCH,
-        ("d3-grown", 0): curve((3e9, 40_000, 2.5), (6e9, 90_000, 2.0)),
+        ("d3-scratch", 0): with_trunk((5e8, 5_000, 5.0), (5e9, 40_000, 3.0)),
+        ("d3-grown", 0): with_trunk((3e9, 40_000, 2.5), (5e9, 80_000, 2.0)),
+        # What the parent did after its child was grown is no part of the lineage.
+        ("d2-scratch", 0): curve(
+            (1e9, 10_000, 4.0), (2e9, 25_000, 2.0), (PARENTS, 40_000, 2.5), (4e9, 50_000, 1.0)
+        ),
+    }
+    logs["d2-scratch", 0][1]["val_bpb"] = 3.0
+    saving = only(runs(tmp_path, 1), logs)
+    assert saving.trunk is not None
+    assert not saving.trunk.is_bound
+    assert saving.trunk.with_parents.mean == pytest.approx(2 / 5)
+    assert saving.trunk.tokens_with_parents.mean == pytest.approx(25 / 40)
+    assert saving.trunk.without_parents.mean == saving.trunk.tokens_without_parents.mean == 0.0
+    # 40,000 fresh tokens did what the lineage's first 25,000 did.
+    assert saving.efficiency is not None
+    assert saving.efficiency.mean == pytest.approx(40 / 25)
+    # The baseline's final loss, 1.0, was reached by the child's cooled branch alone.
+    assert saving.final is not None
+    assert saving.final.with_parents.mean == pytest.approx(1.0)
+
+
+def test_a_loss_reached_in_an_ancestor_without_a_log_is_a_bound(tmp_path: Path) -> None:
+    logs = {
+        ("d3-scratch", 0): with_trunk((5e8, 5_000, 5.0), (5e9, 40_000, 3.0)),
+        ("d3-grown", 0): with_trunk((3e9, 40_000, 2.5), (5e9, 80_000, 2.0)),
     }
     saving = only(runs(tmp_path, 1), logs)
+    assert saving.trunk is not None
+    assert saving.trunk.is_bound
+    assert saving.trunk.with_parents.mean == pytest.approx(3 / 5)
+    assert saving.trunk.without_parents.mean == pytest.approx((1e8 + 12_000) / 5e9)
+    assert saving.efficiency is None
     assert saving.final is not None
-    assert saving.final.with_parents.mean == 0.5
-    assert saving.final.without_parents.mean == pytest.approx((1e8 + 12_000) / 6e9)
-    assert saving.final.tokens_without_parents.mean == 0.0
-    assert saving.final.with_parents.interval is None
+    assert not saving.final.is_bound, "that was reached later"
+
+
+def test_a_curve_goes_back_no_further_than_its_logs(tmp_path: Path) -> None:
+    # d4 out of d3 out of d2: without d3's log d2's says nothing of what lies between.
+    scratch = with_trunk((5e8, 5_000, 9.0), (5e9, 40_000, 3.0))
+    logs = {
+        ("d4-scratch", 0): scratch,
+        ("d4-grown", 0): with_trunk((5e9, 80_000, 2.5), (8e9, 120_000, 2.0)),
+        ("d2-scratch", 0): curve((1e9, 10_000, 8.0), (2e9, 25_000, 5.0)),
+    }
+    (saving,) = find_savings(runs(tmp_path, 1), logs)
+    assert saving.ancestors == 2
+    assert saving.trunk is not None
+    assert saving.trunk.is_bound
+    logs["d3-grown", 0] = curve((3e9, 41_000, 4.0), (3.5e9, 60_000, 3.0))
+    saving = next(s for s in find_savings(runs(tmp_path, 1), logs) if s.depth == 4)
+    assert saving.trunk is not None
+    assert not saving.trunk.is_bound
+    assert saving.trunk.with_parents.mean == pytest.approx(3.5 / 5)
+    assert saving.efficiency is not None
+    assert saving.efficiency.mean == pytest.approx(40 / 60)
+
+
+@pytest.mark.parametrize("name", ["d3-grown", "d3-scratch"])
+def test_a_seed_that_diverged_is_not_left_out(tmp_path: Path, name: str) -> None:
+    records = runs(tmp_path, 3)
+    log = curve((3e9, 41_000, 4.0), (6e9, 90_000, 2.9))
+    logs = {("d3-scratch", seed): SCRATCH for seed in range(3)}
+    logs |= {("d3-grown", seed): log for seed in range(3)}
+    broken = [
+        replace(r, val_bpb=float("nan")) if (r.name, r.seed) == (name, 1) else r for r in records
+    ]
+    saving = only(broken, logs)
+    assert (saving.seeds, saving.diverged, saving.reached) == (3, 1, 2)
+    assert saving.final is saving.trunk is saving.efficiency is None
 
 
 def test_without_both_logs_nothing_is_said(tmp_path: Path) -> None:
