@@ -1,15 +1,22 @@
 """The command line of the experiment."""
 
 import argparse
-import signal
+import math
+import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
+import torch
+
 from experiment.design import SIZES, STAGES, jobs_of
-from experiment.jobs import run_jobs
+from experiment.jobs import open_corpus, run_jobs
 from experiment.summary import write_summary
 from trainer.arguments import Parser, integer, number
+from trainer.errors import UsageError
 from trainer.prepare import check_writable
+from trainer.program import command, quit_on_signals
+from trainer.series import check_folder
 from trainer.signals import StopRequest
 
 __all__ = ["parse_arguments", "run"]
@@ -58,13 +65,29 @@ def run(arguments: argparse.Namespace) -> str:
 
     Raises:
         RunInterruptedError: a signal arrived, or the minutes are over.
-        UsageError: the text or the folder cannot be used, or a series failed.
+        UsageError: the device, the text or the folder cannot be used, or a series failed.
     """
-    check_writable(arguments.out)
-    jobs = [job for stage in arguments.stage for job in jobs_of(stage, arguments.size)]
+    minutes = math.inf if arguments.minutes is None else arguments.minutes
+    deadline = time.monotonic() + 60 * minutes
+    out, size, data = arguments.out, arguments.size, arguments.data
+    stages = {stage: jobs_of(stage, size) for stage in STAGES}
+    every = list(chain.from_iterable(stages.values()))
+    asked = [job for stage in arguments.stage for job in stages[stage]]
+    if size == "gpu" and not torch.cuda.is_available():
+        raise UsageError("--size gpu needs a CUDA device and torch finds none: use --size cpu")
+    check_writable(out)
     with StopRequest() as stop:
-        if arguments.minutes is not None:
-            signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
-            signal.setitimer(signal.ITIMER_REAL, 60 * arguments.minutes)
-        run_jobs(arguments.out, arguments.data, jobs, arguments.workers, stop)
-    return write_summary(arguments.out)
+
+        def check() -> None:
+            stop.check()
+            if time.monotonic() >= deadline:
+                stop.leave()
+
+        corpus = open_corpus(out, data, SIZES[size], check)
+        for job in every:  # all stages: they are summed up together, of one text and one design
+            check_folder(out / job.name, job.config, corpus)
+        run_jobs(out, data, asked, arguments.workers, check)
+        stop.check()
+        # All is trained, so that nothing has to be saved: a signal ends the program at once.
+        quit_on_signals(f"interrupted while summing up: run `{command()}` again")
+        return write_summary(out, {job.name for job in every})

@@ -11,9 +11,10 @@ from typing import Literal, get_args
 
 from trainer.config import SeriesConfig
 from trainer.machine import Machine
+from trainer.plan import ModelPlan
 from trainer.series import plans_of
 
-__all__ = ["STAGES", "Job", "Stage", "jobs_of"]
+__all__ = ["SIZES", "STAGES", "Job", "Stage", "jobs_of"]
 
 Stage = Literal["tune", "grid", "arms"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -69,6 +70,11 @@ class Job:
     name: str
     config: SeriesConfig
     machine: Machine
+
+    @property
+    def plans(self) -> tuple[ModelPlan, ...]:
+        """Its models, in the order they are trained."""
+        return plans_of(self.config, _BYTES)
 
 
 def jobs_of(stage: Stage, size: str) -> tuple[Job, ...]:

@@ -8,51 +8,74 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from threading import Thread
 
 import torch
-from tqdm import tqdm
 
-from corpus import prepare_corpus
+from corpus import Corpus, prepare_corpus
 from experiment.design import Job
+from experiment.progress import Progress
+from trainer.config import SeriesConfig
 from trainer.errors import RunInterruptedError, UsageError
 from trainer.parallel import Parallel
 from trainer.run import Run
-from trainer.series import check_folder, run_series
+from trainer.series import run_series
 from trainer.signals import StopRequest
 
-__all__ = ["run_jobs"]
+__all__ = ["open_corpus", "run_jobs"]
 
 _POLL_SECONDS = 0.2
 _USAGE = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def open_corpus(
+    out: Path, data: str | None, config: SeriesConfig, check: Callable[[], None]
+) -> Corpus:
+    """The text of an experiment as tokens, made at the first call.
+
+    Args:
+        out: folder of the experiment.
+        data: text, as ``--data`` of ``miniseries.py`` takes it.
+        config: for the length of its sequences.
+        check: called again and again meanwhile; may raise to stop.
+
+    Raises:
+        UsageError: the text cannot be used.
+    """
+    return prepare_corpus(
+        data,
+        cache=out / "tokens",
+        sequence_len=config.sequence_len,
+        progress=lambda *_: check(),
+    )
+
+
 def run_jobs(
-    out: Path, data: str | None, jobs: Iterable[Job], workers: int, stop: StopRequest
+    out: Path, data: str | None, jobs: Sequence[Job], workers: int, check: Callable[[], None]
 ) -> None:
-    """Finish every series.
+    """Finish every series; one that fails stops the others, which save what they have.
 
     Args:
         out: folder of the experiment; a series goes to its name below, what it prints beside it.
-        data: text, as ``--data`` of ``miniseries.py`` takes it.
+        data: text, see `open_corpus`.
         jobs: the series.
         workers: processes at a time.
-        stop: asked again and again; running series are then told, and save what they have.
+        check: called again and again; when it raises, running series save what they have.
 
     Raises:
-        RunInterruptedError: a signal arrived.
-        UsageError: a series failed; its last words are in the message.
+        UsageError: a series failed; its last words and its log are in the message.
     """
     context = multiprocessing.get_context("spawn")
     waiting = list(jobs)
     running: dict[SpawnProcess, Job] = {}
-    interval = _POLL_SECONDS if sys.stderr.isatty() else 30.0
-    with tqdm(total=len(waiting), unit="series", mininterval=interval) as bar:
+    with Progress(out, jobs) as progress:
         try:
             while waiting or running:
+                check()
                 while waiting and len(running) < workers:
                     job = waiting.pop(0)
                     process = context.Process(target=_work, args=(out, data, job))
@@ -61,17 +84,16 @@ def run_jobs(
                     held = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
                     try:
                         process.start()
+                        running[process] = job
                     finally:
                         signal.pthread_sigmask(signal.SIG_SETMASK, held)
-                    running[process] = job
-                    bar.set_postfix_str(", ".join(j.name for j in running.values()))
                 time.sleep(_POLL_SECONDS)
-                stop.check()
+                check()
                 for process in [p for p in running if not p.is_alive()]:
                     job = running.pop(process)
                     if process.exitcode:
-                        raise UsageError(f"the series {job.name} failed: {_last_words(out, job)}")
-                    bar.update()
+                        raise UsageError(_failure(out, job, process.exitcode))
+                progress.show(running.values())
         finally:
             for process in running:
                 process.terminate()  # SIGTERM: it saves what it has
@@ -83,9 +105,14 @@ def _log(out: Path, job: Job) -> Path:
     return out / f"{job.name}.log"
 
 
-def _last_words(out: Path, job: Job) -> str:
-    lines = _log(out, job).read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+def _failure(out: Path, job: Job, status: int) -> str:
+    log = _log(out, job)
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    words = lines[-1].removeprefix("error: ") if lines else "it said nothing"
+    return (
+        f"the series {job.name} failed (exit status {status}): {words}; more is in {log}. "
+        "What is trained stays: the same command goes on"
+    )
 
 
 def _work(out: Path, data: str | None, job: Job) -> None:
@@ -98,10 +125,12 @@ def _work(out: Path, data: str | None, job: Job) -> None:
         torch.set_num_threads(job.machine.threads)
     try:
         with StopRequest() as stop:
+            # A terminal's Ctrl-C comes here too; with the parent's SIGTERM it would be the second
+            # signal, which ends a process without saving.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            length = job.config.sequence_len
-            corpus = prepare_corpus(data, cache=out / "tokens", sequence_len=length)
-            check_folder(out / job.name, job.config, corpus)
+            Thread(target=_stop_with_parent, daemon=True).start()
+            corpus = open_corpus(out, data, job.config, stop.check)
             parallel = Parallel(job.machine.device)
             run_series(Run(out / job.name, job.config, job.machine, corpus, parallel, stop))
     except UsageError as error:
@@ -109,3 +138,11 @@ def _work(out: Path, data: str | None, job: Job) -> None:
         sys.exit(_USAGE)
     except RunInterruptedError as stopped:
         sys.exit(128 + stopped.signum)
+
+
+def _stop_with_parent() -> None:
+    """Tell this process to save and leave when its parent is gone, killed for example."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a series runs in a process of its own"
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

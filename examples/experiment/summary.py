@@ -11,7 +11,7 @@ Any stage may be missing or unfinished: what there is is summed up.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class _Series:
 
     @property
     def name(self) -> str:
-        return f"{self.stage}/{self.path.parent.name}"
+        return _name(self.path)
 
     @property
     def missing(self) -> list[str]:
@@ -71,11 +71,12 @@ class _Series:
         return [arm for arm in self.settings.get("arms", []) if arm not in there]
 
 
-def write_summary(folder: Path) -> str:
+def write_summary(folder: Path, names: Collection[str]) -> str:
     """Sum up an experiment.
 
     Args:
-        folder: with ``tune``, ``grid`` and ``arms`` below it, as far as there are any.
+        folder: of the experiment.
+        names: its series, such as "arms/seed-0", as far as they are there; others are left out.
 
     Returns:
         The text of ``table.md``.
@@ -83,7 +84,8 @@ def write_summary(folder: Path) -> str:
     Raises:
         UsageError: no model is finished, or a file is damaged.
     """
-    series = [found for stage in STAGES for found in _series(folder, stage)]
+    there = [path for stage in STAGES for path in _metrics(folder / stage)]
+    series = [_read(path) for path in there if _name(path) in names]
     if not series:
         raise UsageError(f"{folder} holds no finished model yet: let the experiment go on")
     of = {stage: [s for s in series if s.stage == stage] for stage in STAGES}
@@ -96,7 +98,8 @@ def write_summary(folder: Path) -> str:
         write_report(replace(analysis, grid=grid), folder, sweeps)
     arms = analysis if of["arms"] else None
     unfinished = [f"{s.name} ({', '.join(s.missing)})" for s in series if s.missing]
-    table = results_table(arms, grid, sweeps, unfinished)
+    left_out = [_name(path) for path in there if _name(path) not in names]
+    table = results_table(arms, grid, sweeps, unfinished, left_out)
     write_atomically(folder / TABLE_FILE, table)
     write_atomically(folder / SUMMARY_FILE, _as_lines(_content(series, arms, grid, sweeps)))
     for name, content in _figures(arms, grid).items():
@@ -104,24 +107,27 @@ def write_summary(folder: Path) -> str:
     return table
 
 
-def _series(folder: Path, stage: str) -> Iterator[_Series]:
-    for path in sorted((folder / stage).glob("*/metrics.json"), key=_in_order):
-        records = read_metrics([path])
-        stored = run_settings([path])
-        yield _Series(
-            stage=stage,
-            path=path,
-            settings=stored[0].get("settings", {}) if stored else {},
-            data=stored[0].get("data", {}) if stored else {},
-            entries=json.loads(path.read_text(encoding="utf-8")),
-            records=records,
-            logs=read_logs([path], records),
-        )
+def _metrics(folder: Path) -> list[Path]:
+    """Of a stage; series without a controller first, so that they are drawn and listed first."""
+    return sorted(folder.glob("*/metrics.json"), key=lambda p: (p.parent.name.count("ars"), p))
 
 
-def _in_order(path: Path) -> tuple[int, str]:
-    """Series without a controller first, so that they are drawn and listed first."""
-    return path.parent.name.count("ars"), path.parent.name
+def _name(metrics: Path) -> str:
+    return f"{metrics.parent.parent.name}/{metrics.parent.name}"
+
+
+def _read(path: Path) -> _Series:
+    records = read_metrics([path])
+    stored = run_settings([path])
+    return _Series(
+        stage=path.parent.parent.name,
+        path=path,
+        settings=stored[0].get("settings", {}) if stored else {},
+        data=stored[0].get("data", {}) if stored else {},
+        entries=json.loads(path.read_text(encoding="utf-8")),
+        records=records,
+        logs=read_logs([path], records),
+    )
 
 
 def _content(

@@ -13,7 +13,11 @@ __all__ = ["results_table"]
 
 
 def results_table(
-    analysis: Analysis | None, grid: Grid | None, sweeps: Sequence[Sweep], unfinished: Sequence[str]
+    analysis: Analysis | None,
+    grid: Grid | None,
+    sweeps: Sequence[Sweep],
+    unfinished: Sequence[str],
+    left_out: Sequence[str],
 ) -> str:
     """What was found, the most important first.
 
@@ -22,10 +26,13 @@ def results_table(
         grid: of the strengths, if there is one.
         sweeps: settings that were tuned.
         unfinished: series whose models are not all there, in words.
+        left_out: series that lie there and are none of the experiment's.
     """
     parts: list[str] = []
     if unfinished:
-        parts.append(f"Not finished: {', '.join(unfinished)}.")
+        parts += [f"Not finished: {', '.join(unfinished)}."]
+    if left_out:
+        parts += [f"Left out, since this design has no such series: {', '.join(left_out)}."]
     if analysis is not None:
         parts += ["\n".join(f"- {line}" for line in headlines(analysis.comparisons))]
         rows = [(claim.claim, claim.verdict, claim.evidence) for claim in analysis.claims]

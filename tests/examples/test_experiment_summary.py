@@ -79,6 +79,12 @@ def arms(folder: Path, seeds: int = 3) -> None:
         write_run(folder / "arms" / f"seed-{seed}-ars", controlled)
 
 
+def sum_up(folder: Path, *left_out: str) -> str:
+    """Sum up all series that are there."""
+    there = {f"{p.parts[-3]}/{p.parts[-2]}" for p in folder.glob("*/*/metrics.json")}
+    return write_summary(folder, there - {*left_out})
+
+
 def content(folder: Path) -> dict[str, Any]:
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -93,7 +99,7 @@ def test_all_stages_are_summed_up(tmp_path: Path, drawn: dict[str, list[str]]) -
     tune(tmp_path)
     grid(tmp_path)
     arms(tmp_path)
-    table = write_summary(tmp_path)
+    table = sum_up(tmp_path)
     assert table == (tmp_path / "table.md").read_text()
     assert table.startswith("- Does inheriting beat"), "nothing is unfinished"
     found = content(tmp_path)
@@ -127,7 +133,7 @@ def test_the_table_says_what_matters_first(tmp_path: Path, drawn: dict[str, list
     tune(tmp_path)
     grid(tmp_path)
     arms(tmp_path)
-    table = write_summary(tmp_path)
+    table = sum_up(tmp_path)
     words = (
         "- Does inheriting beat training from scratch at equal FLOPs? Fewer bits per byte: grown",
         "- Does the controller add anything? ",
@@ -137,7 +143,7 @@ def test_the_table_says_what_matters_first(tmp_path: Path, drawn: dict[str, list
         "| grown | d3 | 3 of 3 |",
         "## Strengths, d2 grown to d3",
         "A search, not a test: 2 seeds.",
-        "| 0.5 |  | **+0.0100** |",
+        "| 0.5 |  | **+0.0100** ± 0.0000 |",
         "| AdamW learning rate | d3 | 0.001: 2.6000, 0.002: 2.5000, 0.004: 2.5500 | 0.002 | yes |",
         "| Muon learning rate | d3 | 0.01: 2.4000, 0.02: 2.3000 | 0.02 | no, at the edge |",
         "| distillation strength | d3 | 0: 2.6000, 0.03: 2.5000, 0.1: 2.4000, "
@@ -152,29 +158,44 @@ def test_an_experiment_that_has_only_begun_is_summed_up(
     tmp_path: Path, drawn: dict[str, list[str]]
 ) -> None:
     with pytest.raises(UsageError, match="no finished model yet"):
-        write_summary(tmp_path)
+        sum_up(tmp_path)
     tune(tmp_path)
     (tmp_path / "arms" / "seed-0").mkdir(parents=True)  # nothing is finished there
-    table = write_summary(tmp_path)
+    table = sum_up(tmp_path)
     assert table.startswith("## Tuning")
     assert content(tmp_path)["claims"] == []
     assert not (tmp_path / "report.html").exists()
     assert drawn == {}
     grid(tmp_path)
-    assert "## Strengths" in write_summary(tmp_path)
+    assert "## Strengths" in sum_up(tmp_path)
     assert (tmp_path / "report.html").exists()
     assert content(tmp_path)["comparisons"] == [], "the grid's arms are not the experiment's"
     arms(tmp_path, seeds=1)
     path = tmp_path / "arms" / "seed-0" / "metrics.json"
     write(path, json.loads(path.read_text())[:2])
-    assert "arms/seed-0 (grown, scratch)" in write_summary(tmp_path)
+    assert "arms/seed-0 (grown, scratch)" in sum_up(tmp_path)
+
+
+def test_series_of_another_design_are_left_out_and_named(
+    tmp_path: Path, drawn: dict[str, list[str]]
+) -> None:
+    tune(tmp_path)
+    arms(tmp_path, seeds=2)
+    table = sum_up(tmp_path, "tune/lr-0.004", "arms/seed-1", "arms/seed-1-ars")
+    words = "this design has no such series: tune/lr-0.004, arms/seed-1, arms/seed-1-ars."
+    assert f"Left out, since {words}\n" in table
+    assert "| AdamW learning rate | d3 | 0.001: 2.6000, 0.002: 2.5000 | 0.002 |" in table
+    assert {m["run"] for m in content(tmp_path)["models"]} == {
+        "tune/lr-0.001", "tune/lr-0.002", "tune/muon-lr-0.01", "tune/muon-lr-0.02",
+        "tune/distill", "arms/seed-0", "arms/seed-0-ars",
+    }  # fmt: skip
 
 
 def test_a_model_that_diverged_has_no_number(tmp_path: Path, drawn: dict[str, list[str]]) -> None:
     records = two_arms()
     records[4]["val_bpb"] = math.nan
     write_run(tmp_path / "arms" / "seed-0", records)
-    assert "d4-scratch (seed 0) ended at nan" in write_summary(tmp_path)
+    assert "d4-scratch (seed 0) ended at nan" in sum_up(tmp_path)
     found = content(tmp_path)
     assert [m["val_bpb"] for m in found["models"] if m["name"] == "d4-scratch"] == [None]
 
@@ -183,7 +204,7 @@ def test_a_change_of_a_model_is_a_change_of_a_line(
     tmp_path: Path, drawn: dict[str, list[str]]
 ) -> None:
     arms(tmp_path)
-    write_summary(tmp_path)
+    sum_up(tmp_path)
     lines = (tmp_path / "summary.json").read_text().splitlines()
     assert sum('"d4-grown"' in line and '"curve"' in line for line in lines) == 3
     assert max(map(len, lines)) < 3000
