@@ -1,11 +1,12 @@
-"""The state a model is differentiated in, and the parameters it is differentiated by."""
+"""The states a model is differentiated in, and the parameters it is differentiated by."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
 
-__all__ = ["evaluation_mode", "trainable"]
+__all__ = ["evaluation_mode", "in_float32", "trainable"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -50,3 +51,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             recurrent.dropout = probability
         for module, flag in training.items():
             module.training = flag
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Let the model compute in float32 at least: without autocast, its halves widened meanwhile."""
+    tensors = [*model.parameters(), *model.buffers()]
+    halves = [t for t in tensors if t.dtype in {torch.bfloat16, torch.float16}]
+    stored = [t.data for t in halves]
+    with ExitStack() as autocast:
+        for device in {t.device.type for t in tensors}:
+            autocast.enter_context(torch.autocast(device, enabled=False))
+        try:
+            for tensor in halves:
+                tensor.data = tensor.data.float()
+            yield
+        finally:
+            for tensor, data in zip(halves, stored, strict=True):
+                tensor.data = data

@@ -40,7 +40,8 @@ class DiagonalFisher:
     with the logits :math:`\ell_{nt}` of position t in sample n and a random cotangent v whose
     covariance is that of the softmax scores. A sample is a sequence, or what ``unit`` says:
     :math:`\Omega` depends neither on the batch size, nor on ``chunk_size``, nor on whether the
-    training loss is a mean or a sum.
+    training loss is a mean or a sum (in half precision and under autocast as far as the model's own
+    outputs do not: a kernel may round a larger batch otherwise).
 
     Estimators:
 
@@ -65,7 +66,9 @@ class DiagonalFisher:
     All samples of a batch share one forward and one backward pass (``method="hooks"``), in which
     each layer's input and output gradient give the squares of its weights' gradients: known are
     linear, embedding, 1d and 2d convolution, layer, RMS, group and batch norm, their biases, tied
-    and broadcast weights. It is compared with plain autograd on the first two samples.
+    and broadcast weights. It is compared with plain autograd on the first two samples, in float32
+    whatever the model's precision; a model that casts by itself, and so runs in half precision
+    only, as it is, which does not check a tensor whose gradient is far below the largest.
 
     Args:
         model: Maps a batch of inputs, (B, ...), to logits, (B, C), or (B, T, C) for sequences; no
@@ -78,9 +81,9 @@ class DiagonalFisher:
         draws: Independent signs or labels a sample, >= 1, averaged; ``"sketch"`` and ``"mc"`` only.
             A backward pass each, sharing one forward pass.
         method: ``"auto"`` is ``"hooks"``, or, where that does not know a layer or gives another
-            result on two samples, ``"vmap"`` (``torch.func.vmap``) or else ``"loop"`` (plain
-            autograd, one sample at a time), with a warning that names the layer. One of the three
-            is taken or refused.
+            result on two samples (on one, taken twice, while batches hold one), ``"vmap"``
+            (``torch.func.vmap``) or else ``"loop"`` (plain autograd, one sample at a time), with a
+            warning that names the layer. One of the three is taken or refused.
         chunk_size: Samples differentiated together, >= 1; by default a batch, with ``"vmap"`` 8.
             With hooks it bounds the activations held; with vmap each needs a gradient's memory.
         generator: Source of the random signs and labels; by default torch's own for the device.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ars.regularizers.cotangents import Chunk
+from ars.regularizers.estimators import accumulation_dtype
+from ars.regularizers.evaluation import in_float32
 from ars.regularizers.sample_gradients import (
     add_squares_by_vmap,
     add_squares_one_by_one,
@@ -34,8 +36,12 @@ class Differentiator:
     """Adds up squared gradients by the fastest way that gives what plain autograd gives.
 
     Before ``hooks``, or ``vmap`` in its place, is relied upon, it is compared with plain autograd
-    on two samples: a rule that does not fit what the model really does (a weight used outside of
-    its layer, positions taken for samples, samples that mix) cannot pass unnoticed.
+    on two samples, or on the one there is, taken twice, until there are two: a rule that does not
+    fit what the model really does (a weight used outside of its layer, positions taken for samples,
+    samples that mix) cannot pass unnoticed. The comparison is in float32, whatever the precision of
+    the model, as plain autograd in bfloat16 may be off by as much as a mistake. A model that runs
+    in half precision only is compared as it is: deviations of a square below a fifth pass then, and
+    a tensor whose gradient is below a quarter (float16: 3 %) of the largest is not checked.
 
     Args:
         model: In evaluation mode.
@@ -57,6 +63,8 @@ class Differentiator:
         self._chosen: _Add | None = self._loop if method == "loop" else None
         if method == "vmap":
             self._chosen = self._vmap
+        # Different samples that it has been compared on; plain autograd needs no comparison.
+        self._compared = 0 if self._chosen is None else 2
         self._begun = False
 
     def add_squares(self, total: dict[str, Tensor], estimator: str, whole: Chunk) -> None:
@@ -71,21 +79,19 @@ class Differentiator:
             RuntimeError: The method that was asked for cannot do this model.
         """
         for chunk in whole.split(self._chunk_size or len(whole.targets)):
-            if len(chunk.targets) == 1 and self._method != "vmap":
-                self._loop(total, estimator, chunk)
-            else:
-                if self._chosen is None:
-                    self._chosen = self._choose(total, chunk)
-                try:
-                    self._chosen(total, estimator, chunk)
-                except UnsupportedModelError as error:  # raised before total was touched
-                    self._chosen = self._instead(total, chunk, str(error))
-                    self._chosen(total, estimator, chunk)
+            if self._chosen is None or self._compared < min(2, len(chunk.targets)):
+                self._chosen = self._choose(total, chunk)
+            try:
+                self._chosen(total, estimator, chunk)
+            except UnsupportedModelError as error:  # raised before total was touched
+                self._chosen = self._instead(total, chunk, str(error))
+                self._chosen(total, estimator, chunk)
             self._begun = True
 
     def _choose(self, total: dict[str, Tensor], chunk: Chunk) -> _Add:
         try:
-            taps = Taps(self._model, self._parameters, chunk.inputs)
+            taps = Taps(self._model, self._parameters, _two(chunk.inputs))
+            self._compared = min(2, len(chunk.targets))
             self._verify(taps.add_squares, total, chunk)
         except UnsupportedModelError as error:
             return self._instead(total, chunk, str(error))
@@ -94,6 +100,7 @@ class Differentiator:
         return taps.add_squares
 
     def _instead(self, total: dict[str, Tensor], chunk: Chunk, reason: str) -> _Add:
+        self._compared = 2  # nothing that follows depends on how many samples there are
         name = type(self._model).__name__
         reason = f"{name} cannot be differentiated in one pass for all samples: {reason}"
         if self._method == "hooks":
@@ -125,9 +132,18 @@ class Differentiator:
         """
         # While nothing has been added, the sums lend their memory.
         free = zero_sums(self._parameters) if self._begun else total
-        targets = torch.zeros_like(chunk.targets[:2])  # of class 0, so that none is masked
+        inputs = _two(chunk.inputs)
+        wide = inputs.to(accumulation_dtype(inputs.dtype)) if inputs.is_floating_point() else inputs
+        targets = torch.zeros_like(_two(chunk.targets))  # of class 0, so that none is masked
         noise = torch.empty(2, 1, 0, device=targets.device)
-        two = Chunk(chunk.inputs[:2], targets, noise, None, 1)
+        two = Chunk(wide, targets, noise, None, 1)
+        try:
+            with in_float32(self._model):
+                self._compare(add, free, two)
+        except RuntimeError:  # the model casts by itself, or there is no memory for it
+            self._compare(add, free, two._replace(inputs=inputs))
+
+    def _compare(self, add: _Add, free: dict[str, Tensor], two: Chunk) -> None:
         names = [name for name, tensor in free.items() if tensor.numel()]
         try:
             add(free, "empirical", two)
@@ -152,3 +168,8 @@ class Differentiator:
         if torch.is_autocast_enabled(device):
             dtypes.append(torch.get_autocast_dtype(device))
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _two(samples: Tensor) -> Tensor:
+    """Return the first two samples, or the only one twice."""
+    return samples[:2] if len(samples) > 1 else samples[[0, 0]]

@@ -125,6 +125,13 @@ class Elsewhere(nn.Module):
         return self.head(functional.linear(self.layer(x).tanh(), self.layer.weight))
 
 
+class Elementary(nn.Module):
+    """The outputs of a recurrent layer, without its last state."""
+
+    def forward(self, pair):
+        return pair[0]
+
+
 class Mixing(nn.Module):
     """Centred by the batch's mean."""
 
@@ -163,6 +170,80 @@ def test_what_hooks_get_wrong_is_noticed(build, match, relative_error):
     assert relative_error(auto, loop) < TOLERANCE
     with pytest.raises(RuntimeError, match=match):
         DiagonalFisher(model, "empirical", method="hooks").fit([batch])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)],
+    ids=["bf16", "fp16", "autocast"],
+)
+@pytest.mark.parametrize("n", [1, 5])
+def test_small_gradients_are_compared_in_half_precision_too(dtype, autocast, n):
+    """Those of the layer below a small head are far below the head's own."""
+    model, (x, y) = randomised(Elsewhere(), dtype), sequences(n, dtype=dtype)
+    with torch.no_grad():
+        model.head.weight *= 0.1
+    stored = [p.data_ptr() for p in model.parameters()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loop = DiagonalFisher(model, "empirical", method="loop").fit([(x, y)]).importance
+        with pytest.raises(RuntimeError, match=r"gives 'layer\.weight' another gradient"):
+            DiagonalFisher(model, "empirical", method="hooks").fit([(x, y)])
+        DiagonalFisher(model.layer, "empirical", method="hooks").fit([(x, y)])
+    assert loop["layer.weight"].max() < 0.0625 * loop["head.bias"].max()
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert [p.data_ptr() for p in model.parameters()] == stored
+
+
+def test_rounding_in_bfloat16_is_not_taken_for_a_mistake(relative_error):
+    """Plain autograd adds the gradient of a norm's bias in bfloat16 on a CPU: off by half."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.Linear(16, 3)).bfloat16()
+    x, y = torch.randn(2, 4096, 4).bfloat16(), torch.randint(3, (2, 4096))
+    hooks = DiagonalFisher(model, "empirical", method="hooks").fit([(x, y)]).importance
+    exact = DiagonalFisher(model.float(), "empirical").fit([(x.float(), y)]).importance
+    assert relative_error(hooks, exact) < 0.02
+
+
+class Casting(nn.Module):
+    """Runs in bfloat16 only."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.elsewhere = False
+
+    def forward(self, x):
+        x = self.layer(x.bfloat16()).tanh()
+        return self.head(functional.linear(x, self.layer.weight) if self.elsewhere else x)
+
+
+def test_a_model_that_casts_by_itself_is_compared_as_it_is():
+    model, batch = randomised(Casting(), torch.bfloat16), sequences(dtype=torch.float32)
+    with torch.no_grad():
+        model.head.weight *= 5.0
+    DiagonalFisher(model, "empirical", method="hooks").fit([batch])
+    model.elsewhere = True
+    with pytest.raises(RuntimeError, match=r"gives 'layer\.weight' another gradient"):
+        DiagonalFisher(model, "empirical", method="hooks").fit([batch])
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_single_samples_are_taken_as_the_others_or_refused(n):
+    recurrent = nn.RNN(4, 3, batch_first=True)
+    model = randomised(nn.Sequential(recurrent, Elementary()))
+    x, y = sequences(n)
+    pairs = list(zip(x.split(1), y.split(1), strict=True))
+    with pytest.raises(RuntimeError, match="RNN '0' has no rule"):
+        DiagonalFisher(model, "empirical", method="hooks").fit(pairs)
+
+
+def test_the_first_two_samples_are_compared_where_single_ones_came_before():
+    """Of one sample, taken twice, the mean is the sample: that they mix cannot be seen."""
+    model, (x, y) = randomised(Mixing()), sequences(n=4)
+    fisher = DiagonalFisher(model, "empirical", method="hooks")
+    fisher.fit(zip(x.split(1), y.split(1), strict=True))
+    with pytest.raises(RuntimeError, match=r"gives 'layer\.weight' another gradient"):
+        fisher.fit(zip(x.split((1, 3)), y.split((1, 3)), strict=True))
 
 
 def test_falls_to_the_loop_where_vmap_cannot_go(relative_error):
