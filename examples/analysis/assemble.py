@@ -39,7 +39,7 @@ class Analysis:
         laws: of every arm.
         costs: of every arm and seed.
         grid: of strengths, if there is one.
-        prices: what costs were counted with.
+        prices: what costs were counted with; the devices are ``None`` where those recorded were.
         core: name of a model -> `analysis.core.CoreResult.to_dict`.
     """
 
@@ -100,24 +100,22 @@ def analyze_runs(
     records = sorted(read_metrics(paths), key=lambda record: _is_controlled(record.arm))
     logs = read_logs(paths, records)
     healthy = [record for record in records if not record.diverged]
-    if devices is None:
-        devices = max(record.devices for record in records)
     analyzer = CostAnalyzer(peak_flops=peak_flops, price_per_hour=price_per_hour, devices=devices)
     try:
         costs = analyzer.analyze(records)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    savings = find_savings(healthy, logs)
+    savings = find_savings(records, logs)
     return Analysis(
         settings=run_settings(paths),
         records=records,
         logs=logs,
-        comparisons=compare_arms(healthy),
+        comparisons=compare_arms(records),
         savings=savings,
         claims=decide_claims(records, logs, savings),
         laws=fit_series(healthy, ScalingLawValidator(bootstraps=bootstraps)),
         costs=costs,
-        grid=find_grid(healthy),
+        grid=find_grid(records),
         prices={"peak_flops": peak_flops, "devices": devices, "price_per_hour": price_per_hour},
         core=dict(core or {}),
     )

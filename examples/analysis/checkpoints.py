@@ -4,12 +4,13 @@ from pathlib import Path
 
 from analysis.bundle import Task
 from analysis.core import CoreResult, evaluate
+from analysis.training_log import run_settings
 from ars.models import GPT, miniseries_config
 from corpus.choice import load_tokenizer
 from corpus.tokenizer import ByteTokenizer, Tokenizer
 from trainer.checkpoint import load_checkpoint
 from trainer.errors import UsageError
-from trainer.series import TOKENIZER_FILE
+from trainer.series import CONFIG_FILE, TOKENIZER_FILE
 
 __all__ = ["beginning_token", "evaluate_checkpoint", "load_model"]
 
@@ -17,7 +18,7 @@ _BLOCK = "blocks."
 _LEVELS = 3  # from checkpoints/d4-scratch/00000120.pt up to the folder of the run
 
 
-def load_model(path: Path, sequence_len: int) -> tuple[GPT, Tokenizer]:
+def load_model(path: Path, sequence_len: int | None) -> tuple[GPT, Tokenizer]:
     """The model in a checkpoint of ``examples/miniseries.py``, and its tokenizer.
 
     The tokenizer is the ``tokenizer.json`` of the run's folder. A model of 256 tokens needs none:
@@ -25,11 +26,12 @@ def load_model(path: Path, sequence_len: int) -> tuple[GPT, Tokenizer]:
 
     Args:
         path: such as ``checkpoints/d4-grown.pt``.
-        sequence_len: longest input that will be read; the training's own is the longest sensible.
+        sequence_len: longest input that will be read; ``None`` for the training's own, which the
+            ``config.json`` of the run's folder says and which is the longest sensible.
 
     Raises:
-        UsageError: the file is damaged, holds no model of the miniseries, or its tokenizer is
-            missing or another.
+        UsageError: the file is damaged, holds no model of the miniseries, its tokenizer is missing
+            or another, or the training's length is not known.
     """
     content = load_checkpoint(path, remedy="name a checkpoint of a finished run")
     weights = content.get("model")
@@ -38,7 +40,8 @@ def load_model(path: Path, sequence_len: int) -> tuple[GPT, Tokenizer]:
     vocab_size = weights["wte.weight"].shape[0]
     tokenizer = _tokenizer(path, vocab_size)
     depth = len({name.split(".")[1] for name in weights if name.startswith(_BLOCK)})
-    model = GPT(miniseries_config(max(1, depth), vocab_size=vocab_size, sequence_len=sequence_len))
+    length = _trained_len(path) if sequence_len is None else sequence_len
+    model = GPT(miniseries_config(max(1, depth), vocab_size=vocab_size, sequence_len=length))
     try:
         model.load_state_dict(weights)
     except RuntimeError:
@@ -57,14 +60,14 @@ def beginning_token(tokenizer: Tokenizer) -> int:
 
 
 def evaluate_checkpoint(
-    path: Path, tasks: list[Task], *, sequence_len: int, max_per_task: int | None
+    path: Path, tasks: list[Task], *, sequence_len: int | None, max_per_task: int | None
 ) -> CoreResult:
     """Evaluate a checkpoint on the tasks of a bundle, on the CPU.
 
     Args:
         path: see `load_model`.
         tasks: of the bundle.
-        sequence_len: longest input in tokens.
+        sequence_len: longest input in tokens; ``None`` for that of the training.
         max_per_task: items of each task at most; ``None`` for all.
 
     Raises:
@@ -77,16 +80,32 @@ def evaluate_checkpoint(
             tasks,
             lambda text: tokenizer.encode(text).tolist(),
             bos=beginning_token(tokenizer),
-            max_tokens=sequence_len,
+            max_tokens=model.config.sequence_len,
             max_per_task=max_per_task,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
+def _of_the_run(path: Path, name: str) -> Path | None:
+    files = (folder / name for folder in path.absolute().parents[:_LEVELS])
+    return next((file for file in files if file.is_file()), None)
+
+
+def _trained_len(path: Path) -> int:
+    config = _of_the_run(path, CONFIG_FILE)
+    runs = [] if config is None else run_settings([config])
+    length = runs[0].get("settings", {}).get("sequence_len") if runs else None
+    if not isinstance(length, int):
+        raise UsageError(
+            f"{path} has no config.json in its run's folder that says how long its sequences were: "
+            "give --sequence-len"
+        )
+    return length
+
+
 def _tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    folders = path.absolute().parents[:_LEVELS]
-    file = next((f / TOKENIZER_FILE for f in folders if (f / TOKENIZER_FILE).is_file()), None)
+    file = _of_the_run(path, TOKENIZER_FILE)
     if file is None:
         if vocab_size == ByteTokenizer.vocab_size:
             return ByteTokenizer()

@@ -179,8 +179,8 @@ def _ladder(savings: Sequence[Saving]) -> str:
         assert plain.efficiency is not None
         e = min(1.0, max(0.0, plain.efficiency.mean))
         measured = (
-            f"Measured at d{plain.depth} for {plain.arm}, with one ancestor: e = {_in_words(plain.efficiency)}, on "
-            f"that ladder {chain_saving(e):.0%}."
+            f"Measured at d{plain.depth} for {plain.arm}, with one ancestor: "
+            f"e = {_in_words(plain.efficiency)}, on that ladder {chain_saving(e):.0%}."
         )
     return (
         "Transfer efficiency e, fresh tokens that an inherited one is worth: a d10 ... d20 chain "

@@ -53,9 +53,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "one (default: none)")  # fmt: skip
     add("--checkpoint", type=Path, nargs="+", default=[], metavar="FILE",
         help="models to evaluate, each with its run's tokenizer (default: none)")  # fmt: skip
-    add("--sequence-len", type=integer(8, 65536), default=256, metavar="T",
+    add("--sequence-len", type=integer(8, 65536), metavar="T",
         help="longest prompt in tokens, the beginning of longer ones is dropped "
-        "(default: %(default)s)")  # fmt: skip
+        "(default: as trained, by the run's config.json)")  # fmt: skip
     add("--max-per-task", type=integer(1, 10**9), metavar="N",
         help="items of each task at most (default: all)")  # fmt: skip
     arguments = parser.parse_args(argv)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from analysis.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA, Task
 from analysis.prompts import Prompt, Tokenize, build_prompts
 
-__all__ = ["CORE_TASKS", "CoreResult", "TaskResult", "byte_tokens", "evaluate"]
+__all__ = ["CORE_TASKS", "CoreResult", "TaskResult", "evaluate"]
 
 _SHUFFLE_SEED = 1337
 
@@ -108,7 +108,8 @@ class CoreResult:
             version: 1 or 2, of the baselines.
 
         Raises:
-            ValueError: a task is missing or altered: the mean is then not CORE.
+            ValueError: a task is missing or altered, or items lost a part of what is scored: the
+                mean is then not CORE.
         """
         if version not in (1, 2):
             raise ValueError(f"version must be 1 or 2, got {version}")
@@ -123,6 +124,11 @@ class CoreResult:
                 "restore core.yaml"
             )
         chosen = [task for task in self.tasks if task.label in CORE_TASKS]
+        if cut := sum(task.cut for task in chosen):
+            raise ValueError(
+                f"not CORE: {cut} items lost a part of what is scored, since their prompts are "
+                "longer than the model reads; train with longer sequences"
+            )
         centred = [t.centred_v1 if version == 1 else t.centred_v2 for t in chosen]
         errors = [t.standard_error_v1 if version == 1 else t.standard_error_v2 for t in chosen]
         return sum(centred) / len(chosen), math.hypot(*errors) / len(chosen)
@@ -143,11 +149,6 @@ class CoreResult:
             "mean_centred_v2": sum(t.centred_v2 for t in self.tasks) / len(self.tasks),
             "tasks": [asdict(task) for task in self.tasks],
         }
-
-
-def byte_tokens(text: str) -> list[int]:
-    """The UTF-8 bytes of a text, tokens of a byte-level model; 10, a line's end, is its BOS."""
-    return list(text.encode())
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ class ModelCost:
         growth_flops: of growing it.
         flops: the three together.
         lineage_flops: of everything that went into it, as the trainer counted.
+        devices: that worked at once.
         seconds: measured, on all devices at once.
         flops_per_second: flops / seconds; ``None`` if no time was measured.
         mfu: flops / (seconds x devices x peak); ``None`` without a peak or a time.
@@ -45,6 +46,7 @@ class ModelCost:
     growth_flops: int
     flops: int
     lineage_flops: int
+    devices: int
     seconds: float
     flops_per_second: float | None
     mfu: float | None
@@ -67,7 +69,7 @@ class CostAnalyzer:
     Args:
         peak_flops: operations a second of one device (see `PEAK_FLOPS`); ``None`` gives no MFU.
         price_per_hour: of one device; ``None`` gives no prices.
-        devices: that worked at once.
+        devices: that worked at once; ``None`` for what each record says.
 
     Raises:
         ValueError: an argument is not positive and finite.
@@ -78,7 +80,7 @@ class CostAnalyzer:
         *,
         peak_flops: float | None = None,
         price_per_hour: float | None = None,
-        devices: int = 1,
+        devices: int | None = None,
     ) -> None:
         for name, value in (("peak_flops", peak_flops), ("devices", devices)):
             if value is not None and not 0 < value < math.inf:
@@ -107,20 +109,17 @@ class CostAnalyzer:
                 costs += self._series(chain(records, arm, seed), arm, plain)
         return costs
 
-    def price(self, seconds: float) -> float | None:
-        """Price of all devices for so many seconds; ``None`` without a price an hour."""
-        if self.price_per_hour is None:
-            return None
-        return seconds / 3600 * self.devices * self.price_per_hour
-
     def _series(
         self, series: Sequence[Record], arm: str, plain: Mapping[int, float]
     ) -> list[ModelCost]:
         costs = []
-        flops, seconds = 0, 0.0
+        flops, seconds, device_hours = 0, 0.0, 0.0
         for record in series:
+            devices = self.devices or record.devices
+            hours = record.seconds / 3600 * devices
             flops += record.own_flops
             seconds += record.seconds
+            device_hours += hours
             costs.append(
                 ModelCost(
                     name=record.name,
@@ -132,24 +131,28 @@ class CostAnalyzer:
                     growth_flops=record.growth_flops,
                     flops=record.own_flops,
                     lineage_flops=record.lineage_flops,
+                    devices=devices,
                     seconds=record.seconds,
                     flops_per_second=record.own_flops / record.seconds if record.seconds else None,
-                    mfu=self._mfu(record),
-                    price=self.price(record.seconds),
+                    mfu=self._mfu(record, devices),
+                    price=self._price(hours),
                     cumulative_flops=flops,
                     cumulative_seconds=seconds,
-                    cumulative_price=self.price(seconds),
+                    cumulative_price=self._price(device_hours),
                 )
             )
         return costs
 
-    def _mfu(self, record: Record) -> float | None:
+    def _price(self, device_hours: float) -> float | None:
+        return None if self.price_per_hour is None else device_hours * self.price_per_hour
+
+    def _mfu(self, record: Record, devices: int) -> float | None:
         if self.peak_flops is None or not record.seconds:
             return None
-        mfu = record.own_flops / (record.seconds * self.devices * self.peak_flops)
+        mfu = record.own_flops / (record.seconds * devices * self.peak_flops)
         if mfu > 1.0:
             raise ValueError(
-                f"{record.name} did {mfu:.3g} times the operations that {self.devices} x "
+                f"{record.name} did {mfu:.3g} times the operations that {devices} x "
                 f"{self.peak_flops:.3g} a second allow: give the device's true peak, or the number "
                 "of devices"
             )

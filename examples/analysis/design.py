@@ -8,7 +8,7 @@ from analysis.power_sums import Array
 
 __all__ = ["Numbers", "check_compute", "check_design", "checked"]
 
-_MIN_RUNS = 6  # one more than E, A, B, alpha and beta
+_MIN_POINTS = 6  # one more than E, A, B, alpha and beta; seeds repeat a point and add none
 _MIN_COMPUTE_RUNS = 4  # one more than E, K and gamma
 _MIN_VALUES = 3  # a constant and a power cannot be told apart by fewer
 _LARGEST_CORRELATION = 0.99  # of log N and log D
@@ -52,11 +52,12 @@ def check_design(x: Array) -> None:
     Raises:
         ValueError: they cannot; the message says why and what would.
     """
-    runs = x.shape[1]
-    if runs < _MIN_RUNS:
+    points = len(np.unique(np.round(x, 3), axis=1).T)
+    if points < _MIN_POINTS:
         raise ValueError(
-            f"{runs} runs cannot determine the five parameters of E + A/N^alpha + B/D^beta: give "
-            f"{_MIN_RUNS} or more, at several sizes and token counts"
+            f"{x.shape[1]} runs at {points} different (N, D) cannot determine the five parameters "
+            f"of E + A/N^alpha + B/D^beta: give {_MIN_POINTS} or more, at several sizes and token "
+            "counts"
         )
     for name, unit, logs in (("N", "sizes", x[0]), ("D", "token counts", x[1])):
         if (values := _distinct(logs)) < _MIN_VALUES:

@@ -143,7 +143,7 @@ def gates(logs: Logs, records: Sequence[Record]) -> bytes | None:
     """
     panels: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None]], ...] = (
         ("phi (1: nothing damped)", lambda row: row["phi"]),
-        ("psi (1: no surprise)", lambda row: row["psi"]),
+        ("psi (1: no resonance)", lambda row: row["psi"]),
         ("penalty / task loss", _penalty_share),
     )
     figure = Figure(figsize=(13.0, 3.8), layout="constrained")
@@ -199,7 +199,7 @@ def grid_map(grid: Grid) -> bytes:
     figure = Figure(figsize=figsize, layout="constrained")
     axes = figure.subplots()
     found = {(cell.ewc, cell.subspace): cell for cell in grid.cells}
-    size = np.array([abs(cell.difference.mean) for cell in grid.cells])
+    size = np.array([abs(cell.difference.mean) for cell in grid.ranked] or [0.0])
     limit = float(min(size.max(), _CLIP * np.median(size))) or 1e-9
     for i, ewc in enumerate(rows):
         for j, subspace in enumerate(columns):
@@ -208,6 +208,9 @@ def grid_map(grid: Grid) -> bytes:
                 text = "plain growing\n0" if ewc is None and subspace is None else ""
                 values[i, j] = 0.0 if text else np.nan
                 axes.text(j, i, text, ha="center", va="center", fontsize=7.5)
+                continue
+            if cell.diverged:
+                axes.text(j, i, "diverged", ha="center", va="center", fontsize=8.5)
                 continue
             values[i, j] = cell.difference.mean
             dark = abs(cell.difference.mean) > 0.65 * limit

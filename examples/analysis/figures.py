@@ -109,6 +109,7 @@ def bpb_against_depth(records: Sequence[Record], comparisons: Sequence[Compariso
     rows = [c for c in comparisons if c.question in ("inheriting", "control") and c.arm in arms]
     rows += [c for c in comparisons if c.question == "controller" and c.baseline == "scratch"
              and c.arm in arms]  # fmt: skip
+    rows = [c for c in rows if math.isfinite(c.difference)]  # a mean without those that diverged
     compared = list(dict.fromkeys(c.arm for c in rows))
     height = max(4.0, 1.2 + 0.3 * len(compared))
     figure = Figure(figsize=(12.0 if rows else 8.0, height), layout="constrained")

@@ -1,5 +1,6 @@
 """What the strengths of the two penalties do on a grid of them, against growing without any."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,7 @@ class Cell:
         ewc: lambda; ``None`` without that penalty.
         subspace: gamma; ``None`` without that penalty.
         difference: bits per byte minus those of plain growing, paired by seed; negative is better.
+            No number if either diverged in some seed.
         proposed: whether it is one of the proposal's pairs.
     """
 
@@ -33,9 +35,14 @@ class Cell:
     difference: Estimate
     proposed: bool
 
+    @property
+    def diverged(self) -> bool:
+        """Whether it or plain growing diverged in some seed."""
+        return not math.isfinite(self.difference.mean)
+
     def to_dict(self) -> dict[str, Any]:
-        """What JSON keeps."""
-        return asdict(self)
+        """What JSON keeps, which has no word for a difference that is no number."""
+        return asdict(self) | ({"difference": None} if self.diverged else {})
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Grid:
     Args:
         depth: of the models.
         parent_depth: of what they were grown out of.
-        seeds: of plain growing.
+        seeds: of plain growing, those that diverged left out.
         baseline: mean bits per byte of plain growing.
         cells: without plain growing itself.
     """
@@ -57,29 +64,35 @@ class Grid:
     cells: tuple[Cell, ...]
 
     @property
-    def best(self) -> Cell:
-        """The pair of the lowest mean."""
-        return min(self.cells, key=lambda cell: cell.difference.mean)
+    def ranked(self) -> list[Cell]:
+        """The pairs that diverged in no seed, that of the lowest mean first."""
+        known = [cell for cell in self.cells if not cell.diverged]
+        return sorted(known, key=lambda cell: cell.difference.mean)
 
     @property
     def sentence(self) -> str:
         """The result in words."""
-        best = self.best
+        known = self.ranked
+        lost = len(self.cells) - len(known)
+        diverged = f" {lost} diverged in some seed." if lost else ""
+        if not known:
+            return f"No benefit shown. Of {len(self.cells)} pairs,{diverged}"
+        best = known[0]
         pair = " and ".join(
             f"{name} {value:g}"
             for name, value in (("lambda", best.ewc), ("gamma", best.subspace))
             if value is not None
         )
-        worse = sum(min(cell.difference.values) > 0 for cell in self.cells)
-        better = sum(max(cell.difference.values) < 0 for cell in self.cells)
-        shown = any((c.difference.known or (0.0, 0.0))[1] < 0 for c in self.cells)
+        worse = sum(min(cell.difference.values) > 0 for cell in known)
+        better = sum(max(cell.difference.values) < 0 for cell in known)
+        shown = any((c.difference.known or (0.0, 0.0))[1] < 0 for c in known)
         start = "" if shown else "No benefit shown. "
         if self.seeds < MIN_SEEDS:
             start = f"A search, not a test: {self.seeds} seed{'s' if self.seeds > 1 else ''}. "
         return (
             f"{start}Of {len(self.cells)} pairs, {better} end below plain growing in every seed "
             f"and {worse} above it; the best, {pair}, differs by {best.difference.mean:+.4f} bits "
-            "per byte."
+            f"per byte.{diverged}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +111,7 @@ def find_grid(records: Sequence[Record]) -> Grid | None:
     """The grid in a set of records, ``None`` if there is none.
 
     Args:
-        records: of one or more seeds; none that diverged.
+        records: of one or more seeds.
     """
     strengths = {}
     for word in dict.fromkeys(r.arm for r in records):
@@ -118,9 +131,9 @@ def find_grid(records: Sequence[Record]) -> Grid | None:
         if values:
             proposed = (ewc, subspace) in PROPOSED
             cells.append(Cell(ewc, subspace, Estimate.of(values), proposed))
-    if len(cells) < _FEWEST_CELLS:
+    base = [r for (arm, _), r in found.items() if arm == plain and not r.diverged]
+    if len(cells) < _FEWEST_CELLS or not base:
         return None
-    base = [record for (arm, _), record in found.items() if arm == plain]
     parents = [r.depth for r in records if r.name == base[0].parent]
     return Grid(
         depth=depth,

@@ -7,7 +7,7 @@ import numpy as np
 
 from analysis.power_sums import Array
 
-__all__ = ["ChinchillaLaw", "ComputeLaw", "HoldOut", "Interval"]
+__all__ = ["FLOPS_PER_PARAMETER_TOKEN", "ChinchillaLaw", "ComputeLaw", "HoldOut", "Interval"]
 
 Interval = tuple[float, float]
 

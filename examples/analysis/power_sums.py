@@ -35,6 +35,9 @@ _NNLS_ITERATIONS = 100  # far more than three columns can need
 _ITERATIONS = 500
 _LARGEST_STEP = 1.0  # in a log amplitude or an exponent
 _AMPLITUDE_SPAN = 18.0  # a term exp(-18) of the loss is as good as absent
+# Noise is amplified by the root of the condition number. Grids and isoFLOP sweeps lie below 1e5;
+# at 1e8 an error of 0.1 % in the losses moves the worst direction by ten times its own size.
+_LARGEST_CONDITION = 1e8
 _VANISHED = 1e-5  # share of the loss below which a term says nothing
 
 
@@ -199,6 +202,11 @@ def describe(theta: Array, x: Array) -> PowerSum:
     lengths = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
     condition = float(np.linalg.cond(rows / lengths)) ** 2
     flaws = []
+    if not condition <= _LARGEST_CONDITION:
+        flaws.append(
+            f"the runs do not determine it: condition number {condition:.1g}, above "
+            f"{_LARGEST_CONDITION:.0e}"
+        )
     shares = np.exp(logs - prediction[:, None])[0].max(axis=1)
     names = ["E", *(f"the term of variable {k + 1}" for k in range(variables))]
     flaws += [f"{n} vanished" for n, s in zip(names, shares, strict=True) if s < _VANISHED]

@@ -16,6 +16,7 @@ from analysis.series_laws import ArmLaws
 from analysis.sweeps import Sweep
 from analysis.verdict import headlines
 from trainer.checkpoint import write_atomically
+from trainer.health import numbers_apart
 
 __all__ = ["REPORT_FILE", "gate_rows", "render_report", "write_report"]
 
@@ -125,10 +126,16 @@ def _estimate(value: Estimate | None) -> str:
 
 
 def _grouped(warnings: Sequence[tuple[str, int, str]]) -> dict[str, list[str]]:
-    """Text -> the models it was said of."""
-    found: dict[str, list[str]] = {}
+    """Text -> the models it was said of, with its numbers where these differ."""
+    kinds: dict[str, list[tuple[str, str, str]]] = {}
     for name, seed, text in warnings:
-        found.setdefault(text, []).append(f"{name} (seed {seed})")
+        kind, numbers = numbers_apart(text)
+        kinds.setdefault(kind, []).append((f"{name} (seed {seed}", ", ".join(numbers), text))
+    found = {}
+    for kind, said in kinds.items():
+        same = len({text for *_, text in said}) == 1
+        key = said[0][2] if same else kind
+        found[key] = [f"{where})" if same else f"{where}: {values})" for where, values, _ in said]
     return found
 
 

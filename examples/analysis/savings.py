@@ -238,7 +238,8 @@ def _ancestors(
     Each counts up to where its child was grown out of it. Before one without a log nothing is
     known.
     """
-    count, rows, complete = 0, [], True
+    count, complete = 0, True
+    rows: Log = []
     while record.parent is not None and (record.parent, record.seed) in by_name:
         start = record.lineage_flops - record.own_flops
         record = by_name[record.parent, record.seed]
@@ -264,8 +265,10 @@ def _summary(depth: int, pairing: Pairing, pairs: Sequence[_Pair]) -> Saving:
         whole = [values for values in found if values is not None]
         if len(whole) < len(found):
             return None
-        columns = (Estimate.of(column) for column in zip(*whole, strict=True))
-        return Ratios(*columns, is_bound=is_bound)
+        flops, own_flops, tokens, own_tokens = (
+            Estimate.of(column) for column in zip(*whole, strict=True)
+        )
+        return Ratios(flops, own_flops, tokens, own_tokens, is_bound)
 
     worth = [pair.efficiency for pair in pairs if pair.efficiency is not None]
     return Saving(

@@ -84,8 +84,8 @@ class ScalingLawValidator:
             losses: L of each run, > 0.
 
         Raises:
-            ValueError: there are fewer than 6 runs or 3 values of N or D, or one of N and D
-                follows from the other, so that only one exponent can be identified.
+            ValueError: there are fewer than 6 different pairs of N and D or 3 values of either,
+                or one follows from the other, so that only one exponent can be identified.
         """
         x = np.log(np.stack([checked("params", params), checked("tokens", tokens, params)]))
         y = np.log(checked("losses", losses, params))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from analysis.isoflop import IsoFlopFit
-from analysis.laws import ChinchillaLaw, ComputeLaw, HoldOut
+from analysis.laws import FLOPS_PER_PARAMETER_TOKEN, ChinchillaLaw, ComputeLaw, HoldOut
 from analysis.records import Record, chain
 from analysis.scaling import ScalingLawValidator
 
@@ -42,7 +42,7 @@ class ArmLaws:
     isoflop: IsoFlopFit | str
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON keeps: for each law ``{"fit": ...}`` or ``{"refused": why}``."""
+        """What JSON keeps: each law, with the optimum of the largest C, or ``{"refused": why}``."""
         found: dict[str, Any] = {
             "arm": self.arm,
             "models": [{"name": r.name, "seed": r.seed} for r in self.models],
@@ -50,6 +50,9 @@ class ArmLaws:
         for key in ("chinchilla", "chinchilla_score", "compute", "compute_score", "isoflop"):
             value = getattr(self, key)
             found[key] = {"refused": value} if isinstance(value, str) else value.to_dict()
+        if isinstance(self.chinchilla, ChinchillaLaw):
+            largest = max(FLOPS_PER_PARAMETER_TOKEN * r.params * r.tokens for r in self.models)
+            found["chinchilla"]["optimum"] = self.chinchilla.optimum(largest)
         return found
 
 

@@ -1,5 +1,6 @@
 """Whether one way of training beats another, said no more strongly than the seeds allow."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,10 +34,12 @@ class Comparison:
         baseline: compared with.
         question: that this answers, a key of `analysis.pairings.QUESTIONS`.
         seeds: that both have.
-        difference: mean bits per byte, arm minus baseline; negative if the arm is better.
-        interval: 95 % t interval of the mean; ``None`` below 2 seeds.
+        difference: mean bits per byte, arm minus baseline; negative if the arm is better, no number
+            if either diverged in some seed: the mean of the others would flatter it.
+        interval: 95 % t interval of the mean; ``None`` below 2 seeds or without a mean.
         flops_ratio: mean lineage FLOPs, arm over baseline.
-        conclusion: "better", "worse", "no difference shown", "too few seeds" or "budgets differ".
+        conclusion: "better", "worse", "no difference shown", "too few seeds", "budgets differ", or
+            in how many seeds the arm or the baseline diverged.
     """
 
     depth: int
@@ -50,15 +53,16 @@ class Comparison:
     conclusion: str
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON keeps."""
-        return asdict(self)
+        """What JSON keeps, which has no word for a difference that is no number."""
+        difference = self.difference if math.isfinite(self.difference) else None
+        return {**asdict(self), "difference": difference}
 
 
 def compare_arms(records: Sequence[Record]) -> list[Comparison]:
     """Compare arms wherever both trained a model of the same depth; see `analysis.pairings`.
 
     Args:
-        records: of one or more seeds; none that diverged.
+        records: of one or more seeds.
     """
     found = {(r.arm, r.depth, r.seed): r for r in records}
     comparisons = []
@@ -75,9 +79,14 @@ def compare_arms(records: Sequence[Record]) -> list[Comparison]:
 
 
 def _compare(pairing: Pairing, depth: int, pairs: Sequence[tuple[Record, Record]]) -> Comparison:
-    difference, interval = mean_interval([ours.val_bpb - theirs.val_bpb for ours, theirs in pairs])
     ratio = float(np.mean([o.lineage_flops / t.lineage_flops for o, t in pairs]))
-    if abs(ratio - 1.0) > _SAME_BUDGET:
+    difference, interval = math.nan, None
+    diverged = _diverged(pairing, pairs)
+    if not diverged:
+        difference, interval = mean_interval([o.val_bpb - t.val_bpb for o, t in pairs])
+    if diverged:
+        conclusion = diverged
+    elif abs(ratio - 1.0) > _SAME_BUDGET:
         conclusion = "budgets differ"
     elif len(pairs) < MIN_SEEDS or interval is None:
         conclusion = "too few seeds"
@@ -98,6 +107,16 @@ def _compare(pairing: Pairing, depth: int, pairs: Sequence[tuple[Record, Record]
     )
 
 
+def _diverged(pairing: Pairing, pairs: Sequence[tuple[Record, Record]]) -> str:
+    """In how many seeds the arm or the baseline diverged, in words; empty if in none."""
+    seeds = f"{len(pairs)} seed{'s' if len(pairs) > 1 else ''}"
+    counts = {
+        "": sum(ours.diverged for ours, _ in pairs),
+        f"{pairing.baseline} ": sum(theirs.diverged for _, theirs in pairs),
+    }
+    return ", ".join(f"{who}diverged in {n} of {seeds}" for who, n in counts.items() if n)
+
+
 def headlines(comparisons: Sequence[Comparison]) -> list[str]:
     """The result in a sentence a question; that nothing was gained is said first.
 
@@ -116,7 +135,8 @@ def headlines(comparisons: Sequence[Comparison]) -> list[str]:
 
 def _answer(comparisons: Sequence[Comparison]) -> str:
     parts = []
-    for conclusion, words in _WORDS.items():
+    for conclusion in dict.fromkeys([*_WORDS, *(c.conclusion for c in comparisons)]):
+        words = _WORDS.get(conclusion, conclusion)
         depths: dict[str, list[str]] = {}
         for c in comparisons:
             if c.conclusion == conclusion:

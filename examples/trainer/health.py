@@ -1,19 +1,33 @@
 """Warning signs while a model is trained, each said once."""
 
+import re
 import warnings
 
 from ars.regularizers import PenaltyMonitor
 from trainer.state import TrainingState
 from trainer.step import Update
 
-__all__ = ["Health"]
+__all__ = ["Health", "numbers_apart"]
+
+_NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|inf|nan)(?!\w)")
+
+
+def numbers_apart(text: str) -> tuple[str, tuple[str, ...]]:
+    """A warning's kind, which is its text without numbers, and the numbers.
+
+    Example:
+        >>> numbers_apart("the penalty, 5.2, exceeds the task loss, 1e-03")
+        ('the penalty, …, exceeds the task loss, …', ('5.2', '1e-03'))
+    """
+    return _NUMBER.sub("…", text), tuple(_NUMBER.findall(text))
 
 
 class Health:
     """Looks at the parts of the loss now and then.
 
     A penalty above the task's loss, a subspace part above half of it and a penalty that is
-    identically 0 are warned of; an importance that has collapsed was, when it was made.
+    identically 0 are warned of; an importance that has collapsed was, when it was made. Training
+    that goes on after a stop looks again at other numbers, so a warning is known by its kind.
 
     Args:
         state: whose list of warnings grows.
@@ -21,7 +35,7 @@ class Health:
 
     def __init__(self, state: TrainingState) -> None:
         self._monitor = PenaltyMonitor()
-        self._said = set(state.warnings)
+        self._said = {numbers_apart(text)[0] for text in state.warnings}
 
     def look(self, state: TrainingState, update: Update) -> list[str]:
         """Compare the parts; return what has not been said of this model before.
@@ -39,8 +53,8 @@ class Health:
             if kept.penalty is not None:
                 penalty += float(state.optimizer.shown()["penalty"])
             self._monitor.observe(update.loss, penalty, kept.subspace_value())
-        found = [str(warning.message) for warning in caught]
-        new = [text for text in found if text not in self._said]
-        self._said.update(new)
+        found = {numbers_apart(text)[0]: text for text in (str(w.message) for w in caught)}
+        new = [text for kind, text in found.items() if kind not in self._said]
+        self._said |= found.keys()
         state.warnings += new
         return new

@@ -13,6 +13,11 @@ OWN_TOKENS = 50_000
 TRUNK_TOKENS = 40_000  # of a parent, which its child inherits
 
 
+def byte_tokens(text: str) -> list[int]:
+    """The UTF-8 bytes of a text, tokens of a byte-level model."""
+    return list(text.encode())
+
+
 def entry(name: str, bpb: float, parent: str | None = None, seed: int = 0) -> dict[str, Any]:
     """One record; ``name`` is such as "d3-grown"."""
     depth, arm = name[1:].split("-", 1)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from analysis_records import byte_tokens
 
 from analysis.bundle import LANGUAGE_MODELING, MINI_BUNDLE, MULTIPLE_CHOICE, SCHEMA, load_bundle
-from analysis.core import CORE_TASKS, byte_tokens, evaluate
+from analysis.core import CORE_TASKS, evaluate
 from ars.models import GPT, miniseries_config
 from trainer.errors import UsageError
 

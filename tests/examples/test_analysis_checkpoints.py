@@ -54,6 +54,21 @@ def test_a_model_of_bytes_needs_no_tokenizer(tmp_path: Path) -> None:
     assert load_model(run_of(tmp_path / "b", ByteTokenizer(), 256), 16)[1].name == "bytes"
 
 
+def test_the_longest_input_is_the_trainings(tmp_path: Path) -> None:
+    path = run_of(tmp_path, None, 256)
+    with pytest.raises(UsageError, match=r"has no config\.json .* give --sequence-len"):
+        load_model(path, None)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"settings": {"sequence_len": 24}}))
+    assert load_model(path, None)[0].config.sequence_len == 24
+    tasks = load_bundle(MINI_BUNDLE)[:1]
+    own, given = (
+        evaluate_checkpoint(path, tasks, sequence_len=length, max_per_task=4)
+        for length in (None, 24)
+    )
+    assert own == given
+
+
 def test_tokenizers_of_other_runs_are_refused(tmp_path: Path, bpe: Tokenizer) -> None:
     path = run_of(tmp_path / "a", None, 280)
     with pytest.raises(UsageError, match=r"has 280 tokens and no tokenizer\.json"):

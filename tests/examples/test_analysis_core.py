@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from analysis_records import byte_tokens
 from torch import Tensor, nn
 
 from analysis.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA, Task
-from analysis.core import CORE_TASKS, CoreResult, _score, byte_tokens, evaluate
+from analysis.core import CORE_TASKS, CoreResult, _score, evaluate
 from ars.models import GPT, GPTConfig
 
 BOS = ord("\n")
@@ -261,6 +262,26 @@ def test_other_numbers_of_examples_are_not_core() -> None:
     result = evaluate(Oracle("the sky is blue"), tasks, byte_tokens, bos=BOS)
     with pytest.raises(ValueError, match="boolq have another type or number"):
         result.core(1)
+
+
+def test_items_that_lost_what_is_scored_are_not_core() -> None:
+    result = evaluate(
+        Oracle("the sky is blue"),
+        whole_bundle(),
+        byte_tokens,
+        bos=BOS,
+        max_tokens=4,
+        max_per_task=11,
+    )
+    cut = sum(t.cut for t in result.tasks)
+    assert cut > 0
+    with pytest.raises(ValueError, match=f"not CORE: {cut} items lost a part of what is scored"):
+        result.core(1)
+    assert result.to_dict()["core_v1"] is None
+    # Without its beginning alone a prompt still has all that is scored.
+    fits = replace(result, tasks=tuple(replace(t, cut=0) for t in result.tasks))
+    assert sum(t.cropped for t in fits.tasks) > 0
+    assert fits.to_dict()["core_v1"] is not None
 
 
 def test_further_tasks_do_not_change_core() -> None:

@@ -34,6 +34,19 @@ def test_costs_count_growth_and_fisher_and_add_up(tmp_path) -> None:
     assert costs["scratch", "d2-scratch"].cumulative_seconds == 20.0
 
 
+def test_devices_are_those_of_each_record(tmp_path) -> None:
+    records = two_arms()
+    records[1]["devices"] = 4
+    found = read_metrics([write(tmp_path / "metrics.json", records)])
+    costs = {c.name: c for c in CostAnalyzer(peak_flops=1e9, price_per_hour=3600).analyze(found)}
+    assert (costs["d2-scratch"].devices, costs["d3-grown"].devices) == (1, 4)
+    assert costs["d3-grown"].mfu == pytest.approx(costs["d3-grown"].flops / (30.0 * 4 * 1e9))
+    assert costs["d2-scratch"].price == pytest.approx(20.0)
+    assert costs["d3-grown"].cumulative_price == pytest.approx(20.0 + 4 * 30.0)
+    costs = {c.name: c for c in CostAnalyzer(price_per_hour=3600, devices=2).analyze(found)}
+    assert costs["d3-grown"].cumulative_price == pytest.approx(2 * 50.0)
+
+
 def test_what_is_not_given_is_not_invented() -> None:
     costs = CostAnalyzer().analyze(read_metrics([DEMO]))
     assert {(c.mfu, c.price, c.cumulative_price) for c in costs} == {(None, None, None)}

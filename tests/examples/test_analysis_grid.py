@@ -1,5 +1,7 @@
 """Strengths of the penalties against plain growing."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,7 @@ def test_every_pair_is_held_against_plain_growing_by_seed(tmp_path: Path) -> Non
     assert [key for key, cell in found.items() if cell.proposed] == [(0.5, 0.05)]
     assert (grid.depth, grid.parent_depth, grid.seeds) == (3, 2, 2)
     assert grid.baseline == pytest.approx(2.35)
-    assert grid.best is found[0.5, 0.05]
+    assert grid.ranked[0] is found[0.5, 0.05]
     assert grid.sentence == (
         "A search, not a test: 2 seeds. Of 4 pairs, 1 end below plain growing in every seed and 2 "
         "above it; the best, lambda 0.5 and gamma 0.05, differs by -0.0150 bits per byte."
@@ -60,6 +62,29 @@ def test_three_seeds_can_show_a_benefit_or_none(tmp_path: Path) -> None:
     grid = grid_of(tmp_path, {"grown": plain, "grown+ewc=1": noise, "grown+ewc=2": noise})
     assert grid is not None
     assert grid.sentence.startswith("No benefit shown. Of 2 pairs, 0 end below")
+
+
+def test_a_pair_that_diverged_in_a_seed_is_not_the_best_of_the_others(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path, {
+        "grown": [2.4, 2.3, 2.35],
+        "grown+ewc=1": [2.2, math.nan, 2.1],
+        "grown+ewc=2": [2.41, 2.32, 2.36],
+    })  # fmt: skip
+    assert grid is not None
+    assert [cell.ewc for cell in grid.ranked] == [2.0]
+    assert grid.sentence == (
+        "No benefit shown. Of 2 pairs, 0 end below plain growing in every seed and 1 above it; the "
+        "best, lambda 2, differs by +0.0133 bits per byte. 1 diverged in some seed."
+    )
+    content = json.loads(json.dumps(grid.to_dict(), allow_nan=False))
+    assert [cell["difference"] is None for cell in content["cells"]] == [True, False]
+    assert grid_map(grid).startswith(b"\x89PNG")
+    bad = [math.nan] * 3
+    grid = grid_of(tmp_path, {"grown": [2.4] * 3, "grown+ewc=1": bad, "grown+ewc=2": bad})
+    assert grid is not None
+    assert grid.sentence == "No benefit shown. Of 2 pairs, 2 diverged in some seed."
+    assert grid_map(grid).startswith(b"\x89PNG")
+    assert grid_of(tmp_path, {"grown": bad, "grown+ewc=1": bad, "grown+ewc=2": bad}) is None
 
 
 def test_two_strengths_are_the_least(tmp_path: Path) -> None:

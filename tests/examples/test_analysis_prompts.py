@@ -4,9 +4,9 @@ import random
 from typing import Any
 
 import pytest
+from analysis_records import byte_tokens
 
 from analysis.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA, Task
-from analysis.core import byte_tokens
 from analysis.prompts import build_prompts, examples_for
 
 BOS = ord("\n")

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from analysis_records import DEMO, chain_of, entry, two_arms, write, write_run
+from analysis_records import DEMO, byte_tokens, chain_of, entry, two_arms, write, write_run
 
 from analysis import detail_figures, figures, report_html
 from analysis.assemble import Analysis, analyze_runs
 from analysis.bundle import MINI_BUNDLE, load_bundle
-from analysis.core import CORE_TASKS, CoreResult, TaskResult, byte_tokens, evaluate
+from analysis.core import CORE_TASKS, CoreResult, TaskResult, evaluate
 from analysis.records import Log, read_metrics
 from analysis.report_html import gate_rows, render_report
 from analysis.sweeps import Sweep
@@ -173,6 +173,11 @@ def test_warnings_are_listed_with_their_models(tmp_path: Path) -> None:
     page = render(analyze(write_run(tmp_path, records)))
     assert "penalty above the task loss d3-grown (seed 0), d4-grown (seed 0)" in page.text
     assert "Omega collapsed d3-grown (seed 0)" in page.text
+    records[1]["warnings"] = ["the penalty, 5.2, exceeds the task loss, 1e-03"]
+    records[3]["warnings"] = ["the penalty, 7, exceeds the task loss, 1.5"]
+    page = render(analyze(write_run(tmp_path, records)))
+    words = "task loss, … d3-grown (seed 0: 5.2, 1e-03), d4-grown (seed 0: 7, 1.5)"
+    assert f"the penalty, …, exceeds the {words}" in page.text
     assert "No warning" not in page.text
 
 
@@ -247,6 +252,10 @@ def test_tasks_that_are_not_core_are_not_called_core() -> None:
     assert "CORE: d4-grown" not in page.text
     assert "mini_schema" in page.text
     tasks = tuple(TaskResult(t, 100, 0.7, 0.4, 0.3, 0.05, 0.06, 2, 0) for t in CORE_TASKS)
+    broken = CoreResult((replace(tasks[0], cut=7), *tasks[1:]), (), (), max_per_task=100)
+    page = render(replace(analysis, core={"gpt": broken.to_dict()}))
+    assert "Tasks: gpt not CORE: 7 items lost a part of what is scored" in page.text
+    assert "+0.400 ± 0.050 +0.300 ± 0.060 2 7" in page.text
     whole = CoreResult(tasks, missing=(), altered=(), max_per_task=100)
     page = render(replace(analysis, core={"gpt": whole.to_dict()}))
     assert "CORE: gpt" in page.text

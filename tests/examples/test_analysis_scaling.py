@@ -121,7 +121,13 @@ def test_one_budget_is_refused() -> None:
 @pytest.mark.parametrize(
     ("n", "d", "y", "message"),
     [
-        ([1e7] * 5, [1e9] * 5, [2.0] * 5, "5 runs cannot determine"),
+        ([1e7] * 5, [1e9] * 5, [2.0] * 5, r"5 runs at 1 different \(N, D\) cannot"),
+        (  # three points, three seeds each
+            [1e7, 2e7, 3e7] * 3,
+            [1e9, 3e9, 2e9] * 3,
+            [3.0, 2.5, 2.0] * 3,
+            r"9 runs at 3 different \(N, D\) cannot determine",
+        ),
         ([1e7, 2e7] * 3, [1e9, 1e9, 2e9, 2e9, 3e9, 3e9], [2.0] * 6, "only 2 different sizes N"),
         ([1e7, 2e7, 3e7] * 2, [1e9] * 3 + [2e9] * 3, [2.0] * 6, "only 2 different token counts D"),
         ([1e7] * 5 + [-1.0], [1e9] * 6, [2.0] * 6, r"params\[5\] is -1"),
@@ -179,6 +185,15 @@ def test_losses_that_do_not_fall_as_a_power_are_flagged() -> None:
     straight = ScalingLawValidator(bootstraps=0).fit_compute(c, 1e3 * c**-0.15)
     assert straight.flaws == ("E vanished",)
     assert straight.gamma == pytest.approx(0.15, rel=1e-3)
+
+
+def test_a_design_that_amplifies_noise_is_flagged() -> None:
+    n, d = (
+        a.ravel() for a in np.meshgrid(np.geomspace(1e8, 1.2e8, 4), np.geomspace(1e10, 1.2e10, 4))
+    )
+    found = ScalingLawValidator(bootstraps=0).fit(n, d, losses(EPOCH, n, d))
+    assert found.condition > 1e8
+    assert any("do not determine it: condition number" in flaw for flaw in found.flaws)
 
 
 def test_the_score_is_the_error_on_runs_held_out() -> None:

@@ -24,7 +24,9 @@ def laws(path: Path) -> dict[str, ArmLaws]:
 
 def test_the_committed_demo_is_too_small_for_any_law() -> None:
     found = laws(DEMO)
-    assert "3 runs cannot determine the five parameters" in str(found["scratch"].chinchilla)
+    assert "3 runs at 3 different (N, D) cannot determine the five parameters" in str(
+        found["scratch"].chinchilla
+    )
     assert "3 runs at 3 budgets" in str(found["scratch"].compute)
     assert "0 of 3 budgets" in str(found["scratch"].isoflop)
     assert all(isinstance(arm.chinchilla, str) for arm in found.values())
@@ -66,4 +68,8 @@ def test_a_sweep_has_a_law_in_n_and_d(tmp_path: Path) -> None:
     assert isinstance(found.chinchilla, ChinchillaLaw)
     assert (found.chinchilla.alpha, found.chinchilla.beta) == pytest.approx((0.3, 0.28), rel=1e-3)
     assert isinstance(found.chinchilla_score, HoldOut)
+    optimum = found.to_dict()["chinchilla"]["optimum"]
+    assert optimum["flops"] == 6 * 10**5 * 5**3 * 10**8, "of the largest model and token count"
+    assert 6 * optimum["params"] * optimum["tokens"] == pytest.approx(optimum["flops"])
+    assert optimum["params_interval"][0] <= optimum["params"] <= optimum["params_interval"][1]
     assert found.to_dict()["chinchilla"]["intervals"].keys() >= {"alpha", "beta", "E", "a"}

@@ -1,5 +1,6 @@
 """What may be said of two arms."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,28 @@ def test_depths_without_a_counterpart_are_left_out(tmp_path: Path) -> None:
         tmp_path / "m.json", [entry("d2-scratch", 3.0), entry("d3-grown", 2, "d2-scratch")]
     )
     assert compare_arms(read_metrics([path])) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("d3-grown", "diverged in 2 of 5 seeds"),
+        ("d3-scratch", "scratch diverged in 2 of 5 seeds"),
+    ],
+)
+def test_seeds_that_diverged_are_not_left_to_the_others(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    runs = [two_arms(seed, 0.1 + 0.01 * seed) for seed in range(5)]
+    for run in runs[:2]:
+        next(r for r in run if r["name"] == name)["val_bpb"] = math.nan
+    paths = [write(tmp_path / f"{i}.json", run) for i, run in enumerate(runs)]
+    first, second = compare_arms(read_metrics(paths))
+    assert (first.conclusion, first.seeds, first.interval) == (words, 5, None)
+    assert first.to_dict()["difference"] is None
+    assert second.conclusion == "better"
+    (line,) = headlines([first])
+    assert line.endswith(f"No benefit shown. {words[0].upper()}{words[1:]}: grown at d3.")
 
 
 def test_the_interval_is_students() -> None:
