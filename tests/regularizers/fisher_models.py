@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 def randomised(model, dtype=torch.float64):
@@ -152,6 +153,17 @@ class Vision(nn.Module):
         x = torch.cat((self.token.expand(len(x), -1, -1), x), 1)
         x = self.norm(x + self.position[:, : x.shape[1]]).tanh()
         return self.head((x + self.token).prod(1))
+
+
+class Elsewhere(nn.Module):
+    """Uses a weight outside of the layer that owns it, too: no hook sees that."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(functional.linear(self.layer(x).tanh(), self.layer.weight))
 
 
 MODELS = {

@@ -109,25 +109,6 @@ def test_does_not_depend_on_batch_size(tied_gpt, tokens, relative_error, estimat
     assert relative_error(results[2], results[0]) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("dtype", "autocast"),
-    [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)],
-    ids=["bf16", "fp16", "autocast"],
-)
-def test_half_precision_hardly_depends_on_batch_size(tied_gpt, tokens, way, dtype, autocast):
-    """A single sample takes the way of all others; kernels may round a larger batch otherwise."""
-    x, y = tokens(15)
-    model = tied_gpt(dtype)
-    results = []
-    for b in (1, 7, 15):
-        pairs = zip(x.split(b), y.split(b), strict=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            results.append(DiagonalFisher(model, "empirical", **way).fit(pairs).importance)
-    for name, alone in results[0].items():
-        for other in results[1:]:
-            assert (other[name] - alone).norm() < 5e-4 * alone.norm(), name
-
-
 def test_squared_batch_gradient_is_another_quantity(tied_gpt, tokens):
     """Squaring a batch's gradient is not a faster way to the same numbers."""
     x, y = tokens(64, masked=False)
