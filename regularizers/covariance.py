@@ -20,7 +20,7 @@ from ars.regularizers.estimators import IGNORE_INDEX
 from ars.regularizers.factors import outer_products
 from ars.regularizers.layers import (
     batched_rows,
-    check_order,
+    check_samples,
     matrix_layers,
     recorded_uses,
     warn_of_others,
@@ -132,14 +132,16 @@ class ActivationCovariance:
             )
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        seen = 0
+        seen, checked = 0, False
         pairs = (_labelled(batch, index) for index, batch in enumerate(batches))
         with recorded_uses(self.model, layers) as uses, torch.no_grad():
             for inputs, targets in take_samples(pairs, n_samples):
                 uses.clear()
                 self.model(inputs)
-                if len(targets) > 1 and (targets == IGNORE_INDEX).any():
-                    check_order(self.model, uses, inputs)
+                ordered = bool((targets == IGNORE_INDEX).any())
+                if len(targets) > 1 and (ordered or not checked):
+                    check_samples(self.model, uses, inputs, ordered=ordered)
+                    checked = True
                 for use in uses:
                     rows, valid = batched_rows([use], targets, with_bias=True)
                     chosen = rows[valid]

@@ -39,7 +39,7 @@ from ars.regularizers.layers import (
     MatrixLayer,
     Use,
     batched_rows,
-    check_order,
+    check_samples,
     matrix_layers,
     output_rows,
     recorded_uses,
@@ -183,16 +183,17 @@ class KroneckerFisher:
                 f"{type(self.model).__name__} has no trained linear or ungrouped convolution layer"
             )
         sums: dict[str, FactorSums] = {}
-        seen = 0
+        seen, checked = 0, False
         pairs = (checked_batch(batch, i, segments=False) for i, batch in enumerate(batches))
         with recorded_uses(self.model, layers) as uses, torch.enable_grad():
             for index, (inputs, targets) in enumerate(take_samples(pairs, n_samples)):
                 uses.clear()
                 logits = check_logits(self.model(inputs), targets)
                 check_targets(targets, logits.shape[-1], index)
-                picks = self.sharing == "reduce" or bool((targets == IGNORE_INDEX).any())
-                if picks and len(targets) > 1:
-                    check_order(self.model, uses, inputs)
+                ordered = self.sharing == "reduce" or bool((targets == IGNORE_INDEX).any())
+                if len(targets) > 1 and (ordered or not checked):
+                    check_samples(self.model, uses, inputs, ordered=ordered)
+                    checked = True
                 chunk = self._chunk(inputs, targets, logits.shape[-1])
                 # A copy: activation checkpointing runs layers again during the backward pass.
                 self._add(sums, layers, list(uses), logits, chunk)

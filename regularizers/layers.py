@@ -24,7 +24,7 @@ __all__ = [
     "MatrixLayer",
     "Use",
     "batched_rows",
-    "check_order",
+    "check_samples",
     "input_rows",
     "matrix_layers",
     "output_rows",
@@ -207,16 +207,18 @@ def batched_rows(uses: list[Use], targets: Tensor, *, with_bias: bool) -> tuple[
     return torch.cat(rows, 1), torch.cat(valid, 1)
 
 
-def check_order(model: nn.Module, uses: list[Use], inputs: Tensor) -> None:
-    """Refuse layers that do not hold the samples one after another, as rows are divided.
+def check_samples(model: nn.Module, uses: list[Use], inputs: Tensor, *, ordered: bool) -> None:
+    """Refuse layers whose rows cannot be divided among the samples of a batch.
 
     Args:
         model: The model whose uses are recorded.
         uses: The record of ``inputs``; it is as before afterwards.
         inputs: Several samples, the first of which is run by itself to compare.
+        ordered: Whether each layer must hold the samples one after another.
 
     Raises:
-        ValueError: A layer's first rows are not those of the first sample; names the weight.
+        ValueError: A layer has other rows than as many for each sample as for the first by itself,
+            or they do not begin with those of the first; names the weight.
     """
     together = list(uses)
     uses.clear()
@@ -224,17 +226,27 @@ def check_order(model: nn.Module, uses: list[Use], inputs: Tensor) -> None:
         model(inputs[:1])
     alone, uses[:] = list(uses), together
     for one, both in zip_longest(alone, together):
-        if one is not None and both is not None and one.weight == both.weight:
-            own = input_rows(one.module, one.inputs)
-            first = input_rows(both.module, both.inputs)[: len(own)]
-            rounding = torch.finfo(own.dtype).eps ** (1 / 3) * own.abs().max()
-            if own.shape == first.shape and (own - first).abs().max() <= rounding:
-                continue
-        raise ValueError(
-            f"the layer of {(both or one).weight!r} does not hold the samples one after another "
-            "in its first dimension (is it the second, behind the positions?), so a masked or "
-            "averaged position cannot be told; fit on batches of one sample"
-        )
+        weight = (both or one).weight
+        rows, own = _rows_of(weight, both), _rows_of(weight, one)
+        if len(rows) != len(inputs) * len(own):
+            raise ValueError(
+                f"the layer of {weight!r} has {len(rows)} positions for {len(inputs)} samples, but "
+                f"{len(own)} for one: each sample must pass through it by itself; fit on "
+                "batches of one sample"
+            )
+        rounding = torch.finfo(own.dtype).eps ** (1 / 3) * own.abs().max()
+        if ordered and (own - rows[: len(own)]).abs().max() > rounding:
+            raise ValueError(
+                f"the layer of {weight!r} does not hold the samples one after another "
+                "in its first dimension (is it the second, behind the positions?), so a masked or "
+                "averaged position cannot be told; fit on batches of one sample"
+            )
+
+
+def _rows_of(weight: str, use: Use | None) -> Tensor:
+    if use is None or use.weight != weight:
+        return torch.empty(0, 0)
+    return input_rows(use.module, use.inputs)
 
 
 def warn_of_others(

@@ -200,6 +200,38 @@ def test_positions_before_samples(layout: str, masked: bool, sharing: str) -> No
             ActivationCovariance(model).fit([(ids, targets)])
 
 
+class SharedPositions(nn.Module):
+    """A layer that is run once for all samples, on as many rows as there are positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.pos(torch.eye(4, dtype=x.dtype)))
+
+
+def test_a_layer_that_all_samples_share_needs_batches_of_one() -> None:
+    model = SharedPositions()
+    x, y = torch.randn(4, 4, 4, dtype=torch.float64), torch.randint(3, (4, 4))
+    says = r"'pos\.weight' has 4 positions for 2 samples, but 4 for one: .*batches of one sample"
+    for batches in ([(x[:2], y[:2])], [(x[:1], y[:1]), (x[:2], y[:2])]):
+        with pytest.raises(ValueError, match=says):
+            KroneckerFisher(model).fit(batches)
+        with pytest.raises(ValueError, match=says):
+            ActivationCovariance(model).fit(batches)
+    rows = []
+    for inputs, targets in zip(x.split(1), y.split(1), strict=True):
+        p = model(inputs)[0].softmax(-1)
+        scores = p - nn.functional.one_hot(targets[0], 3)
+        rows.append(scores.detach() @ model.head.weight.detach())  # at each position
+    expected = torch.stack([g.T @ g for g in rows]).mean(0)
+    pairs = zip(x.split(1), y.split(1), strict=True)
+    fisher = KroneckerFisher(model, "empirical").fit(pairs)
+    torch.testing.assert_close(fisher.factors["pos.weight"].outputs, expected)
+
+
 def test_a_layer_with_a_forward_of_its_own_is_not_taken_for_its_base() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
