@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> str:
     out, size, data = arguments.out, arguments.size, arguments.data
     stages = {stage: jobs_of(stage, size) for stage in STAGES}
     every = list(chain.from_iterable(stages.values()))
-    asked = [job for stage in arguments.stage for job in stages[stage]]
+    asked = [job for stage in dict.fromkeys(arguments.stage) for job in stages[stage]]
     if size == "gpu" and not torch.cuda.is_available():
         raise UsageError("--size gpu needs a CUDA device and torch finds none: use --size cpu")
     check_writable(out)

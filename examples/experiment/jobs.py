@@ -125,10 +125,9 @@ def _work(out: Path, data: str | None, job: Job) -> None:
         torch.set_num_threads(job.machine.threads)
     try:
         with StopRequest() as stop:
-            # A terminal's Ctrl-C comes here too; with the parent's SIGTERM it would be the second
-            # signal, which ends a process without saving.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            # SIGINT stays blocked: a terminal sends Ctrl-C to all its processes, and with the
+            # parent's SIGTERM it would be the second signal, which ends one without saving.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             Thread(target=_stop_with_parent, daemon=True).start()
             corpus = open_corpus(out, data, job.config, stop.check)
             parallel = Parallel(job.machine.device)
