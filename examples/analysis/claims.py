@@ -113,6 +113,9 @@ def _cost_claim(
 
     best = min(deepest, key=rank)
     of = f"best of {len(deepest)} grown arms" if len(deepest) > 1 else "the only grown arm"
+    if verdict == NOT_SHOWN and FAILS in found:  # what leaves it open may be wide, not low
+        failed = sum(v == FAILS for v in verdicts.values())
+        of = f"{failed} of {len(deepest)} grown arms do not hold it; best of the others"
     evidence = f"{of} at d{best.depth}, {best.arm}: {_cost_words(best, cost)}. {note}"
     details = tuple(
         {

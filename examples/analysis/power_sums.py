@@ -204,7 +204,7 @@ def describe(theta: Array, x: Array) -> PowerSum:
     flaws = []
     if not condition <= _LARGEST_CONDITION:
         flaws.append(
-            f"the runs do not determine it: condition number {condition:.1g}, above "
+            f"the runs do not determine it: condition number {condition:.2g}, above "
             f"{_LARGEST_CONDITION:.0e}"
         )
     shares = np.exp(logs - prediction[:, None])[0].max(axis=1)

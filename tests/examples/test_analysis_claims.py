@@ -128,6 +128,7 @@ def test_the_deepest_model_of_the_best_grown_arm_decides() -> None:
     assert [row["verdict"] for row in claim.details] == [FAILS, HOLDS]
     mixed = cheaper(saving(bad), saving([0.3, 0.5, 0.37], arm="grown+ewc"))
     assert mixed.verdict == NOT_SHOWN
+    assert mixed.evidence.startswith("1 of 2 grown arms do not hold it; best of the others at d4")
     only_scratch = cheaper(saving(good, arm="scratch+ars"), saving(good, arm="scratch+muon"))
     assert only_scratch.verdict == NOT_SHOWN
     assert "no grown arm" in only_scratch.evidence
