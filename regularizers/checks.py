@@ -13,6 +13,7 @@ from ars.regularizers.estimators import accumulation_dtype
 __all__ = [
     "check_draws",
     "check_generator",
+    "check_label",
     "check_names",
     "check_option",
     "check_positive_int",
@@ -167,7 +168,7 @@ def check_state(
     for part in sorted(parts):
         if not isinstance(state[part], Mapping):
             raise TypeError(
-                f"the state's {part} must be a mapping from parameter name to tensor, "
+                f"the state's {part} must be a mapping by parameter name, "
                 f"got {type(state[part]).__name__}"
             )
         for name in held:
@@ -180,6 +181,12 @@ def check_state(
                 raise ValueError(
                     f"the state's {part} has {name!r}, which this penalty does not hold; {remedy}"
                 )
+
+
+def check_label(name: str, found: object) -> None:
+    """Raise TypeError unless what a state records of its Fisher is a name or None."""  # noqa: DOC501
+    if not isinstance(found, str | None):
+        raise TypeError(f"the state's {name} must be a name, got {found!r}")
 
 
 def check_option(name: str, found: object, own: object) -> None:

@@ -11,33 +11,36 @@ tasks the pull is towards the newest model (:meth:`EWC.consolidate`), or towards
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ars.regularizers.checks import (
     check_names,
-    check_state,
     check_tensor,
     checked_choice,
     checked_decay,
     checked_module,
-    checked_strength,
     copy_like,
 )
+from ars.regularizers.ewc_state import Mode, Storage, checked_ewc_state
 from ars.regularizers.fisher import DiagonalFisher
-from ars.regularizers.importance import check_importance, embedded, importance_of, layer_factors
+from ars.regularizers.importance import (
+    check_importance,
+    embedded,
+    estimator_of,
+    importance_of,
+    layer_factors,
+    merged_estimator,
+)
 from ars.regularizers.quadratic import Pull, quadratic_value
-from ars.regularizers.storage import dequantize
+from ars.regularizers.strengthened import Strengthened
 
 __all__ = ["EWC"]
 
-Mode: TypeAlias = Literal["coupled", "proximal"]
-Storage: TypeAlias = Literal["full", "bfloat16", "compact"]
 
-
-class EWC:
+class EWC(Strengthened):
     r"""Elastic weight consolidation (EWC) penalty.
 
     .. math:: E(\theta) = \tfrac12 \lambda \sum_i \Omega_i (\theta_i - \theta^*_i)^2
@@ -121,21 +124,13 @@ class EWC:
         self.mode: Mode = checked_choice("mode", mode, get_args(Mode))
         self.storage: Storage = checked_choice("storage", storage, get_args(Storage))
         self._factors = layer_factors(layer_strengths, self._parameters)
-        self._pulls = {
-            name: Pull(name, p, importance[name] * self._factors[name], storage)
-            for name, p in self._parameters.items()
-        }
-        self.estimator = fisher.estimator if isinstance(fisher, DiagonalFisher) else None
+        self._pulls = {}
+        for name, p in self._parameters.items():
+            omega = self._weighted(name, importance)
+            check_tensor(f"the importance of {name!r}, times its strength,", omega, p)
+            self._pulls[name] = Pull(name, p, omega, storage)
+        self.estimator = estimator_of(fisher)
         self.constant = 0.0
-
-    @property
-    def strength(self) -> float | Tensor:
-        """Lambda, finite and >= 0; a 0-d tensor is read at every step, where it is."""
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float | Tensor) -> None:
-        self._strength = checked_strength(value)
 
     @property
     def anchor(self) -> dict[str, Tensor]:
@@ -182,6 +177,7 @@ class EWC:
         decay = checked_decay(decay)
         for pull, new in self._further(fisher, decay):
             pull.assign(pull.omega().to(new.dtype) * decay + new, pull.param)
+        self.estimator = merged_estimator(self.estimator, fisher, decay)
         self.constant = 0.0
 
     @torch.no_grad()
@@ -208,6 +204,7 @@ class EWC:
             delta = pull.param - anchor
             self.constant += 0.5 * float((old * share * delta * delta).sum(dtype=torch.float64))
             pull.assign(total, anchor + share * delta)
+        self.estimator = merged_estimator(self.estimator, fisher)
 
     @torch.no_grad()
     def grown(self, model: nn.Module) -> "EWC":
@@ -245,6 +242,8 @@ class EWC:
             "mode": self.mode,
             "estimator": self.estimator,
             "constant": self.constant,
+            "storage": self.storage,
+            "layer_strengths": dict(self._factors),
             "anchor": {name: term[1] for name, term in terms.items()},
             "importance": {name: term[2] for name, term in terms.items()},
         }
@@ -263,26 +262,15 @@ class EWC:
             ValueError: The state is of another model or holds an invalid value. Nothing has changed
                 then; the message names the first difference.
         """
-        parts = {"anchor", "importance"} | ({"scale"} if self.storage == "compact" else set())
-        options = {"strength", "mode", "estimator", "constant"}
-        check_state("an EWC", state, options | parts, parts, self._pulls)
-        strength = checked_strength(state["strength"])
-        constant = float(checked_strength(state["constant"]))
-        mode: Mode = checked_choice("mode", state["mode"], get_args(Mode))
-        if not isinstance(state["estimator"], str | None):
-            raise TypeError(f"the state's estimator must be a name, got {state['estimator']!r}")
-        loaded = {}
-        for name, p in self._parameters.items():
-            anchor, omega = state["anchor"][name], state["importance"][name]
-            if self.storage == "compact":
-                omega = dequantize(omega, state["scale"][name])
-            check_tensor(f"the state's anchor of {name!r}", anchor, p)
-            check_tensor(f"the state's importance of {name!r}", omega, p, minimum=0.0)
-            loaded[name] = omega, anchor
-        self.strength, self.mode, self.constant = strength, mode, constant
-        self.estimator = state["estimator"]
-        for name, (omega, anchor) in loaded.items():
+        new = checked_ewc_state(state, self._parameters, self.storage)
+        self.strength, self.mode, self.constant = new.strength, new.mode, new.constant
+        self.estimator, self._factors = new.estimator, new.factors
+        for name, (omega, anchor) in new.tensors.items():
             self._pulls[name].assign(omega, anchor)
+
+    def _weighted(self, name: str, importance: Mapping[str, Tensor]) -> Tensor:
+        """Return a parameter's importance times its factor, in the dtype of the computation."""
+        return copy_like(self._parameters[name], importance[name]).mul_(self._factors[name])
 
     def _further(
         self, fisher: DiagonalFisher | Mapping[str, Tensor], decay: float = 1.0
@@ -292,7 +280,7 @@ class EWC:
         check_importance(importance, self._parameters)
         for last in (False, True):  # every sum is checked before the first is kept
             for name, pull in self._pulls.items():
-                new = copy_like(pull.param, importance[name]).mul_(self._factors[name])
+                new = self._weighted(name, importance)
                 if last:
                     yield pull, new
                 elif not (pull.omega().to(new.dtype) * decay + new).isfinite().all():

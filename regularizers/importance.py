@@ -12,7 +12,14 @@ from torch import Tensor
 from ars.regularizers.checks import check_tensor
 from ars.regularizers.fisher import DiagonalFisher
 
-__all__ = ["check_importance", "embedded", "importance_of", "layer_factors"]
+__all__ = [
+    "check_importance",
+    "embedded",
+    "estimator_of",
+    "importance_of",
+    "layer_factors",
+    "merged_estimator",
+]
 
 # Below it an importance does nothing at any usable strength; above this share of such entries the
 # penalty is one of a few parameters. Inputs that are always 0 leave fewer.
@@ -44,6 +51,25 @@ def importance_of(fisher: DiagonalFisher | Mapping[str, Tensor]) -> Mapping[str,
     if not fisher:
         raise ValueError("fisher is empty: there is nothing to penalise")
     return fisher
+
+
+def estimator_of(fisher: DiagonalFisher | Mapping[str, Tensor]) -> str | None:
+    """Return the name of the estimator, or None of a mapping."""
+    return fisher.estimator if isinstance(fisher, DiagonalFisher) else None
+
+
+def merged_estimator(
+    old: str | None, fisher: DiagonalFisher | Mapping[str, Tensor], decay: float = 1.0
+) -> str | None:
+    """Return whose importances a sum holds, None for several estimators.
+
+    Args:
+        old: Of the sum so far.
+        fisher: What was added.
+        decay: How much of the old sum was kept.
+    """
+    new = estimator_of(fisher)
+    return new if decay == 0 or new == old else None
 
 
 def check_importance(importance: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

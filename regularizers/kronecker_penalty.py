@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ars.regularizers.checks import (
+    check_label,
     check_names,
     check_state,
     check_tensor,
@@ -24,6 +25,7 @@ from ars.regularizers.covariance import ActivationCovariance
 from ars.regularizers.kronecker import KroneckerFisher
 from ars.regularizers.layers import matrix_layers
 from ars.regularizers.matrix_pull import MatrixPull
+from ars.regularizers.strengthened import Strengthened
 
 __all__ = ["KroneckerPenalty"]
 
@@ -32,7 +34,7 @@ Factors: TypeAlias = (
 )
 
 
-class KroneckerPenalty:
+class KroneckerPenalty(Strengthened):
     r"""Elastic weight consolidation with a Kronecker-factored importance.
 
     .. math:: E = \tfrac12 \lambda \sum_l \operatorname{tr}(G_l\, D_l\, A_l\, D_l^T), \quad
@@ -112,15 +114,7 @@ class KroneckerPenalty:
         if 0 < len(without) < len(self._pulls):
             raise ValueError(f"{without[0]!r} has no G, others have; give all layers one, or none")
         self.strength = strength
-
-    @property
-    def strength(self) -> Any:
-        """Lambda, finite and >= 0; a 0-d tensor is read at every step, where it is."""
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float | Tensor) -> None:
-        self._strength = checked_strength(value)
+        self.estimator, self.sharing = _source_of(factors)
 
     @property
     def anchor(self) -> dict[str, Tensor]:
@@ -177,11 +171,17 @@ class KroneckerPenalty:
             pull.check("", *found[name])
         for name, pull in self._pulls.items():
             pull.consolidate(*found[name], decay=decay)
+        source = _source_of(factors)
+        if decay and source != (self.estimator, self.sharing):
+            source = None, None  # of several
+        self.estimator, self.sharing = source
 
     def state_dict(self) -> dict[str, Any]:
-        """Strength, and references to the anchor [W b], A and G by the name of the weight."""
+        """Options, and references to the anchor [W b], A and G by the name of the weight."""
         state: dict[str, Any] = {
             "strength": float(self.strength),
+            "estimator": self.estimator,
+            "sharing": self.sharing,
             "anchor": {name: pull.anchor for name, pull in self._pulls.items()},
             "inputs": {name: pull.inputs for name, pull in self._pulls.items()},
         }
@@ -200,19 +200,30 @@ class KroneckerPenalty:
             ValueError: The state is of another model or holds an invalid value. Nothing has changed
                 then; the message names the first difference.
         """
-        parts = set(self.state_dict()) - {"strength"}
-        check_state("a KroneckerPenalty", state, {"strength"} | parts, parts, self._pulls)
+        options = {"strength", "estimator", "sharing"}
+        parts = set(self.state_dict()) - options
+        check_state("a KroneckerPenalty", state, options | parts, parts, self._pulls)
         strength = checked_strength(state["strength"])
+        check_label("estimator", state["estimator"])
+        check_label("sharing", state["sharing"])
         outputs = state.get("outputs", {})
         for name, pull in self._pulls.items():
             pull.check("the state's ", state["inputs"][name], outputs.get(name))
             check_tensor(f"the state's anchor of {name!r}", state["anchor"][name], pull.anchor)
         self.strength = strength
+        self.estimator, self.sharing = state["estimator"], state["sharing"]
         for name, pull in self._pulls.items():
             pull.anchor.copy_(state["anchor"][name])
             pull.inputs.copy_(state["inputs"][name])
             if pull.outputs is not None:
                 pull.outputs.copy_(outputs[name])
+
+
+def _source_of(factors: Factors) -> tuple[str | None, str | None]:
+    """Return estimator and sharing of a Fisher, None of what is not one."""
+    if isinstance(factors, KroneckerFisher):
+        return factors.estimator, factors.sharing
+    return None, None
 
 
 def _factors_of(factors: Factors) -> Mapping[str, tuple[Tensor, Tensor | None]]:

@@ -26,11 +26,12 @@ from ars.regularizers.checks import (
 )
 from ars.regularizers.covariance import ActivationCovariance
 from ars.regularizers.restraint import Restraint
+from ars.regularizers.strengthened import Strengthened
 
 __all__ = ["SubspacePenalty"]
 
 
-class SubspacePenalty:
+class SubspacePenalty(Strengthened):
     r"""Penalty on a weight's change inside, or outside, a subspace.
 
     .. math:: R = \gamma \sum_W \|Q\,(W - W^*)\|_F^2
@@ -202,15 +203,6 @@ class SubspacePenalty:
         chosen = coordinates.items()
         bases = {n: torch.arange(max(c, 0)) if isinstance(c, int) else c for n, c in chosen}
         return cls(model, bases, strength, side=side, protect=protect)
-
-    @property
-    def strength(self) -> float | Tensor:
-        """Gamma, finite and >= 0; a 0-d tensor is read at every step, where it is."""
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float | Tensor) -> None:
-        self._strength = checked_strength(value)
 
     @property
     def bases(self) -> dict[str, Tensor]:

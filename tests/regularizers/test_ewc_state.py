@@ -28,6 +28,34 @@ def test_state_round_trip(tmp_path):
     assert [t.data_ptr() for term in loaded.terms() for t in term] == addresses
 
 
+def test_layer_strengths_come_along():
+    model = small_model()
+    first, second = random_importance(model), random_importance(model, seed=4)
+    saved = EWC(model, first, layer_strengths={"0.*": 3.0})
+    loaded = EWC(model, first, layer_strengths={"2.*": 5.0})
+    loaded.load_state_dict(saved.state_dict())
+    move(model)
+    for penalty in (saved, loaded):
+        penalty.add_task(second)
+    for name, omega in saved.importance.items():
+        assert torch.equal(loaded.importance[name], omega)
+    loaded.load_state_dict(EWC(model, first, layer_strengths={"0.*": 3.0}).state_dict())
+    loaded.consolidate(second, decay=0.0)
+    assert torch.equal(loaded.importance["0.bias"], 3.0 * second["0.bias"].float())
+    assert torch.equal(loaded.importance["2.bias"], second["2.bias"].float())
+
+
+@pytest.mark.parametrize("storage", ["full", "bfloat16", "compact"])
+def test_another_storage_is_refused_by_name(storage):
+    model = small_model()
+    state = EWC(model, random_importance(model), storage=storage).state_dict()
+    assert state["storage"] == storage
+    for other in {"full", "bfloat16", "compact"} - {storage}:
+        penalty = EWC(model, random_importance(model), storage=other)
+        with pytest.raises(ValueError, match=f"the state has storage='{storage}', .* '{other}'"):
+            penalty.load_state_dict(state)
+
+
 def without(mapping, key):
     return {k: v for k, v in mapping.items() if k != key}
 
@@ -37,6 +65,17 @@ BREAKAGES = {
         lambda s: {**s, "estimator": torch.ones(1)},
         TypeError,
         "estimator must be a name",
+    ),
+    "no storage": (lambda s: without(s, "storage"), ValueError, "with keys .*'storage'"),
+    "layer strength": (
+        lambda s: s | {"layer_strengths": s["layer_strengths"] | {"2.bias": -1.0}},
+        ValueError,
+        "must be finite and >= 0, got -1.0",
+    ),
+    "missing layer strength": (
+        lambda s: s | {"layer_strengths": without(s["layer_strengths"], "2.bias")},
+        ValueError,
+        "layer_strengths lacks '2.bias'",
     ),
     "not a mapping": (lambda s: None, ValueError, "got NoneType"),
     "missing key": (lambda s: without(s, "mode"), ValueError, "with keys .*'mode'"),

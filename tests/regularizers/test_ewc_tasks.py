@@ -80,6 +80,22 @@ def test_a_fitted_fisher_may_follow():
 
 
 @pytest.mark.parametrize("method", ["consolidate", "add_task"])
+def test_the_recorded_estimator_is_of_all_importances(method):
+    model = small_model()
+    batches = [(torch.randn(5, 3), torch.arange(5) % 2)]
+    fishers = {e: DiagonalFisher(model, e).fit(batches) for e in ("exact", "empirical")}
+    penalty = EWC(model, fishers["exact"])
+    getattr(penalty, method)(fishers["exact"])
+    assert penalty.estimator == "exact"
+    getattr(penalty, method)(fishers["empirical"])
+    assert penalty.estimator is None
+    penalty.consolidate(fishers["empirical"], decay=0.0)  # nothing else is left
+    assert penalty.estimator == "empirical"
+    getattr(penalty, method)(fishers["empirical"].importance)
+    assert penalty.estimator is None
+
+
+@pytest.mark.parametrize("method", ["consolidate", "add_task"])
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -120,6 +136,15 @@ def test_layer_strengths_are_folded_into_the_importance():
     penalty.consolidate(importance)  # a further task has the same factors
     for name, factor in factors.items():
         assert torch.equal(penalty.importance[name], 2 * factor * importance[name])
+
+
+def test_factors_multiply_in_float32_at_least():
+    model = torch.nn.Linear(2, 1)
+    importance = {"weight": torch.full((1, 2), 4e4, dtype=torch.float16)}
+    penalty = EWC(model, importance, layer_strengths={"weight": 8.0})
+    assert (penalty.importance["weight"] == 8 * importance["weight"].float()).all()
+    with pytest.raises(ValueError, match=r"'weight', times its strength, holds .* not finite"):
+        EWC(model, importance, layer_strengths={"weight": 1e38})
 
 
 @pytest.mark.parametrize(

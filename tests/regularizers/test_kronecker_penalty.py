@@ -201,11 +201,14 @@ def test_state(kind: Any) -> None:
     model = network()
     penalty = KroneckerPenalty(model, kind(model).fit(batches()), strength=3.0)
     state = penalty.state_dict()
+    assert state["estimator"] == ("sketch" if kind is KroneckerFisher else None)
     move(model)
-    another = KroneckerPenalty(model, kind(model).fit(batches()), strength=1.0)
+    another = KroneckerPenalty(model, penalty.factors, strength=1.0)
+    assert (another.estimator, another.sharing) == (None, None)
     addresses = [t.data_ptr() for t in another.anchor.values()]
-    another.load_state_dict({k: v if k == "strength" else dict(v) for k, v in state.items()})
+    another.load_state_dict({k: dict(v) if isinstance(v, dict) else v for k, v in state.items()})
     assert another.strength == 3.0
+    assert (another.estimator, another.sharing) == (state["estimator"], state["sharing"])
     assert torch.equal(another.value(), penalty.value())
     assert penalty.value() > 0
     assert [t.data_ptr() for t in another.anchor.values()] == addresses
@@ -225,6 +228,23 @@ def test_state(kind: Any) -> None:
         with pytest.raises(ValueError, match=re.escape(says)):
             another.load_state_dict(state | change)
         assert torch.equal(another.value(), before)
+
+
+def test_the_recorded_source_is_of_all_factors() -> None:
+    model = network()
+    exact, reduced = (
+        KroneckerFisher(model, "exact", sharing=sharing).fit(batches())
+        for sharing in ("expand", "reduce")
+    )
+    penalty = KroneckerPenalty(model, exact)
+    penalty.consolidate(exact)
+    assert (penalty.estimator, penalty.sharing) == ("exact", "expand")
+    penalty.consolidate(reduced)
+    assert (penalty.estimator, penalty.sharing) == (None, None)
+    penalty.consolidate(reduced, decay=0.0)
+    assert (penalty.estimator, penalty.sharing) == ("exact", "reduce")
+    with pytest.raises(TypeError, match="the state's sharing must be a name, got 3"):
+        penalty.load_state_dict(penalty.state_dict() | {"sharing": 3})
 
 
 def test_what_is_refused() -> None:
