@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ars.regularizers.checks import checked_module, checked_strength
+from ars.regularizers.checks import checked_module
 from ars.regularizers.estimators import IGNORE_INDEX
 from ars.regularizers.evaluation import evaluation_mode
+from ars.regularizers.strengthened import Strengthened
 
 __all__ = ["Distillation", "distillation_loss"]
 
@@ -76,7 +77,7 @@ def distillation_loss(
     return temperature**2 * kept.sum() / mask.sum().clamp(min=1)
 
 
-class Distillation:
+class Distillation(Strengthened):
     r"""Penalty on predictions that differ from a predecessor's.
 
     .. math:: R = \lambda T^2 \operatorname{mean}_n
@@ -110,7 +111,7 @@ class Distillation:
         self, teacher: nn.Module, strength: float | Tensor = 1.0, temperature: float = 2.0
     ) -> None:
         self.teacher = checked_module(teacher)
-        self.strength = checked_strength(strength)
+        self.strength = strength
         self.temperature = _check_temperature(temperature)
 
     def value(self, inputs: Tensor, logits: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -124,6 +125,10 @@ class Distillation:
 
         Returns:
             The penalty.
+
+        Raises:
+            ValueError: The predecessor has more classes than ``logits``, or other positions; or
+                ``targets`` are not of the positions.
         """
         with evaluation_mode(self.teacher), torch.no_grad():
             expected = self.teacher(inputs)

@@ -23,7 +23,7 @@ _LEAF = "tensor"  # the key that tells the record of a tensor from a part of a s
 
 
 class Stateful(Protocol):
-    """What can be saved: every penalty of this package can."""
+    """What can be saved: every penalty but :class:`Distillation`, whose model has a file itself."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers, strings and None, in mappings."""

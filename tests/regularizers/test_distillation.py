@@ -106,5 +106,11 @@ def test_refuses_wrong_masks_and_settings():
         Distillation(z)
     with pytest.raises(ValueError, match="strength must be finite"):
         Distillation(nn.Linear(1, 1), strength=-1.0)
+    penalty = Distillation(nn.Linear(1, 4))
+    with pytest.raises(ValueError, match="strength must be finite"):
+        penalty.strength = math.nan
+    assert penalty.strength == 1.0
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), the teacher's \(2, 4\)"):
+        penalty.value(torch.ones(2, 1), z)
     with pytest.raises(ValueError, match="temperature must be finite and > 0, got -1"):
         Distillation(nn.Linear(1, 1), temperature=-1.0)
