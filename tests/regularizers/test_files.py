@@ -131,7 +131,7 @@ def test_refuses_another_model_naming_the_first_difference(file):
 def test_refuses_another_kind(file):
     with pytest.raises(ValueError, match="holds the state of EWC, not of SubspacePenalty"):
         load_penalty(subspace(small_model()), file)
-        with pytest.raises(ValueError, match="the state has storage='full', this penalty 'compact'"):
+    with pytest.raises(ValueError, match="has storage='full', this penalty 'compact'"):
         load_penalty(ewc(small_model(), storage="compact"), file)
     with pytest.raises(TypeError, match="dict has no state_dict"):
         load_penalty({}, file)
