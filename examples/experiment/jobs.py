@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from threading import Thread
@@ -70,6 +71,7 @@ def run_jobs(
         UsageError: a series failed; its last words and its log are in the message.
     """
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # here, since starting it unblocks the signals held below
     waiting = list(jobs)
     running: dict[SpawnProcess, Job] = {}
     with Progress(out, jobs) as progress:
