@@ -15,11 +15,32 @@ from trainer.rules import Settings
 __all__ = ["Optimizer", "build_optimizer"]
 
 
+class _Together:
+    """Several optimizers that take their step together: a `GradScaler` skips all of them or none.
+
+    Args:
+        parts: the optimizers.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of all parts."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self, *, loss: Tensor) -> None:
+        """Step every part; those with a controller are told the loss."""
+        for part in self.parts:
+            part.step(**({"loss": loss} if isinstance(part, (ARSAdamW, ARSOptimizer)) else {}))
+
+
 class Optimizer:
     """One or two optimizers that share a loss, a clipping norm and a schedule.
 
     Args:
-        parts: the optimizers; the first one's diagnostics are shown.
+        parts: the optimizers, AdamW alone or first; the first one's diagnostics are shown.
         shown: the diagnostics of the first one that say something.
         clip: largest norm of all gradients together, for parts that do not clip themselves; 0 for
             none.
@@ -31,6 +52,8 @@ class Optimizer:
         self._clip = clip
         self._rates = [[group["lr"] for group in part.param_groups] for part in self.parts]
         self._norm: Tensor | None = None
+        # Alone, AdamW is skipped on the device, without waiting for it.
+        self._whole: Any = self.parts[0] if len(self.parts) == 1 else _Together(self.parts)
 
     @property
     def adamw(self) -> ARSAdamW:
@@ -44,6 +67,11 @@ class Optimizer:
             raise TypeError(f"the optimizer is {type(only).__name__}, not ARSAdamW")
         return only
 
+    @property
+    def rate(self) -> float:
+        """AdamW's learning rate."""
+        return float(self.parts[0].param_groups[0]["lr"])
+
     def set_rate(self, share: float) -> None:
         """Set every learning rate to a share of its peak."""
         for part, rates in zip(self.parts, self._rates, strict=True):
@@ -51,24 +79,21 @@ class Optimizer:
                 group["lr"] = rate * share
 
     def step(self, loss: Tensor, scaler: "torch.amp.GradScaler | None" = None) -> None:
-        """Clip and update; gradients that are not finite move nothing under a scaler.
+        """Clip and update; a gradient that is not finite stops every part under a scaler.
 
         Args:
             loss: of the task, detached, 0-d: what the controllers watch.
             scaler: that scaled the loss before it was differentiated.
         """
         if scaler is not None:
-            for part in self.parts:
-                scaler.unscale_(part)
+            scaler.unscale_(self._whole)
         if self._clip:
-            weights = [p for part in self.parts for g in part.param_groups for p in g["params"]]
+            weights = [p for group in self._whole.param_groups for p in group["params"]]
             self._norm = nn.utils.clip_grad_norm_(weights, self._clip)
-        for part in self.parts:
-            words = {"loss": loss} if isinstance(part, (ARSAdamW, ARSOptimizer)) else {}
-            if scaler is None:
-                part.step(**words)
-            else:
-                scaler.step(part, **words)
+        if scaler is None:
+            self._whole.step(loss=loss)
+        else:
+            scaler.step(self._whole, loss=loss)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

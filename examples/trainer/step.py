@@ -76,7 +76,7 @@ def step(state: TrainingState, plan: ModelPlan, run: Run) -> Update:
         state.scaler.update()
     state.step += 1
     has_teacher = state.inheritance.distillation is not None
-    return Update(total, share * plan.settings.lr, distillation if has_teacher else None)
+    return Update(total, state.optimizer.rate, distillation if has_teacher else None)
 
 
 def _losses(state: TrainingState, x: Tensor, y: Tensor, run: Run) -> tuple[Tensor, Tensor | None]:
