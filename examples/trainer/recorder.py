@@ -1,4 +1,8 @@
-"""What a step reports: collected on the device, read in groups, told to everyone who listens."""
+"""What a step reports: collected on the device, read in groups, told to everyone who listens.
+
+The host knows when a group began and when it ended, not when the device did each of its steps: they
+share its time evenly.
+"""
 
 import resource
 import sys
@@ -17,7 +21,6 @@ from trainer.tracking import Tracker
 
 __all__ = ["Recorder"]
 
-_GPU_LOG_EVERY = 20  # steps between two reads of the device, each of which waits for it
 _MIB = 2**20
 
 
@@ -25,6 +28,7 @@ class Recorder:
     """Rows of the log, from the state of a model.
 
     Args:
+        state: where training begins.
         log: takes every row.
         progress: shows the newest.
         tracker: takes every row.
@@ -33,20 +37,21 @@ class Recorder:
     """
 
     def __init__(
-        self, log: StepLog, progress: Progress, tracker: Tracker, plan: ModelPlan, run: Run
+        self,
+        state: TrainingState,
+        log: StepLog,
+        progress: Progress,
+        tracker: Tracker,
+        plan: ModelPlan,
+        run: Run,
     ) -> None:
         self._listeners = (log.write, tracker.write, progress.show)
         self._log = log
         self._plan = plan
         self._run = run
         self._tokens = plan.settings.batch_size * run.config.sequence_len
-        self._every = 1 if run.parallel.device.type == "cpu" else _GPU_LOG_EVERY
         self._waiting: list[tuple[dict[str, Any], list[str], Tensor | None]] = []
-        self._before: tuple[int, float] | None = None
-
-    def is_due(self, step: int) -> bool:
-        """Whether the device is read after this step, so that waiting costs nothing more."""
-        return step % self._every == 0 or step == self._plan.steps
+        self._read_at = state.step, state.seconds
 
     def add(self, state: TrainingState, update: Update | None, measured: float | None) -> None:
         """Take note of a step.
@@ -61,7 +66,6 @@ class Recorder:
             "step": state.step,
             "tokens": plan.prior_tokens + state.step * self._tokens,
             "flops": plan.prior_flops + state.step * plan.flops_per_step,
-            "seconds": round(state.seconds, 3),
             "lr": None if update is None else update.rate,
             "val_bpb": measured,
         }
@@ -76,34 +80,37 @@ class Recorder:
             device = update.loss.device
             values = torch.stack([v.detach().to(device, torch.float64) for v in shown.values()])
         self._waiting.append((row, names, values))
-        if self.is_due(state.step):
-            self._read()
 
-    def flush(self) -> None:
-        """Put every row on the disk."""
-        self._read()
-        self._log.flush()
+    def read(self, state: TrainingState) -> None:
+        """Tell what has been noted.
 
-    def _read(self) -> None:
+        Args:
+            state: after the last step that was noted, which the device has done.
+        """
+        step, seconds = self._read_at
+        steps, spent = state.step - step, state.seconds - seconds
+        group = {"memory": self._memory(), **self._speed(steps, spent)} if steps else {}
         for row, names, values in self._waiting:
+            done = (row["step"] - step) / steps if steps else 1.0
+            row["seconds"] = round(seconds + done * spent, 3)
             if values is not None:
-                row |= dict(zip(names, values.tolist(), strict=True))
-                row |= self._speed(row)
+                row |= dict(zip(names, values.tolist(), strict=True)) | group
             for listener in self._listeners:
                 listener(row)
         self._waiting.clear()
+        self._read_at = state.step, state.seconds
 
-    def _speed(self, row: dict[str, Any]) -> dict[str, float | None]:
-        step, seconds = self._before or (row["step"], row["seconds"])
-        self._before = row["step"], row["seconds"]
-        found: dict[str, float | None] = {"memory": self._memory()}
-        if row["seconds"] > seconds:
-            steps_per_second = (row["step"] - step) / (row["seconds"] - seconds)
-            found["tokens_per_second"] = round(steps_per_second * self._tokens, 1)
-            peak = self._run.machine.peak_flops
-            if peak is not None:
-                flops = steps_per_second * self._plan.flops_per_step
-                found["mfu"] = round(flops / (peak * self._run.parallel.world_size), 5)
+    def flush(self) -> None:
+        """Put every row that was told on the disk."""
+        self._log.flush()
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
+        if seconds <= 0:
+            return {}
+        found = {"tokens_per_second": round(steps * self._tokens / seconds, 1)}
+        if self._run.machine.peak_flops is not None:
+            peak = self._run.machine.peak_flops * self._run.parallel.world_size
+            found["mfu"] = round(steps * self._plan.flops_per_step / seconds / peak, 5)
         return found
 
     def _memory(self) -> float:

@@ -7,6 +7,7 @@ from trainer.evaluate import bits_per_byte
 from trainer.health import Health
 from trainer.keep import Keeper
 from trainer.log import StepLog
+from trainer.pace import Pace
 from trainer.plan import ModelPlan
 from trainer.progress import Progress
 from trainer.recorder import Recorder
@@ -26,7 +27,7 @@ def train(
     Args:
         state: where to start; advanced in place.
         plan: of this model.
-        run: asked to stop after every step.
+        run: asked to stop after every step that is waited for.
         keeper: of the model's states, and of the one at the end of the trunk, which a child grows
             from.
         resumed: whether ``state`` came from a checkpoint, whose log is to be continued.
@@ -48,37 +49,40 @@ def train(
         open_tracker(run, plan, state.step) as tracker,
         Progress(plan, state, run) as progress,
     ):
-        recorder = Recorder(log, progress, tracker, plan, run)
+        recorder = Recorder(state, log, progress, tracker, plan, run)
+        pace = Pace(state, plan, run.parallel)
 
         def measure() -> float:
             return bits_per_byte(state.model, curve_windows, corpus.token_bytes)
 
         if not resumed:
             recorder.add(state, None, measure())
+            recorder.read(state)
         saved_at = time.monotonic()
+        started = time.perf_counter()
         while state.step < plan.steps:
-            started = time.perf_counter()
             update = step(state, plan, run)
+            is_point = state.step % every == 0 or state.step in (plan.trunk, plan.steps)
+            if not (is_point or pace.is_due(state.step)):
+                recorder.add(state, update, None)
+                continue
+            update.loss.item()  # waits, so that all that was spent on the steps has been spent
+            state.seconds += time.perf_counter() - started
             measured = None
-            if state.step % every == 0 or state.step in (plan.trunk, plan.steps):
-                update.loss.item()  # waits: evaluation is not charged for the steps before it
-                state.seconds += time.perf_counter() - started
+            if is_point:
                 measured = measure()
                 progress.say(health.look(state, update))
-                started = time.perf_counter()
             recorder.add(state, update, measured)
-            state.seconds += time.perf_counter() - started
+            recorder.read(state)
+            pace.waited(state)
             at_trunk_end = state.step == plan.trunk and plan.has_child
             due = time.monotonic() - saved_at >= run.machine.checkpoint_seconds
-            asked = run.stop.requested
-            if recorder.is_due(state.step):  # a question to all processes waits for them
-                due, asked = run.parallel.any(due), run.parallel.any(asked)
-            elif run.parallel.world_size > 1:
-                due = asked = False
+            due, asked = run.parallel.any(due), run.parallel.any(run.stop.requested)
             if asked or due or at_trunk_end or state.step == plan.steps:
                 recorder.flush()
                 keeper.save(state, at_trunk_end=at_trunk_end)
                 saved_at = time.monotonic()
             if asked:
                 run.stop.leave()
+            started = time.perf_counter()
         return bits_per_byte(state.model, windows, corpus.token_bytes, between=run.stop.check)
