@@ -16,9 +16,14 @@ from torch import Tensor
 
 from trainer.errors import UsageError
 
-__all__ = ["load_checkpoint", "save_checkpoint", "write_atomically"]
+__all__ = ["DamagedError", "load_checkpoint", "save_checkpoint", "write_atomically"]
 
 _DIGEST = "sha256"
+_NO_MEMORY = "can't allocate memory"  # torch raises a plain RuntimeError
+
+
+class DamagedError(UsageError):
+    """A file is not what was saved."""
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -41,16 +46,23 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
         remedy: what the user should do if it is damaged; ends the error message.
 
     Raises:
-        UsageError: the file is damaged.
+        DamagedError: the file is damaged.
+        UsageError: it cannot be read, which says nothing about what is in it.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         expected = content.pop(_DIGEST)
     except Exception as error:  # a damaged archive can raise nearly anything while it is parsed
+        if isinstance(error, (OSError, MemoryError)) or _NO_MEMORY in str(error):
+            reason = (error.strerror or error) if isinstance(error, OSError) else "out of memory"
+            raise UsageError(
+                f"{path} cannot be read ({reason}) and was left as it is: "
+                "mend that and run the same command again"
+            ) from None
         reason = f"{type(error).__name__} while reading it"
-        raise UsageError(f"{path} is damaged ({reason}): {remedy}") from None
+        raise DamagedError(f"{path} is damaged ({reason}): {remedy}") from None
     if _digest(content) != expected:
-        raise UsageError(f"{path} is damaged (its checksum does not match): {remedy}")
+        raise DamagedError(f"{path} is damaged (its checksum does not match): {remedy}")
     return content
 
 

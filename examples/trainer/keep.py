@@ -9,13 +9,11 @@ is used: nothing of the user's is overwritten.
 """
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import load_checkpoint, save_checkpoint
-from trainer.errors import UsageError
+from trainer.checkpoint import DamagedError, load_checkpoint, save_checkpoint
 from trainer.plan import ModelPlan
 from trainer.run import Run
 from trainer.state import TrainingState
@@ -35,14 +33,13 @@ class Keeper:
 
     def __init__(self, plan: ModelPlan, run: Run) -> None:
         self.run = run
-        self.has_child = plan.has_child
         self._fingerprint = run.fingerprint(plan)
         self._states = run.checkpoints / plan.name
         self._trunk = run.checkpoints / f"{plan.name}-trunk.pt"
         self._final = run.checkpoints / f"{plan.name}.pt"
 
     def save(self, state: TrainingState, *, at_trunk_end: bool) -> None:
-        """Keep a state, and drop those that are older than the last few.
+        """Keep a state, and drop later ones and those older than the last few.
 
         Args:
             state: to keep.
@@ -54,6 +51,10 @@ class Keeper:
         if at_trunk_end:
             save_checkpoint(self._trunk, content)
         self._states.mkdir(parents=True, exist_ok=True)
+        self._drop_unfinished()
+        for path in self._found():
+            if int(path.stem) > state.step:  # of a run that went on from a trunk since lost
+                path.unlink()
         save_checkpoint(self._states / f"{state.step:08d}.pt", content)
         for old in self._found()[: -self.run.machine.keep]:
             old.unlink()
@@ -69,10 +70,17 @@ class Keeper:
             "run": self._fingerprint,
         }
         save_checkpoint(self._final, content)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop the states of a finished model; what was put aside stays."""
+        if not self._states.exists():
+            return
+        self._drop_unfinished()
         for path in self._found():
             path.unlink()
-        if self._states.exists() and not any(self._states.iterdir()):
-            shutil.rmtree(self._states)
+        if not any(self._states.iterdir()):
+            self._states.rmdir()
 
     def record(self) -> dict[str, Any] | None:
         """What is known of the model, if it is finished."""
@@ -94,14 +102,19 @@ class Keeper:
     def _found(self) -> list[Path]:
         return sorted(path for path in self._states.glob("*.pt") if path.stem.isdigit())
 
+    def _drop_unfinished(self) -> None:
+        """Drop what a kill left of a save."""
+        for path in self._states.glob("*.pt.tmp"):
+            path.unlink()
+
     def _usable(self, path: Path) -> dict[str, Any] | None:
         if not path.exists():
             return None
         try:
             content = load_checkpoint(path, remedy="it is put aside")
             if content.get("run") != self._fingerprint:
-                raise UsageError(f"{path} belongs to another run: it is put aside")
-        except UsageError as error:
+                raise DamagedError(f"{path} belongs to another run: it is put aside")
+        except DamagedError as error:
             aside = _free_name(path)
             os.replace(path, aside)
             print(f"warning: {error} as {aside.name}, and what was before it is used",

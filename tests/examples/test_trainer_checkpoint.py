@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from trainer.checkpoint import (
+    DamagedError,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 from trainer.errors import UsageError
 
 
@@ -105,6 +110,35 @@ def test_a_file_that_runs_code_is_refused(tmp_path: Path) -> None:
     torch.save({"sha256": "", "path": Path("x")}, path)  # needs a class to be imported
     with pytest.raises(UsageError, match="damaged"):
         load_checkpoint(path, remedy="delete it")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+    ],
+    ids=repr,
+)
+def test_a_file_that_cannot_be_read_is_not_called_damaged(
+    tmp_path: Path,
+    content: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    reason: str,
+) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, content)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UsageError, match=rf"a\.pt cannot be read \({reason}\)") as raised:
+        load_checkpoint(path, remedy="delete it")
+    assert not isinstance(raised.value, DamagedError)
 
 
 def test_text_is_replaced_in_one_step(tmp_path: Path) -> None:
