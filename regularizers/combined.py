@@ -5,7 +5,7 @@ L = L_task + sum_k R_k + 1/2 l2 sum_i theta_i^2
 
 import warnings
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,18 @@ class PenaltyMonitor:
                 "strength 0, its importance 0, or was it built for another copy of the model than "
                 "the one that is trained?",
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been warned of and how often in a row the penalty was 0."""
+        return {"given": sorted(self._given), "zeros": self._zeros}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned.
+
+        Args:
+            state_dict: What was returned.
+        """
+        self._given, self._zeros = set(state_dict["given"]), state_dict["zeros"]
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._given:

@@ -26,15 +26,17 @@ class Health:
     """Looks at the parts of the loss now and then.
 
     A penalty above the task's loss, a subspace part above half of it and a penalty that is
-    identically 0 are warned of; an importance that has collapsed was, when it was made. Training
-    that goes on after a stop looks again at other numbers, so a warning is known by its kind.
+    identically 0 are warned of; an importance that has collapsed was, when it was made. Each look
+    sees other numbers, so a warning is known by its kind.
 
     Args:
-        state: whose list of warnings grows.
+        state: whose list of warnings grows, and which takes along what has been seen.
     """
 
     def __init__(self, state: TrainingState) -> None:
         self._monitor = PenaltyMonitor()
+        if state.seen is not None:
+            self._monitor.load_state_dict(state.seen)
         self._said = {numbers_apart(text)[0] for text in state.warnings}
 
     def look(self, state: TrainingState, update: Update) -> list[str]:
@@ -53,6 +55,7 @@ class Health:
             if kept.penalty is not None:
                 penalty += float(state.optimizer.shown()["penalty"])
             self._monitor.observe(update.loss, penalty, kept.subspace_value())
+        state.seen = self._monitor.state_dict()
         found = {numbers_apart(text)[0]: text for text in (str(w.message) for w in caught)}
         new = [text for kind, text in found.items() if kind not in self._said]
         self._said |= found.keys()

@@ -2,9 +2,9 @@
 
 From scratch, grown out of a parent's trunk with its whole training state, or read back from a
 checkpoint. Growing takes along the weights (function-preserving), the moments of the optimizer
-(m / c, v / c^2), its controller, and what the arm keeps of the parent: the Fisher information
-(Omega / c^2) as an EWC penalty whose anchor is the grown model itself, a subspace penalty, or the
-parent itself as a teacher.
+(m / c, v / c^2), its controller, the scale of the loss, and what the arm keeps of the parent: the
+Fisher information (Omega / c^2) as an EWC penalty whose anchor is the grown model itself, a
+subspace penalty, or the parent itself as a teacher.
 """
 
 import hashlib
@@ -41,8 +41,9 @@ class TrainingState:
         inheritance: what it keeps of its parent.
         scaler: of the loss, under fp16.
         step: updates done.
-        seconds: spent on growing and training so far, evaluation not included.
+        seconds: spent on growing and training so far, not on evaluating, reporting and saving.
         warnings: what the penalties warned of so far.
+        seen: what the next warning depends on.
     """
 
     model: GPT
@@ -53,6 +54,7 @@ class TrainingState:
     step: int = 0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    seen: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as tensors, numbers and strings (the tensors are not copied)."""
@@ -61,6 +63,7 @@ class TrainingState:
             "step": self.step,
             "seconds": self.seconds,
             "warnings": list(self.warnings),
+            "seen": self.seen,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "inheritance": self.inheritance.to_dict(),
@@ -118,6 +121,8 @@ def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
     state.warnings += [str(warning.message) for warning in caught]
     moments = growth.optimizer_state(parent.optimizer.adamw, state.optimizer.adamw)
     state.optimizer.adamw.load_state_dict(moments)
+    if state.scaler is not None and parent.scaler is not None:
+        state.scaler.load_state_dict(parent.scaler.state_dict())
     return state
 
 
@@ -138,7 +143,7 @@ def restore(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingState
     if content["cuda_rng"] is not None and run.parallel.device.type == "cuda":
         torch.cuda.set_rng_state(content["cuda_rng"], run.parallel.device)
     state.step, state.seconds = content["step"], content["seconds"]
-    state.warnings = list(content["warnings"])
+    state.warnings, state.seen = list(content["warnings"]), content["seen"]
     return state
 
 
@@ -147,6 +152,8 @@ def _assemble(model: GPT, plan: ModelPlan, run: Run, kept: Inheritance) -> Train
     model.recompute = run.machine.recompute
     forward: nn.Module = model
     if run.machine.compile:
+        # All models share the code of one forward, and torch keeps few compiled versions of a code.
+        torch.compiler.reset()
         forward = torch.compile(model)  # type: ignore[assignment]
     scaler = None
     if run.config.precision == "fp16":

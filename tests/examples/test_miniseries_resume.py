@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_series import CHAIN, KilledError, Series, Stop, results
 
-from trainer.errors import RunInterruptedError
+from trainer import checkpoint
+from trainer.errors import RunInterruptedError, UsageError
 from trainer.report import markdown_table
 
 
@@ -182,3 +184,78 @@ def test_a_damaged_or_missing_trunk(
         trunk.write_bytes(b"") if damage == "empty" else trunk.unlink()
         series(out)  # trains d1 again, since d2 has to grow out of it
         assert results(out) == straight
+
+
+def test_a_trunk_lost_in_the_cooled_branch_is_trained_again_in_pieces(
+    series: Series, straight: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RunInterruptedError):
+        series(tmp_path, Stop(10))  # one step into the cooled branch of d1
+    (tmp_path / "checkpoints/d1-scratch+ars-trunk.pt").unlink()
+    for _ in range(5):
+        with pytest.raises(RunInterruptedError):
+            series(tmp_path, Stop(4))
+    series(tmp_path, Stop(20))  # d1 is done by now, and d2 needs less
+    assert results(tmp_path) == straight
+
+
+def test_a_model_that_cannot_be_read_is_left_as_it_is(
+    series: Series, straight: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    series(tmp_path)
+    before = sorted((tmp_path / "checkpoints").iterdir())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.torch, "load", refuse)
+        with pytest.raises(UsageError, match=r"d1-scratch\+ars\.pt cannot be read"):
+            series(tmp_path)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == before
+    assert series(tmp_path)[1]
+    assert results(tmp_path) == straight
+
+
+def test_what_a_killed_save_left_is_dropped(series: Series, tmp_path: Path) -> None:
+    with pytest.raises(RunInterruptedError):
+        series(tmp_path, Stop(4))
+    folder = tmp_path / "checkpoints/d1-scratch+ars"
+    (folder / "00000002.pt.tmp").write_bytes(b"cut")
+    with pytest.raises(RunInterruptedError):
+        series(tmp_path, Stop(2))
+    assert [path.name for path in sorted(folder.iterdir())] == ["00000003.pt", "00000004.pt"]
+    (folder / "00000005.pt.tmp").write_bytes(b"cut")
+    series(tmp_path)
+    assert not folder.exists()
+
+
+def test_a_grown_model_inherits_the_scale_of_the_loss(
+    series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = torch.amp.GradScaler.__init__
+
+    def start_high(self: Any, device: str) -> None:
+        create(self, device, init_scale=2.0**40)  # overflows, and is halved at every step
+
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", start_high)
+    with pytest.raises(RunInterruptedError):
+        series(tmp_path, Stop(13), "--arms", "grown", "--precision", "fp16")
+    trunk, child = (
+        torch.load(tmp_path / "checkpoints" / name, weights_only=True)
+        for name in ("d1-scratch-trunk.pt", "d2-grown/00000001.pt")
+    )
+    assert trunk["scaler"]["scale"] == 2.0 ** (40 - 8)
+    assert child["scaler"]["scale"] == 2.0 ** (40 - 9)
+
+
+def test_a_warning_that_takes_several_looks_is_not_lost(series: Series, tmp_path: Path) -> None:
+    words = ("--arms", "grown+distill=0", "--curve-points", "2")
+    series(tmp_path / "straight", None, *words)
+    expected = results(tmp_path / "straight")
+    (warning,) = expected["records"][-1]["warnings"]
+    assert "exactly 0 3 times" in warning
+    with pytest.raises(RunInterruptedError):
+        series(tmp_path / "stopped", Stop(19), *words)  # d2 is looked at twice before, and after
+    series(tmp_path / "stopped", None, *words)
+    assert results(tmp_path / "stopped") == expected

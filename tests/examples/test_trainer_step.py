@@ -5,12 +5,14 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from small_series import TINY, Series, results
+from torch._dynamo import config as dynamo
 
 import miniseries
 from trainer.log import read_log
@@ -48,6 +50,25 @@ def test_recomputing_blocks_changes_no_bit(series: Series, whole: Path, tmp_path
     assert results(tmp_path) == results(whole)
 
 
+def test_compiled_models_are_the_same_and_compiled_once_each(
+    series: Series, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = 0
+
+    def count(graph: Any, _: Any) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    # As many versions of one forward as torch keeps, but for the last, may be those of models that
+    # have been trained: one must do for each model.
+    with dynamo.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        series(tmp_path, None, *ARMS, "--compile")
+    assert compiled == len(bits(whole)) == 4
+    assert results(tmp_path) == results(whole)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_stays_near(
     series: Series, whole: Path, tmp_path: Path, precision: str
@@ -63,7 +84,6 @@ def test_half_precision_stays_near(
 def test_gradients_that_overflow_move_nothing(
     series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", torch.amp.GradScaler.get_scale)
     create = torch.amp.GradScaler.__init__
 
     def start_too_high(self: Any, device: str) -> None:

@@ -98,6 +98,14 @@ def test_monitor_lets_a_penalty_start_at_zero():
     assert messages(PenaltyMonitor(), *[(1.0, 0.0), (1.0, 0.0), (1.0, 1e-30)] * 3) == []
 
 
+def test_a_monitor_goes_on_from_its_state() -> None:
+    first, second = PenaltyMonitor(), PenaltyMonitor()
+    assert len(messages(first, (1.0, 5.0), (1.0, 0.0), (1.0, 0.0))) == 1
+    second.load_state_dict(first.state_dict())
+    (message,) = messages(second, (1.0, 0.0), (1.0, 5.0))  # the third 0, and what has been said
+    assert "exactly 0" in message
+
+
 def test_combined_loss_looks_now_and_then():
     model = small_model(torch.float64)
     ewc, _ = penalties(model, strength=1e6)
