@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ars.regularizers.checks import check_state, checked_strength
+from ars.regularizers.estimators import accumulation_dtype
 from ars.regularizers.fisher import DiagonalFisher
 from ars.regularizers.importance import importance_of
 from ars.regularizers.storage import dequantize
@@ -149,7 +150,7 @@ class AdaptiveStrength:
         pulls = []
         for param, anchor, importance, *scale in self.penalty.terms():
             omega = dequantize(importance, *scale) if scale else importance
-            pulls.append(torch.linalg.vector_norm((param - anchor) * omega))
+            pulls.append(self._norm([(param - anchor) * omega]))
         if hasattr(self.penalty, "gradients"):
             self.penalty.refresh()  # fills the buffers, with the strength in them
             buffers = [buffer for _, buffer in self.penalty.gradients()]
@@ -157,7 +158,11 @@ class AdaptiveStrength:
         return self._norm(pulls)
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:
-        norms = [torch.linalg.vector_norm(t).to(self._level) for t in tensors]
+        # In float32 at least: the squares of half-precision gradients overflow.
+        norms = [
+            torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).to(self._level)
+            for t in tensors
+        ]
         if not norms:
             return torch.zeros_like(self._level)
         return torch.linalg.vector_norm(torch.stack(norms))
