@@ -280,6 +280,7 @@ def grow(model: GPT, config: GPTConfig, generator: torch.Generator | None = None
     grown = GPT(config, generator)
     # Before the old values come in: a parent in fp64 must not pass through the default dtype.
     grown.to(device=model.wte.weight.device, dtype=model.wte.weight.dtype).train(model.training)
+    grown.recompute = model.recompute
     grown.wte.weight.zero_()
     scales = {name: _scale(name, stretch) for name, _ in model.named_parameters()}
     for name, old in model.named_parameters():

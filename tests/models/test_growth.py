@@ -42,6 +42,16 @@ def test_logits_do_not_change_in_float32(pair):
     torch.testing.assert_close(grown(tokens), parent(tokens), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+def test_how_the_parent_runs_is_kept(recompute):
+    parent = randomized(sizes(2, 2))
+    parent.recompute = recompute
+    parent.eval()
+    grown = grow(parent, sizes(3, 3), seeded(1)).model
+    assert grown.recompute is recompute
+    assert not grown.training
+
+
 def test_zero_padding_without_scales_changes_the_logits():
     small, large = miniseries_config(3, sequence_len=80), miniseries_config(4, sequence_len=80)
     parent, tokens = randomized(small), tokens_of(small)
