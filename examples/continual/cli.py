@@ -181,7 +181,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     tasks = given.tasks or (base.tasks[:1] if sweep else base.tasks)
     seeds = given.seeds or (2 if sweep else base.seeds)
     first = _SWEEP_SEED if sweep else 0
-    runs = tuple(
+    runs = (
         Run(name, METHODS[name].strength if strength is None else strength, k, seed)
         for k in tasks
         for name, strength in chosen
@@ -190,7 +190,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     return Arguments(
         out=given.out or Path(base.out + ("-sweep" if sweep else "")),
         settings=Settings(epochs=given.epochs or base.epochs, validation=sweep),
-        runs=runs,
+        runs=tuple(dict.fromkeys(runs)),  # a strength may be given beside the same default
         threads=given.threads,
         sweep=sweep,
     )

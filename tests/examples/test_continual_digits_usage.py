@@ -56,6 +56,14 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
+def test_no_run_is_done_or_counted_twice() -> None:
+    chosen = f"ewc,ewc={METHODS['ewc'].strength},ewc=7"
+    found = parse_arguments(["--methods", chosen, "--tasks", "2,2", "--seeds", "2"]).runs
+    assert [(run.strength, run.seed) for run in found] == [
+        (strength, seed) for strength in (METHODS["ewc"].strength, 7.0) for seed in (0, 1)
+    ]
+
+
 def results(folder: Path) -> Any:
     content = json.loads((folder / "results.json").read_text())
     for run in content["runs"]:
