@@ -12,6 +12,10 @@ Exit status: 0 done; 2 the command line or the output folder is wrong; 130 or 14
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.run import Run
 
 # The checkout this file lies in, so that it runs without installing the package.
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
@@ -43,8 +47,6 @@ def _train(words: Sequence[str]) -> int:
     from trainer.cli import parse_arguments
 
     arguments = parse_arguments(words)
-    from analysis.run_report import write_run_analysis
-    from trainer.planning import settings_table
     from trainer.prepare import prepare
     from trainer.program import exit_status
     from trainer.series import run_series
@@ -57,15 +59,14 @@ def _train(words: Sequence[str]) -> int:
             run = prepare(arguments, stop)
             try:
                 if run.parallel.is_first:
-                    vocab_size = run.corpus.vocab_size
-                    print(settings_table(run.config, vocab_size), end="", file=sys.stderr)
+                    print(_resolved(run), end="", file=sys.stderr)
                 table, nothing_to_do = run_series(run)
                 if not run.parallel.is_first:
                     return
             finally:
                 run.parallel.close()
             if not nothing_to_do or not (out / "report.html").exists():
-                write_run_analysis(out, peak_flops=run.machine.peak_flops)
+                _write_analysis(run)
         print(table, end="")
         if nothing_to_do:
             print(f"\nEvery model was already trained in {out}; delete it to train again.")
@@ -76,6 +77,29 @@ def _train(words: Sequence[str]) -> int:
             )
 
     return exit_status(out, work)
+
+
+def _resolved(run: "Run") -> str:
+    from trainer.planning import models_table, settings_table
+    from trainer.series import plans_of
+
+    vocab_size, length = run.corpus.vocab_size, run.config.sequence_len
+    plans = plans_of(run.config, vocab_size)
+    return f"{settings_table(plans, vocab_size, length)}\n{models_table(plans, length)}"
+
+
+def _write_analysis(run: "Run") -> None:
+    from analysis.run_report import write_run_analysis
+    from trainer.errors import UsageError
+
+    try:
+        write_run_analysis(run.folder, peak_flops=run.machine.peak_flops)
+    except UsageError as error:
+        if run.machine.peak_flops is None:
+            raise
+        # Everything has been trained: a wrong peak must not cost its report.
+        print(f"warning: {error}; the report has no MFU", file=sys.stderr)
+        write_run_analysis(run.folder)
 
 
 def _plan(words: Sequence[str]) -> int:

@@ -6,8 +6,13 @@ from typing import Any
 from analysis.paper import PlannedModel, plan_cost, plan_depths, plan_doubling
 from trainer.cli import PlanArguments
 from trainer.plan import ModelPlan
-from trainer.planning import aligned, settings_table, vocabulary_of
-from trainer.series import plans_of
+from trainer.planning import (
+    aligned,
+    checked_plans,
+    models_table,
+    settings_table,
+    vocabulary_of,
+)  # fmt: skip
 from trainer.state import shape_of
 
 __all__ = ["describe_plan"]
@@ -39,12 +44,13 @@ def describe_plan(asked: PlanArguments) -> str:
         return f"{words}\n\n{_paper_table(plan(), asked)}{_total(plan(), asked)}"
     config = asked.arguments.config
     vocab_size = vocabulary_of(asked.arguments.tokenizer)
-    plans = plans_of(config, vocab_size)
-    models = [_as_planned(plan, vocab_size, config.sequence_len) for plan in plans]
+    length = config.sequence_len
+    plans = checked_plans(config, asked.arguments.machine, vocab_size)
+    models = [_as_planned(plan, vocab_size, length) for plan in plans]
     return (
-        f"{vocab_size} tokens, sequences of {config.sequence_len}, {config.precision}.\n\n"
-        f"{settings_table(config, vocab_size)}\n{_table(plans, models, asked)}"
-        f"{_total(models, asked)}"
+        f"{vocab_size} tokens, sequences of {length}, {config.precision}.\n\n"
+        f"{settings_table(plans, vocab_size, length)}\n"
+        f"{models_table(plans, length, *_cost_cells(models, asked))}{_total(models, asked)}"
     )
 
 
@@ -79,25 +85,6 @@ def _cost_cells(
     if asked.price is not None:
         header, keys = [*header, "price"], [*keys, "price"]
     return header, [[_plain(row[key]) for key in keys] for row in costs["models"]]
-
-
-def _table(plans: Sequence[ModelPlan], models: Sequence[PlannedModel], asked: PlanArguments) -> str:
-    header, cells = _cost_cells(models, asked)
-    rows = [["model", "trunk", "cooled", "tokens", "Fisher", "growth", "FLOPs", "lineage FLOPs",
-             *header]]  # fmt: skip
-    for plan, model, extra in zip(plans, models, cells, strict=True):
-        rows.append([
-            plan.name,
-            f"{plan.trunk}",
-            f"{plan.cooldown}",
-            f"{model.tokens:,}",
-            f"{plan.fisher_flops:.2e}" if plan.fisher_flops else "-",
-            f"{plan.growth_flops:.2e}" if plan.growth_flops else "-",
-            f"{model.flops:.2e}",
-            f"{plan.lineage_flops:.2e}",
-            *extra,
-        ])  # fmt: skip
-    return aligned(rows)
 
 
 def _paper_table(models: Sequence[PlannedModel], asked: PlanArguments) -> str:

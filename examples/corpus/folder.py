@@ -18,7 +18,7 @@ TEXTS = (
 
 
 def folder_source(root: Path, column: str | None, label: str) -> Source:
-    """All supported files below a folder, by path; hidden and empty ones are left out.
+    """All supported files below a folder, by path, but for hidden and empty ones and dead links.
 
     Args:
         root: the folder.
@@ -82,7 +82,12 @@ def _files(root: Path) -> tuple[dict[str, Path], int]:
         for file in files:
             path = Path(parent, file)
             supported = path.suffix.lower() in TEXTS or is_table(path)
-            if supported and not file.startswith(".") and path.stat().st_size > 0:
+            if (
+                supported
+                and not file.startswith(".")
+                and path.is_file()
+                and path.stat().st_size > 0
+            ):
                 found[path.relative_to(root).as_posix()] = path
             else:
                 others += 1

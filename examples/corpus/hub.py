@@ -34,7 +34,9 @@ def hub_source(name: str, column: str | None, label: str) -> Source:
     repository, _, config = path.partition(":")
     column = _COLUMN if column is None else column
     if not repository:
-        raise UsageError(f"{label} names no data set: use hf:openwebtext, for example")
+        raise UsageError(
+            f"{label} names no data set: use hf:HuggingFaceFW/fineweb-edu:sample-10BT, for example"
+        )
     if commit and not re.fullmatch("[0-9a-f]{40}", commit):
         raise UsageError(f"{label} has an incomplete commit: give all of its 40 digits, or none")
     try:

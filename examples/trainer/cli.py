@@ -3,7 +3,6 @@
 Nothing here imports torch, so that a mistake is told at once.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,11 +13,10 @@ from jsonargparse import Namespace
 
 from trainer import values
 from trainer.arguments import integer, number
-from trainer.config import RULE, SeriesConfig
+from trainer.config import SeriesConfig
 from trainer.machine import Machine
 from trainer.options import QUICK, add_files, add_machine, add_series, default_steps
 from trainer.parser import OptionParser
-from trainer.rules import settings_of
 
 __all__ = [
     "Arguments", "PlanArguments", "SampleArguments", "parse_arguments", "parse_plan",
@@ -40,6 +38,8 @@ Interrupt at any time (Ctrl-C) and run the same command again to go on where it 
 _PLAN_DESCRIPTION = """\
 Print what a series would be, without training and without reading any data: the settings of every
 depth, and what every model costs, lineage included. Takes the options of training, and:"""
+
+_ON_PAPER = ("--series", "--peak-flops", "--mfu", "--devices", "--price")
 
 _SAMPLE_DESCRIPTION = "Print what a trained model makes of the beginning of a text."
 
@@ -144,7 +144,12 @@ def parse_plan(words: Sequence[str]) -> PlanArguments:
         "--price", number(0, 1e6), None, "P", "of a device hour (default: unknown)"
     )
     given, arguments = _arguments(parser, words)
-    named = {word.split("=")[0] for word in words}
+    named = [word.split("=")[0] for word in words if word.startswith("--")]
+    if given.series != "own":
+        useless = [name for name in named if name not in _ON_PAPER]
+        if useless:
+            parser.error(f"argument {useless[0]}: --series {given.series} is on paper and takes "
+                         f"only {', '.join(_ON_PAPER[1:])}: leave it out")  # fmt: skip
     needing = [name for name in ("--mfu", "--devices", "--price") if name in named]
     if needing and arguments.machine.peak_flops is None:
         parser.error(f"argument {needing[0]}: it takes --peak-flops, to know the hours")
@@ -192,7 +197,7 @@ def _arguments(parser: OptionParser, words: Sequence[str]) -> tuple[Namespace, A
         **kept, **{f.name: given[f.name] for f in fields(SeriesConfig) if f.name != "ratio"}
     )
     machine = Machine(**{f.name: given[f.name] for f in fields(Machine)})
-    _check(parser, config, machine)
+    _check(parser, config)
     if given.print_config:
         print(_as_file(parser, given), end="")
         parser.exit(0)
@@ -221,7 +226,7 @@ def _steps_of(parser: OptionParser, given: Namespace, *, quick: bool) -> tuple[i
     return steps
 
 
-def _check(parser: OptionParser, config: SeriesConfig, machine: Machine) -> None:
+def _check(parser: OptionParser, config: SeriesConfig) -> None:
     """What no option can know of itself."""
     if config.parents is not None:
         strangers = [depth for depth in config.parents if depth not in config.depths]
@@ -231,17 +236,6 @@ def _check(parser: OptionParser, config: SeriesConfig, machine: Machine) -> None
         if config.parents[0] != config.depths[0]:
             parser.error(f"argument --parents: the first depth, {config.depths[0]}, has to be "
                          "there: every chain begins with it")  # fmt: skip
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    for depth in config.depths:
-        batch = settings_of(depth, config).batch_size
-        by_rule = f", d{depth}'s by rule," if config.batch_size == RULE else ""
-        if batch % world:
-            parser.error(f"argument --batch-size: {batch}{by_rule} is not divisible by the {world} "
-                         "processes of the run")  # fmt: skip
-        part = machine.device_batch_size
-        if part is not None and (batch // world) % part:
-            parser.error(f"argument --device-batch-size: {part} does not divide the "
-                         f"{batch // world} sequences a step{by_rule} of a process")  # fmt: skip
 
 
 def _as_file(parser: OptionParser, given: Namespace) -> str:

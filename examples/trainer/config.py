@@ -43,7 +43,7 @@ class SeriesConfig:
         precision: of the forward and backward pass; weights and moments are fp32.
         seed: of the initial weights, of the batches and of the Fisher sketch.
         eval_windows: most validation windows of ``sequence_len`` tokens for the reported number.
-        curve_windows: most of these used for the points of the validation curve.
+        curve_windows: the same for the points of the validation curve.
         curve_points: points of the validation curve of a model.
     """
 

@@ -107,12 +107,13 @@ def add_files(parser: OptionParser) -> None:
     parser.add_settings_file()
     group = _Group(parser, "files", _Files())
     group.add("out", values.path, "DIR", "output folder")
-    group.add("data", values.text, "SOURCE", "text, CSV or parquet file or folder, or hf:NAME",
+    group.add("data", values.optional(values.text), "SOURCE",
+              "text, CSV or parquet file or folder, or hf:NAME",
               shown="the Python files of the standard library")  # fmt: skip
     group.add("column", values.optional(values.text), "NAME", "column of a table that is the text",
               shown="the one named text")  # fmt: skip
     group.add("tokenizer", values.text, "T", "bytes, bpe:N to train one of N tokens, or a file")
-    group.add("cache", values.path, "DIR", "folder for the text as tokens",
+    group.add("cache", values.optional(values.path), "DIR", "folder for the text as tokens",
               shown="data/ in the output folder")  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def add_series(parser: OptionParser) -> None:
     group = _Group(parser, "evaluation", _CONFIG)
     windows = integer(1, 10_000_000)
     group.add("eval-windows", windows, "N", "validation sequences of the reported number at most")
-    group.add("curve-windows", windows, "N", "of these for the points of the validation curve")
+    group.add("curve-windows", windows, "N", "the same for the points of the validation curve")
     group.add("curve-points", integer(1, 100_000), "N", "points of the validation curve")
 
 

@@ -8,6 +8,7 @@ first process alone writes and reads files and draws, and tells the others.
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from trainer.errors import UsageError
 __all__ = ["Parallel"]
 
 _Value = TypeVar("_Value")
+_PATIENCE = timedelta(days=30)
 
 
 class Parallel:
@@ -40,6 +42,10 @@ class Parallel:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self.world_size > 1:
+            # What the first process does alone, such as reading a text, can take longer than the
+            # minutes after which a collective operation of the training is given up.
+            self._waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     @property
     def is_first(self) -> bool:
@@ -84,7 +90,7 @@ class Parallel:
                 told[0] = work()
             except UsageError as error:
                 told[1] = str(error)
-        dist.broadcast_object_list(told, device=self.device)
+        dist.broadcast_object_list(told, group=self._waiting)
         if told[1] is not None:
             raise UsageError(told[1])
         result: _Value = told[0]

@@ -10,7 +10,8 @@ branches are for their own reports and nothing grows out of them.
 
 All arms have one budget at each depth: the lineage of a chain that is grown and nothing else. What
 an arm adds it pays for with steps of its own, rounded down; a model from scratch has the whole
-budget, rounded up to a whole step. So what is compared with is never given less.
+budget, rounded up to a whole step. So what is compared with is never given less. Where no arm is
+grown there is no chain to compare with, and the budget of a depth is that of its own steps.
 """
 
 from collections.abc import Callable
@@ -31,15 +32,17 @@ class ModelPlan:
     """One model of the series.
 
     Args:
-        depth: number of layers; the width is 64 times it.
+        depth: number of layers.
         arm: how it is trained.
         parent: name of the model it is grown from, or ``None``.
+        parent_depth: layers of that model, or ``None``.
         has_child: whether a later model is grown from this one's trunk.
         settings: batch, learning rates and weight decay.
         trunk: steps at the constant rate (warm-up included).
         cooldown: steps of the cooled branch.
         warmup: steps of warm-up; 0 for a grown model.
-        first_sample: sequences its ancestors have read, so that a child reads on from there.
+        first_sample: where in the order of the data it begins: behind what its ancestors have read,
+            after a whole number of its own batches.
         flops_per_step: of one training step, what the arm adds included.
         fisher_flops: of the Fisher pass on the parent.
         growth_flops: of growing.
@@ -51,6 +54,7 @@ class ModelPlan:
     depth: int
     arm: Arm
     parent: str | None
+    parent_depth: int | None
     has_child: bool
     settings: Settings
     trunk: int
@@ -92,24 +96,25 @@ def plan_series(config: SeriesConfig, shape_of: Callable[[int], Shape]) -> tuple
 
     Args:
         config: the settings.
-        shape_of: sizes and operations of the model of a depth.
+        shape_of: sizes and operations of the model of a depth, be it one of the series or not.
 
     Raises:
         UsageError: an arm is none, or what it adds costs more than a whole trunk.
     """
-    series = _Planner(config, {depth: shape_of(depth) for depth in config.depths})
-    arms = [parse_arm(word) for word in config.arms]
+    series = _Planner(config, shape_of)
     for depth in config.depths:
-        for arm in arms:
+        for arm in series.arms:
             series.add(depth, arm)
     return tuple(series.plans.values())
 
 
 class _Planner:
-    def __init__(self, config: SeriesConfig, shapes: dict[int, Shape]) -> None:
-        self.config, self.shapes = config, shapes
+    def __init__(self, config: SeriesConfig, shape_of: Callable[[int], Shape]) -> None:
+        self.config = config
+        self.arms = [parse_arm(word) for word in config.arms]
         self.plans: dict[str, ModelPlan] = {}
-        self.settings = {depth: settings_of(depth, config) for depth in config.depths}
+        self.shapes = {depth: shape_of(depth) for depth in config.depths}
+        self.settings = {depth: settings_of(depth, config, shape_of) for depth in config.depths}
         self.trunks, self.cooldowns = self._reference_steps()
         # Of the chain without overhead: what its trunks cost before each depth's own begins.
         self.priors: dict[int, int] = {}
@@ -137,10 +142,16 @@ class _Planner:
     def _step_flops(self, depth: int) -> int:
         return self.shapes[depth].flops_per_token * self._batch_tokens(depth)
 
+    def _overhead(self, depth: int, arm: Arm, parent: Shape | None) -> int:
+        tokens, strength = self._batch_tokens(depth), self.config.ewc_strength
+        return step_overhead(arm, self.shapes[depth], parent, tokens, strength)
+
     def _trunk_budget(self, depth: int) -> int:
         return self.trunks[depth] * self._step_flops(depth)
 
     def _parent_depth(self, depth: int) -> int | None:
+        if not any(arm.grown for arm in self.arms):
+            return None
         allowed = self.config.depths if self.config.parents is None else self.config.parents
         return max((d for d in allowed if d < depth), default=None)
 
@@ -158,13 +169,12 @@ class _Planner:
         return self.plans[name]
 
     def _has_child(self, depth: int, arm: Arm) -> bool:
-        grown = [a for a in map(parse_arm, self.config.arms) if a.grown]
         is_root = self._parent_depth(depth) is None
-        mine = [a for a in grown if (a.root if is_root else a) == arm]
+        mine = [a for a in self.arms if a.grown and (a.root if is_root else a) == arm]
         return bool(mine) and any(self._parent_depth(d) == depth for d in self.config.depths)
 
     def _from_scratch(self, depth: int, arm: Arm) -> ModelPlan:
-        step = self._step_flops(depth) + step_overhead(arm, self.shapes[depth], None, 0)
+        step = self._step_flops(depth) + self._overhead(depth, arm, None)
         if step == self._step_flops(depth) and self._parent_depth(depth) is None:
             trunk, cooldown = self.trunks[depth], self.cooldowns[depth]
         else:
@@ -174,6 +184,7 @@ class _Planner:
             depth=depth,
             arm=arm,
             parent=None,
+            parent_depth=None,
             has_child=self._has_child(depth, arm),
             settings=self.settings[depth],
             trunk=trunk,
@@ -194,8 +205,7 @@ class _Planner:
 
     def _grown(self, depth: int, arm: Arm, parent: ModelPlan) -> ModelPlan:
         config, shape, old = self.config, self.shapes[depth], self.shapes[parent.depth]
-        batch_tokens = self._batch_tokens(depth)
-        step = self._step_flops(depth) + step_overhead(arm, shape, old, batch_tokens)
+        step = self._step_flops(depth) + self._overhead(depth, arm, old)
         fisher = 0
         if arm.has("ewc") and arm.strength("ewc", config.ewc_strength) > 0:
             fisher = old.flops_per_token * config.sequence_len * config.fisher_samples
@@ -209,16 +219,19 @@ class _Planner:
             )
         trunk, cooldown = split_steps(total, config.cooldown)
         parent_sequences = parent.trunk * parent.settings.batch_size
+        batch_size = self.settings[depth].batch_size
+        batches_before = -(-(parent.first_sample + parent_sequences) // batch_size)  # rounded up
         return ModelPlan(
             depth=depth,
             arm=arm,
             parent=parent.name,
+            parent_depth=parent.depth,
             has_child=self._has_child(depth, arm),
             settings=self.settings[depth],
             trunk=trunk,
             cooldown=cooldown,
             warmup=0,
-            first_sample=parent.first_sample + parent_sequences,
+            first_sample=batches_before * batch_size,
             flops_per_step=step,
             fisher_flops=fisher,
             growth_flops=growth,

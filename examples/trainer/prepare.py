@@ -13,8 +13,9 @@ from corpus import Corpus, prepare_corpus
 from trainer.cli import Arguments
 from trainer.errors import UsageError
 from trainer.parallel import Parallel
+from trainer.planning import checked_plans, vocabulary_of
 from trainer.run import Run
-from trainer.series import DATA_FOLDER, check_folder, plans_of
+from trainer.series import DATA_FOLDER, check_folder
 from trainer.signals import StopRequest
 from trainer.tracking import check_trackers
 
@@ -24,10 +25,11 @@ _QUIET_SECONDS = 1.0  # tokenising that takes less is not worth a progress bar
 
 
 def prepare(arguments: Arguments, stop: StopRequest) -> Run:
-    """Check the machine, the output folder, the data and the settings.
+    """Check the machine, the settings, the output folder and the data.
 
-    The text becomes tokens in the meantime, which are all that is written. Where they go inside the
-    output folder and something is wrong after all, they are taken away again.
+    What can be known without the text is looked at before it becomes tokens, which are all that is
+    written. Where they go inside the output folder and something is wrong after all, they are taken
+    away again.
 
     Args:
         arguments: of the command line.
@@ -42,16 +44,14 @@ def prepare(arguments: Arguments, stop: StopRequest) -> Run:
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     check_trackers(tensorboard=machine.tensorboard, wandb=machine.wandb is not None)
-    check_writable(arguments.out)
-    if arguments.cache is not None:
-        check_writable(arguments.cache, "--cache")
-    check_folder(arguments.out, config, None)
+    checked_plans(config, machine, vocabulary_of(arguments.tokenizer))
     parallel = Parallel(machine.device)
     try:
+        # By the first process, which alone writes: another could find what it has just written.
+        parallel.from_first(lambda: _check_folders(arguments))
         with _nothing_left_behind(arguments, by=parallel.is_first):
             corpus = _read(arguments, parallel, stop)
-            check_folder(arguments.out, config, corpus)
-            plans_of(config, corpus.vocab_size)
+            parallel.from_first(lambda: check_folder(arguments.out, config, corpus))
     except BaseException:
         parallel.close()
         raise
@@ -63,6 +63,13 @@ def prepare(arguments: Arguments, stop: StopRequest) -> Run:
         parallel=parallel,
         stop=stop,
     )
+
+
+def _check_folders(arguments: Arguments) -> None:
+    check_writable(arguments.out)
+    if arguments.cache is not None:
+        check_writable(arguments.cache, "--cache")
+    check_folder(arguments.out, arguments.config, None)
 
 
 def _read(arguments: Arguments, parallel: Parallel, stop: StopRequest) -> Corpus:
@@ -118,7 +125,7 @@ def _nothing_left_behind(arguments: Arguments, *, by: bool) -> Iterator[None]:
 
 
 def use_device(name: str) -> None:
-    """Check that a device is there.
+    """Check that a device is there, for every process that torchrun has started here.
 
     Args:
         name: "cpu", "cuda" or "cuda:N".
@@ -137,6 +144,16 @@ def use_device(name: str) -> None:
         if (device.index or 0) >= count:
             raise UsageError(
                 f"--device {name} is not available (CUDA devices found: {count}): use --device cpu"
+            )
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if processes > 1 and device.index is not None:
+            raise UsageError(
+                f"--device {name} is one for {processes} processes: use --device cuda, of which "
+                "each takes its own"
+            )
+        if processes > count:
+            raise UsageError(
+                f"--device {name} has {count} for {processes} processes: start at most {count}"
             )
 
 

@@ -73,6 +73,8 @@ def exit_status(out: Path, work: Callable[[], None]) -> int:
         )
         return 2
     except RunInterruptedError as stopped:
-        print(f"interrupted: run `{command()}` again to resume", file=sys.stderr)
+        # What torchrun was given is not known to the processes that it starts.
+        again = "repeat the command" if "WORLD_SIZE" in os.environ else f"run `{command()}` again"
+        print(f"interrupted: {again} to resume", file=sys.stderr)
         return 128 + stopped.signum
     return 0

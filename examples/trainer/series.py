@@ -32,6 +32,7 @@ __all__ = [
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 DATA_FOLDER = "data"  # the text as tokens, made before the run is begun
+_BEFORE_CONFIG = (DATA_FOLDER, f"{CONFIG_FILE}.tmp")  # what a kill can leave without CONFIG_FILE
 
 
 def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus | None) -> None:
@@ -51,7 +52,7 @@ def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus | None) -> N
         raise UsageError(f"--out {folder} is a file: name a folder")
     stored_path = folder / CONFIG_FILE
     if not stored_path.exists():
-        if any(path.name != DATA_FOLDER for path in folder.iterdir()):
+        if any(path.name not in _BEFORE_CONFIG for path in folder.iterdir()):
             raise UsageError(
                 f"--out {folder} holds files that are not a run of this program: "
                 "name a new or empty folder"
@@ -107,12 +108,13 @@ def run_series(run: Run) -> tuple[str, bool]:
     """
     series = Series(run)
     if run.parallel.is_first:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        run.folder.mkdir(parents=True, exist_ok=True)
         if not (run.folder / CONFIG_FILE).exists():
             data = {"sha256": run.corpus.sha256, **run.corpus.facts}
             stored = {"settings": run.config.to_dict(), "data": data}
             write_atomically(run.folder / CONFIG_FILE, json.dumps(stored, indent=2) + "\n")
         run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
+        run.checkpoints.mkdir(exist_ok=True)
     return series.train_all()
 
 

@@ -132,8 +132,8 @@ def restore(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingState
     model.load_state_dict(content["model"])
     teacher = None
     if content["inheritance"]["teacher"] is not None:
-        assert plan.parent is not None, "a teacher is a parent"
-        teacher = _empty(int(plan.parent.split("-")[0][1:]), run)
+        assert plan.parent_depth is not None, "a teacher is a parent"
+        teacher = _empty(plan.parent_depth, run)
     kept = restore_penalties(model, teacher, plan.arm, run.config, content["inheritance"])
     state = _assemble(model, plan, run, kept)
     state.optimizer.load_state_dict(content["optimizer"])

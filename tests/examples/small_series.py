@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ def results(folder: Path) -> dict[str, Any]:
 
 def _bits(state: dict[str, Tensor]) -> dict[str, list[int]]:
     return {name: value.view(torch.int32).flatten().tolist() for name, value in state.items()}
+
+
+def free_port() -> str:
+    """One that nothing listens on, for processes that find each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 class KilledError(BaseException):

@@ -95,7 +95,7 @@ def test_a_named_commit_needs_no_network(
 @pytest.mark.parametrize(
     ("name", "column", "reason"),
     [
-        ("hf:", None, "names no data set: use hf:openwebtext"),
+        ("hf:", None, "names no data set: use hf:HuggingFaceFW/fineweb-edu:sample-10BT"),
         ("hf:name@0123", None, "has an incomplete commit: give all of its 40 digits"),
         ("hf:nowhere", None, "was not found (LookupError): check the name and the network"),
         ("hf:name", "body", "is not in --data hf:name, which has id, text: name one"),

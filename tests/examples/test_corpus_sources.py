@@ -117,6 +117,7 @@ def test_a_folder_is_all_of_its_files_by_path(tmp_path: Path) -> None:
     for left_out in ("picture.png", ".hidden.txt", "empty.csv", ".git/notes.txt"):
         (root / left_out).parent.mkdir(exist_ok=True)
         (root / left_out).write_bytes(b"" if "empty" in left_out else b"LEFT OUT")
+    (root / "dangling.txt").symlink_to("nowhere.txt")
     corpus = prepare(root, tmp_path / "cache", "text")
     rows = expected("part 03/rows.jsonl:")
     for split in SPLITS:
@@ -126,7 +127,7 @@ def test_a_folder_is_all_of_its_files_by_path(tmp_path: Path) -> None:
         assert content(corpus)[split] == before + rows[split] + after
     assert corpus.facts["source"] == "texts"
     assert corpus.facts["files"] == 55
-    assert corpus.facts["files_left_out"] == 3
+    assert corpus.facts["files_left_out"] == 4
     assert str(tmp_path) not in json.dumps(corpus.facts)
 
 

@@ -29,9 +29,9 @@ NAMES = [
 ]  # fmt: skip
 
 
-def run(folder: Path) -> "subprocess.CompletedProcess[str]":
+def run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, SCRIPT, "--quick", "--out", "out", "--threads", "1"],
+        [sys.executable, SCRIPT, "--quick", "--out", "out", "--threads", "1", *words],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -225,15 +225,37 @@ def test_a_second_run_only_prints_the_table(quick: dict[str, Any]) -> None:
     done = run(quick["folder"])
     assert time.monotonic() - started < 60  # starting Python and torch; no step is trained
     assert done.returncode == 0
-    settings = done.stderr.splitlines()
-    assert settings[0].startswith("depth")
-    assert [line.split()[0] for line in settings[1:]] == ["d1", "d2", "d3"]
     table = (quick["out"] / "table.md").read_text()
     assert done.stdout.startswith(table)
     last = done.stdout[len(table) :].strip().splitlines()
     assert len(last) == 1
     assert "already trained" in last[0]
     assert digests() == before
+
+
+def test_settings_steps_and_tokens_are_printed_before_training(quick: dict[str, Any]) -> None:
+    printed = quick["stderr"]
+    printed = printed[printed.index("depth  width") :]  # behind the bar of a slow machine
+    settings, models = printed.split("\n\n", 1)
+    assert [line.split()[0] for line in settings.splitlines()] == ["depth", "d1", "d2", "d3"]
+    lines = models.splitlines()
+    assert lines[0].split()[:4] == ["model", "trunk", "cooled", "tokens"]
+    for line, record in zip(lines[1:], quick["records"], strict=False):
+        name, trunk, cooled, tokens = line.split()[:4]
+        assert name == record["name"]
+        assert int(trunk) + int(cooled) == record["steps"]
+        assert tokens == f"{record['tokens']:,}"
+
+
+def test_a_peak_below_what_was_reached_does_not_cost_the_report(quick: dict[str, Any]) -> None:
+    report = quick["out"] / "report.html"
+    report.unlink()
+    done = run(quick["folder"], "--peak-flops", "1e6")
+    assert done.returncode == 0
+    warning = done.stderr.splitlines()[-1]
+    assert re.match(r"warning: d1-scratch\+ars did \S+ times the operations", warning)
+    assert warning.endswith("the report has no MFU")
+    assert report.stat().st_size > 10_000
 
 
 def test_the_loss_is_nats_per_byte(quick: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import pytest
 from trainer.arms import parse_arm
 from trainer.config import SeriesConfig
 from trainer.errors import UsageError
+from trainer.overhead import Shape
 from trainer.rules import settings_of
 
 
@@ -50,6 +51,12 @@ def test_what_is_no_arm_is_refused(word: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def shape(depth: int) -> Shape:
+    """Parameters in matrix products of a model of 32768 tokens, as nanochat counts them."""
+    width = 64 * depth
+    return Shape(0, 12 * depth * width**2 + 32768 * width, 0, ())
+
+
 def test_the_rule_is_nanochats_and_follows_a_named_batch() -> None:
     rule = SeriesConfig(
         batch_size="rule",
@@ -59,15 +66,20 @@ def test_the_rule_is_nanochats_and_follows_a_named_batch() -> None:
         weight_decay="rule",
         sequence_len=2048,
     )
-    d12, d20, d3 = (settings_of(depth, rule) for depth in (12, 20, 3))
-    assert (d12.batch_size, d12.lr, d12.muon_lr) == (256, 6e-4, 0.02)
-    assert d12.weight_decay == pytest.approx(0.1)
-    assert d20.batch_size == 256  # 2^round(19 + 0.383 log2(20 / 12))
-    assert d20.lr == pytest.approx(6e-4 * (12 / 20) ** 0.5)
-    assert d20.weight_decay == pytest.approx(0.1 * 12 / 20)
-    assert d3.batch_size == 128
-    assert d3.muon_lr == pytest.approx(0.02 / 2**0.5)
-    assert d3.muon_adamw_lr == pytest.approx(0.008 / 2**0.5 * 2)
-    named = settings_of(12, SeriesConfig(batch_size=64, lr="rule", sequence_len=2048))
+    found = {depth: settings_of(depth, rule, shape) for depth in (8, 10, 12, 16, 18, 20)}
+    # The batch follows the tokens of the training, which are in proportion to the parameters.
+    assert {depth: chosen.batch_size * 2048 for depth, chosen in found.items()} == {
+        8: 2**18, 10: 2**19, 12: 2**19, 16: 2**19, 18: 2**20, 20: 2**20,
+    }  # fmt: skip
+    d8, d12, d20 = found[8], found[12], found[20]
+    assert (d12.lr, d12.muon_lr, d12.muon_adamw_lr, d12.weight_decay) == (6e-4, 0.02, 0.008, 0.1)
+    for chosen, share, depth in ((d8, 0.5, 8), (d20, 2.0, 20)):
+        assert chosen.lr == pytest.approx(6e-4 * share**0.5 * (12 / depth) ** 0.5)
+        assert chosen.muon_lr == pytest.approx(0.02 * share**0.5)
+        assert chosen.muon_adamw_lr == pytest.approx(0.008 * share**0.5 * (12 / depth) ** 0.5)
+        horizon = shape(depth).scaling_params / shape(12).scaling_params
+        assert chosen.weight_decay == pytest.approx(0.1 * share**0.5 / horizon)
+    assert d20.weight_decay == pytest.approx(0.0358, rel=1e-3)
+    named = settings_of(12, SeriesConfig(batch_size=64, lr="rule", sequence_len=2048), shape)
     assert named.lr == pytest.approx(3e-4)
     assert (named.batch_size, named.muon_lr) == (64, SeriesConfig().muon_lr)

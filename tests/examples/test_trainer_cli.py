@@ -254,3 +254,11 @@ def test_sampling() -> None:
     asked = parse_sample(["--checkpoint", "x.pt", "--prompt", "def ", "--top-k", "5"])
     assert (asked.checkpoint, asked.prompt, asked.top_k) == (Path("x.pt"), "def ", 5)
     assert (asked.tokens, asked.temperature, asked.count) == (200, 0.8, 1)
+
+
+def test_a_file_can_be_overruled_with_none() -> None:
+    file = written("data: some.txt\ncache: tokens\ncolumn: text\n")
+    found = parse_arguments(
+        ["--config", file, "--data", "none", "--cache", "none", "--column=none"]
+    )
+    assert (found.data, found.cache, found.column) == (None, None, None)

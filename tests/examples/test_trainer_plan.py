@@ -97,7 +97,11 @@ def test_what_an_arm_adds_to_a_step_is_counted() -> None:
     assert found["d3-scratch+muon"].flops_per_step - plain == 5 * (4 * 9 * 12 + 2 * 27)
     muon = plans(arms=("scratch+muon", "grown"), batch_size=1, sequence_len=2)
     assert muon["d2-scratch+muon"].steps < muon["d2-scratch"].steps
-    assert step_overhead(found["d3-scratch"].arm, shape(3), None, 400) == 0
+    assert step_overhead(found["d3-scratch"].arm, shape(3), None, 400, 1.0) == 0
+    none = plans(arms=("grown", "grown+ewc=0"))  # its penalty is not built
+    assert none["d3-grown+ewc=0"].flops_per_step == plain
+    assert none["d3-grown+ewc=0"].steps == none["d3-grown"].steps
+    assert plans(arms=("grown+ewc",), ewc_strength=0.0)["d3-grown+ewc"].flops_per_step == plain
 
 
 def test_the_parents_are_chosen() -> None:
@@ -124,3 +128,28 @@ def test_a_ratio_counts_all_tokens_of_a_model() -> None:
 def test_a_fisher_pass_beyond_the_budget_is_refused() -> None:
     with pytest.raises(UsageError, match=r"d3-grown\+ewc cost as much.*--fisher-samples"):
         plans(fisher_samples=10_000)
+
+
+def test_without_a_grown_arm_each_depth_has_its_own_budget() -> None:
+    found = plans(arms=("scratch", "scratch+muon"))
+    for depth, steps in zip((2, 3, 5), (50, 38, 25), strict=True):
+        assert found[f"d{depth}-scratch"].steps == steps
+        more = found[f"d{depth}-scratch+muon"].flops - found[f"d{depth}-scratch"].flops
+        assert 0 <= more < found[f"d{depth}-scratch+muon"].flops_per_step
+    by_ratio = plans(arms=("scratch",), steps=None, ratio=200.0)
+    for depth in (2, 3, 5):
+        tokens = by_ratio[f"d{depth}-scratch"].steps * 400
+        assert abs(tokens - 200.0 * shape(depth).scaling_params) <= 200
+
+
+def test_a_child_reads_on_where_its_parent_stopped_whatever_their_batches() -> None:
+    found = plans(
+        arms=("grown",), depths=(6, 12, 20), steps=(7, 5, 3), batch_size="rule", sequence_len=2**17
+    )
+    chain = list(found.values())
+    assert [plan.settings.batch_size for plan in chain] == [2, 4, 8]
+    assert chain[1].first_sample == 16  # the parent read 14, and its batches are of 4
+    read = 16 + 4 * chain[1].trunk
+    assert read <= chain[2].first_sample < read + 8
+    assert chain[2].first_sample % 8 == 0
+    assert chain[2].parent_depth == 12

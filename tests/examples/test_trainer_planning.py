@@ -77,6 +77,9 @@ def test_the_settings_of_every_depth_by_rule(capsys: pytest.CaptureFixture[str])
         "768", "12", f"{shape.params:,}", f"{shape.scaling_params:,}", "256", "524,288", "0.0006",
         "0.02", "0.008", "0.1",
     ]  # fmt: skip
+    assert table["d20"][4:] == [
+        "512", "1,048,576", "0.000657", "0.0283", "0.00876", "0.0358",
+    ]  # fmt: skip
     # From scratch the first depth has its own ratio of tokens, to a step.
     tokens = int(table["d10-scratch+ars"][2].replace(",", ""))
     assert abs(tokens - 10.5 * shape_of(10, 32768, 2048).scaling_params) <= 524288 / 2
@@ -84,7 +87,8 @@ def test_the_settings_of_every_depth_by_rule(capsys: pytest.CaptureFixture[str])
 
 def test_settings_named_by_the_user_stay() -> None:
     config = parse_arguments(["--lr", "1e-3", "--batch-size", "6"]).config
-    for cells in list(rows(settings_table(config, 256)).values())[1:]:
+    table = settings_table(plans_of(config, 256), 256, config.sequence_len)
+    for cells in list(rows(table).values())[1:]:
         assert (cells[4], cells[6]) == ("6", "0.001")
 
 
@@ -142,6 +146,9 @@ def test_the_vocabulary_is_known_without_the_text(tmp_path: Path) -> None:
         (["--devices", "0"], "whole number from 1"),
         (["--tokenizer", "missing.json"], "--tokenizer missing.json does not exist"),
         (["--fisher-samples", "999999"], "lower --fisher-samples"),
+        (["--device-batch-size", "3"], "--device-batch-size 3 does not divide the 4 sequences"),
+        (["--series", "nanochat", "--depths", "2-3"], "argument --depths: --series nanochat is on"),
+        (["--series=doubling", "--quick"], "argument --quick: --series doubling is on paper"),
         (["--colour"], "there is no --colour"),
     ],
 )

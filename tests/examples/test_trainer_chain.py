@@ -1,0 +1,65 @@
+"""Chains of models: which parents they have, and where in the data each reads on."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_series import Series, Stop, results
+
+from trainer import plan as planning
+from trainer import step as stepping
+from trainer.errors import RunInterruptedError
+from trainer.rules import settings_of
+
+
+@pytest.mark.parametrize("stop", [15, 25])
+def test_chosen_parents_are_trained_from_and_resumed(
+    series: Series, tmp_path: Path, stop: int
+) -> None:
+    words = ("--depths", "1,2,3", "--parents", "1", "--arms", "grown+distill")
+    series(tmp_path / "straight", None, *words)
+    straight = results(tmp_path / "straight")
+    assert {record["name"]: record["parent"] for record in straight["records"]} == {
+        "d1-scratch": None,
+        "d2-grown+distill": "d1-scratch",
+        "d3-grown+distill": "d1-scratch",
+    }
+    assert [name for name in straight["models"] if "trunk" in name] == ["d1-scratch-trunk.pt"]
+    with pytest.raises(RunInterruptedError):
+        series(tmp_path / "stopped", Stop(stop), *words)
+    assert not (tmp_path / "stopped/checkpoints/d3-grown+distill.pt").exists()
+    series(tmp_path / "stopped", None, *words)
+    assert results(tmp_path / "stopped") == straight
+
+
+def test_no_model_reads_what_the_trunks_before_it_have_read(
+    series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {1: 4, 2: 6, 3: 5}  # no two of which divide each other
+
+    def sized(depth: int, *others: Any) -> Any:
+        return replace(settings_of(depth, *others), batch_size=sizes[depth])
+
+    read: list[list[tuple[int, ...]]] = []
+    draw = stepping.batch
+
+    def drawn(*tokens: Any, **where: Any) -> Any:
+        inputs, targets = draw(*tokens, **where)
+        read.append([tuple(row) for row in inputs.tolist()])
+        return inputs, targets
+
+    monkeypatch.setattr(planning, "settings_of", sized)
+    monkeypatch.setattr(stepping, "batch", drawn)
+    series(tmp_path, None, "--depths", "1,2,3", "--steps", "7,8,9", "--arms", "grown")
+    seen: list[tuple[int, ...]] = []
+    for record in json.loads((tmp_path / "metrics.json").read_text()):
+        own = [read.pop(0) for _ in range(record["steps"])]
+        assert {len(rows) for rows in own} == {sizes[record["depth"]]}
+        trunk = tmp_path / f"checkpoints/{record['name']}-trunk.pt"
+        steps = torch.load(trunk)["step"] if trunk.exists() else record["steps"]
+        seen += [row for rows in own[:steps] for row in rows]
+    assert not read
+    assert len(set(seen)) == len(seen)
