@@ -39,7 +39,9 @@ class Shape:
     matrices: tuple[tuple[int, int], ...]
 
 
-def step_overhead(arm: Arm, shape: Shape, parent: Shape | None, batch_tokens: int) -> int:
+def step_overhead(
+    arm: Arm, shape: Shape, parent: Shape | None, batch_tokens: int, ewc_strength: float
+) -> int:
     """Operations a step beyond forward and backward.
 
     Args:
@@ -47,15 +49,16 @@ def step_overhead(arm: Arm, shape: Shape, parent: Shape | None, batch_tokens: in
         shape: of the model.
         parent: of the model it was grown out of, ``None`` for none.
         batch_tokens: tokens a step.
+        ewc_strength: the run's; an EWC penalty of strength 0 is not built.
 
     Example:
         >>> from trainer.arms import parse_arm
         >>> shape = Shape(params=100, scaling_params=80, flops_per_token=480, matrices=((4, 8),))
-        >>> step_overhead(parse_arm("scratch+muon"), shape, None, 10)
+        >>> step_overhead(parse_arm("scratch+muon"), shape, None, 10, ewc_strength=1.0)
         3200
     """
     total = 0
-    if arm.has("ewc"):
+    if arm.has("ewc") and arm.strength("ewc", ewc_strength) > 0:
         total += _EWC_OPERATIONS * shape.params
     if arm.has("subspace"):
         total += _SUBSPACE_OPERATIONS * shape.params

@@ -162,7 +162,10 @@ class Series:
 
     def _finished(self, plan: ModelPlan) -> dict[str, Any] | None:
         record = self._keepers[plan.name].record()
-        return None if record is None or self._trunk_is_missing(plan) else record
+        if record is None or self._trunk_is_missing(plan):
+            return None
+        self._keepers[plan.name].clear()  # a kill may have come before that
+        return record
 
     def _begin(self, plan: ModelPlan) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """The state to go on from, or else the parent's trunk."""
@@ -195,6 +198,7 @@ class Series:
     def _record(self, plan: ModelPlan, state: TrainingState, bpb: float) -> dict[str, Any]:
         config = self.run.config
         tokens = plan.steps * plan.settings.batch_size * config.sequence_len
+        muon = plan.arm.has("muon")
         return {
             "name": plan.name,
             "depth": plan.depth,
@@ -206,7 +210,9 @@ class Series:
             "lineage_tokens": plan.prior_tokens + tokens,
             "steps": plan.steps,
             "batch_size": plan.settings.batch_size,
-            "lr": plan.settings.lr,
+            "lr": plan.settings.muon_adamw_lr if muon else plan.settings.lr,  # of AdamW
+            "muon_lr": plan.settings.muon_lr if muon else None,
+            "muon_adamw_lr": plan.settings.muon_adamw_lr if muon else None,
             "flops": plan.flops,
             "fisher_flops": plan.fisher_flops,
             "growth_flops": plan.growth_flops,

@@ -1,16 +1,20 @@
 """The optimizer of an arm: its parts step together or not at all."""
 
 import copy
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_series import Series
 from torch.utils._pytree import tree_leaves
 
 from ars.models import GPT, miniseries_config
 from trainer.arms import parse_arm
 from trainer.config import SeriesConfig
+from trainer.log import read_log
 from trainer.optimizers import Optimizer, build_optimizer
 from trainer.rules import Settings
 
@@ -79,3 +83,14 @@ def test_the_rate_shown_is_that_of_adamw() -> None:
         assert optimizer.rate == peak
         optimizer.set_rate(0.5)
         assert optimizer.rate == 0.5 * peak
+
+
+def test_records_and_logs_name_the_rates_that_were_used(series: Series, tmp_path: Path) -> None:
+    words = ("--lr", "0.001", "--muon-lr", "0.02", "--muon-adamw-lr", "0.004")
+    series(tmp_path, None, "--arms", "scratch,scratch+muon", *words)
+    records = {r["name"]: r for r in json.loads((tmp_path / "metrics.json").read_text())}
+    for name, lr, muon_lr in (("d1-scratch", 0.001, None), ("d1-scratch+muon", 0.004, 0.02)):
+        record = records[name]
+        assert record["lr"] == max(r["lr"] for r in read_log(tmp_path / f"log_{name}.csv")[1:])
+        assert (record["lr"], record["muon_lr"]) == (lr, muon_lr)
+        assert record["muon_adamw_lr"] == (None if muon_lr is None else lr)
