@@ -18,12 +18,11 @@ from ars.regularizers.batches import checked_batch, take_samples
 from ars.regularizers.checks import checked_module
 from ars.regularizers.estimators import IGNORE_INDEX
 from ars.regularizers.factors import outer_products
+from ars.regularizers.layer_checks import check_samples, check_used, warn_of_others
 from ars.regularizers.layers import (
     batched_rows,
-    check_samples,
     matrix_layers,
     recorded_uses,
-    warn_of_others,
 )
 
 __all__ = ["ActivationCovariance"]
@@ -126,10 +125,6 @@ class ActivationCovariance:
                 that are mixed in one; no position that counts, or activations that are not finite.
         """
         layers = matrix_layers(self.model)
-        if not layers:
-            raise ValueError(
-                f"{type(self.model).__name__} has no trained linear or ungrouped convolution layer"
-            )
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         seen, checked = 0, False
@@ -138,6 +133,7 @@ class ActivationCovariance:
             for inputs, targets in take_samples(pairs, n_samples):
                 uses.clear()
                 self.model(inputs)
+                check_used(self.model, uses)
                 ordered = bool((targets == IGNORE_INDEX).any())
                 if len(targets) > 1 and (ordered or not checked):
                     check_samples(self.model, uses, inputs, ordered=ordered)

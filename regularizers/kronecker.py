@@ -35,15 +35,14 @@ from ars.regularizers.checks import (
 from ars.regularizers.cotangents import Chunk, cotangents
 from ars.regularizers.estimators import ESTIMATORS, IGNORE_INDEX
 from ars.regularizers.factors import FactorSums, KroneckerFactors
+from ars.regularizers.layer_checks import check_samples, check_used, warn_of_others
 from ars.regularizers.layers import (
     MatrixLayer,
     Use,
     batched_rows,
-    check_samples,
     matrix_layers,
     output_rows,
     recorded_uses,
-    warn_of_others,
 )
 
 __all__ = ["KroneckerFisher"]
@@ -178,10 +177,6 @@ class KroneckerFisher:
             RuntimeError: A layer ran outside autograd.
         """
         layers = matrix_layers(self.model)
-        if not layers:
-            raise ValueError(
-                f"{type(self.model).__name__} has no trained linear or ungrouped convolution layer"
-            )
         sums: dict[str, FactorSums] = {}
         seen, checked = 0, False
         pairs = (checked_batch(batch, i, segments=False) for i, batch in enumerate(batches))
@@ -190,6 +185,7 @@ class KroneckerFisher:
                 uses.clear()
                 logits = check_logits(self.model(inputs), targets)
                 check_targets(targets, logits.shape[-1], index)
+                check_used(self.model, uses)
                 ordered = self.sharing == "reduce" or bool((targets == IGNORE_INDEX).any())
                 if len(targets) > 1 and (ordered or not checked):
                     check_samples(self.model, uses, inputs, ordered=ordered)

@@ -138,4 +138,4 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'0.weight' has 5 inputs in the other, 4 here"):
         fitted.merge(another)
     with pytest.raises(ValueError, match="no trained linear"):
-        ActivationCovariance(nn.LayerNorm(4)).fit([x])
+        ActivationCovariance(nn.LayerNorm(4).double()).fit([x])

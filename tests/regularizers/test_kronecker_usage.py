@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ars.regularizers import ActivationCovariance, KroneckerFisher
+from ars.regularizers.layers import matrix_layers
 
 
 def mlp() -> nn.Module:
@@ -198,6 +199,27 @@ def test_positions_before_samples(layout: str, masked: bool, sharing: str) -> No
     if masked:
         with pytest.raises(ValueError, match="fit on batches of one sample"):
             ActivationCovariance(model).fit([(ids, targets)])
+
+
+class Attention(nn.Module):
+    """Its only matrix layer is the projection that attention multiplies by without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def test_a_model_that_calls_no_matrix_layer_is_refused() -> None:
+    model, says = Attention(), "Attention calls no trained linear or ungrouped convolution layer"
+    assert list(matrix_layers(model)) == ["attention.out_proj.weight"]
+    x, y = torch.randn(3, 5, 4), torch.randint(4, (3, 5))
+    with pytest.raises(ValueError, match=says):
+        KroneckerFisher(model).fit([(x, y)])
+    with pytest.raises(ValueError, match=says):
+        ActivationCovariance(model).fit([x])
 
 
 class SharedPositions(nn.Module):
