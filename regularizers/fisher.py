@@ -139,6 +139,11 @@ class DiagonalFisher:
         self.dtype = dtype
         if unit != "sequence" and estimator in {"batched", "adam"}:
             raise ValueError(f"estimator={estimator!r} has no units; leave unit='sequence'")
+        if estimator in {"batched", "adam"} and (method != "auto" or chunk_size is not None):
+            raise ValueError(
+                f"estimator={estimator!r} takes no single samples; leave method='auto' and "
+                "chunk_size=None"
+            )
         check_generator(generator)
         if dtype not in {None, *STORED}:
             raise ValueError(f"importance cannot be stored in {dtype}; choose one of {STORED}")

@@ -251,6 +251,9 @@ def test_recurrent_layers_are_differentiated_without_dropout_and_left_as_they_we
         ({"draws": 0}, "draws must be a positive integer"),
         ({"estimator": "empirical", "draws": 2}, "draws nothing"),
         ({"estimator": "batched", "unit": "token"}, "has no units"),
+        ({"estimator": "batched", "method": "loop"}, "'batched' takes no single samples; leave"),
+        ({"estimator": "batched", "chunk_size": 4}, "'batched' takes no single samples; leave"),
+        ({"estimator": "adam", "method": "vmap"}, "'adam' takes no single samples; leave"),
     ],
 )
 def test_refuses_combinations_without_a_meaning(arguments, match):
