@@ -31,7 +31,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="inheritance.py",
         description="Train every arm of the miniseries at equal total FLOPs, after tuning what is "
-        "compared with, and sweep the strengths of the penalties on one transition.",
+        "compared with; sweep the strengths of the penalties on one transition; and give the "
+        "largest model's operations to smaller ones.",
         epilog="Interrupt at any time (Ctrl-C) and run the same command again to go on.",
         allow_abbrev=False,
     )

@@ -5,6 +5,7 @@ which these cores multiply faster; weights and moments are fp32. Learning rates 
 the trainer, which the stage "tune" found.
 """
 
+import math
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, get_args
@@ -16,7 +17,7 @@ from trainer.series import plans_of
 
 __all__ = ["SIZES", "STAGES", "Job", "Stage", "jobs_of"]
 
-Stage = Literal["tune", "grid", "arms"]
+Stage = Literal["tune", "grid", "sizes", "arms"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 # The penalties have the strengths of the proposal; the grid has weaker and stronger ones.
@@ -82,7 +83,8 @@ def jobs_of(stage: Stage, size: str) -> tuple[Job, ...]:
 
     Args:
         stage: "tune" for the learning rates and the distillation, "grid" for the strengths on one
-            transition, "arms" for the comparison.
+            transition, "sizes" for smaller models from scratch with all operations of the largest,
+            "arms" for the comparison.
         size: a name of `SIZES`.
 
     Example:
@@ -105,7 +107,7 @@ def jobs_of(stage: Stage, size: str) -> tuple[Job, ...]:
                 add(f"seed-{seed}{suffix.replace('+', '-')}", replace(base, arms=arms, seed=seed))
     elif stage == "tune":
         # From scratch, the largest model alone, with the budget that it has in the comparison.
-        tuned = replace(_largest(base), seed=_TUNING_SEED)
+        tuned = replace(_with_all(base, base.depths[-1]), seed=_TUNING_SEED)
         for rate in _RATES if size != "quick" else _RATES[:2]:
             add(f"lr-{rate:g}", replace(tuned, arms=("scratch",), lr=rate))
         for rate in _MUON_RATES if size != "quick" else _MUON_RATES[:2]:
@@ -116,6 +118,10 @@ def jobs_of(stage: Stage, size: str) -> tuple[Job, ...]:
                 add(f"muon-adamw-lr-{rate:g}", muon)
         arms = ("grown", *(f"grown+distill={strength:g}" for strength in _DISTILL))
         add("distill", replace(_first_two(base), arms=arms, seed=_TUNING_SEED))
+    elif stage == "sizes":
+        for seed, depth in product(seeds, base.depths[:-1]):
+            alone = replace(_with_all(base, depth), arms=("scratch",), seed=seed)
+            add(f"d{depth}-seed-{seed}", alone)
     else:
         lambdas = _LAMBDAS if size != "quick" else (None, 1.0)
         gammas = _GAMMAS if size != "quick" else (None, 0.1)
@@ -136,8 +142,11 @@ def _first_two(config: SeriesConfig) -> SeriesConfig:
     return replace(config, depths=config.depths[:2], steps=steps)
 
 
-def _largest(config: SeriesConfig) -> SeriesConfig:
-    depth = config.depths[-1]
-    scratch = replace(config, arms=("scratch", "grown"))
-    last = next(p for p in plans_of(scratch, _BYTES) if p.depth == depth and not p.arm.grown)
-    return replace(config, depths=(depth,), steps=(last.trunk,))
+def _with_all(config: SeriesConfig, depth: int) -> SeriesConfig:
+    """One model from scratch with the operations that the largest has in the comparison."""
+    plans = plans_of(replace(config, arms=("scratch", "grown")), _BYTES)
+    scratch = {plan.depth: plan for plan in plans if not plan.arm.grown}
+    largest, own = scratch[config.depths[-1]], scratch[depth]
+    steps = largest.steps * largest.flops_per_step / own.flops_per_step
+    trunk = math.ceil(steps / (1 + config.cooldown))  # the branch comes on top
+    return replace(config, depths=(depth,), steps=(trunk,))

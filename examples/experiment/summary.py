@@ -28,6 +28,7 @@ from analysis.report_html import write_report
 from analysis.sweeps import Sweep
 from analysis.training_log import run_settings, thinned_curve
 from experiment.design import STAGES
+from experiment.sizes import SizeRow, find_sizes
 from experiment.table import results_table
 from experiment.tuning import find_sweeps
 from trainer.checkpoint import write_atomically
@@ -42,6 +43,7 @@ _BOOTSTRAPS = 200
 _CURVES = {
     "tune": ("flops", "val_bpb"),
     "grid": ("flops", "val_bpb"),
+    "sizes": ("flops", "val_bpb"),
     "arms": ("tokens", "flops", "val_bpb", "loss", "phi", "psi", "penalty"),
 }
 _OF_THE_RUN = ("seed", "data_sha256", "python", "torch", "devices")  # said once, not of each model
@@ -90,7 +92,8 @@ def write_summary(folder: Path, names: Collection[str]) -> str:
         raise UsageError(f"{folder} holds no finished model yet: let the experiment go on")
     of = {stage: [s for s in series if s.stage == stage] for stage in STAGES}
     sweeps = find_sweeps([(s.settings, s.records) for s in of["tune"]])
-    grid = find_grid([r for s in of["grid"] for r in s.records if not r.diverged])
+    grid = find_grid(_records(of["grid"]))
+    sizes = find_sizes(_records(of["sizes"]), _records(of["arms"]))
     shown = of["arms"] or of["grid"][:1]  # the grid's series repeat their first model
     analysis = None
     if shown:
@@ -99,12 +102,16 @@ def write_summary(folder: Path, names: Collection[str]) -> str:
     arms = analysis if of["arms"] else None
     unfinished = [f"{s.name} ({', '.join(s.missing)})" for s in series if s.missing]
     left_out = [_name(path) for path in there if _name(path) not in names]
-    table = results_table(arms, grid, sweeps, unfinished, left_out)
+    table = results_table(arms, sizes, grid, sweeps, unfinished, left_out)
     write_atomically(folder / TABLE_FILE, table)
-    write_atomically(folder / SUMMARY_FILE, _as_lines(_content(series, arms, grid, sweeps)))
+    write_atomically(folder / SUMMARY_FILE, _as_lines(_content(series, arms, sizes, grid, sweeps)))
     for name, content in _figures(arms, grid).items():
         (folder / name).write_bytes(content)
     return table
+
+
+def _records(series: Sequence[_Series]) -> list[Record]:
+    return [record for s in series for record in s.records]
 
 
 def _metrics(folder: Path) -> list[Path]:
@@ -131,7 +138,11 @@ def _read(path: Path) -> _Series:
 
 
 def _content(
-    series: Sequence[_Series], analysis: Analysis | None, grid: Grid | None, sweeps: Sequence[Sweep]
+    series: Sequence[_Series],
+    analysis: Analysis | None,
+    sizes: Sequence[SizeRow],
+    grid: Grid | None,
+    sweeps: Sequence[Sweep],
 ) -> dict[str, Any]:
     return {
         "versions": {"ars": ars.__version__, "numpy": np.__version__},
@@ -140,6 +151,7 @@ def _content(
         "comparisons": [] if analysis is None else [c.to_dict() for c in analysis.comparisons],
         "savings": [] if analysis is None else [s.to_dict() for s in analysis.savings],
         "laws": [] if analysis is None else [law.to_dict() for law in analysis.laws],
+        "sizes": [row.to_dict() for row in sizes],
         "grid": None if grid is None else grid.to_dict(),
         "tuning": [sweep.to_dict() for sweep in sweeps],
         "runs": [

@@ -1,5 +1,6 @@
 """The experiment's results as a text in GitHub's markdown."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from analysis.assemble import Analysis
@@ -8,12 +9,14 @@ from analysis.intervals import Estimate
 from analysis.pairings import QUESTIONS, single_arms
 from analysis.sweeps import Sweep
 from analysis.verdict import headlines
+from experiment.sizes import SizeRow
 
 __all__ = ["results_table"]
 
 
 def results_table(
     analysis: Analysis | None,
+    sizes: Sequence[SizeRow],
     grid: Grid | None,
     sweeps: Sequence[Sweep],
     unfinished: Sequence[str],
@@ -23,6 +26,7 @@ def results_table(
 
     Args:
         analysis: of the arms; ``None`` if none was trained yet.
+        sizes: models of other sizes with the operations of the largest.
         grid: of the strengths, if there is one.
         sweeps: settings that were tuned.
         unfinished: series whose models are not all there, in words.
@@ -41,6 +45,8 @@ def results_table(
         parts += ["## Comparisons, paired by seed", _comparisons(analysis), _COMPARISONS_NOTE]
         parts += ["## Cost of scratch's final loss, over scratch's cost", _savings(analysis),
                   _SAVINGS_NOTE]  # fmt: skip
+    if sizes:
+        parts += ["## The largest model's operations, for one model from scratch", _sizes(sizes)]
     if grid is not None:
         parts += [f"## Strengths, d{grid.parent_depth} grown to d{grid.depth}", grid.sentence]
         parts += [_grid(grid)]
@@ -93,7 +99,7 @@ def _comparisons(analysis: Analysis) -> str:
             c.baseline,
             f"d{c.depth}",
             str(c.seeds),
-            f"{c.difference:+.4f}",
+            f"{c.difference:+.4f}" if math.isfinite(c.difference) else "",
             "" if c.interval is None else f"[{c.interval[0]:+.4f}, {c.interval[1]:+.4f}]",
             f"{c.flops_ratio:.3f}",
             c.conclusion,
@@ -116,11 +122,32 @@ def _savings(analysis: Analysis) -> str:
                   final.tokens_without_parents)
         )  # fmt: skip
         trunk = None if s.trunk is None else s.trunk.with_parents
-        cells = [_ratio(value) for value in (*costs, trunk, s.efficiency)]
+        cells = [
+            *(_ratio(value, is_bound=final is not None and final.is_bound) for value in costs),
+            _ratio(trunk, is_bound=s.trunk is not None and s.trunk.is_bound),
+            _ratio(s.efficiency),
+        ]
         rows.append((s.arm, f"d{s.depth}", f"{s.reached} of {s.seeds}", *cells))
     header = ("arm", "depth", "reached", "FLOPs", "without parents", "tokens", "without parents",
               "FLOPs, trunks", "e")  # fmt: skip
     return _table(header, rows)
+
+
+def _sizes(sizes: Sequence[SizeRow]) -> str:
+    rows = [
+        (
+            f"d{row.depth}",
+            str(len(row.bits.values)),
+            _bits(row.bits),
+            "" if row.grown is None else f"{row.grown.mean:+.4f}{_spread(row.grown)}",
+            f"{row.flops:.3e}",
+            f"{row.tokens:,.0f}",
+        )
+        for row in sizes
+    ]
+    largest = f"d{sizes[-1].depth} grown"
+    header = ("depth", "seeds", "bits per byte", f"{largest} minus this", "FLOPs", "tokens")
+    return f"{_table(header, rows)}\n\nNegative: {largest} is better than this size from scratch."
 
 
 def _grid(grid: Grid) -> str:
@@ -135,7 +162,8 @@ def _grid(grid: Grid) -> str:
                 cells.append("0" if ewc is None and subspace is None else "")
             else:
                 mark = "**" if cell.proposed else ""
-                cells.append(f"{mark}{cell.difference.mean:+.4f}{mark}{_spread(cell.difference)}")
+                value = f"{cell.difference.mean:+.4f}{mark}{_spread(cell.difference)}"
+                cells.append(mark + ("diverged" + mark if cell.diverged else value))
         rows.append((_strength(ewc), *cells))
     header = ("lambda \\ gamma", *(_strength(v) for v in columns))
     return (
@@ -174,12 +202,13 @@ def _spread(value: Estimate) -> str:
     return "" if value.margin is None else f" ± {value.margin:.4f}"
 
 
-def _ratio(value: Estimate | None) -> str:
+def _ratio(value: Estimate | None, *, is_bound: bool = False) -> str:
     if value is None:
         return "–"
+    bound = "≤ " if is_bound else ""
     if value.interval is None:
-        return f"{value.mean:.2f}"
-    return f"{value.mean:.2f} [{value.interval[0]:.2f}, {value.interval[1]:.2f}]"
+        return f"{bound}{value.mean:.2f}"
+    return f"{bound}{value.mean:.2f} [{value.interval[0]:.2f}, {value.interval[1]:.2f}]"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

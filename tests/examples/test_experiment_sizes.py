@@ -1,0 +1,61 @@
+"""The largest model's operations, spent on models of other sizes."""
+
+import pytest
+
+from analysis.records import Record
+from experiment.design import SIZES, jobs_of
+from experiment.sizes import find_sizes
+
+
+def record(depth: int, arm: str, bpb: float, seed: int, tokens: int = 100) -> Record:
+    return Record(
+        name=f"d{depth}-{arm}", depth=depth, arm=arm, parent=None, params=1, tokens=tokens,
+        lineage_tokens=tokens, flops=1000, fisher_flops=0, growth_flops=0, lineage_flops=1000,
+        seconds=1.0, val_bpb=bpb, seed=seed,
+    )  # fmt: skip
+
+
+ARMS = [
+    record(3, arm, bpb + seed / 10, seed)
+    for seed in (0, 1, 2)
+    for arm, bpb in (("scratch", 2.6), ("grown", 2.25), ("grown+ars", 9.0), ("scratch+muon", 1.0))
+] + [record(2, "scratch", 2.9, 0), record(2, "grown", 2.7, 0)]
+
+
+def test_each_size_is_paired_with_the_largest_that_is_grown() -> None:
+    alone = [record(2, "scratch", 2.5 + seed / 10, seed, tokens=300) for seed in (0, 1, 2)]
+    small, large = find_sizes(alone, ARMS)
+    assert (small.depth, large.depth) == (2, 3)
+    assert small.bits.values == pytest.approx((2.5, 2.6, 2.7))
+    assert large.bits.values == pytest.approx((2.6, 2.7, 2.8))
+    assert small.grown is not None
+    assert large.grown is not None
+    assert small.grown.values == pytest.approx((-0.25,) * 3)
+    assert large.grown.values == pytest.approx((-0.35,) * 3)
+    assert (small.tokens, large.tokens) == (300, 100)
+
+
+def test_what_diverged_or_has_no_partner_is_not_paired() -> None:
+    alone = [record(2, "scratch", float("nan"), 0), record(2, "scratch", 2.5, 7)]
+    small = find_sizes(alone, ARMS)[0]
+    assert small.bits.values == (2.5,)
+    assert small.grown is None
+    assert find_sizes([], ARMS) == []
+    assert find_sizes(alone, [])[0].grown is None
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_each_has_the_operations_of_the_largest_from_scratch(size: str) -> None:
+    arms, jobs = jobs_of("arms", size), jobs_of("sizes", size)
+    whole = [plan for plan in arms[0].plans if plan.arm.name == "scratch"][-1]
+    assert whole.depth == SIZES[size].depths[-1]
+    flops = whole.steps * whole.flops_per_step
+    for job in jobs[: len(SIZES[size].depths) - 1]:
+        (plan,) = job.plans
+        # Trunk and branch are whole steps each.
+        assert abs(plan.steps - flops / plan.flops_per_step) <= 2
+    seeds = {job.config.seed for job in arms}
+    assert [(job.config.depths, job.config.seed) for job in jobs] == [
+        ((depth,), seed) for seed in sorted(seeds) for depth in SIZES[size].depths[:-1]
+    ]
+    assert all(job.config.arms == ("scratch",) for job in jobs)
