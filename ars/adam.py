@@ -13,8 +13,8 @@ from ars.checkpoint import CheckpointedAdam
 from ars.collect import Collector
 from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
-from ars.groups import check_max_grad_norm, complete_group, is_trial
-from ars.penalty import Penalty, Term, parameter_names, read_settings, read_terms, refresh_
+from ars.groups import check_max_grad_norm, is_trial
+from ars.penalty import Penalty, Term, read_settings, refresh_
 from ars.state import Precision, complete_state
 from ars.surprise import check_watched, choose_surprise
 
@@ -88,10 +88,7 @@ class ARSAdam(CheckpointedAdam):
         self._buffer = torch.zeros(len(DIAGNOSTICS), dtype=torch.float64, device=device)
         self._renew()
         self.penalty = penalty
-        self._implementation: functional.Implementation = "loop"
-        self._step_supports_amp_scaling = False
-        if device.type != "meta":  # those may get data, elsewhere, before the first step
-            self._place()
+        self._start()
 
     def _renew(self) -> None:
         """Make what is kept from step to step anew."""
@@ -106,74 +103,10 @@ class ARSAdam(CheckpointedAdam):
         self.__dict__.setdefault("_precision", Precision(stochastic=False, master=False, seed=0))
         for index, group in enumerate(self.param_groups):  # a state of torch's does not have it
             group.setdefault("penalty_strength", own[index] if own else None)
-        if "_penalty" in state:  # of whose tensors a copy may have made others
-            self.penalty = self._penalty
         self._renew()
-
-    def _parameters(self) -> list[Tensor]:
-        """Return the parameters of all groups, in order."""
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _place(self) -> None:
-        """Choose the implementation, and bring what the step keeps, where the parameters are.
-
-        Raises:
-            RuntimeError: ``foreach`` or ``fused`` was forced where it cannot be had.
-        """
-        params = self._parameters()
-        flags = {name: self.defaults[name] for name in ("foreach", "fused", "differentiable")}
-        plain = self._precision.is_plain
-        self._implementation = functional.choose(params, **flags, rounding=not plain)
-        # On a GPU the loop would have to wait for found_inf: there a GradScaler unscales the
-        # gradients itself, and skips the step.
-        on_cpu = all(param.device.type == "cpu" for param in params)
-        self._step_supports_amp_scaling = self._implementation != "loop" or on_cpu
-        if not params or params[0].device == self._buffer.device:
-            return
-        self._buffer = torch.zeros_like(self._buffer, device=params[0].device)
-        self._kept = functional.Kept()
-        if self._controller is not None:
-            memory = self._controller.state_dict()
-            self._controller = ARSController(self._controller.config, params[0].device)
-            if not memory["window"].is_meta:
-                self._controller.load_state_dict(memory)
-        self.penalty = self._penalty  # checked again
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as with every torch optimizer.
-
-        Args:
-            param_group: Its parameters, and what differs from the defaults.
-
-        Raises:
-            TypeError: It is not a dictionary, or its strength not a number.
-            ValueError: A parameter is in it twice, or in another group too; or its strength is out
-                of its range.
-            RuntimeError: ``foreach`` or ``fused`` was forced and cannot be had for all groups.
-        """
-        complete_group(param_group)
-        super().add_param_group(param_group)
-        if "_implementation" in self.__dict__:  # after the constructor
-            device = self._buffer.device
-            if any(param.device != device for param in param_group["params"]):
-                try:
-                    self._place()
-                except RuntimeError:
-                    self.param_groups.pop()
-                    raise
-
-    @property
-    def penalty(self) -> Penalty | None:
-        """The penalty towards what an earlier model knew; may be replaced between steps."""
-        return self._penalty
-
-    @penalty.setter
-    def penalty(self, penalty: Penalty | None) -> None:
-        for group in self.param_groups:
-            read_hyper(group, 0.0)
-        names = parameter_names(self.param_groups)
-        self._terms: dict[Tensor, Term] = {} if penalty is None else read_terms(penalty, names)
-        self._penalty = penalty
+        if "_penalty" in state:  # a copy: of other tensors, perhaps on another machine
+            self.penalty = self._penalty
+            self._start()
 
     @property
     def controller(self) -> ARSController | None:
@@ -230,7 +163,9 @@ class ARSAdam(CheckpointedAdam):
     ) -> Any:
         """Take one step, as :meth:`step` describes it."""
         self._accelerator_graph_capture_health_check()
-        if not self.state and closure is None and loss is None and is_trial(self.param_groups):
+        given = (closure, loss, surprise)
+        if not self.state and given == (None, None, None) and is_trial(self.param_groups):
+            self._follow()  # for the state is made where the step is taken
             self._collect().grads = []
             return None
         returned = None
@@ -241,8 +176,7 @@ class ARSAdam(CheckpointedAdam):
         watches, watched = choose_surprise(self._controller, loss, surprise)
         if self._controller is not None:
             check_watched(self._watches, watches)
-        if functional.have_moved(self.param_groups, self._buffer.device):
-            self._place()
+        self._follow()
         hypers, options = self._settings(watched)
         batch = self._collect()
         if not batch.params:
@@ -258,7 +192,19 @@ class ARSAdam(CheckpointedAdam):
         """Send the groups' numbers to the device without a step: before a CUDA graph is replayed.
 
         A graph replays no Python: it sees a float that a scheduler has changed (lr, betas, eps,
-        weight decay, strengths) only after this. Tensors it reads live.
+        weight decay, strengths) only after this. Tensors it reads live. Without the Triton kernels
+        there is nothing to send.
+
+        Raises:
+            TypeError: A strength is not a number.
+            ValueError: A strength is out of its range, or the penalty's mode unknown.
+            RuntimeError: A graph is being captured, which would replay these numbers for ever.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> opt = ARSAdam([weight], lr=0.1)  # on a GPU, with a captured graph
+            >>> opt.param_groups[0]["lr"] = 0.05
+            >>> opt.write_hyperparameters()  # and then graph.replay()
         """
         if self._implementation == "triton":
             device = self._buffer.device

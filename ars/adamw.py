@@ -17,13 +17,16 @@ class ARSAdamW(ARSAdam):
 
     .. math::
         \Phi, \chi &= \text{controller}(S), \quad
-        \beta_i^{\text{eff}} = \beta_i \Phi, \quad \eta^{\text{eff}} = \eta (1 + \chi) \\
+        \eta^{\text{eff}} = \eta (1 + \chi) \Phi, \quad \beta_i^{\text{eff}} = \beta_i \\
         g &\leftarrow \text{clip}(g) + \lambda \Omega (\theta - \theta^*) \\
         m &\leftarrow \beta_1^{\text{eff}} m + (1 - \beta_1^{\text{eff}}) g, \quad
         v \leftarrow \beta_2^{\text{eff}} v + (1 - \beta_2^{\text{eff}}) g^2, \quad
         B_i \leftarrow B_i \beta_i^{\text{eff}} \\
         \theta &\leftarrow (1 - \eta^{\text{eff}} w) \theta
             - \eta^{\text{eff}} \frac{m / (1 - B_1)}{\sqrt{v / (1 - B_2)} + \epsilon}
+
+    Phi multiplies what ``ars.gate`` names; by default the learning rate, as here. In
+    :meth:`ars.ARSConfig.paper` it is the betas, :math:`\beta_i^{\text{eff}} = \beta_i \Phi`.
 
     With ``ars=None, penalty=None, max_grad_norm=None`` it is :class:`torch.optim.AdamW`. Moments
     are float32 (float64 for float64 parameters), also under half-precision parameters.
@@ -45,11 +48,10 @@ class ARSAdamW(ARSAdam):
         capturable: The step may be captured in a CUDA graph; see :meth:`write_hyperparameters`.
         differentiable: Autograd may run through the step, a plain loop then.
         fused: True: fused kernels, Triton's on one GPU and torch's on a CPU. None: these where they
-            can be had, otherwise (several GPUs, no Triton, a
-            DTensor) the loop.
+            can be had, otherwise (several GPUs, no Triton, a DTensor) the loop.
         stochastic_rounding: bfloat16 parameters have bfloat16 moments, and all three are rounded
             up or down at random, so that small updates are not lost on average. On a CPU this and
-            ``master_weights`` take the loop.
+            ``master_weights`` take the loop; a DTensor can have neither.
         master_weights: bfloat16 parameters keep the 16 bits that they lack to float32 master
             weights in ``state[p]["param_remainder"]``.
         seed: Key of the random rounding, 0 <= seed < 2^63; the same on all replicas.
@@ -57,7 +59,7 @@ class ARSAdamW(ARSAdam):
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of its range, or the penalty belongs to another model.
-        RuntimeError: ``foreach`` or ``fused`` was forced where it cannot be had.
+        RuntimeError: ``foreach``, ``fused`` or a rounding was asked for where it cannot be had.
 
     Example:
         >>> import torch

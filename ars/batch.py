@@ -173,12 +173,23 @@ def read_hyper(group: dict[str, Any], strength: Scalar) -> Hyper:
 
 
 def gated(hyper: Hyper, signals: Signals, gate: tuple[str, ...]) -> Hyper:
-    """Apply the controller's signals: ``lr (1 + chi)``, and Phi to what ``gate`` names."""
+    """Apply the controller's signals: ``lr (1 + chi)``, and Phi to what ``gate`` names.
+
+    A tensor among them is brought to Phi's device, if Phi is one.
+    """
     phi, factor = signals.phi, 1 + signals.chi
-    hyper = hyper._replace(lr=hyper.lr * (factor * phi if "lr" in gate else factor))
+    lr = _beside(hyper.lr, phi)
+    hyper = hyper._replace(lr=lr * (factor * phi if "lr" in gate else factor))
     if "betas" in gate:
-        hyper = hyper._replace(beta1=hyper.beta1 * phi, beta2=hyper.beta2 * phi)
+        beta1, beta2 = _beside(hyper.beta1, phi), _beside(hyper.beta2, phi)
+        hyper = hyper._replace(beta1=beta1 * phi, beta2=beta2 * phi)
     return hyper._replace(factor=phi) if "grad" in gate else hyper
+
+
+def _beside(value: Scalar, phi: Scalar) -> Scalar:
+    if isinstance(value, Tensor) and isinstance(phi, Tensor):
+        return value.to(phi.device).reshape(())
+    return value
 
 
 def write_diagnostics(buffer: Tensor, values: dict[str, Scalar]) -> None:

@@ -5,32 +5,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ars import functional
 from ars.controller import ARSController
-from ars.penalty import parameter_names
-from ars.state import Precision, restore_dtypes, step_kind
+from ars.placement import PlacedAdam
+from ars.state import PRODUCTS, PRODUCTS_STEP, check_shapes, restore_dtypes, step_kind
 
 __all__ = ["CheckpointedAdam"]
 
-SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder"}
 
-
-class CheckpointedAdam(torch.optim.Adam):
+class CheckpointedAdam(PlacedAdam):
     """Adam whose state dict holds the controller, and whose state keeps its dtypes on loading."""
 
-    _implementation: functional.Implementation
-    _controller: ARSController | None
     _watches: str | None
-    _precision: Precision
 
     def _step_kind(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """Return the device and dtype of the parameter's step counter."""
         return step_kind(group, param, triton=self._implementation == "triton")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict; with a controller, its tensors under ``"controller"`` too."""
+        """Return torch's state dict; with a controller, its tensors under ``"controller"`` too.
+
+        Beside the products of the betas stands the step that they are of, which is read from the
+        device: another Adam carries both along, and advances neither.
+        """
 
         def add(_: Any, state_dict: dict[str, Any]) -> None:
+            for key, entry in state_dict["state"].items():
+                if PRODUCTS in entry and not entry["step"].is_meta:
+                    state_dict["state"][key] = {**entry, PRODUCTS_STEP: int(entry["step"])}
             if self._controller is not None:
                 memory = self._controller.state_dict()
                 state_dict["controller"] = {**memory, "watches": self._watches}
@@ -53,15 +54,17 @@ class CheckpointedAdam(torch.optim.Adam):
 
         Raises:
             ValueError: The state is of other parameters or of another controller; nothing has
-                been changed then.
+                been changed then. Or the penalty is not where the parameters now are.
+            RuntimeError: ``foreach`` or ``fused`` was forced where the parameters now are.
         """
         loaded: dict[str, Any] = {}
 
         def check(_: Any, state_dict: dict[str, Any]) -> None:
+            self._follow()  # for the state is restored where the step is taken
             saved = state_dict.get("controller")
             if self._controller is not None and saved is not None:
                 self._controller.check_state_dict(saved)
-            _check_shapes(self.param_groups, state_dict)
+            check_shapes(self.param_groups, state_dict)
             loaded.update(state_dict)
 
         # Hooks of the user's may replace the state before, and change what was loaded after.
@@ -82,7 +85,8 @@ class CheckpointedAdam(torch.optim.Adam):
                 if key in loaded["state"]:
                     kind = self._step_kind(group, param)
                     own, old_state = self.state[param], loaded["state"][key]
-                    restore_dtypes(own, param, old_state, kind, self._precision)
+                    gated = self._controller is not None
+                    restore_dtypes(own, param, old_state, kind, self._precision, gated=gated)
         if self._controller is not None:
             saved = loaded.get("controller")
             fresh = ARSController(self._controller.config).state_dict()
@@ -90,29 +94,10 @@ class CheckpointedAdam(torch.optim.Adam):
             self._watches = None if saved is None else saved.get("watches")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle the controller and the penalty too; the kernel's tables are made anew."""
+        """Pickle the controller and the penalty too; the rest is made and chosen anew."""
         state: dict[str, Any] = super().__getstate__()
         for name in (
-            "_controller", "_watches", "_penalty", "_max_grad_norm", "_buffer",
-            "_implementation", "_step_supports_amp_scaling", "_precision",
+            "_controller", "_watches", "_penalty", "_max_grad_norm", "_buffer", "_precision",
         ):  # fmt: skip
             state[name] = self.__dict__[name]
         return state
-
-
-def _check_shapes(groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
-    """Raise unless saved moments have their parameters' shapes; torch compares the numbers of both.
-
-    Raises:
-        ValueError: One has not; names the parameter.
-    """
-    names = parameter_names(groups)
-    for group, old in zip(groups, saved["param_groups"], strict=False):
-        for param, key in zip(group["params"], old["params"], strict=False):
-            for name, value in saved["state"].get(key, {}).items():
-                if name in SHAPED and isinstance(value, Tensor) and value.shape != param.shape:
-                    raise ValueError(
-                        f"{name} of {names[param]} was saved with shape {tuple(value.shape)}, the "
-                        f"parameter has {tuple(param.shape)}: load the state of the same model, or "
-                        "leave this parameter's entry out of it to start it afresh"
-                    )

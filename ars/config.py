@@ -21,9 +21,10 @@ class ARSConfig:
     runs with an open gate. It is what the stress tests in docs/ars.md support. :meth:`paper` is the
     formula as proposed, exactly. The equations are those of :mod:`ars.reference.controller`; the
     parts are :class:`ars.EntropyGuard` (``eps``, ``alternating``; ``eps=1`` switches it off),
-    :class:`ars.SurpriseGate` (``alpha``, ``phi_min``, ``resonance``, ``release``,
-    ``first_release``; ``gate=()`` or ``phi_min=1`` switches it off) and
-    :class:`ars.ChronosJitter` (``jitter``, ``seed``; ``jitter=0`` switches it off).
+    :class:`ars.SurpriseGate` (``alpha``, ``phi_min``, ``resonance``, ``release``; ``gate=()`` or
+    ``phi_min=1`` switches it off) and :class:`ars.ChronosJitter` (``jitter``, ``seed``;
+    ``jitter=0`` switches it off). The other settings, ``first_release`` among them, are the
+    controller's own.
 
     Args:
         window: How many surprises are remembered, W >= 3.
@@ -92,6 +93,15 @@ class ARSConfig:
 
         Returns:
             The settings.
+
+        Raises:
+            TypeError: A setting is unknown, or has the wrong type.
+            ValueError: A setting is out of its range.
+
+        Example:
+            >>> config = ARSConfig.paper(window=20)
+            >>> config.window, config.gate, config.standardize
+            (20, ('betas',), False)
         """
         plain: dict[str, Any] = {
             "window": 100, "alpha": 1.0, "phi_min": 0.1, "eps": 1e-6, "jitter": 0.1,

@@ -22,7 +22,8 @@ class ARSController:
     Attributes:
         config: Its settings.
         entropy_guard: Psi, from the autocorrelation of the surprises.
-        surprise_gate: Phi, from a surprise and Psi.
+        surprise_gate: Phi, from a surprise and Psi; opens over ``release``. The controller itself
+            shortens that to ``first_release``, as it remembers whether there was an alarm before.
         chronos_jitter: chi, from Psi and the step.
 
     Example:

@@ -7,18 +7,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ars.config import ARSConfig
 from ars.reference import Signals
 from ars.reference.scalars import Scalar
 
-__all__ = ["GatedGradients", "Replay", "gated_groups", "has_decays"]
+__all__ = ["GatedGradients", "Replay", "check_gateable", "gated_groups"]
 
 
-def has_decays(group: dict[str, Any]) -> bool:
-    """Whether a parameter group has what Phi multiplies as betas: ``betas``, or momentum.
+def check_gateable(base: Any, config: Any) -> None:
+    """Refuse what cannot be gated.
 
     Args:
-        group: The group; a momentum that is the number 0 is none.
+        base: The optimizer.
+        config: The controller's settings.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The base or its groups cannot be gated as the settings say.
     """
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {base!r}")
+    if not isinstance(config, ARSConfig):
+        raise TypeError(f"config must be an ARSConfig, got {config!r}")
+    name = type(base).__name__
+    if getattr(base, "controller", None) is not None:
+        raise ValueError(f"{name} has a controller already: pass it ars=None, or do not wrap it")
+    if base.defaults.get("differentiable"):
+        raise ValueError(
+            f"{name} has differentiable=True, and autograd cannot run through values that are put "
+            "back: use ARSAdamW(differentiable=True)"
+        )
+    for index, group in enumerate(base.param_groups):
+        if "lr" not in group:
+            raise ValueError(f"{name} has no lr in group {index}, which the controller varies")
+    if config.gate == ("betas",) and not any(map(_has_decays, base.param_groups)):
+        raise ValueError(
+            f"gate=('betas',) has nothing to act on: {name} has neither betas nor a momentum "
+            "other than 0; use ARSConfig(gate=('lr',))"
+        )
+
+
+def _has_decays(group: dict[str, Any]) -> bool:
+    """Whether a parameter group has what Phi multiplies as betas: ``betas``, or momentum not 0."""
     momentum = group.get("momentum", 0)
     return "betas" in group or isinstance(momentum, Tensor) or momentum != 0
 
@@ -99,7 +129,8 @@ class GatedGradients:
                     self._replaced.append((param, param.grad))
                     phi = self._phi
                     phi = phi.to(param.device) if isinstance(phi, Tensor) else phi
-                    param.grad = param.grad.detach() * phi
+                    # A phi of double precision makes that of a 0-d gradient.
+                    param.grad = (param.grad.detach() * phi).to(param.grad.dtype)
 
     def restore(self) -> None:
         """Put back what was replaced."""

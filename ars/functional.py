@@ -1,7 +1,5 @@
 """Which implementation takes the step, and the check that it can."""
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -13,19 +11,13 @@ from ars import loop
 from ars.batch import Batch, Hyper, Options
 from ars.device import DeviceStep
 from ars.host import HostStep
-from ars.squares import add_squared_products_
+from ars.squares import add_squared_products_, has_triton
 
 __all__ = [
     "Implementation", "Kept", "add_squared_products_", "choose", "have_moved", "step_",
 ]  # fmt: skip
 
 Implementation: TypeAlias = Literal["loop", "foreach", "fused", "triton"]
-
-
-@functools.cache
-def _has_triton() -> bool:
-    """Whether Triton is installed; it is imported only when a kernel is launched."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def choose(
@@ -42,9 +34,9 @@ def choose(
         params: The parameters to be optimized.
         foreach: True forces torch's foreach kernels (CPU); False with ``fused`` not True, the loop.
         fused: True forces the fused kernels: Triton on a GPU, torch's on a CPU.
-        differentiable: Forces the loop.
+        differentiable: Forces the loop, and excludes ``foreach``.
         rounding: Whether bfloat16 parameters are rounded stochastically or master weights, which
-            torch's kernels cannot do: on a CPU that takes the loop.
+            torch's kernels cannot do: on a CPU that takes the loop, and a DTensor cannot have it.
 
     Returns:
         ``loop``, ``foreach``, ``fused`` (torch's on a CPU) or ``triton``.
@@ -54,11 +46,19 @@ def choose(
     """
     devices = {p.device.type for p in params}
     if differentiable:
+        if foreach:
+            raise RuntimeError(
+                "`foreach` does not support `differentiable`: leave foreach None for the loop"
+            )
         return "loop"
     wrapped = next((p for p in params if is_traceable_wrapper_subclass(p)), None)
-    if (
-        wrapped is not None
-    ):  # the other kernels see one rank's part, and take its norm for the whole
+    if wrapped is not None:
+        if rounding:
+            raise RuntimeError(
+                "stochastic_rounding and master_weights read the bits of a parameter, which a "
+                f"{type(wrapped).__name__} does not have itself: train it without them"
+            )
+        # The other kernels see one rank's part, and take its norm for the whole.
         if foreach or fused:
             raise RuntimeError(
                 f"foreach=True and fused=True are not for a {type(wrapped).__name__}, whose memory "
@@ -84,28 +84,30 @@ def choose(
         return "loop"
     if devices <= {"cpu"}:
         return "fused"
-    if devices == {"cuda"} and _has_triton() and len({p.device for p in params}) == 1:
+    if devices == {"cuda"} and has_triton() and len({p.device for p in params}) == 1:
         return "triton"
     if fused:
         raise RuntimeError(
             "`fused=True` requires all the params to be floating point Tensors on the CPU, or on "
             f"one GPU with Triton installed; they are on {sorted({str(p.device) for p in params})} "
-            f"and Triton is {'installed' if _has_triton() else 'missing'}. Leave fused=None for "
+            f"and Triton is {'installed' if has_triton() else 'missing'}. Leave fused=None for "
             "the loop"
         )
     return "loop"
 
 
 def have_moved(groups: list[dict[str, Any]], device: torch.device) -> bool:
-    """Whether parameters with gradients are elsewhere than on ``device``, or without data (meta).
+    """Whether parameters are elsewhere than on ``device``, or have gradients but no data (meta).
 
     Args:
         groups: The optimizer's parameter groups; the first parameter is looked at.
         device: Where they were.
     """
     first = next((group["params"][0] for group in groups if group["params"]), None)
-    if first is None or (first.device == device and not first.is_meta):
+    if first is None:
         return False
+    if not first.is_meta:
+        return bool(first.device != device)
     return any(param.grad is not None for group in groups for param in group["params"])
 
 

@@ -94,8 +94,7 @@ class ParameterwiseStep:
 
     def _take_first(self, param: Tensor) -> None:
         optimizer = self._optimizer
-        if functional.have_moved(optimizer.param_groups, optimizer._buffer.device):
-            optimizer._place()
+        optimizer._follow()
         hypers, options = optimizer._settings(self._surprise)
         batch = self._collect(param, self._first)
         optimizer._watches = self._watches

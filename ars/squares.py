@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["add_squared_products_", "choose_squares"]
+__all__ = ["add_squared_products_", "choose_squares", "has_triton"]
 
 # Elements of the scratch, and below which several samples share it. On a CPU it and its part of
 # the sum, 1 MiB each, stay in a core's cache; a GPU wants large products.
@@ -36,7 +36,8 @@ SMALL = 2**16
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed; it is imported only when a kernel is launched."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -64,7 +65,7 @@ def choose_squares(
         and positions <= LONG
         and numel >= SMALL
         and aligned
-        and _has_triton()
+        and has_triton()
     ):
         return "kernel"
     return "scratch"

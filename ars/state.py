@@ -5,7 +5,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Precision", "complete_state", "moment_dtype", "restore_dtypes", "step_kind"]
+from ars.penalty import parameter_names
+
+__all__ = [
+    "PRODUCTS", "PRODUCTS_STEP", "Precision", "check_shapes", "complete_state", "moment_dtype",
+    "restore_dtypes", "step_kind",
+]  # fmt: skip
+
+# The products of the betas; and in what is saved, the number of the step that they are of.
+PRODUCTS = "beta_products"
+PRODUCTS_STEP = "beta_products_step"
+# What has the parameter's shape, here and in torch's optimizers.
+SHAPED = {
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder", "acc_delta", "ax", "exp_inf",
+    "grad_avg", "momentum_buffer", "prev", "square_avg", "step_size", "sum",
+}  # fmt: skip
 
 
 class Precision(NamedTuple):
@@ -114,11 +128,11 @@ def complete_state(
             state[name] = torch.zeros_like(param, dtype=moment_dtype(param, precision))
     if precision.master and param.dtype == torch.bfloat16 and "param_remainder" not in state:
         state["param_remainder"] = torch.zeros_like(param, dtype=torch.int16)
-    if gated and "beta_products" not in state:
+    if gated and PRODUCTS not in state:
         numbers = [float(beta) for beta in betas]
         constant = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         products = constant ** state["step"].double().cpu()
-        state["beta_products"] = products.to(param.device)
+        state[PRODUCTS] = products.to(param.device)
 
 
 def restore_dtypes(
@@ -127,8 +141,10 @@ def restore_dtypes(
     saved: dict[str, Any],
     step_kind: dict[str, Any],
     precision: Precision,
+    *,
+    gated: bool,
 ) -> None:
-    """Undo torch's cast of a loaded state to the parameter's dtype.
+    """Undo torch's cast of a loaded state to the parameter's dtype, and drop what is out of date.
 
     Args:
         state: The parameter's state as torch has loaded it, corrected in place.
@@ -136,14 +152,20 @@ def restore_dtypes(
         saved: The parameter's state as it was saved.
         step_kind: Device and dtype of the step counter.
         precision: What becomes of bfloat16 parameters.
+        gated: Whether the products of the betas will be advanced.
     """
     for name, value in saved.items():
         if name == "step":  # a number in old states, which torch has made a tensor
             state[name] = state[name].to(**step_kind)
+        elif name == PRODUCTS_STEP:
+            del state[name]
         elif not isinstance(value, Tensor):
             continue
-        elif name == "beta_products":
-            state[name] = value.to(param.device, torch.float64)
+        elif name == PRODUCTS:
+            if gated and _are_current(saved):
+                state[name] = value.to(param.device, torch.float64)
+            else:
+                del state[name]
         elif name == "param_remainder":
             if precision.master and param.dtype == torch.bfloat16:
                 state[name] = value.to(param.device, torch.int16)
@@ -151,3 +173,34 @@ def restore_dtypes(
                 del state[name]
         elif value.is_floating_point() or value.is_complex():
             state[name] = value.to(param.device, moment_dtype(param, precision))
+
+
+def _are_current(saved: dict[str, Any]) -> bool:
+    """Whether saved products are of the last step, and not what another Adam has carried along.
+
+    That one knows neither them nor their step; and it casts them to the parameter's dtype.
+    """
+    is_exact = saved[PRODUCTS].dtype in (torch.float32, torch.float64)
+    return is_exact and int(saved["step"]) == saved.get(PRODUCTS_STEP, int(saved["step"]))
+
+
+def check_shapes(groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
+    """Raise unless saved moments have their parameters' shapes; torch compares the numbers of both.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        saved: The state dict to be loaded.
+
+    Raises:
+        ValueError: One has not; names the parameter.
+    """
+    names = parameter_names(groups)
+    for group, old in zip(groups, saved["param_groups"], strict=False):
+        for param, key in zip(group["params"], old["params"], strict=False):
+            for name, value in saved["state"].get(key, {}).items():
+                if name in SHAPED and isinstance(value, Tensor) and value.shape != param.shape:
+                    raise ValueError(
+                        f"{name} of {names[param]} was saved with shape {tuple(value.shape)}, the "
+                        f"parameter has {tuple(param.shape)}: load the state of the same model, or "
+                        "leave this parameter's entry out of it to start it afresh"
+                    )

@@ -1,5 +1,6 @@
 """The controller around any optimizer."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,16 +8,17 @@ import torch
 from torch import Tensor
 
 from ars import reference
-from ars.config import ARSConfig
+from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
-from ars.effective import GatedGradients, Replay, gated_groups, has_decays
+from ars.effective import GatedGradients, Replay, check_gateable, gated_groups
 from ars.groups import is_trial
+from ars.state import check_shapes
 from ars.surprise import check_watched, choose_surprise
 
 __all__ = ["ARSOptimizer"]
 
-# The default controller. Settings are immutable, so all optimizers may share them.
-CONDITIONED = ARSConfig()
+# The signals before the first step.
+UNSEEN = reference.Signals(surprise=math.nan, rho=0.0, psi=1.0, phi=1.0, chi=0.0)
 
 
 class ARSOptimizer(torch.optim.Optimizer):
@@ -66,14 +68,13 @@ class ARSOptimizer(torch.optim.Optimizer):
     def __init__(
         self, base_optimizer: torch.optim.Optimizer, config: ARSConfig = CONDITIONED
     ) -> None:
-        _check(base_optimizer, config)
+        check_gateable(base_optimizer, config)
         self.base = base_optimizer
         # Makes the hooks, and wants to make groups and state, which are the base's.
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._watches: str | None = None
         self._controller = ARSController(config, self._device())
-        self._buffer = torch.tensor([float("nan"), 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-        self._buffer = self._buffer.to(self._device())
+        self._buffer = torch.tensor(UNSEEN, dtype=torch.float64, device=self._device())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -219,7 +220,7 @@ class ARSOptimizer(torch.optim.Optimizer):
         self._controller = ARSController(self._controller.config, device)
         if not self._buffer.is_meta:
             self._controller.load_state_dict(memory)
-        self._buffer = torch.empty_like(self._buffer, device=device)
+        self._buffer = torch.tensor(UNSEEN, dtype=torch.float64, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict, with the controller under ``"controller"``."""
@@ -242,17 +243,24 @@ class ARSOptimizer(torch.optim.Optimizer):
             state_dict: What ``state_dict()`` returned.
 
         Raises:
-            ValueError: The state is of other parameters or of another controller; nothing has
-                been changed then.
+            ValueError: The state is of another controller, of groups of other sizes or, as far as
+                torch's own optimizers keep it, of parameters of other shapes; nothing has been
+                changed then.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
         saved = state_dict.pop("controller", None)
+        self._place()
         if saved is not None:
             self._controller.check_state_dict(saved)
-        self.base.load_state_dict(state_dict)
+        # The base's own hooks may still replace the state.
+        handle = self.base.register_load_state_dict_pre_hook(_check_state)
+        try:
+            self.base.load_state_dict(state_dict)
+        finally:
+            handle.remove()
         fresh = ARSController(self._controller.config).state_dict()
         self._controller.load_state_dict(fresh if saved is None else saved)
         self._watches = None if saved is None else saved.get("watches")
@@ -265,30 +273,10 @@ class ARSOptimizer(torch.optim.Optimizer):
         return {name: self.__dict__[name] for name in names}
 
 
-def _check(base: Any, config: Any) -> None:
-    """Refuse what cannot be gated.
+def _check_state(base: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse a state of parameters of other shapes.
 
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: The base or its groups cannot be gated as the settings say.
+    Others than torch's own may keep moments of another shape than the parameter's, as GaLore does.
     """
-    if not isinstance(base, torch.optim.Optimizer):
-        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {base!r}")
-    if not isinstance(config, ARSConfig):
-        raise TypeError(f"config must be an ARSConfig, got {config!r}")
-    name = type(base).__name__
-    if getattr(base, "controller", None) is not None:
-        raise ValueError(f"{name} has a controller already: pass it ars=None, or do not wrap it")
-    if base.defaults.get("differentiable"):
-        raise ValueError(
-            f"{name} has differentiable=True, and autograd cannot run through values that are put "
-            "back: use ARSAdamW(differentiable=True)"
-        )
-    for index, group in enumerate(base.param_groups):
-        if "lr" not in group:
-            raise ValueError(f"{name} has no lr in group {index}, which the controller varies")
-    if config.gate == ("betas",) and not any(map(has_decays, base.param_groups)):
-        raise ValueError(
-            f"gate=('betas',) has nothing to act on: {name} has neither betas nor a momentum "
-            "other than 0; use ARSConfig(gate=('lr',))"
-        )
+    if type(base).__module__.startswith("torch.optim."):
+        check_shapes(base.param_groups, state_dict)

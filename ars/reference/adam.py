@@ -11,7 +11,14 @@ Scalar: TypeAlias = float | Tensor
 
 
 class AdamResult(NamedTuple):
-    """What one Adam step produces for one tensor; ``max_exp_avg_sq`` is None without amsgrad."""
+    """What one Adam step produces for one tensor.
+
+    Args:
+        param: The parameter.
+        exp_avg: Its first moment.
+        exp_avg_sq: Its second moment.
+        max_exp_avg_sq: The running maximum of that; None without amsgrad.
+    """
 
     param: Tensor
     exp_avg: Tensor
@@ -20,19 +27,47 @@ class AdamResult(NamedTuple):
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients as one vector, 0-d float64 on the first one's device."""
+    """Euclidean norm of all gradients as one vector, 0-d float64 on the first one's device.
+
+    Args:
+        grads: At least one, of any shapes and dtypes; complex ones count as pairs of real numbers.
+
+    Example:
+        >>> grad_norm([torch.tensor([3.0]), torch.tensor(4j)])
+        tensor(5., dtype=torch.float64)
+    """
     device = grads[0].device
-    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square().to(device) for g in grads]
+    views = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
+    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square().to(device) for g in views]
     return torch.stack(squares).sum().sqrt()
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """Factor that clips a gradient of this norm as torch does, ``min(1, max / (norm + 1e-6))``."""
+    """Factor that clips a gradient of this norm as torch does, ``min(1, max / (norm + 1e-6))``.
+
+    Args:
+        norm: The norm, 0-d.
+        max_norm: What it is clipped to, > 0.
+
+    Example:
+        >>> clip_coefficient(torch.tensor(4.0), 1.0), clip_coefficient(torch.tensor(0.5), 1.0)
+        (tensor(0.2500), tensor(1.))
+    """
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def adam_denominator(exp_avg_sq: Tensor, correction2: Scalar, eps: float) -> Tensor:
-    r"""Return :math:`\sqrt{v / c_2} + \epsilon`, the metric of Adam (7) and proximal EWC (9)."""
+    r"""Return :math:`\sqrt{v / c_2} + \epsilon`, the metric of Adam (7) and proximal EWC (9).
+
+    Args:
+        exp_avg_sq: Second moment v, any shape.
+        correction2: Bias correction c2, in (0, 1].
+        eps: Added to the root, >= 0.
+
+    Example:
+        >>> adam_denominator(torch.tensor([1.0]), 0.25, eps=0.5)
+        tensor([2.5000])
+    """
     return exp_avg_sq.sqrt() / correction2**0.5 + eps
 
 
@@ -99,6 +134,15 @@ def adam_step(
 
     Returns:
         The new values; the arguments are not changed.
+
+    Example:
+        >>> zero = torch.zeros(2)
+        >>> constants = {"eps": 0.0, "weight_decay": 0.0, "correction1": 0.5, "correction2": 0.5}
+        >>> adam_step(
+        ...     torch.ones(2), torch.tensor([3.0, -0.2]), zero, zero,
+        ...     lr=0.1, beta1=0.5, beta2=0.5, **constants,
+        ... ).param
+        tensor([0.9000, 1.1000])
 
     References:
         Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101.

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.two_tensor import TwoTensor
 
-from ars import ARSAdamW
+from ars import ARSAdamW, ARSConfig
 
 
 class Model(torch.nn.Module):
@@ -51,15 +51,18 @@ def test_a_trial_step_makes_the_state_and_moves_nothing(implementation, lr):
     assert float(optimizer.state[params[0]]["step"]) == 1
 
 
-def test_a_state_goes_through_a_checkpoint():
+@pytest.mark.parametrize("ars", [None, ARSConfig.paper(window=5)], ids=["plain", "gated"])
+def test_a_state_goes_through_a_checkpoint(ars):
     model, other = Model(), Model()
     params, copies = list(model.parameters()), list(other.parameters())
-    first = ARSAdamW(params, ars=None)
+    first = ARSAdamW(params, ars=ars)
     train(first, params, 3)
     state = copy.deepcopy(get_optimizer_state_dict(model, first))
     other.load_state_dict(model.state_dict())
-    second = ARSAdamW(copies, ars=None)
+    second = ARSAdamW(copies, ars=ars)
     set_optimizer_state_dict(other, second, state)
+    if ars is not None:  # which torch leaves to others
+        second.controller.load_state_dict(first.controller.state_dict())
     expected = train(first, params, 3, first=3)
     assert all(map(torch.equal, train(second, copies, 3, first=3), expected))
 
@@ -125,6 +128,32 @@ def test_wrapper_tensors_take_the_loop():
     for explicit in ({"fused": True}, {"foreach": True}):
         with pytest.raises(RuntimeError, match=r"not for a TwoTensor, .*: leave both None"):
             ARSAdamW(params, **explicit)
+
+
+@pytest.mark.parametrize("mode", ["stochastic_rounding", "master_weights"])
+def test_the_bits_of_wrapper_tensors_are_refused(mode):
+    """Reading them would give garbage, or fail in the first step."""
+    start = torch.arange(3.0, dtype=torch.bfloat16)
+    wrapped = TwoTensor(start.clone(), start.clone()).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"bits of a parameter, which a TwoTensor .*: train it"):
+        ARSAdamW([wrapped], **{mode: True})
+    optimizer = ARSAdamW([start.clone().requires_grad_()], **{mode: True})
+    with pytest.raises(RuntimeError, match="TwoTensor"):
+        optimizer.add_param_group({"params": [wrapped]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_wrapper_tensors_in_an_added_group_take_the_loop():
+    start = torch.arange(3.0)
+    optimizer = ARSAdamW([start.clone().requires_grad_()])
+    assert optimizer._implementation == "fused"
+    wrapped = TwoTensor(start.clone(), start.clone()).requires_grad_()
+    optimizer.add_param_group({"params": [wrapped]})
+    assert optimizer._implementation == "loop"
+    optimizer = ARSAdamW([start.clone().requires_grad_()], fused=True)
+    with pytest.raises(RuntimeError, match="not for a TwoTensor"):
+        optimizer.add_param_group({"params": [wrapped]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_sharded_parameters_are_clipped_and_gated_as_whole_ones(tmp_path):

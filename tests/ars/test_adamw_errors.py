@@ -23,6 +23,7 @@ from ars import ARSAdamW, ARSConfig
         ({"max_grad_norm": torch.ones(())}, TypeError, r"got tensor\(1.\): use float"),
         ({"foreach": True, "fused": True}, RuntimeError, "cannot be `True` together"),
         ({"fused": True, "differentiable": True}, RuntimeError, "does not support"),
+        ({"foreach": True, "differentiable": True}, RuntimeError, "foreach.* does not support"),
         ({"penalty": object()}, TypeError, "penalty object has no 'strength'"),
     ],
     ids=lambda value: str(value)[:30],

@@ -74,6 +74,61 @@ def test_a_controller_may_take_over_from_plain_adamw():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+PLAIN = {"torch": torch.optim.AdamW, "ours": lambda params: ARSAdamW(params, ars=None)}
+
+
+@pytest.mark.parametrize("between", PLAIN.values(), ids=PLAIN.keys())
+def test_products_do_not_outlive_steps_without_a_controller(between):
+    """Such an optimizer cannot advance them: they would be those of 4 steps after 40."""
+    params = parameters(shapes=((5,),))
+    first, second, third = ARSAdamW(params), between(params), ARSAdamW(params)
+    train(first, params, 4)
+    second.load_state_dict(saved(first))
+    train(second, params, 36, first=4)
+    assert set(saved(second)["state"][0]) >= {"step", "exp_avg", "exp_avg_sq"}
+    third.load_state_dict(saved(second))
+    train(third, params, 1, first=40)
+    state = third.state[params[0]]
+    assert set(state) == {"step", "exp_avg", "exp_avg_sq", "beta_products"}
+    assert state["beta_products"].tolist() == pytest.approx([0.9**41, 0.999**41])
+
+
+def test_a_plain_optimizer_does_not_carry_products_along():
+    params = parameters(shapes=((5,),))
+    first, second = ARSAdamW(params), ARSAdamW(params, ars=None)
+    train(first, params, 2)
+    second.load_state_dict(saved(first))
+    assert set(second.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize(("dtype", "is_kept"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_torch_may_hand_products_back_that_are_current_and_exact(dtype, is_kept):
+    """It casts them to the parameter's dtype."""
+    params = parameters(dtype, shapes=((5,),))
+    first, second = ARSAdamW(params), torch.optim.AdamW(params)
+    third = ARSAdamW(params)
+    train(first, params, 3)
+    first.state[params[0]]["beta_products"].fill_(0.25)  # as no powers would be
+    second.load_state_dict(saved(first))
+    third.load_state_dict(saved(second))
+    assert ("beta_products" in third.state[params[0]]) == is_kept
+    train(third, params, 1)
+    expected = [0.9 * 0.25, 0.999 * 0.25] if is_kept else [0.9**4, 0.999**4]
+    assert third.state[params[0]]["beta_products"].tolist() == pytest.approx(expected)
+
+
+def test_products_saved_without_their_step_are_taken():
+    """As earlier versions saved them."""
+    params = parameters(shapes=((5,),))
+    first, second = ARSAdamW(params), ARSAdamW(params)
+    train(first, params, 3)
+    first.state[params[0]]["beta_products"].fill_(0.25)
+    older = saved(first)
+    assert older["state"][0].pop("beta_products_step") == 3
+    second.load_state_dict(older)
+    assert second.state[params[0]]["beta_products"].tolist() == [0.25, 0.25]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_loading_keeps_the_moments_dtype(dtype):
     params = parameters(dtype)

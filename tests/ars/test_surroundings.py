@@ -64,13 +64,16 @@ def test_a_step_in_inference_mode_leaves_nothing_that_cannot_be_written_later(im
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("tensors", [False, True])
 @pytest.mark.parametrize("gate", GATES)
-def test_the_loop_takes_every_gate_where_numbers_are_not_on_the_host(gate):
-    """As on a GPU: on the meta device reading a number raises."""
+def test_the_loop_takes_every_gate_where_numbers_are_not_on_the_host(gate, tensors):
+    """As on a GPU: on the meta device reading a number raises. Tensors of one element mix."""
     params = [torch.empty(3, device="meta", requires_grad=True)]
-    optimizer = ARSAdamW(
-        params, foreach=False, max_grad_norm=1.0, ars=ARSConfig(window=5, gate=gate)
-    )
+    numbers = {"lr": torch.full((1,), 0.1), "betas": (torch.full((1,), 0.9), torch.tensor(0.99))}
+    config = ARSConfig(window=5, gate=gate)
+    optimizer = ARSAdamW(params, foreach=False, max_grad_norm=1.0, ars=config)
+    if tensors:
+        optimizer.param_groups[0].update(numbers)
     params[0].grad = torch.empty(3, device="meta")
     optimizer.step(loss=torch.empty((), device="meta"))
     assert optimizer.state[params[0]]["beta_products"].is_meta

@@ -7,6 +7,7 @@ import torch
 from optimizers import gradients, make, parameters
 
 from ars import ARSAdamW, ARSConfig, ARSOptimizer
+from ars.effective import GatedGradients
 from ars.reference import scalars, window
 
 MATRICES = ((3, 4), (17, 5))  # which is all that Muon takes
@@ -213,6 +214,28 @@ def test_signals_that_stay_on_the_device_give_the_same_steps(monkeypatch):
     for found, wanted in results:
         for x, y in zip(found, wanted, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_the_norm_of_complex_gradients_is_a_surprise():
+    """One of them conjugated without having been written so, as autograd leaves it."""
+    params = [torch.ones(2, dtype=torch.complex64, requires_grad=True) for _ in range(2)]
+    opt = ARSOptimizer(torch.optim.SGD(params, lr=0.1))
+    params[0].grad = torch.tensor([3j, 0j])
+    params[1].grad = torch.tensor([0j, 4.0]).conj()
+    opt.step()
+    assert float(opt.diagnostics["surprise"]) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_a_gate_on_the_device_keeps_the_dtype_of_gradients(dtype):
+    """Times a 0-d tensor of double precision, a 0-d gradient becomes one too."""
+    params = [torch.ones(shape, dtype=dtype, requires_grad=True) for shape in ((), (3,))]
+    for param in params:
+        param.grad = torch.full_like(param, 2.0)
+    gated = GatedGradients([{"params": params}], torch.tensor(0.5, dtype=torch.float64))
+    gated.put()
+    assert [param.grad.dtype for param in params] == [dtype, dtype]
+    assert all((param.grad == 1).all() for param in params)
 
 
 def test_no_gradient_is_no_observation():

@@ -1,7 +1,6 @@
 """ARSOptimizer among schedulers, checkpoints, closures, scalers and hooks."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -42,51 +41,6 @@ def test_a_scheduler_of_momentum_too():
         opt.step(loss=spiky(step))
         scheduler.step()
     assert opt.param_groups[0]["momentum"] == pytest.approx(0.95)
-
-
-def saved(state):
-    """Through a file, as only data and tensors."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name):
-    config = ARSConfig.paper(window=6, gate=("lr", "betas"), release=9)
-    opt, params = wrapped(name, config)
-    expected = run(opt, params, 16)
-    first, _ = wrapped(name, config)
-    others = [p for group in first.param_groups for p in group["params"]]
-    run(first, others, 8)
-    second = ARSOptimizer(BASES[name](others), config)
-    second.load_state_dict(saved(first.state_dict()))
-    assert all(map(torch.equal, run(second, others, 8, first=8), expected))
-    assert torch.equal(second.controller.window, opt.controller.window)
-    assert float(second.controller.gate_state[0]) == float(opt.controller.gate_state[0]) < 1
-
-
-def test_a_state_of_the_base_alone_starts_the_controller_afresh():
-    opt, params = wrapped("adamw")
-    run(opt, params, 5)
-    state = opt.state_dict()
-    del state["controller"]
-    opt.load_state_dict(state)
-    assert opt.controller.counts.tolist() == [0, 0]
-    assert float(opt.controller.gate_state[0]) == 1
-    gradients(params, 5)
-    opt.step()  # the norm now
-
-
-def test_a_state_of_another_window_changes_nothing():
-    opt, params = wrapped("momentum")
-    run(opt, params, 3)
-    other, _ = wrapped("momentum", ARSConfig.paper(window=7))
-    with pytest.raises(ValueError, match="window"):
-        other.load_state_dict(opt.state_dict())
-    assert not other.state
-    assert other.controller.counts.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
