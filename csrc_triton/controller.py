@@ -113,7 +113,7 @@ def _autocorrelation(
     yy = tl.sum(y * y)
     noise = RELATIVE_NOISE_FLOOR * scale
     floor = pairs * (noise * noise)
-    defined = (valid >= 3) & (xx > floor) & (yy > floor)
+    defined = (valid >= 3) & (xx > floor) & (yy > floor) & (xx + yy < float("inf"))
     rho = tl.sum(x * y) / tl.where(defined, tl.sqrt(xx) * tl.sqrt(yy), 1.0)
     return tl.where(defined, tl.minimum(tl.maximum(rho, -1.0), 1.0), 0.0), valid
 

@@ -51,7 +51,17 @@ class GateState(NamedTuple):
 
 
 def slow_release(phi: Scalar, previous: Scalar, release: float) -> Scalar:
-    """Let a gate open by at most a part of what it was closed: ``1 / release``, a step."""
+    """Let a gate open by at most a part of what it was closed: ``1 / release``, a step.
+
+    Args:
+        phi: What is asked for, in [0, 1].
+        previous: Phi of the step before.
+        release: r, in steps, >= 1.
+
+    Example:
+        >>> slow_release(1.0, 0.2, release=4), slow_release(0.1, 0.2, release=4)
+        (0.4, 0.1)
+    """
     limit = previous + (1 - previous) / release
     return choose(phi < limit, phi, limit)
 
@@ -80,6 +90,15 @@ def back_off(
         phi_min: Smallest gate.
         first_release: r_1, in steps.
         release: r_2, in steps.
+
+    Example:
+        >>> state = GateState(phi=1.0, slow=0.0, deviation=0.0, mean=0.0, lowest=0.0)
+        >>> settings = {"phi_min": 0.1, "first_release": 2, "release": 10}
+        >>> state = back_off(state, 0.2, 5.0, True, 1.0, 0.5, **settings)  # a first alarm
+        >>> state
+        GateState(phi=0.2, slow=0.0, deviation=0.5, mean=5.0, lowest=5.0)
+        >>> round(back_off(state, 1.0, 5.0, True, 1.0, 0.5, **settings).phi, 6)
+        0.6
     """
     watching: Any = state.deviation > 0
     mean: Any = state.mean + (surprise - state.mean) / AVERAGED

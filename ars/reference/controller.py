@@ -59,7 +59,15 @@ __all__ = [
 
 
 class Signals(NamedTuple):
-    """What the controller says of one step: numbers on a CPU, else 0-d float64 tensors."""
+    """What the controller says of one step: numbers on a CPU, else 0-d float64 tensors.
+
+    Args:
+        surprise: S, what was observed.
+        rho: Lag-1 autocorrelation of the surprises (1), in [-1, 1].
+        psi: EntropyGuard (2), in (0, 1]; 1 without resonance.
+        phi: The gate (3), in [0, 1]; 1 is open.
+        chi: Relative change of the learning rate (4).
+    """
 
     surprise: Scalar
     rho: Scalar
@@ -115,6 +123,16 @@ def controller_step_(
 
     Returns:
         The signals. ``surprise`` is what was observed, before any standardisation.
+
+    Example:
+        >>> window, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+        >>> gate_state = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+        >>> settings = {"alpha": 1.0, "phi_min": 0.1, "eps": 1e-6, "jitter": 0.0, "seed": 0}
+        >>> plain = {"standardize": False, "detrend": False, "threshold": 0.0, "significance": 0.0}
+        >>> controller_step_(0.0, window, counts, gate_state, **settings, **plain)
+        Signals(surprise=0.0, rho=0.0, psi=1.0, phi=1.0, chi=0.0)
+        >>> counts.tolist()
+        [1, 1]
     """
     value = read(torch.as_tensor(surprise, dtype=torch.float64, device=window.device).detach())
     finite = is_finite(value)
@@ -162,11 +180,10 @@ def standardized_surprise(
     error: Scalar,
     valid: Count,
     threshold: float,
-    floor: float = ERROR_FLOOR,
 ) -> Scalar:
     r"""One-sided surprise, in standard errors beyond a threshold.
 
-    ``max(0, (S - predicted) / (error + floor |predicted|) - threshold)``, and 0 while the trend
+    ``max(0, (S - predicted) / (error + 1e-6 |predicted|) - threshold)``, and 0 while the trend
     rests on fewer than ten values. A value as good as expected, or better, is no surprise.
 
     Args:
@@ -175,13 +192,12 @@ def standardized_surprise(
         error: The standard error of that prediction.
         valid: How many values the trend was fitted to.
         threshold: Standard errors that count as ordinary noise, >= 0.
-        floor: Of the error, relative, so that a constant signal does not divide by 0.
 
     Returns:
         The standardized surprise, >= 0.
     """
     magnitude: Any = abs(predicted)
-    scale = error + floor * magnitude
+    scale = error + ERROR_FLOOR * magnitude
     deviations = (surprise - predicted) / choose(scale > 0, scale, 1.0)
     return choose(valid >= MIN_HISTORY, at_least(deviations - threshold, 0.0), 0.0)
 
@@ -206,7 +222,14 @@ def shrink(rho: Scalar, valid: Count, significance: float) -> Scalar:
 def entropy_guard(rho: Scalar, eps: float, alternating: bool = False) -> Scalar:
     """EntropyGuard, ``Psi = max(eps, 1 - rho^2)`` (eq. 2): 1 without resonance, eps in full.
 
-    If only alternation is resonance, a positive rho counts as 0.
+    Args:
+        rho: Lag-1 autocorrelation of the surprises, in [-1, 1].
+        eps: Smallest Psi, in (0, 1].
+        alternating: Only alternation is resonance: a positive rho counts as 0.
+
+    Example:
+        >>> entropy_guard(0.5, eps=1e-6), entropy_guard(0.5, eps=1e-6, alternating=True)
+        (0.75, 1.0)
     """
     counted: Any = at_most(rho, 0.0) if alternating else rho
     return at_least(1 - counted * counted, eps)
@@ -219,6 +242,19 @@ def surprise_gate(
 
     ``S~ = S / Psi + resonance (1 / Psi - 1)``. A negative surprise counts as 0: the gate never
     opens further than 1.
+
+    Args:
+        surprise: S.
+        psi: What :func:`entropy_guard` returned, in (0, 1].
+        alpha: Sensitivity, >= 0.
+        phi_min: Smallest gate, in [0, 1].
+        resonance: kappa, >= 0.
+
+    Example:
+        >>> surprise_gate(-1.0, 1.0, alpha=1.0, phi_min=0.1)
+        1.0
+        >>> surprise_gate(1e9, 1.0, alpha=1.0, phi_min=0.1)
+        0.1
     """
     strained = at_least(surprise, 0.0) / psi + resonance * (1 / psi - 1)
     return phi_min + (1 - phi_min) * exp(-alpha * strained)
@@ -228,11 +264,30 @@ def draw(psi: Scalar, seed: int, step: Any) -> Scalar:
     """Return the jitter's random number of a step, in [0, 1).
 
     Without resonance there is no jitter, whatever is drawn; on a CPU nothing is then.
+
+    Args:
+        psi: What :func:`entropy_guard` returned, in (0, 1].
+        seed: Key, 64 bits.
+        step: Number of the step, >= 0, modulo 2^32: an int, or an int64 tensor.
+
+    Example:
+        >>> draw(1.0, seed=0, step=3), 0 <= draw(0.5, seed=0, step=3) < 1
+        (0.5, True)
     """
     still = not isinstance(psi, Tensor) and psi == 1.0
     return 0.5 if still else philox_uniform(seed, step & 0xFFFFFFFF)
 
 
 def chronos_jitter(psi: Scalar, uniform: Scalar, jitter: float) -> Scalar:
-    """ChronosJitter, ``chi = jitter (2 u - 1) (1 - Psi)`` (eq. 4), with u uniform in [0, 1)."""
+    """ChronosJitter, ``chi = jitter (2 u - 1) (1 - Psi)`` (eq. 4), with u uniform in [0, 1).
+
+    Args:
+        psi: What :func:`entropy_guard` returned, in (0, 1].
+        uniform: u, what :func:`draw` returned.
+        jitter: Largest relative change of the learning rate, >= 0.
+
+    Example:
+        >>> chronos_jitter(psi=0.5, uniform=0.0, jitter=0.2)
+        -0.1
+    """
     return jitter * (2 * uniform - 1) * (1 - psi)

@@ -36,6 +36,16 @@ def ewc_value(param: Tensor, anchor: Tensor, importance: Tensor, strength: Scala
 
     Computed in the promoted dtype of its arguments (fp32 for a bf16 parameter with fp32 anchor).
 
+    Args:
+        param: Parameter, any shape.
+        anchor: Where it is pulled to, same shape.
+        importance: Omega >= 0, same shape.
+        strength: lambda >= 0.
+
+    Example:
+        >>> ewc_value(torch.ones(2), torch.zeros(2), torch.tensor([1.0, 3.0]), strength=0.5)
+        tensor(1.)
+
     References:
         Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks",
         arXiv:1612.00796.
@@ -45,15 +55,36 @@ def ewc_value(param: Tensor, anchor: Tensor, importance: Tensor, strength: Scala
 
 
 def ewc_gradient(param: Tensor, anchor: Tensor, importance: Tensor, strength: Scalar) -> Tensor:
-    r"""Gradient of :func:`ewc_value`, :math:`\lambda \Omega (\theta - \theta^*)` (8)."""
+    r"""Gradient of :func:`ewc_value`, :math:`\lambda \Omega (\theta - \theta^*)` (8).
+
+    Args:
+        param: Parameter, any shape.
+        anchor: Where it is pulled to, same shape.
+        importance: Omega >= 0, same shape.
+        strength: lambda >= 0.
+
+    Example:
+        >>> ewc_gradient(torch.ones(2), torch.zeros(2), torch.tensor([1.0, 3.0]), strength=0.5)
+        tensor([0.5000, 1.5000])
+    """
     return strength * importance * (param - anchor)
 
 
 def ewc_proximal(param: Tensor, anchor: Tensor, importance: Tensor, metric: Scalar) -> Tensor:
     r"""Proximal EWC step :math:`\theta^* + (\theta - \theta^*) / (1 + \text{metric}\, \Omega)` (9).
 
-    ``metric`` is :math:`\eta \lambda / (\sqrt{\hat v} + \epsilon)`, a scalar or of the parameter's
-    shape. The factor lies in (0, 1], so the step is stable for every strength.
+    The factor lies in (0, 1], so the step is stable for every strength.
+
+    Args:
+        param: Parameter, any shape.
+        anchor: Where it is pulled to, same shape.
+        importance: Omega >= 0, same shape.
+        metric: :math:`\eta \lambda / (\sqrt{\hat v} + \epsilon)`, a scalar or of the parameter's
+            shape.
+
+    Example:
+        >>> ewc_proximal(torch.ones(2), torch.zeros(2), torch.tensor([0.0, 3.0]), metric=1.0)
+        tensor([1.0000, 0.2500])
     """
     return anchor + (param - anchor) / (1 + metric * importance)
 
@@ -89,6 +120,11 @@ def subspace_value(
 
     Returns:
         The penalty, 0-d.
+
+    Example:
+        >>> first = torch.tensor([0])  # the first coordinate
+        >>> subspace_value(torch.ones(2, 3), first, 2.0, side="output", protect="inside")
+        tensor(6.)
     """
     part = _penalized_part(delta, basis, side, protect)
     return strength * (part * part).sum()
@@ -97,5 +133,19 @@ def subspace_value(
 def subspace_gradient(
     delta: Tensor, basis: Tensor, strength: Scalar, *, side: Side, protect: Protect
 ) -> Tensor:
-    r"""Gradient of :func:`subspace_value`, :math:`2 \gamma Q \Delta W` as Q is a projector."""
+    r"""Gradient of :func:`subspace_value`, :math:`2 \gamma Q \Delta W` as Q is a projector.
+
+    Args:
+        delta: As for :func:`subspace_value`; likewise the others.
+        basis: U.
+        strength: gamma >= 0.
+        side: Which side of the weight the subspace lies on.
+        protect: Which part of the change is penalised.
+
+    Example:
+        >>> first = torch.tensor([0])
+        >>> subspace_gradient(torch.ones(2, 1), first, 2.0, side="output", protect="inside")
+        tensor([[4.],
+                [0.]])
+    """
     return 2 * strength * _penalized_part(delta, basis, side, protect)

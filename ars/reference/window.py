@@ -1,6 +1,7 @@
 """A window of past surprises: the ring buffer, its trend and its lag-1 autocorrelation."""
 
 import functools
+import math
 from typing import Any, TypeAlias
 
 import torch
@@ -82,7 +83,8 @@ def autocorrelation(values: Tensor, valid: Count, scale: Scalar) -> Scalar:
     r"""Lag-1 autocorrelation ``rho = corr(H[:-1], H[1:])`` (eq. 1), 0 while it is undefined.
 
     Pearson's correlation of the pairs of successive values. It is undefined with fewer than two
-    pairs, or when either side's standard deviation is within 1e-12 of ``scale``: rounding.
+    pairs, when either side's standard deviation is within 1e-12 of ``scale``: rounding, or when a
+    variance overflows.
 
     Args:
         values: The window oldest first, shape (W,).
@@ -103,8 +105,9 @@ def autocorrelation(values: Tensor, valid: Count, scale: Scalar) -> Scalar:
     x = _masked(x - read(x.sum()) / n, used)
     y = _masked(y - read(y.sum()) / n, used)
     xx, yy, xy = read(x.dot(x)), read(y.dot(y)), read(x.dot(y))
-    floor = n * (RELATIVE_NOISE_FLOOR * scale) ** 2
-    defined = (xx > floor) & (yy > floor) & (pairs >= 2)
+    noise = RELATIVE_NOISE_FLOOR * scale
+    floor = n * (noise * noise)  # a power of a number would raise where this is infinite
+    defined = (xx > floor) & (yy > floor) & (xx + yy < math.inf) & (pairs >= 2)
     rho = xy / choose(defined, xx**0.5 * yy**0.5, 1.0)
     return choose(defined, at_least(at_most(rho, 1.0), -1.0), 0.0)
 

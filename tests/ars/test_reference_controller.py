@@ -142,6 +142,16 @@ def test_a_device_that_must_not_be_waited_for_gets_the_same_signals(settings, mo
         assert list(map(float, ours)) == pytest.approx(list(theirs), rel=1e-9, nan_ok=True)
 
 
+@pytest.mark.parametrize("level", [1e155, 1e160, 1e170])
+def test_squares_that_overflow_are_no_resonance(level):
+    """On a CPU, where a power of a number raises, and on a device alike."""
+    values = level * (1 + torch.arange(6, dtype=torch.float64) % 2)
+    assert history.autocorrelation(values, 6, float(values.amax())) == 0.0
+    assert float(history.autocorrelation(values, torch.tensor(6), values.amax())) == 0.0
+    controller = ARSController(ARSConfig.paper(window=6))
+    assert all(controller.observe(float(value)).phi == 0.1 for value in values)
+
+
 def test_trend_without_slope_is_the_mean():
     values = torch.tensor([1.0, 3.0, 8.0], dtype=torch.float64)
     residuals, predicted, error = history.trend(values, torch.tensor(3), linear=False)
@@ -153,11 +163,9 @@ def test_trend_without_slope_is_the_mean():
 def test_standardized_surprise_by_hand():
     def surprise(value, valid=50, threshold=3.0):
         args = (torch.tensor(x, dtype=torch.float64) for x in (value, 2.0, 0.5))
-        return float(
-            definition.standardized_surprise(*args, torch.tensor(valid), threshold, floor=0.0)
-        )
+        return float(definition.standardized_surprise(*args, torch.tensor(valid), threshold))
 
-    assert surprise(2.0 + 5 * 0.5) == pytest.approx(2.0)
+    assert surprise(2.0 + 5 * (0.5 + 2e-6)) == pytest.approx(2.0)  # the error has a floor
     assert surprise(2.0 + 2.9 * 0.5) == 0.0
     assert surprise(-100.0) == 0.0  # better than expected is no surprise
     assert surprise(100.0, valid=9) == 0.0  # too few values to expect anything

@@ -11,7 +11,7 @@ from fused_problem import Problem, make_problem
 from ars.csrc_triton import controller as kernel
 from ars.csrc_triton.layout import Diagnostic
 from ars.csrc_triton.step import FusedAdam
-from ars.reference import philox_uniform, window
+from ars.reference import backoff, philox_uniform, window
 
 SIGNALS = (Diagnostic.RHO, Diagnostic.PSI, Diagnostic.PHI, Diagnostic.CHI)
 
@@ -127,6 +127,21 @@ def test_a_constant_surprise_is_no_resonance(name: str, device: str) -> None:
     assert phi == pytest.approx(1.0 if name == "conditioned" else 0.1 + 0.9 * math.exp(-0.3333))
 
 
+# NumPy, which the interpreter computes with, warns of what a GPU does without a word.
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("level", [1e155, 1e160, 1e170])
+def test_squares_that_overflow_are_no_resonance(level: float, device: str) -> None:
+    problem, fused = make(device, "paper")
+    assert problem.controller is not None
+    controller = problem.clone().controller
+    assert controller is not None
+    for count in range(8):
+        surprise = level * (1 + count % 2)
+        signals = observe(controller, torch.tensor(surprise, dtype=torch.float64, device=device))
+        rho, _, phi, _ = take(fused, surprise, device)
+        assert (rho, phi) == (float(signals.rho), float(signals.phi)) == (0.0, 0.1)
+
+
 @pytest.mark.parametrize("level", [1.0, -3e5])
 def test_a_signal_that_varies_by_rounding_is_no_resonance(level: float, device: str) -> None:
     _, fused = make(device, "paper")
@@ -163,6 +178,8 @@ def test_constants_are_the_references() -> None:
     assert kernel.RELATIVE_NOISE_FLOOR.value == window.RELATIVE_NOISE_FLOOR
     assert kernel.MIN_HISTORY.value == window.MIN_HISTORY
     assert kernel.ERROR_FLOOR.value == window.ERROR_FLOOR
+    for name in ("AVERAGED", "RISE", "CLOSED_BY", "OPEN"):
+        assert getattr(kernel, name).value == getattr(backoff, name)
 
 
 def test_reports_are_neutral_before_the_first_step(device: str) -> None:
