@@ -54,6 +54,11 @@ def choose_surprise(
         ValueError: It is not a scalar, it is missing, or one was passed that nothing watches.
     """
     kind = "auto" if controller is None else controller.config.surprise
+    if surprise is not None and controller is None:
+        raise ValueError(
+            "step(surprise=...) got a value, but with ars=None there is no controller to watch it: "
+            "leave it out, or use ars=ARSConfig(surprise='entropy')"
+        )
     if surprise is not None and kind != "entropy":
         raise ValueError(
             f"step(surprise=...) got a value, but the controller watches {_name(kind)}: use "
