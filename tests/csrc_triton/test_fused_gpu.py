@@ -28,6 +28,7 @@ def assert_same_bits(a: Problem, b: Problem) -> None:
     assert b.controller is not None
     assert torch.equal(a.controller.window, b.controller.window)
     assert torch.equal(a.controller.counts, b.controller.counts)
+    assert torch.equal(a.controller.gate_state, b.controller.gate_state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

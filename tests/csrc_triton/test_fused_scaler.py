@@ -31,6 +31,7 @@ def assert_unchanged(problem: Problem, before: Problem) -> None:
             assert (value is None and old is None) or torch.equal(value, old)
     assert torch.equal(problem.controller.window, before.controller.window)
     assert torch.equal(problem.controller.counts, before.controller.counts)
+    assert torch.equal(problem.controller.gate_state, before.controller.gate_state)
 
 
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-7, 3.0])

@@ -156,6 +156,7 @@ def assert_unchanged(problem: Problem, before: Problem) -> None:
         assert all(torch.equal(a, b) for a, b in pairs)
     assert torch.equal(problem.controller.window, before.controller.window)
     assert torch.equal(problem.controller.counts, before.controller.counts)
+    assert torch.equal(problem.controller.gate_state, before.controller.gate_state)
 
 
 def test_a_gradient_in_another_order_at_the_same_address_is_noticed(device: str) -> None:
