@@ -65,20 +65,21 @@ def test_onecycle_cycles_the_betas(case):
     """The values are torch's, but for what a gate takes."""
 
     def run(build, params):
-        optimizer, betas = build(params), []
+        optimizer, betas, rates = build(params), [], []
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9)
         for _ in range(8):
             forward(params)
             optimizer.step()
             scheduler.step()
             betas.append(optimizer.param_groups[0]["betas"][0])
-        return optimizer, betas
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+        return optimizer, betas, rates
 
     params, forward = affine()
     copies = clones(params)
-    ours, betas = run(case.build, params)
-    _, expected = run(case.theirs, copies)
-    assert betas == expected
+    ours, betas, rates = run(case.build, params)
+    _, *expected = run(case.theirs, copies)
+    assert [betas, rates] == expected
     assert len(set(betas)) == 8
     if case.ars is None:
         torch.testing.assert_close(params, copies)
@@ -86,6 +87,10 @@ def test_onecycle_cycles_the_betas(case):
         # The gate takes its part of the betas where it is on them; the default's is on the rate.
         gate = float(ours.diagnostics["phi"]) if "betas" in case.ars.gate else 1.0
         assert float(ours.diagnostics["beta1"]) == pytest.approx(betas[-2] * gate)
+        factor = 1 + float(ours.diagnostics["chi"])
+        if "lr" in case.ars.gate:
+            factor *= float(ours.diagnostics["phi"])
+        assert float(ours.diagnostics["lr"]) == pytest.approx(rates[-2] * factor)
         assert all(torch.isfinite(param).all() for param in params)
 
 
