@@ -1,0 +1,222 @@
+"""The driver of the experiment on series of seconds: stopped in every way, it ends the same."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import inheritance
+from analysis import report_html
+from experiment import cli, summary
+from experiment.cli import parse_arguments, run
+from experiment.design import SIZES, Job, jobs_of
+from experiment.jobs import run_jobs
+from trainer.config import SeriesConfig
+from trainer.errors import UsageError
+from trainer.machine import Machine
+from trainer.program import exit_status
+
+pytestmark = pytest.mark.slow
+
+SMALL = SeriesConfig(
+    depths=(1, 2), steps=(30, 10), batch_size=2, sequence_len=16, fisher_samples=3, warmup_steps=2
+)
+PROGRAM = f"""
+import sys, time, signal, inheritance
+from experiment import cli
+from trainer.config import SeriesConfig
+cli.SIZES["quick"] = {SMALL!r}
+{{patch}}
+if __name__ == "__main__":
+    sys.exit(inheritance.main())
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "quick", SMALL)
+        # The figures are tested elsewhere, and drawing them takes longer than training here.
+        patch.setattr(report_html, "_figures", lambda *_: {})
+        patch.setattr(summary, "_figures", lambda *_: {})
+        yield
+
+
+def experiment(out: Path, text: Path, *words: str) -> dict[str, Any]:
+    """Run the arms in this process; their summary without the times."""
+    run(parse_arguments(words_of(out, text, *words)))
+    found: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    for model in found["models"]:
+        model.pop("seconds")
+    return found
+
+
+def words_of(out: Path, text: Path, *words: str) -> list[str]:
+    return ["--size", "quick", "--stage", "arms", "--data", str(text), "--out", str(out), *words]
+
+
+def start(folder: Path, words: list[str], patch: str = "") -> subprocess.Popen[str]:
+    """Start the program as a terminal does, in a process group of its own."""
+    program = folder / "program.py"
+    program.write_text(PROGRAM.format(patch=patch))
+    environment = {**os.environ, "PYTHONPATH": str(Path(inheritance.__file__).parent)}
+    return subprocess.Popen(
+        [sys.executable, str(program), *words], env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_group_to_end(group: int) -> None:
+    def alive() -> bool:
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, own = path.read_text().rpartition(")")[2].split()[:3]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(own) == group and state != "Z":
+                return True
+        return False
+
+    end = time.monotonic() + 60
+    while alive():
+        assert time.monotonic() < end, "a process is left"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def straight(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("straight")
+    return out, experiment(out, text)
+
+
+def test_every_model_is_in_the_summary(straight: tuple[Path, dict[str, Any]]) -> None:
+    found = [(model["run"], model["name"]) for model in straight[1]["models"]]
+    expected = [(job.name, plan.name) for job in jobs_of("arms", "quick") for plan in job.plans]
+    assert sorted(found) == sorted(expected)
+    assert not any(one["unfinished"] for one in straight[1]["runs"])
+
+
+@pytest.mark.timeout(900)  # five starts of the program: minutes on a machine that has other work
+def test_stopped_in_every_way_and_resumed_with_more_workers(
+    text: Path, straight: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    begun = {
+        signal.SIGINT: out / "arms/seed-0/log_d1-scratch.csv",
+        signal.SIGKILL: out / "arms/seed-0/log_d2-scratch.csv",
+    }
+    words = words_of(out, text)
+    with start(tmp_path, [*words, "--minutes", "1e-6"]) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1].startswith("interrupted: run `python ")
+    for number, path in begun.items():
+        with start(tmp_path, words) as process:
+            while not path.exists():
+                assert process.poll() is None
+                time.sleep(0.005)
+            if number == signal.SIGKILL:
+                process.kill()  # alone: what it has started finds out by itself
+            else:
+                os.killpg(process.pid, number)  # as Ctrl-C does
+            output, errors = process.communicate()
+        assert output == ""
+        assert "Traceback" not in errors
+        wait_for_group_to_end(process.pid)
+        if number == signal.SIGINT:
+            assert process.returncode == 128 + number
+            assert list(out.glob("arms/seed-0/checkpoints/**/*.pt")), "it has saved"
+            assert errors.splitlines()[-1].endswith("` again to resume")
+        assert not (out / "arms/seed-0/table.md").exists(), "in the middle"
+    assert experiment(out, text, "--workers", "2") == straight[1]
+
+
+def test_interrupting_a_series_is_left_to_the_driver(text: Path, tmp_path: Path) -> None:
+    # Ctrl-C reaches all processes of a terminal, and the driver's SIGTERM must not be the second
+    # signal that a series gets.
+    def interrupt() -> None:
+        for child in multiprocessing.active_children():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGINT)
+
+    job = jobs_of("tune", "quick")[0]
+    run_jobs(tmp_path, str(text), [job], 1, interrupt)
+    assert (tmp_path / job.name / "metrics.json").exists()
+
+
+def test_a_series_that_fails_is_named_and_stops_the_others(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = jobs_of("tune", "quick")[0]
+    long = Job("good", replace(good.config, steps=(100_000,)), good.machine)
+    bad = Job("bad", good.config, Machine(device="cuda:99"))
+    work = lambda: run_jobs(tmp_path, str(text), [long, bad], 2, lambda: None)  # noqa: E731
+    assert exit_status(tmp_path, work) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    log = tmp_path / "bad.log"
+    words = log.read_text().strip().splitlines()[-1]
+    assert last.startswith(f"error: the series bad failed (exit status 1): {words}; more is in ")
+    assert f"{log}. " in last
+    assert multiprocessing.active_children() == []
+    assert not (tmp_path / "good/metrics.json").exists()
+
+
+def test_another_text_or_design_is_refused_before_training(
+    text: Path, straight: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = straight
+    other = text.with_name("other.txt")
+    other.write_bytes(text.read_bytes()[::-1])
+    monkeypatch.setattr(cli, "run_jobs", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(UsageError, match=f"{out}/arms/seed-0 holds a run with other training data"):
+        run(parse_arguments(words_of(out, other, "--stage", "tune")))
+    monkeypatch.setitem(SIZES, "quick", replace(SMALL, lr=0.5))
+    with pytest.raises(UsageError, match=r"/arms/seed-0 holds a run with lr 0.003 \(now 0.5\): "):
+        run(parse_arguments(words_of(out, text, "--stage", "tune")))
+
+
+def test_a_missing_device_is_said_before_anything_is_written(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"--size gpu needs a CUDA device .* use --size cpu"):
+        run(parse_arguments(words_of(tmp_path / "out", text, "--size", "gpu")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("summing", "status", "words"),
+    [
+        ("signal.raise_signal(signal.SIGINT)", 130, "interrupted while summing up: run `python "),
+        ("time.sleep(0.5)", 0, ""),
+    ],
+    ids=["interrupted", "minutes-over"],
+)
+def test_the_summary_is_no_part_of_training(
+    summing: str, status: int, words: str, text: Path, tmp_path: Path
+) -> None:
+    patch = (
+        "cli.run_jobs = lambda *_: None\n"
+        "def summed(*_):\n"
+        f"    {summing}\n"
+        "    return 'table\\n'\n"
+        "cli.open_corpus = lambda *_: None\n"
+        "cli.write_summary = summed\n"
+    )
+    with start(
+        tmp_path, [*words_of(tmp_path / "out", text), "--minutes", "5e-3"], patch
+    ) as process:
+        output, errors = process.communicate()
+    assert (process.returncode, output) == (status, "" if status else "table\n")
+    assert errors.startswith(words)
+    assert len(errors.splitlines()) == bool(status)
