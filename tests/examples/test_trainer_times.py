@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_series import Series
+from small_series import Series, results
 
 from trainer import train
 from trainer.keep import Keeper
@@ -83,6 +83,36 @@ def test_the_steps_between_two_reads_share_their_time() -> None:
     assert [row["seconds"] for row in rows] == [101.333, 102.667, 104.0]
     assert {row["tokens_per_second"] for row in rows} == {24.0}
     assert {row["mfu"] for row in rows} == {6 * 0.75 / 4}
+
+
+def test_waiting_seldom_changes_no_number_and_loses_no_row(
+    series: Series, straight: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seldom(Pace):
+        """As on a GPU."""
+
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self._most = 20
+
+    reads = 0
+    read = Recorder.read
+
+    def count(self: Recorder, state: Any) -> None:
+        nonlocal reads
+        reads += 1
+        read(self, state)
+
+    monkeypatch.setattr(train, "Pace", Seldom)
+    monkeypatch.setattr(Recorder, "read", count)
+    words = ("--curve-points", "1")  # the device is waited for at each of these, too
+    series(tmp_path / "seldom", None, *words)
+    seldom, reads = reads, 0
+    monkeypatch.setattr(train, "Pace", Pace)
+    series(tmp_path / "always", None, *words)
+    assert seldom < reads
+    assert results(tmp_path / "seldom") == results(tmp_path / "always")
+    assert results(tmp_path / "seldom")["models"] == straight["models"]
 
 
 class _Processes(Parallel):
