@@ -29,28 +29,34 @@ _LAWS = {
 }
 
 
-def write_report(analysis: Analysis, out: Path, sweeps: Sequence[Sweep] = ()) -> str:
+def write_report(
+    analysis: Analysis, out: Path, sweeps: Sequence[Sweep] = (), *, first: Sequence[str] = ()
+) -> str:
     """Write the report.
 
     Args:
         analysis: reported.
         out: folder; made if absent.
         sweeps: settings that were tuned before.
+        first: sentences that go before all conclusions.
 
     Returns:
         The name of the file.
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / REPORT_FILE, render_report(analysis, sweeps))
+    write_atomically(out / REPORT_FILE, render_report(analysis, sweeps, first=first))
     return REPORT_FILE
 
 
-def render_report(analysis: Analysis, sweeps: Sequence[Sweep] = ()) -> str:
+def render_report(
+    analysis: Analysis, sweeps: Sequence[Sweep] = (), *, first: Sequence[str] = ()
+) -> str:
     """The report as HTML.
 
     Args:
         analysis: reported.
         sweeps: settings that were tuned before.
+        first: sentences that go before all conclusions.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -77,7 +83,7 @@ def render_report(analysis: Analysis, sweeps: Sequence[Sweep] = ()) -> str:
     return environment.get_template("report.html.j2").render(
         records=analysis.records,
         seeds=sorted({record.seed for record in analysis.records}),
-        headlines=headlines(analysis.comparisons),
+        headlines=[*first, *headlines(analysis.comparisons)],
         claims=analysis.claims,
         warnings=_grouped(analysis.warnings),
         comparisons={words: rows for words, rows in compared.items() if rows},

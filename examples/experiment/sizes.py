@@ -12,7 +12,7 @@ from analysis.intervals import Estimate
 from analysis.records import Record
 from trainer.arms import Arm
 
-__all__ = ["SizeRow", "find_sizes"]
+__all__ = ["SizeRow", "find_sizes", "sentence_of"]
 
 _SCRATCH, _GROWN = Arm(False, (), None).name, Arm(True, (), None).name
 
@@ -68,3 +68,23 @@ def find_sizes(alone: Sequence[Record], arms: Sequence[Record]) -> list[SizeRow]
             )
         )
     return rows
+
+
+def sentence_of(rows: Sequence[SizeRow]) -> str:
+    """Which size is the best from scratch, and how growing to the largest compares with it.
+
+    Args:
+        rows: of `find_sizes`, one or more.
+    """
+    best, largest = min(rows, key=lambda row: row.bits.mean), rows[-1].depth
+    found = f"d{best.depth} from scratch ends at {best.bits.mean:.4f} bits per byte"
+    if best.grown is not None:
+        interval = best.grown.known
+        known = (
+            "no difference shown"
+            if interval is None or interval[0] <= 0 <= interval[1]
+            else ("grown is worse" if interval[0] > 0 else "grown is better")
+        )
+        margin = "" if best.grown.margin is None else f" ± {best.grown.margin:.4f}"
+        found += f", d{largest} grown {best.grown.mean:+.4f}{margin} from there: {known}"
+    return f"What is the best size for the operations of d{largest}? {found}."

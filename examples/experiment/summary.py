@@ -28,7 +28,7 @@ from analysis.report_html import write_report
 from analysis.sweeps import Sweep
 from analysis.training_log import run_settings, thinned_curve
 from experiment.design import STAGES
-from experiment.sizes import SizeRow, find_sizes
+from experiment.sizes import SizeRow, find_sizes, sentence_of
 from experiment.table import results_table
 from experiment.tuning import find_sweeps
 from trainer.checkpoint import write_atomically
@@ -98,7 +98,8 @@ def write_summary(folder: Path, names: Collection[str]) -> str:
     analysis = None
     if shown:
         analysis = analyze_runs([s.path for s in shown], bootstraps=_BOOTSTRAPS)
-        write_report(replace(analysis, grid=grid), folder, sweeps)
+        first = [sentence_of(sizes)] if sizes else []
+        write_report(replace(analysis, grid=grid), folder, sweeps, first=first)
     arms = analysis if of["arms"] else None
     unfinished = [f"{s.name} ({', '.join(s.missing)})" for s in series if s.missing]
     left_out = [_name(path) for path in there if _name(path) not in names]

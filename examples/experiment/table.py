@@ -9,7 +9,7 @@ from analysis.intervals import Estimate
 from analysis.pairings import QUESTIONS, single_arms
 from analysis.sweeps import Sweep
 from analysis.verdict import headlines
-from experiment.sizes import SizeRow
+from experiment.sizes import SizeRow, sentence_of
 
 __all__ = ["results_table"]
 
@@ -37,8 +37,10 @@ def results_table(
         parts += [f"Not finished: {', '.join(unfinished)}."]
     if left_out:
         parts += [f"Left out, since this design has no such series: {', '.join(left_out)}."]
+    first = [sentence_of(sizes)] if sizes else []
     if analysis is not None:
-        parts += ["\n".join(f"- {line}" for line in headlines(analysis.comparisons))]
+        lines = [*first, *headlines(analysis.comparisons)]
+        parts += ["\n".join(f"- {line}" for line in lines)]
         rows = [(claim.claim, claim.verdict, claim.evidence) for claim in analysis.claims]
         parts += ["## The proposal's claims", _table(("claim", "verdict", "numbers"), rows)]
         parts += ["## Arms", _arms(analysis), _ARMS_NOTE]

@@ -4,7 +4,7 @@ import pytest
 
 from analysis.records import Record
 from experiment.design import SIZES, jobs_of
-from experiment.sizes import find_sizes
+from experiment.sizes import find_sizes, sentence_of
 
 
 def record(depth: int, arm: str, bpb: float, seed: int, tokens: int = 100) -> Record:
@@ -33,6 +33,22 @@ def test_each_size_is_paired_with_the_largest_that_is_grown() -> None:
     assert small.grown.values == pytest.approx((-0.25,) * 3)
     assert large.grown.values == pytest.approx((-0.35,) * 3)
     assert (small.tokens, large.tokens) == (300, 100)
+
+
+def test_the_best_size_is_named_with_what_growing_makes_of_it() -> None:
+    alone = [record(2, "scratch", 2.0 + seed / 10, seed) for seed in (0, 1, 2)]
+    rows = find_sizes(alone, ARMS)
+    assert sentence_of(rows) == (
+        "What is the best size for the operations of d3? d2 from scratch ends at 2.1000 bits per "
+        "byte, d3 grown +0.2500 ± 0.0000 from there: grown is worse."
+    )
+    worse = find_sizes([record(2, "scratch", 5.0, 0)], ARMS)
+    assert "d3 from scratch ends at 2.7000" in sentence_of(worse)
+    assert sentence_of(worse).endswith("-0.3500 ± 0.0000 from there: grown is better.")
+    one = find_sizes([record(2, "scratch", 1.0, 0)], ARMS)
+    assert sentence_of(one).endswith("d3 grown +1.2500 from there: no difference shown.")
+    alone = find_sizes([record(2, "scratch", 1.0, 7)], ARMS)
+    assert sentence_of(alone).endswith("d2 from scratch ends at 1.0000 bits per byte.")
 
 
 def test_what_diverged_or_has_no_partner_is_not_paired() -> None:
