@@ -143,15 +143,20 @@ def test_stopped_in_every_way_and_resumed_with_more_workers(
 
 def test_interrupting_a_series_is_left_to_the_driver(text: Path, tmp_path: Path) -> None:
     # Ctrl-C reaches all processes of a terminal, and the driver's SIGTERM must not be the second
-    # signal that a series gets.
-    def interrupt() -> None:
-        for child in multiprocessing.active_children():
-            assert child.pid is not None
-            os.kill(child.pid, signal.SIGINT)
-
-    job = jobs_of("tune", "quick")[0]
-    run_jobs(tmp_path, str(text), [job], 1, interrupt)
-    assert (tmp_path / job.name / "metrics.json").exists()
+    # signal that a series gets. In a program of its own: the first process it starts is special.
+    patch = (
+        "import multiprocessing, os\n"
+        "true_run = cli.run_jobs\n"
+        "def interrupt():\n"
+        "    for child in multiprocessing.active_children():\n"
+        "        os.kill(child.pid, signal.SIGINT)\n"
+        "cli.run_jobs = lambda out, data, jobs, *_: true_run(out, data, jobs[:1], 1, interrupt)\n"
+        "cli.write_summary = lambda *_: 'table\\n'\n"
+    )
+    with start(tmp_path, words_of(tmp_path / "out", text, "--stage", "tune"), patch) as process:
+        output, errors = process.communicate()
+    assert (process.returncode, output) == (0, "table\n"), errors
+    assert (tmp_path / "out" / jobs_of("tune", "quick")[0].name / "metrics.json").exists()
 
 
 def test_a_series_that_fails_is_named_and_stops_the_others(
