@@ -7,6 +7,7 @@ import torch
 from fused_oracle import MOMENT_ULPS, PARAM_ULPS, PENALTY_TOLERANCE, assert_step, ulps
 from fused_problem import HYPER, Problem, make_problem, plain_numbers
 from torch import Tensor
+from waiting import waiting_refused
 
 from ars import reference
 from ars.csrc_triton.layout import Diagnostic
@@ -64,15 +65,12 @@ def test_steps_never_wait_for_the_device() -> None:
     fused = problem.fused()
     fused.step(problem.gradients(), loss=None, clip=True)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_refused():
         for _ in range(5):
             loss = torch.rand((), device=DEVICE)
             fused.step(problem.gradients(), loss=loss, clip=True)  # the gradients have moved
         another = problem.fused()
         another.step(problem.gradients(), loss=None, clip=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_step_is_two_kernels_on_the_device() -> None:
