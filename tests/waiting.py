@@ -13,7 +13,7 @@ __all__ = ["waiting_refused"]
 def waiting_refused() -> Iterator[None]:
     """Let whatever makes the host wait for the device raise."""
     with warnings.catch_warnings():
-        # Of its being a prototype: as an error it would come after the mode is set, and leave it so.
+        # That it is a prototype: as an error it would come after the mode is set, and leave it.
         warnings.filterwarnings("ignore", "Synchronization debug mode")
         torch.cuda.set_sync_debug_mode("error")
     try:

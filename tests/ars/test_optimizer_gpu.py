@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from waiting import waiting_refused
 
 from ars import ARSAdamW, GradientRelease
 from ars.regularizers import EWC
+from waiting import waiting_refused
 
 pytestmark = pytest.mark.gpu
 

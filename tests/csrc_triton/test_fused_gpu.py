@@ -7,12 +7,12 @@ import torch
 from fused_oracle import MOMENT_ULPS, PARAM_ULPS, PENALTY_TOLERANCE, assert_step, ulps
 from fused_problem import HYPER, Problem, make_problem, plain_numbers
 from torch import Tensor
-from waiting import waiting_refused
 
 from ars import reference
 from ars.csrc_triton.layout import Diagnostic
 from ars.csrc_triton.step import FusedAdam
 from ars.csrc_triton.tiles import CAPTURES
+from waiting import waiting_refused
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from torch import nn
-from waiting import waiting_refused
 
 from ars.csrc_triton.fisher import add_squared_products_
 from ars.functional import add_squared_products_ as dispatched
 from ars.reference import squared_products
 from ars.regularizers import DiagonalFisher
+from waiting import waiting_refused
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
