@@ -183,18 +183,19 @@ def observe(
     mean = tl.load(gate_state + GATE_STATE.value.MEAN)
     lowest = tl.load(gate_state + GATE_STATE.value.LOWEST)
     release = tl.load(config + CONFIG.value.RELEASE)
-    backs_off = False
-    if STANDARDIZE:
+    limit = previous + (1 - previous) / release
+    released = tl.where(phi < limit, phi, limit)
+    if STANDARDIZE:  # nested, as the compiler reads both branches on a number it does not know
         first_release = tl.load(config + CONFIG.value.FIRST_RELEASE)
-        backs_off = first_release < release
-    if backs_off:
-        phi, slow, sigma, mean, lowest = _back_off(
-            phi, surprise, finite, psi, deviation, phi_min, first_release, release,
-            slow, sigma, mean, lowest, previous,
-        )  # fmt: skip
+        if first_release < release:
+            phi, slow, sigma, mean, lowest = _back_off(
+                phi, surprise, finite, psi, deviation, phi_min, first_release, release,
+                slow, sigma, mean, lowest, previous,
+            )  # fmt: skip
+        else:
+            phi = released
     else:
-        limit = previous + (1 - previous) / release
-        phi = tl.where(phi < limit, phi, limit)
+        phi = released
     # The same counter and key as ars.reference.philox_uniform: the same number, bit for bit.
     counter = (steps & 0xFFFFFFFF).to(tl.uint32)
     zero = counter * 0

@@ -215,13 +215,13 @@ def test_an_overflow_moves_nothing(implementation, options):
     params = bf16()
     optimizer = make(implementation, params, **options)
     run(optimizer, params, 2)
-    before = copy.deepcopy(optimizer.state_dict()["state"]), copy.deepcopy(params)
+    before = copy.deepcopy(optimizer.state), copy.deepcopy(params)
     gradients(params, 5)
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step(loss=1.0)
     assert all(map(torch.equal, params, before[1]))
-    for index, state in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(value, before[0][index][name]) for name, value in state.items())
+    for state, old in zip(optimizer.state.values(), before[0].values(), strict=True):
+        assert all(torch.equal(value, old[name]) for name, value in state.items())
 
 
 @mode

@@ -66,6 +66,9 @@ CONTROL: dict[str, dict[str, Any]] = {
     "control-loss": {"NORM": False, "loss": "*fp32"},
     "control-scaled": {"grad_scale": "*fp32", "found_inf": "*fp32"},
     "control-partials": {"LAST": False},
+    "control-paper": {"STANDARDIZE": False, "DETREND": False, "GATE_LR": False, "GATE_GRAD": False},
+    "control-residuals": {"STANDARDIZE": False},
+    "control-mean": {"DETREND": False},
     "control-constant-betas": {
         "GATED": False,
         "window": None,

@@ -68,6 +68,9 @@ REGISTERS = {
     "control-loss": 80,
     "control-scaled": 80,
     "control-partials": 64,
+    "control-paper": 80,
+    "control-residuals": 80,
+    "control-mean": 80,
     "control-constant-betas": 80,
 }
 
