@@ -29,9 +29,10 @@ class CheckpointedAdam(PlacedAdam):
         """
 
         def add(_: Any, state_dict: dict[str, Any]) -> None:
-            for key, entry in state_dict["state"].items():
-                if PRODUCTS in entry and not entry["step"].is_meta:
-                    state_dict["state"][key] = {**entry, PRODUCTS_STEP: int(entry["step"])}
+            state = state_dict["state"]
+            for key, entry in state.items():  # the user may have put there what is no parameter's
+                if isinstance(entry, dict) and PRODUCTS in entry and not entry["step"].is_meta:
+                    state[key] = {**entry, PRODUCTS_STEP: int(entry["step"])}
             if self._controller is not None:
                 memory = self._controller.state_dict()
                 state_dict["controller"] = {**memory, "watches": self._watches}
