@@ -48,7 +48,8 @@ def adam_importance(
                 "requires_grad=False on what it does not train"
             )
         step = int(state["step"])
-        if "beta_products" in state:
+        # Another optimizer may have carried our products along without advancing them.
+        if "beta_products" in state and state.get("beta_products_step", step) == step:
             remaining = float(state["beta_products"][1])
         else:
             remaining = float(groups[p]["betas"][1]) ** step

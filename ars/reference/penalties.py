@@ -26,7 +26,9 @@ def decode_importance(values: Tensor, scale: Tensor) -> Tensor:
         >>> decode_importance(torch.tensor([0, 51, 255], dtype=torch.uint8), torch.tensor([25.0]))
         tensor([ 0.,  1., 25.])
     """
-    root = values.reshape(-1).to(scale.dtype) / 255
+    # By a number on the CPU, torch multiplies CUDA tensors with its rounded reciprocal.
+    largest = torch.full((), 255, dtype=scale.dtype, device=values.device)
+    root = values.reshape(-1).to(scale.dtype) / largest
     each = scale.repeat_interleave(SCALED)[: root.numel()]
     return (each * root * root).reshape(values.shape)
 

@@ -167,7 +167,7 @@ def test_a_missing_module_is_one_line(
 
 def test_it_runs_as_a_program_from_anywhere(tmp_path: Path) -> None:
     path = write(tmp_path / "metrics.json", two_arms())
-    program = DEMO.parents[3] / "examples" / "analyze.py"
+    program = Path(__file__).resolve().parents[2] / "examples" / "analyze.py"
     done = subprocess.run(
         [sys.executable, str(program), "--metrics", path.name, "--bootstraps", "0"],
         cwd=tmp_path,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ars import ARSAdamW
+from ars import ARSAdamW, ARSConfig
 from ars.regularizers import DiagonalFisher
 
 
@@ -179,6 +179,23 @@ def test_adam_is_its_corrected_second_moment(ours):
         torch.testing.assert_close(fisher.importance[n], 4.0 * t / weight, rtol=1e-4, atol=0.0)
     assert fisher.n_samples == 5
     assert fisher.estimator == "adam"
+
+
+def test_products_that_torch_carried_along_are_not_used():
+    model = nn.Linear(3, 2)
+    ours = ARSAdamW(model.parameters(), ars=ARSConfig.paper())
+    theirs = torch.optim.AdamW(model.parameters())
+    for step in range(6):
+        opt = ours if step < 4 else theirs
+        if step == 4:
+            theirs.load_state_dict(ours.state_dict())
+        opt.zero_grad()
+        model(torch.ones(4, 3)).square().mean().backward()
+        opt.step()
+    assert "beta_products" in theirs.state[model.weight]
+    fisher = DiagonalFisher.from_optimizer(model, theirs, dtype=torch.float32)
+    expected = theirs.state[model.weight]["exp_avg_sq"] / (1 - 0.999**6)
+    torch.testing.assert_close(fisher.importance["weight"], expected)
 
 
 def test_adam_of_single_samples_is_the_empirical_fisher(relative_error):
