@@ -1,6 +1,6 @@
 """Does inheriting pay? The experiment: tuned controls, a grid of strengths, arms with intervals.
 
-    python examples/inheritance.py --workers 2     # everything, about 75 minutes on two quiet cores
+    python examples/inheritance.py --workers 2     # everything, about 95 minutes on two CPU cores
     python examples/inheritance.py --size quick    # the same path in two minutes
     python examples/inheritance.py --size gpu --data FILE --minutes 8    # a piece at a time
 
