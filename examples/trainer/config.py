@@ -50,7 +50,7 @@ class SeriesConfig:
     arms: tuple[str, ...] = ("scratch+ars", "grown+ewc+ars")
     depths: tuple[int, ...] = (2, 3, 4)
     parents: tuple[int, ...] | None = None
-    steps: tuple[int, ...] | None = (600, 320, 320)
+    steps: tuple[int, ...] | None = (450, 240, 240)
     ratio: float = 10.5
     batch_size: int | ByRule = 4
     sequence_len: int = 256

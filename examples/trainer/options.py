@@ -27,7 +27,7 @@ QUICK: dict[str, Any] = {
 }
 _CONFIG = SeriesConfig()
 _STEPS = dict(zip(_CONFIG.depths, _CONFIG.steps or (), strict=True))
-_OTHER_STEPS = 320
+_OTHER_STEPS = 240
 _SHARE = number(0, 1, above=True)
 
 
@@ -36,7 +36,7 @@ def default_steps(depths: tuple[int, ...]) -> tuple[int, ...]:
 
     Example:
         >>> default_steps((2, 3, 4)), default_steps((4, 5))
-        ((600, 320, 320), (320, 320))
+        ((450, 240, 240), (240, 240))
     """
     return tuple(_STEPS.get(depth, _OTHER_STEPS) for depth in depths)
 

@@ -144,7 +144,7 @@ def steps(given: Any) -> tuple[int, ...]:
     convert = integer(1, 10_000_000)
     found = tuple(convert(part) for part in _items(given))
     if not found:
-        raise OptionError("no number is named, such as 600,320,320")
+        raise OptionError("no number is named, such as 450,240,240")
     return found
 
 

@@ -77,7 +77,7 @@ def test_quick() -> None:
 
 def test_steps_follow_the_depths() -> None:
     assert doctest.testmod(options).failed == 0
-    assert parse_arguments(["--depths", "4-6"]).config.steps == (320, 320, 320)
+    assert parse_arguments(["--depths", "4-6"]).config.steps == (240, 240, 240)
     assert parse_arguments(["--depths", "2,3", "--steps", "9,8"]).config.steps == (9, 8)
     ratio = parse_arguments(["--ratio", "8"]).config
     assert (ratio.steps, ratio.ratio) == (None, 8.0)
@@ -135,7 +135,7 @@ def test_the_command_line_wins_over_files_and_later_files_over_earlier() -> None
         "--lr", "2e-3", "--config", first, "--no-compile", f"--config={second}", "--threads=none",
     ])  # fmt: skip
     assert found.config == SeriesConfig(
-        lr=2e-3, seed=2, depths=(2, 3), steps=(600, 320), betas=(0.8, 0.9)
+        lr=2e-3, seed=2, depths=(2, 3), steps=(450, 240), betas=(0.8, 0.9)
     )
     assert found.machine == Machine(keep=5)
     assert parse_arguments(["--config", second, "--config", first]).config.seed == 1
