@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ars.models": (("ars.models",), ()),
     "ars.regularizers": (("ars.regularizers", "ars.functional", "ars.reference"), ()),
     "": (  # examples
-        ("analysis", "ars", "continual", "corpus", "stress", "trainer"),
+        ("analysis", "ars", "continual", "corpus", "experiment", "stress", "trainer"),
         ("ars.csrc_triton",),
     ),
     "corpus": (("corpus", "trainer.errors"), ()),
@@ -114,7 +114,7 @@ def test_a_layer_imports_only_what_it_may(path: Path) -> None:
     allowed, forbidden = LAYERS[max(inside, key=len, default="")]
     found = imports_of(path)
     assert not [name for name in found if is_below(name, LINKED)], "import them below ars"
-    examples = ("analysis", "continual", "corpus", "stress", "trainer")
+    examples = ("analysis", "continual", "corpus", "experiment", "stress", "trainer")
     ours = [name for name in found if is_below(name, ("ars", *examples))]
     assert not [n for n in ours if not is_below(n, allowed) or is_below(n, forbidden)]
 

@@ -32,7 +32,8 @@ from scratch that get the FLOPs of the whole lineage.
 Other modes: miniseries.py plan --help, miniseries.py sample --help."""
 
 _EPILOG = """\
-Results: table.md, metrics.json, loss_*.png, log_*.csv and checkpoints/ in the output folder.
+Results in the output folder: report.html, table.md, metrics.json, metrics/, loss_*.png, log_*.csv
+and checkpoints/.
 Interrupt at any time (Ctrl-C) and run the same command again to go on where it stopped."""
 
 _PLAN_DESCRIPTION = """\
