@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 __all__ = ["bits_per_byte"]
 
-_BATCH = 32  # windows at a time: bounds the memory of the logits
-
 
 @torch.no_grad()
 def bits_per_byte(
@@ -17,6 +15,7 @@ def bits_per_byte(
     windows: Tensor,
     token_bytes: Tensor,
     *,
+    batch_size: int = 32,
     between: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean code length of the bytes: sum of nats / ln 2 / bytes.
@@ -28,6 +27,7 @@ def bits_per_byte(
         model: (B, T) int64 -> logits (B, T, V).
         windows: (n, T + 1) int64.
         token_bytes: (V,) int64, the bytes of each token.
+        batch_size: windows at a time; bounds the memory.
         between: called before every batch; may raise to stop.
     """
     device = next(model.parameters()).device
@@ -36,7 +36,7 @@ def bits_per_byte(
     model.eval()
     nats = torch.zeros((), dtype=torch.float64, device=device)
     try:
-        for part in windows.split(_BATCH):
+        for part in windows.split(batch_size):
             between()
             part = part.to(device)
             logits = model(part[:, :-1]).float()

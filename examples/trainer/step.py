@@ -13,7 +13,7 @@ from trainer.run import Run
 from trainer.schedule import learning_rate
 from trainer.state import TrainingState
 
-__all__ = ["Update", "step"]
+__all__ = ["Update", "micro_batch_size", "step"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,6 +33,11 @@ class Update:
     distillation: Tensor | None
 
 
+def micro_batch_size(plan: ModelPlan, run: Run) -> int:
+    """Sequences that a process differentiates at a time."""
+    return run.machine.device_batch_size or plan.settings.batch_size // run.parallel.world_size
+
+
 def step(state: TrainingState, plan: ModelPlan, run: Run) -> Update:
     """Advance a model by one update.
 
@@ -40,7 +45,6 @@ def step(state: TrainingState, plan: ModelPlan, run: Run) -> Update:
         state: advanced in place.
         plan: of the model.
         run: whose next batch it is.
-
     """
     share = learning_rate(
         state.step, peak=1.0, warmup=plan.warmup, trunk=plan.trunk, cooldown=plan.cooldown
@@ -58,7 +62,7 @@ def step(state: TrainingState, plan: ModelPlan, run: Run) -> Update:
         world_size=run.parallel.world_size,
     )
     device = run.parallel.device
-    micro = list(zip(*(x.to(device).split(run.machine.device_batch_size or size)
+    micro = list(zip(*(x.to(device).split(micro_batch_size(plan, run))
                        for x in (inputs, targets)), strict=True))  # fmt: skip
     totals = torch.zeros(2, device=device)  # the task's loss and the distillation's
     for index, (x, y) in enumerate(micro):

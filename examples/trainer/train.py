@@ -1,6 +1,7 @@
 """The training loop of one model: the same for every arm."""
 
 import time
+from functools import partial
 
 from corpus import validation_windows
 from trainer.evaluate import bits_per_byte
@@ -13,7 +14,7 @@ from trainer.progress import Progress
 from trainer.recorder import Recorder
 from trainer.run import Run
 from trainer.state import TrainingState
-from trainer.step import step
+from trainer.step import micro_batch_size, step
 from trainer.tracking import open_tracker
 
 __all__ = ["train"]
@@ -41,6 +42,8 @@ def train(
     config, corpus = run.config, run.corpus
     windows = validation_windows(corpus.validation, config.sequence_len, config.eval_windows)
     curve_windows = validation_windows(corpus.validation, config.sequence_len, config.curve_windows)
+    # What fits the training fits the evaluation, and on a CPU its activations fit the cache.
+    score = partial(bits_per_byte, batch_size=micro_batch_size(plan, run))
     every = max(1, plan.steps // config.curve_points)
     health = Health(state)
     log_path = run.folder / f"log_{plan.name}.csv" if run.parallel.is_first else None
@@ -53,7 +56,7 @@ def train(
         pace = Pace(state, plan, run.parallel)
 
         def measure() -> float:
-            return bits_per_byte(state.model, curve_windows, corpus.token_bytes)
+            return score(state.model, curve_windows, corpus.token_bytes)
 
         if not resumed:
             recorder.add(state, None, measure())
@@ -85,4 +88,4 @@ def train(
             if asked:
                 run.stop.leave()
             started = time.perf_counter()
-        return bits_per_byte(state.model, windows, corpus.token_bytes, between=run.stop.check)
+        return score(state.model, windows, corpus.token_bytes, between=run.stop.check)

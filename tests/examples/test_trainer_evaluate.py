@@ -50,6 +50,18 @@ def test_the_model_is_evaluated_without_dropout_and_left_as_it_was() -> None:
     assert not model.training
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 70, 100])
+def test_the_batch_bounds_the_memory_and_changes_nothing(batch_size: int) -> None:
+    windows = torch.full((70, 5), 7)
+    windows[:20, 1] = 9
+    model, sizes = _Fixed(0.25), []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    expected = (260 * 2.0 + 20 * math.log2(255 / 0.75)) / 280
+    found = bits_per_byte(model, windows, BYTES, batch_size=batch_size)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert max(sizes) == min(batch_size, 70) and sum(sizes) == 70
+
+
 def test_it_can_be_stopped_between_batches() -> None:
     def stop() -> None:
         raise KeyboardInterrupt
