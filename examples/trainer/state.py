@@ -113,7 +113,12 @@ def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
         warnings.simplefilter("always")
         if plan.fisher_flops:
             signs = _generator(run.config.seed, f"d{plan.depth} Fisher", run.parallel.device)
-            fisher = DiagonalFisher(parent.model, estimator="sketch", generator=signs)
+            fisher = DiagonalFisher(
+                parent.model,
+                estimator="sketch",
+                generator=signs,
+                chunk_size=_fisher_chunk(run),
+            )
             importance = fisher.fit(_fisher_batches(plan, run)).importance
         growth = grow(parent.model, _model_config(plan.depth, run), _weights(plan, run))
         kept = inherit_penalties(growth, plan.arm, run.config, importance)
@@ -183,6 +188,15 @@ def _generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> t
 
 def _number(seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8], "big") >> 1
+
+
+def _fisher_chunk(run: Run) -> int | None:
+    """Sequences that the Fisher pass holds the activations of; ``None`` for a batch.
+
+    It is in fp32 and not compiled, either of which may double what a sequence takes in a step.
+    """
+    size = run.machine.device_batch_size
+    return None if size is None else max(1, size // 4)
 
 
 def _fisher_batches(plan: ModelPlan, run: Run) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from small_series import TINY, Series, results
 from torch._dynamo import config as dynamo
 
 import miniseries
+from ars.models import GPT
 from trainer.log import read_log
 
 SCRIPT = Path(miniseries.__file__)
@@ -43,6 +44,22 @@ def test_accumulating_a_batch_changes_rounding_alone(
         ours, theirs = (read_log(folder / f"log_{name}.csv") for folder in (tmp_path, whole))
         assert ours[1]["loss"] == pytest.approx(theirs[1]["loss"], abs=1e-6)
         assert ours[1]["grad_norm"] == pytest.approx(theirs[1]["grad_norm"], rel=1e-5)
+
+
+def test_no_pass_of_a_device_takes_more_than_its_batch(
+    series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = set()
+    forward = GPT.forward
+
+    def count(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+        sizes.add(len(tokens))
+        return forward(model, tokens)
+
+    monkeypatch.setattr(GPT, "forward", count)
+    # Training, evaluation, teacher and Fisher pass, which checks its rules on two sequences.
+    series(tmp_path, None, *ARMS, "--device-batch-size", "2", "--fisher-samples", "9")
+    assert max(sizes) == 2
 
 
 def test_recomputing_blocks_changes_no_bit(series: Series, whole: Path, tmp_path: Path) -> None:
