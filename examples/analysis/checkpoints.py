@@ -10,7 +10,7 @@ from corpus.choice import load_tokenizer
 from corpus.tokenizer import ByteTokenizer, Tokenizer
 from trainer.checkpoint import load_checkpoint
 from trainer.errors import UsageError
-from trainer.series import CONFIG_FILE, TOKENIZER_FILE
+from trainer.run import CONFIG_FILE, TOKENIZER_FILE
 
 __all__ = ["beginning_token", "evaluate_checkpoint", "load_model"]
 
@@ -60,15 +60,21 @@ def beginning_token(tokenizer: Tokenizer) -> int:
 
 
 def evaluate_checkpoint(
-    path: Path, tasks: list[Task], *, sequence_len: int | None, max_per_task: int | None
+    path: Path,
+    tasks: list[Task],
+    *,
+    sequence_len: int | None,
+    max_per_task: int | None,
+    device: str = "cpu",
 ) -> CoreResult:
-    """Evaluate a checkpoint on the tasks of a bundle, on the CPU.
+    """Evaluate a checkpoint on the tasks of a bundle.
 
     Args:
         path: see `load_model`.
         tasks: of the bundle.
         sequence_len: longest input in tokens; ``None`` for that of the training.
         max_per_task: items of each task at most; ``None`` for all.
+        device: to evaluate on.
 
     Raises:
         UsageError: see `load_model`, or ``max_per_task`` is too small for a task.
@@ -76,12 +82,13 @@ def evaluate_checkpoint(
     model, tokenizer = load_model(path, sequence_len)
     try:
         return evaluate(
-            model,
+            model.to(device),
             tasks,
             lambda text: tokenizer.encode(text).tolist(),
             bos=beginning_token(tokenizer),
             max_tokens=model.config.sequence_len,
             max_per_task=max_per_task,
+            device=device,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None

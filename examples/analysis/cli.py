@@ -11,7 +11,7 @@ from analysis.report_html import REPORT_FILE, render_report
 from analysis.verdict import headlines
 from trainer.arguments import Parser, integer, number
 from trainer.checkpoint import write_atomically
-from trainer.devices import PEAK_FLOPS
+from trainer.devices import PEAK_FLOPS, use_device
 from trainer.errors import UsageError
 
 __all__ = ["parse_arguments", "run"]
@@ -56,6 +56,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sequence-len", type=integer(8, 65536), metavar="T",
         help="longest prompt in tokens, the beginning of longer ones is dropped "
         "(default: as trained, by the run's config.json)")  # fmt: skip
+    add("--eval-device", default="cpu", metavar="D",
+        help="evaluates the checkpoints: cpu, cuda or cuda:N (default: %(default)s)")  # fmt: skip
     add("--max-per-task", type=integer(1, 10**9), metavar="N",
         help="items of each task at most (default: all)")  # fmt: skip
     arguments = parser.parse_args(argv)
@@ -81,11 +83,16 @@ def run(arguments: argparse.Namespace) -> str:
         raise UsageError(f"--out {out} is a file: name a folder")
     core = {}
     if arguments.eval_bundle:
+        use_device(arguments.eval_device, "--eval-device")
         tasks = load_bundle(arguments.eval_bundle)
+        stems = [path.stem for path in arguments.checkpoint]
         for path in arguments.checkpoint:
-            core[path.stem] = evaluate_checkpoint(
+            # Models of several runs have the same names.
+            name = path.stem if stems.count(path.stem) == 1 else str(path)
+            core[name] = evaluate_checkpoint(
                 path,
                 tasks,
+                device=arguments.eval_device,
                 sequence_len=arguments.sequence_len,
                 max_per_task=arguments.max_per_task,
             ).to_dict()

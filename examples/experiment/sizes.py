@@ -25,9 +25,11 @@ class SizeRow:
         depth: of the models.
         bits: validation bits per byte, over the seeds.
         grown: those of the largest model that is only grown minus these, paired by seed; ``None``
-            without a common seed. Negative: growing is better.
+            without a common seed in which neither diverged. Negative: growing is better.
         flops: of one model, mean.
         tokens: of one model, mean.
+        diverged: models of this depth that did, and are not in the means.
+        grown_diverged: grown models that did.
     """
 
     depth: int
@@ -35,6 +37,8 @@ class SizeRow:
     grown: Estimate | None
     flops: float
     tokens: float
+    diverged: int
+    grown_diverged: int
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON keeps."""
@@ -44,6 +48,8 @@ class SizeRow:
 def find_sizes(alone: Sequence[Record], arms: Sequence[Record]) -> list[SizeRow]:
     """The rows, ascending by depth; none without models that were trained alone.
 
+    A depth all of whose models diverged has no row.
+
     Args:
         alone: smaller models from scratch, each with all operations.
         arms: the models of the comparison; the largest from scratch and grown are taken of them.
@@ -51,12 +57,14 @@ def find_sizes(alone: Sequence[Record], arms: Sequence[Record]) -> list[SizeRow]
     if not alone:
         return []
     largest = max((r.depth for r in arms), default=0)
-    grown = {r.seed: r.val_bpb for r in arms if (r.depth, r.arm) == (largest, _GROWN)}
+    all_grown = [r for r in arms if (r.depth, r.arm) == (largest, _GROWN)]
+    grown = {r.seed: r.val_bpb for r in all_grown if not r.diverged}
     scratch = [r for r in arms if (r.depth, r.arm) == (largest, _SCRATCH)]
-    records = [r for r in (*alone, *scratch) if not r.diverged]
+    records = [*alone, *scratch]
     rows = []
-    for depth in sorted({r.depth for r in records}):
-        own = [r for r in records if r.depth == depth]
+    for depth in sorted({r.depth for r in records if not r.diverged}):
+        of_depth = [r for r in records if r.depth == depth]
+        own = [r for r in of_depth if not r.diverged]
         differences = [grown[r.seed] - r.val_bpb for r in own if r.seed in grown]
         rows.append(
             SizeRow(
@@ -65,6 +73,8 @@ def find_sizes(alone: Sequence[Record], arms: Sequence[Record]) -> list[SizeRow]
                 grown=Estimate.of(differences) if differences else None,
                 flops=sum(r.own_flops for r in own) / len(own),
                 tokens=sum(r.tokens for r in own) / len(own),
+                diverged=len(of_depth) - len(own),
+                grown_diverged=len(all_grown) - len(grown),
             )
         )
     return rows
@@ -76,9 +86,16 @@ def sentence_of(rows: Sequence[SizeRow]) -> str:
     Args:
         rows: of `find_sizes`, one or more.
     """
-    best, largest = min(rows, key=lambda row: row.bits.mean), rows[-1].depth
+    # What the survivors of a size that diverges end at is no reason to choose it.
+    best = min(rows, key=lambda row: (row.diverged > 0, row.bits.mean))
+    largest = rows[-1].depth
     found = f"d{best.depth} from scratch ends at {best.bits.mean:.4f} bits per byte"
-    if best.grown is not None:
+    if best.diverged:
+        found += f" where it does not diverge, as in {best.diverged} of "
+        found += f"{best.diverged + len(best.bits.values)} seeds"
+    if best.grown_diverged:
+        found += f", and d{largest} grown diverged in some seed"
+    elif best.grown is not None:
         interval = best.grown.known
         known = (
             "no difference shown"

@@ -140,7 +140,7 @@ def _sizes(sizes: Sequence[SizeRow]) -> str:
         (
             f"d{row.depth}",
             str(len(row.bits.values)),
-            _bits(row.bits),
+            _bits(row.bits) + (f", {row.diverged} diverged" if row.diverged else ""),
             "" if row.grown is None else f"{row.grown.mean:+.4f}{_spread(row.grown)}",
             f"{row.flops:.3e}",
             f"{row.tokens:,.0f}",
@@ -149,7 +149,10 @@ def _sizes(sizes: Sequence[SizeRow]) -> str:
     ]
     largest = f"d{sizes[-1].depth} grown"
     header = ("depth", "seeds", "bits per byte", f"{largest} minus this", "FLOPs", "tokens")
-    return f"{_table(header, rows)}\n\nNegative: {largest} is better than this size from scratch."
+    note = f"Negative: {largest} is better than this size from scratch."
+    if sizes[0].grown_diverged:
+        note += f" {sizes[0].grown_diverged} models of {largest} diverged and are not in it."
+    return f"{_table(header, rows)}\n\n{note}"
 
 
 def _grid(grid: Grid) -> str:

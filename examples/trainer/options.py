@@ -111,7 +111,7 @@ def add_files(parser: OptionParser) -> None:
               "text, CSV or parquet file or folder, or hf:NAME",
               shown="the Python files of the standard library")  # fmt: skip
     group.add("column", values.optional(values.text), "NAME", "column of a table that is the text",
-              shown="the one named text")  # fmt: skip
+              shown="text for hf:NAME; a table's has to be named")  # fmt: skip
     group.add("tokenizer", values.text, "T", "bytes, bpe:N to train one of N tokens, or a file")
     group.add("cache", values.optional(values.path), "DIR", "folder for the text as tokens",
               shown="data/ in the output folder")  # fmt: skip

@@ -99,7 +99,8 @@ def plan_series(config: SeriesConfig, shape_of: Callable[[int], Shape]) -> tuple
         shape_of: sizes and operations of the model of a depth, be it one of the series or not.
 
     Raises:
-        UsageError: an arm is none, or what it adds costs more than a whole trunk.
+        UsageError: an arm is none, what it adds costs more than a whole trunk, or there is but one
+            depth and nothing to grow.
     """
     series = _Planner(config, shape_of)
     for depth in config.depths:
@@ -112,6 +113,12 @@ class _Planner:
     def __init__(self, config: SeriesConfig, shape_of: Callable[[int], Shape]) -> None:
         self.config = config
         self.arms = [parse_arm(word) for word in config.arms]
+        grown = next((arm.name for arm in self.arms if arm.grown), None)
+        if len(config.depths) == 1 and grown is not None:
+            raise UsageError(
+                f"--depths {config.depths[0]} is one depth, out of which nothing grows, and "
+                f"{grown} asks for growing: give two or more depths, or --arms scratch"
+            )
         self.plans: dict[str, ModelPlan] = {}
         self.shapes = {depth: shape_of(depth) for depth in config.depths}
         self.settings = {depth: settings_of(depth, config, shape_of) for depth in config.depths}

@@ -1,5 +1,6 @@
 """From what the user asked for to a run that can start: every check, and nothing left behind."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,15 +12,16 @@ from tqdm import tqdm
 
 from corpus import Corpus, prepare_corpus
 from trainer.cli import Arguments
+from trainer.devices import use_device
 from trainer.errors import UsageError
 from trainer.parallel import Parallel
 from trainer.planning import checked_plans, vocabulary_of
-from trainer.run import Run
-from trainer.series import DATA_FOLDER, check_folder
+from trainer.run import CONFIG_FILE, DATA_FOLDER, Run
+from trainer.series import check_folder
 from trainer.signals import StopRequest
 from trainer.tracking import check_trackers
 
-__all__ = ["check_writable", "prepare", "use_device"]
+__all__ = ["check_writable", "prepare"]
 
 _QUIET_SECONDS = 1.0  # tokenising that takes less is not worth a progress bar
 
@@ -75,10 +77,10 @@ def _check_folders(arguments: Arguments) -> None:
 def _read(arguments: Arguments, parallel: Parallel, stop: StopRequest) -> Corpus:
     """The text as tokens: the first process makes them, the others find them."""
 
-    def read() -> Corpus:
+    def read(commit: str | None) -> Corpus:
         with _bar(stop, shown=parallel.is_first) as progress:
             return prepare_corpus(
-                arguments.data,
+                _at(arguments.data, commit),
                 column=arguments.column,
                 tokenizer=arguments.tokenizer,
                 cache=arguments.cache or arguments.out / DATA_FOLDER,
@@ -87,8 +89,32 @@ def _read(arguments: Arguments, parallel: Parallel, stop: StopRequest) -> Corpus
             )
 
     made: list[Corpus] = []
-    parallel.from_first(lambda: made.append(read()))
-    return made[0] if made else read()
+
+    def read_first() -> str | None:
+        made.append(read(_commit_of_the_run(arguments)))
+        commit: str | None = made[0].facts.get("commit")
+        return commit
+
+    commit = parallel.from_first(read_first)
+    return made[0] if made else read(commit)
+
+
+def _commit_of_the_run(arguments: Arguments) -> str | None:
+    """That of the hub's data set which the run in the output folder was begun with.
+
+    With it the run goes on without a network, and whatever the hub has become.
+    """
+    path = arguments.out / CONFIG_FILE
+    if not path.exists():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))["data"]  # `check_folder` has read it
+    commit: str | None = data.get("commit") if data.get("source") == arguments.data else None
+    return commit
+
+
+def _at(data: str | None, commit: str | None) -> str | None:
+    """A data set's name with a commit, unless it has one or there is none."""
+    return data if data is None or commit is None or "@" in data else f"{data}@{commit}"
 
 
 @contextmanager
@@ -122,39 +148,6 @@ def _nothing_left_behind(arguments: Arguments, *, by: bool) -> Iterator[None]:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
         raise
-
-
-def use_device(name: str) -> None:
-    """Check that a device is there, for every process that torchrun has started here.
-
-    Args:
-        name: "cpu", "cuda" or "cuda:N".
-
-    Raises:
-        UsageError: it is unknown or not there.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name} is unknown: use cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise UsageError(
-                f"--device {name} is not available (CUDA devices found: {count}): use --device cpu"
-            )
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if processes > 1 and device.index is not None:
-            raise UsageError(
-                f"--device {name} is one for {processes} processes: use --device cuda, of which "
-                "each takes its own"
-            )
-        if processes > count:
-            raise UsageError(
-                f"--device {name} has {count} for {processes} processes: start at most {count}"
-            )
 
 
 def check_writable(folder: Path, option: str = "--out") -> None:

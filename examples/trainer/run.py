@@ -12,7 +12,12 @@ from trainer.parallel import Parallel
 from trainer.plan import ModelPlan
 from trainer.signals import StopRequest
 
-__all__ = ["Run"]
+__all__ = ["CONFIG_FILE", "DATA_FOLDER", "TOKENIZER_FILE", "Run"]
+
+# In the output folder.
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+DATA_FOLDER = "data"  # the text as tokens, made before the run is begun
 
 
 @dataclass(frozen=True)

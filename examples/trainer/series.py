@@ -7,6 +7,7 @@ one that has states in ``checkpoints/<name>/`` is continued; the report is rebui
 import json
 import platform
 import time
+import uuid
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,12 @@ from trainer.config import SeriesConfig
 from trainer.errors import UsageError
 from trainer.keep import Keeper
 from trainer.plan import ModelPlan, plan_series
-from trainer.run import Run
+from trainer.run import CONFIG_FILE, DATA_FOLDER, TOKENIZER_FILE, Run
 from trainer.state import TrainingState, build_from_scratch, inherit, restore, shape_of
 from trainer.train import train
 
-__all__ = [
-    "CONFIG_FILE", "DATA_FOLDER", "TOKENIZER_FILE", "Series", "check_folder", "plans_of",
-    "run_series",
-]  # fmt: skip
+__all__ = ["Series", "check_folder", "plans_of", "run_series"]
 
-CONFIG_FILE = "config.json"
-TOKENIZER_FILE = "tokenizer.json"
-DATA_FOLDER = "data"  # the text as tokens, made before the run is begun
 _BEFORE_CONFIG = (DATA_FOLDER, f"{CONFIG_FILE}.tmp")  # what a kill can leave without CONFIG_FILE
 
 
@@ -111,7 +106,9 @@ def run_series(run: Run) -> tuple[str, bool]:
         run.folder.mkdir(parents=True, exist_ok=True)
         if not (run.folder / CONFIG_FILE).exists():
             data = {"sha256": run.corpus.sha256, **run.corpus.facts}
-            stored = {"settings": run.config.to_dict(), "data": data}
+            # The id is what trackers know this folder's models by: a second run with equal settings
+            # is another.
+            stored = {"id": uuid.uuid4().hex, "settings": run.config.to_dict(), "data": data}
             write_atomically(run.folder / CONFIG_FILE, json.dumps(stored, indent=2) + "\n")
         run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
         run.checkpoints.mkdir(exist_ok=True)

@@ -1,12 +1,14 @@
 """Reporting to TensorBoard and Weights & Biases, where asked for."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from trainer.errors import UsageError
 from trainer.plan import ModelPlan
-from trainer.run import Run
+from trainer.run import CONFIG_FILE, Run
 
 __all__ = ["Tracker", "check_trackers", "open_tracker"]
 
@@ -57,6 +59,13 @@ def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
                 ) from None
 
 
+def _id(run: Run, plan: ModelPlan) -> str:
+    """The same whenever a model of this folder goes on, and no other folder's."""
+    stored = json.loads((run.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    text = f"{stored.get('id')} {run.fingerprint(plan)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 @contextmanager
 def open_tracker(run: Run, plan: ModelPlan, step: int) -> Iterator[Tracker]:
     """The tracker of a model, closed at the end.
@@ -86,7 +95,7 @@ def open_tracker(run: Run, plan: ModelPlan, step: int) -> Iterator[Tracker]:
         wandb_run = wandb.init(
             project=machine.wandb,
             name=f"{plan.name} seed {run.config.seed}",
-            id=run.fingerprint(plan)[:16],
+            id=_id(run, plan),
             resume="allow",
             config=run.config.to_dict(),
         )

@@ -59,6 +59,7 @@ def train(
             return score(state.model, curve_windows, corpus.token_bytes)
 
         if not resumed:
+            progress.say(state.warnings)  # of how it was grown
             recorder.add(state, None, measure())
             recorder.read(state)
         saved_at = time.monotonic()

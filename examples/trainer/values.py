@@ -118,11 +118,11 @@ def _ascending(given: Any) -> tuple[int, ...]:
 
 
 def depths(given: Any) -> tuple[int, ...]:
-    """Depths of a series: 2-4, or 2,3,4, or a list."""
+    """Depths of a series: 2-4, or 2,3,4, or a list; or one."""
     found = _ascending(given)
-    if len(found) < 2:
+    if not found:
         raise OptionError(
-            f"{_shown(given)} is not a series: give two or more ascending depths from 1 to "
+            f"{_shown(given)} is not a series: give ascending depths from 1 to "
             f"{LARGEST_DEPTH}, such as 2-4 or 2,3,4"
         )
     return found

@@ -74,6 +74,19 @@ def test_everything_is_written(
         (["--metrics", "DEMO", "--eval-bundle", "DIR"], "need each other"),
         (["--metrics", "DEMO", "--checkpoint", "x.pt"], "need each other"),
         (["--metrics", "DEMO", "--eval-bundle", "DIR", "--checkpoint", "x.pt"], "core.yaml"),
+        (
+            [
+                "--metrics",
+                "DEMO",
+                "--eval-bundle",
+                "MINI",
+                "--checkpoint",
+                "x.pt",
+                "--eval-device",
+                "cuda:99",
+            ],
+            "--eval-device cuda:99 is not available",
+        ),
         (["--metrics", "DEMO", "--eval-bundle", "MINI", "--checkpoint", "x.pt"], "x.pt "),
         (["--metrics", "DEMO", "--out", "FILE"], "is a file: name a folder"),
         (["--metrics", "DEMO", "--out", "FILE/below"], "writing to"),
@@ -141,6 +154,21 @@ def test_too_few_items_for_the_examples(
     words += ["--sequence-len", "40"]
     assert main([*words, "--max-per-task", "2"]) == 2
     assert "2 items of mini_choice are too few for 2 examples each" in capsys.readouterr().err
+
+
+def test_models_of_several_runs_are_scored_apart(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "render_report", lambda *_: "")
+    other = tmp_path / "other" / checkpoint.name
+    other.parent.mkdir()
+    other.write_bytes(checkpoint.read_bytes())
+    words = ["--metrics", str(DEMO), "--bootstraps", "0", "--out", str(tmp_path / "out")]
+    words += ["--eval-bundle", str(MINI_BUNDLE), "--checkpoint", str(checkpoint), str(other)]
+    assert main([*words, "--sequence-len", "64"]) == 0
+    scores = json.loads((tmp_path / "out/metrics/core.json").read_text())
+    assert scores.keys() == {str(checkpoint), str(other)}
+    assert scores[str(checkpoint)] == scores[str(other)]
 
 
 def test_an_interrupt_is_no_traceback(

@@ -1,5 +1,8 @@
 """The largest model's operations, spent on models of other sizes."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from analysis.records import Record
@@ -58,6 +61,26 @@ def test_what_diverged_or_has_no_partner_is_not_paired() -> None:
     assert small.grown is None
     assert find_sizes([], ARMS) == []
     assert find_sizes(alone, [])[0].grown is None
+
+
+def test_a_grown_model_that_diverged_is_not_better() -> None:
+    alone = [record(2, "scratch", 2.0 + seed / 10, seed) for seed in (0, 1, 2)]
+    for lost in (float("nan"), float("inf")):
+        arms = [replace(r, val_bpb=lost) if (r.arm, r.seed) == ("grown", 1) else r for r in ARMS]
+        rows = find_sizes(alone, arms)
+        assert rows[0].grown is not None
+        assert rows[0].grown.values == pytest.approx((0.25, 0.25))
+        assert sentence_of(rows).endswith("bits per byte, and d3 grown diverged in some seed.")
+        json.dumps([row.to_dict() for row in rows], allow_nan=False)
+
+
+def test_a_size_that_diverges_is_not_the_best() -> None:
+    alone = [record(2, "scratch", bpb, seed) for seed, bpb in enumerate((1.0, 1.0, float("nan")))]
+    rows = find_sizes(alone, ARMS)
+    assert rows[0].diverged == 1
+    assert "d3 from scratch ends at 2.7000" in sentence_of(rows)
+    all_of_them = sentence_of(find_sizes(alone, [r for r in ARMS if r.arm != "scratch"]))
+    assert "ends at 1.0000 bits per byte where it does not diverge, as in 1 of 3" in all_of_them
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))

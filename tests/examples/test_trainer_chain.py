@@ -1,6 +1,7 @@
 """Chains of models: which parents they have, and where in the data each reads on."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from small_series import Series, Stop, results
 
 from trainer import plan as planning
+from trainer import state
 from trainer import step as stepping
 from trainer.errors import RunInterruptedError
 from trainer.rules import settings_of
@@ -63,3 +65,20 @@ def test_no_model_reads_what_the_trunks_before_it_have_read(
         seen += [row for rows in own[:steps] for row in rows]
     assert not read
     assert len(set(seen)) == len(seen)
+
+
+def test_what_growing_warns_of_is_said_when_training_begins(
+    series: Series,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def warn(*words: Any) -> Any:
+        warnings.warn("the importance is 0 everywhere", stacklevel=2)
+        return inherit_penalties(*words)
+
+    inherit_penalties = state.inherit_penalties
+    monkeypatch.setattr(state, "inherit_penalties", warn)
+    series(tmp_path, None, "--arms", "grown+ewc", "--curve-points", "2")
+    said = "warning: d2-grown+ewc: the importance is 0 everywhere"
+    assert capsys.readouterr().err.count(said) == 1

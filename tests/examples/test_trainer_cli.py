@@ -167,6 +167,7 @@ def test_the_last_of_steps_and_ratio_wins() -> None:
         ("compile: maybe\n", "compile: 'maybe' is neither true nor false"),
         ("compile: 1\n", "compile: 1 is neither true nor false"),
         ("depths: [2, 2]\n", "depths: '2,2' is not a series"),
+        ("depths: []\n", "is not a series"),
         ("depths: [2.0, 3.0]\n", "is not a series"),
         ("arms: [grown+ecw]\n", "arms: grown+ecw: there is no 'ecw'; did you mean ewc?"),
         ("arms: []\n", "arms: no way to train is named"),

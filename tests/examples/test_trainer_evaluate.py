@@ -59,7 +59,8 @@ def test_the_batch_bounds_the_memory_and_changes_nothing(batch_size: int) -> Non
     expected = (260 * 2.0 + 20 * math.log2(255 / 0.75)) / 280
     found = bits_per_byte(model, windows, BYTES, batch_size=batch_size)
     assert found == pytest.approx(expected, abs=1e-5)
-    assert max(sizes) == min(batch_size, 70) and sum(sizes) == 70
+    assert max(sizes) == min(batch_size, 70)
+    assert sum(sizes) == 70
 
 
 def test_it_can_be_stopped_between_batches() -> None:

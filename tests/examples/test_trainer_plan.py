@@ -51,6 +51,14 @@ def test_the_order_and_the_arms() -> None:
     assert found["d3-scratch"].warmup == 20
 
 
+def test_one_depth_is_trained_from_scratch_alone() -> None:
+    assert list(plans(depths=(3,), steps=(40,), arms=("scratch", "scratch+ars"))) == [
+        "d3-scratch", "d3-scratch+ars",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match=r"--depths 3 is one depth.* grown\+ewc asks for growing"):
+        plans(depths=(3,), steps=(40,), arms=("scratch", "grown+ewc"))
+
+
 @pytest.mark.parametrize("steps", [(40, 30, 20), (3, 5, 4), (997, 30, 411)])
 def test_every_arm_has_the_budget_of_the_plain_chain(steps: tuple[int, ...]) -> None:
     found = plans(steps=steps)

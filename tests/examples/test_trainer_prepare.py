@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import miniseries
 from trainer import prepare as preparing
 from trainer import series as running
 from trainer.cli import parse_arguments
+from trainer.devices import use_device
 from trainer.errors import RunInterruptedError, UsageError
 from trainer.parallel import Parallel
-from trainer.prepare import prepare, use_device
+from trainer.prepare import prepare
 from trainer.program import exit_status
 from trainer.signals import StopRequest
 
@@ -42,6 +44,33 @@ def test_what_is_known_without_the_text_is_refused_before_it_is_read(
     monkeypatch.setattr(preparing, "prepare_corpus", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(UsageError, match=says):
         prepare(parse_arguments(words), StopRequest())
+
+
+def test_a_run_goes_on_with_the_commit_it_was_begun_with(
+    series: Series, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest, asked = ["a" * 40], []
+
+    def prepare_corpus(data: str, **rest: Any) -> Any:
+        asked.append(data)
+        name, _, commit = data.partition("@")
+        corpus = read(str(text), **rest)
+        facts = {"source": name, "commit": commit or newest[0]}
+        return replace(corpus, facts={**corpus.facts, **facts})
+
+    read = preparing.prepare_corpus
+    monkeypatch.setattr(preparing, "prepare_corpus", prepare_corpus)
+    words = ("--arms", "scratch", "--data", "hf:owner/name")
+    series(tmp_path, None, *words)
+    newest[0] = "b" * 40
+    assert series(tmp_path, None, *words)[1]
+    assert asked == ["hf:owner/name", f"hf:owner/name@{'a' * 40}"]
+
+    # The first process says which commit it has read; the others read that one.
+    monkeypatch.setattr(_Second, "from_first", lambda *_: "c" * 40)
+    monkeypatch.setattr(preparing, "Parallel", _Second)
+    prepare(parse_arguments([*words, "--out", str(tmp_path / "new")]), StopRequest())
+    assert asked[2:] == [f"hf:owner/name@{'c' * 40}"]
 
 
 class _Second(Parallel):

@@ -88,6 +88,15 @@ def test_weights_and_biases_gets_one_run_a_model(
     assert [step for step, _ in runs[0].rows] == [row["step"] for row in rows]
     assert runs[0].rows[3][1]["loss"] == rows[3]["loss"]
 
+    # A model that is trained again in its folder goes on, as after an interruption; the same
+    # settings in another folder are another run.
+    (tmp_path / "checkpoints/d2-scratch.pt").unlink()
+    series(tmp_path, None, "--arms", "scratch", "--wandb", "my-project")
+    series(tmp_path / "other", None, "--arms", "scratch", "--wandb", "my-project")
+    ids = [run.settings["id"] for run in runs]
+    assert ids[2] == ids[1]
+    assert len(set(ids)) == len(ids) - 1 == 4
+
 
 def test_what_is_not_installed_is_said_before_anything_is_done(
     series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
