@@ -30,6 +30,7 @@ from analysis.power_sums import Array, PowerSum, fit_power_sum, refine
 __all__ = ["ScalingLawValidator"]
 
 _BOOTSTRAP_TOLERANCE = 1e-6  # far below the width of any interval
+_TIE = 1e-6  # relative; sums of logarithms of equal products differ by rounding
 _CHUNK = 500  # bootstrap fits at a time: bounds the memory
 
 Indices = NDArray[np.intp]
@@ -141,7 +142,8 @@ class ScalingLawValidator:
             params: N of each run, > 0.
             tokens: D of each run, > 0.
             losses: L of each run, > 0.
-            share: of the runs held out, in (0, 1), rounded up.
+            share: of the runs held out, in (0, 1), rounded up; and all as large as the smallest
+                of these.
 
         Raises:
             ValueError: as `fit`, for the runs that are left.
@@ -161,7 +163,8 @@ class ScalingLawValidator:
         Args:
             flops: C of each run, > 0.
             losses: L of each run, > 0.
-            share: of the runs held out, in (0, 1), rounded up.
+            share: of the runs held out, in (0, 1), rounded up; and all as large as the smallest
+                of these.
 
         Raises:
             ValueError: as `fit_compute`, for the runs that are left.
@@ -265,9 +268,10 @@ def _hold_out(
 ) -> HoldOut:
     if not 0.0 < share < 1.0:
         raise ValueError(f"share must lie between 0 and 1, got {share}")
-    ranking = np.argsort(order, kind="stable")
     count = math.ceil(share * y.size)
-    kept, wanted = np.sort(ranking[:-count]), np.sort(ranking[-count:])
+    # With all of equal size: seeds of a run that is predicted would give its loss away.
+    held_out = order >= np.sort(order)[-count] - _TIE
+    kept, wanted = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     predicted = predict(kept, wanted)
     errors = np.log(predicted) - y[wanted]
     return HoldOut(

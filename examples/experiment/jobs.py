@@ -21,6 +21,7 @@ from experiment.design import Job
 from experiment.progress import Progress
 from trainer.config import SeriesConfig
 from trainer.errors import RunInterruptedError, UsageError
+from trainer.figures import FIGURES
 from trainer.parallel import Parallel
 from trainer.run import Run
 from trainer.series import run_series
@@ -72,7 +73,7 @@ def run_jobs(
     """
     context = multiprocessing.get_context("spawn")
     resource_tracker.ensure_running()  # here, since starting it unblocks the signals held below
-    waiting = list(jobs)
+    waiting = [job for job in jobs if not _is_finished(out, job)]
     running: dict[SpawnProcess, Job] = {}
     with Progress(out, jobs) as progress:
         try:
@@ -101,6 +102,14 @@ def run_jobs(
                 process.terminate()  # SIGTERM: it saves what it has
             for process in running:
                 process.join()
+
+
+def _is_finished(out: Path, job: Job) -> bool:
+    """Whether starting its process, which takes seconds, would change nothing."""
+    folder = out / job.name
+    written = ("metrics.json", "table.md", *FIGURES)
+    models = [folder / "checkpoints" / f"{plan.name}.pt" for plan in job.plans]
+    return all(path.exists() for path in (*models, *(folder / name for name in written)))
 
 
 def _log(out: Path, job: Job) -> Path:

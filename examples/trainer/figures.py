@@ -10,7 +10,9 @@ from matplotlib.ticker import NullFormatter
 
 from trainer.plan import ModelPlan
 
-__all__ = ["draw_losses"]
+__all__ = ["FIGURES", "draw_losses"]
+
+FIGURES = ("loss_validation.png", "loss_training.png")
 
 Record = dict[str, Any]
 Points = tuple[list[float], list[float]]
@@ -21,17 +23,18 @@ _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#
 
 
 def draw_losses(folder: Path, plans: Sequence[ModelPlan], logs: dict[str, list[Record]]) -> None:
-    """Write ``loss_validation.png`` and ``loss_training.png``.
+    """Write the files of `FIGURES`.
 
     Args:
         folder: output folder.
         plans: of the models.
         logs: rows of each model by its name.
     """
-    for name, title, points in (
-        ("loss_validation.png", "validation loss (bits per byte)", _validation),
-        ("loss_training.png", f"training loss (bits a token, mean of {_SMOOTHING})", _training),
-    ):
+    kinds = (
+        ("validation loss (bits per byte)", _validation),
+        (f"training loss (bits a token, mean of {_SMOOTHING})", _training),
+    )
+    for name, (title, points) in zip(FIGURES, kinds, strict=True):
         _plot(folder / name, plans, logs, title, points)
 
 

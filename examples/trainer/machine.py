@@ -1,4 +1,7 @@
-"""What a run is done with: it changes rounding at most, so a run may go on with another."""
+"""What a run is done with: a run may go on with another.
+
+It changes rounding at most, and the device the signs of the Fisher sketch.
+"""
 
 from dataclasses import dataclass
 
@@ -14,7 +17,8 @@ class Machine:
         threads: CPU threads; ``None`` leaves torch's own choice.
         device_batch_size: sequences a process differentiates at a time; a step's batch is
             accumulated out of these. ``None`` for all at once.
-        compile: whether `torch.compile` compiles the models.
+        compile: whether `torch.compile` compiles the models. The first step, in which it does,
+            counts as no time.
         recompute: whether blocks keep only their inputs for the backward pass.
         keep: states of a model in training that are kept.
         checkpoint_seconds: between two of these: what a kill can cost at most.

@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from corpus import Corpus, prepare_corpus
-from trainer.cli import Arguments
 from trainer.devices import use_device
 from trainer.errors import UsageError
 from trainer.parallel import Parallel
@@ -21,12 +21,15 @@ from trainer.series import check_folder
 from trainer.signals import StopRequest
 from trainer.tracking import check_trackers
 
+if TYPE_CHECKING:  # the experiment has no such command line, nor needs its library
+    from trainer.cli import Arguments
+
 __all__ = ["check_writable", "prepare"]
 
 _QUIET_SECONDS = 1.0  # tokenising that takes less is not worth a progress bar
 
 
-def prepare(arguments: Arguments, stop: StopRequest) -> Run:
+def prepare(arguments: "Arguments", stop: StopRequest) -> Run:
     """Check the machine, the settings, the output folder and the data.
 
     What can be known without the text is looked at before it becomes tokens, which are all that is
@@ -67,14 +70,14 @@ def prepare(arguments: Arguments, stop: StopRequest) -> Run:
     )
 
 
-def _check_folders(arguments: Arguments) -> None:
+def _check_folders(arguments: "Arguments") -> None:
     check_writable(arguments.out)
     if arguments.cache is not None:
         check_writable(arguments.cache, "--cache")
     check_folder(arguments.out, arguments.config, None)
 
 
-def _read(arguments: Arguments, parallel: Parallel, stop: StopRequest) -> Corpus:
+def _read(arguments: "Arguments", parallel: Parallel, stop: StopRequest) -> Corpus:
     """The text as tokens: the first process makes them, the others find them."""
 
     def read(commit: str | None) -> Corpus:
@@ -99,7 +102,7 @@ def _read(arguments: Arguments, parallel: Parallel, stop: StopRequest) -> Corpus
     return made[0] if made else read(commit)
 
 
-def _commit_of_the_run(arguments: Arguments) -> str | None:
+def _commit_of_the_run(arguments: "Arguments") -> str | None:
     """That of the hub's data set which the run in the output folder was begun with.
 
     With it the run goes on without a network, and whatever the hub has become.
@@ -133,7 +136,7 @@ def _bar(stop: StopRequest, *, shown: bool) -> Iterator[Callable[[int, int | Non
 
 
 @contextmanager
-def _nothing_left_behind(arguments: Arguments, *, by: bool) -> Iterator[None]:
+def _nothing_left_behind(arguments: "Arguments", *, by: bool) -> Iterator[None]:
     """Take away what a refused run has put into its output folder; a folder of --cache stays."""
     cache = arguments.out / DATA_FOLDER
     before = set(cache.iterdir()) if cache.is_dir() else set()

@@ -62,7 +62,9 @@ def step(state: TrainingState, plan: ModelPlan, run: Run) -> Update:
         world_size=run.parallel.world_size,
     )
     device = run.parallel.device
-    micro = list(zip(*(x.to(device).split(micro_batch_size(plan, run))
+    if device.type == "cuda":  # copied from pageable memory, a batch is waited for
+        inputs, targets = inputs.pin_memory(), targets.pin_memory()
+    micro = list(zip(*(x.to(device, non_blocking=True).split(micro_batch_size(plan, run))
                        for x in (inputs, targets)), strict=True))  # fmt: skip
     totals = torch.zeros(2, device=device)  # the task's loss and the distillation's
     for index, (x, y) in enumerate(micro):

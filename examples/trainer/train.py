@@ -64,6 +64,7 @@ def train(
             recorder.read(state)
         saved_at = time.monotonic()
         started = time.perf_counter()
+        compiling = run.machine.compile  # in the first step, which `pace` waits for
         while state.step < plan.steps:
             update = step(state, plan, run)
             is_point = state.step % every == 0 or state.step in (plan.trunk, plan.steps)
@@ -71,7 +72,8 @@ def train(
                 recorder.add(state, update, None)
                 continue
             update.loss.item()  # waits, so that all that was spent on the steps has been spent
-            state.seconds += time.perf_counter() - started
+            state.seconds += 0.0 if compiling else time.perf_counter() - started
+            compiling = False
             measured = None
             if is_point:
                 measured = measure()

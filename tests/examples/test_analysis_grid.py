@@ -58,7 +58,9 @@ def test_three_seeds_can_show_a_benefit_or_none(tmp_path: Path) -> None:
     noise = [value + d for value, d in zip(plain, (0.1, -0.1, -0.001), strict=True)]
     grid = grid_of(tmp_path, {"grown": plain, "grown+ewc=1": gain, "grown+ewc=2": noise})
     assert grid is not None
-    assert grid.sentence.startswith("Of 2 pairs, 1 end below")
+    assert grid.sentence.startswith(
+        "Better by their own intervals: 1, by chance 0.1. Of 2 pairs, 1"
+    )
     grid = grid_of(tmp_path, {"grown": plain, "grown+ewc=1": noise, "grown+ewc=2": noise})
     assert grid is not None
     assert grid.sentence.startswith("No benefit shown. Of 2 pairs, 0 end below")

@@ -221,6 +221,16 @@ def test_the_score_of_the_compute_law() -> None:
         ScalingLawValidator().holdout_compute(c[:4], y[:4])
 
 
+def test_seeds_of_one_budget_are_held_out_together() -> None:
+    c = np.repeat(np.geomspace(1e17, 1e20, 5), 3)
+    score = ScalingLawValidator().holdout_compute(c, 1.7 + 20 * c**-0.1, share=0.25)
+    assert score.runs == (9, 10, 11, 12, 13, 14)  # 4 of 15 are asked for
+    n, d = np.repeat([1e6, 2e6, 3e6, 7e6], 4), np.tile([21e8, 7e8, 6e8, 3e8], 4)
+    assert ScalingLawValidator().holdout(n, d, losses(EPOCH, n, d), share=0.3).runs == tuple(
+        np.flatnonzero(n * d >= np.sort(n * d)[-5] * (1 - 1e-9))
+    )
+
+
 @pytest.mark.parametrize("kind", ["constant", "noise", "steps"])
 def test_losses_without_a_law_give_finite_numbers(kind: str) -> None:
     n, d = grid(4, 4)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,22 @@ def test_every_model_is_in_the_summary(straight: tuple[Path, dict[str, Any]]) ->
     expected = [(job.name, plan.name) for job in jobs_of("arms", "quick") for plan in job.plans]
     assert sorted(found) == sorted(expected)
     assert not any(one["unfinished"] for one in straight[1]["runs"])
+
+
+def test_a_series_that_is_finished_is_not_started_again(
+    text: Path, straight: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, found = straight
+    monkeypatch.setattr(SpawnProcess, "start", lambda _: pytest.fail("a process is started"))
+    assert experiment(out, text) == found
+    figure = out / "arms/seed-0/loss_training.png"
+    content = figure.read_bytes()
+    figure.unlink()
+    try:
+        with pytest.raises(pytest.fail.Exception, match="a process is started"):
+            experiment(out, text)
+    finally:
+        figure.write_bytes(content)
 
 
 @pytest.mark.timeout(900)  # five starts of the program: minutes on a machine that has other work

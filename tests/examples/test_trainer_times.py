@@ -59,6 +59,27 @@ def test_a_row_has_the_time_and_speed_of_its_own_step(
             before = row
 
 
+def test_compiling_counts_as_no_time(
+    series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def slow(state: Any, *given: Any) -> Any:
+        nonlocal now
+        now += 1.0 if state.step else 100.0
+        return step(state, *given)
+
+    step = train.step
+    clock = SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now)
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "step", slow)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    series(tmp_path, None, "--arms", "scratch", "--compile")
+    rows = read_log(tmp_path / "log_d1-scratch.csv")
+    assert [row["seconds"] for row in rows] == [0.0, *map(float, range(len(rows) - 1))]
+    assert rows[1]["tokens_per_second"] is None
+
+
 def test_the_steps_between_two_reads_share_their_time() -> None:
     rows: list[dict[str, Any]] = []
     hears = SimpleNamespace(write=rows.append, show=lambda _: None)
