@@ -1,6 +1,6 @@
 """Does inheriting pay? The experiment: tuned controls, a grid of strengths, arms with intervals.
 
-    python examples/inheritance.py --workers 2     # everything, about 95 minutes on two CPU cores
+    python examples/inheritance.py --workers 2     # everything, 73 minutes on two CPU cores
     python examples/inheritance.py --size quick    # the same path in two minutes
     python examples/inheritance.py --size gpu --data FILE --minutes 8    # a piece at a time: d4 to
                                                    # d10, 1.8e19 operations, a day or so of an H100
