@@ -12,9 +12,8 @@ import torch
 from tqdm import tqdm
 
 from corpus import Corpus, prepare_corpus
-from trainer.devices import use_device
 from trainer.errors import UsageError
-from trainer.parallel import Parallel
+from trainer.parallel import Parallel, use_device
 from trainer.planning import checked_plans, vocabulary_of
 from trainer.run import CONFIG_FILE, DATA_FOLDER, Run
 from trainer.series import check_folder

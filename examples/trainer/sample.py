@@ -14,8 +14,8 @@ from corpus.choice import load_tokenizer
 from corpus.tokenizer import Tokenizer
 from trainer.checkpoint import load_checkpoint
 from trainer.cli import SampleArguments
-from trainer.devices import use_device
 from trainer.errors import UsageError
+from trainer.parallel import use_device
 from trainer.run import CONFIG_FILE, TOKENIZER_FILE
 
 __all__ = ["continue_tokens", "describe_samples"]

@@ -15,9 +15,8 @@ import miniseries
 from trainer import prepare as preparing
 from trainer import series as running
 from trainer.cli import parse_arguments
-from trainer.devices import use_device
 from trainer.errors import RunInterruptedError, UsageError
-from trainer.parallel import Parallel
+from trainer.parallel import Parallel, use_device
 from trainer.prepare import prepare
 from trainer.program import exit_status
 from trainer.signals import StopRequest
