@@ -1,6 +1,9 @@
 """Models of a finished series, brought back for evaluation with the tokenizer of their run."""
 
+import sys
 from pathlib import Path
+
+from tqdm import tqdm
 
 from analysis.bundle import Task
 from analysis.core import CoreResult, evaluate
@@ -15,6 +18,9 @@ from trainer.run import CONFIG_FILE, TOKENIZER_FILE
 __all__ = ["beginning_token", "evaluate_checkpoint", "load_model"]
 
 _BLOCK = "blocks."
+_QUIET_SECONDS = 1.0  # what takes less is not worth a progress bar
+_TERMINAL_SECONDS = 0.2  # between two drawings
+_FILE_SECONDS = 60.0  # in a log file every drawing stays
 _LEVELS = 3  # from checkpoints/d4-scratch/00000120.pt up to the folder of the run
 
 
@@ -80,18 +86,33 @@ def evaluate_checkpoint(
         UsageError: see `load_model`, or ``max_per_task`` is too small for a task.
     """
     model, tokenizer = load_model(path, sequence_len)
-    try:
-        return evaluate(
-            model.to(device),
-            tasks,
-            lambda text: tokenizer.encode(text).tolist(),
-            bos=beginning_token(tokenizer),
-            max_tokens=model.config.sequence_len,
-            max_per_task=max_per_task,
-            device=device,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    bar = tqdm(
+        total=sum(len(task.items[:max_per_task]) for task in tasks),
+        desc=path.stem,
+        unit=" items",
+        delay=_QUIET_SECONDS,
+        mininterval=_TERMINAL_SECONDS if sys.stderr.isatty() else _FILE_SECONDS,
+        leave=False,
+        dynamic_ncols=True,
+    )
+
+    def advance() -> None:
+        bar.update()
+
+    with bar:
+        try:
+            return evaluate(
+                model.to(device),
+                tasks,
+                lambda text: tokenizer.encode(text).tolist(),
+                bos=beginning_token(tokenizer),
+                max_tokens=model.config.sequence_len,
+                max_per_task=max_per_task,
+                device=device,
+                between=advance,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
 
 def _of_the_run(path: Path, name: str) -> Path | None:

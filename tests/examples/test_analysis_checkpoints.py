@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from analysis import checkpoints
 from analysis.bundle import MINI_BUNDLE, load_bundle
@@ -99,6 +100,21 @@ def test_tasks_are_read_by_the_tokenizer_after_its_separator(
     assert [task["items"] for task in content["tasks"]] == [4, 4, 4]
     assert content["core_v1"] is content["core_v2"] is None
     assert "22 of 22 tasks are missing" in content["why_not_core"]
+
+
+def test_every_item_advances_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    def bar(**settings: Any) -> Any:
+        bars.append(tqdm(**settings))
+        return bars[-1]
+
+    monkeypatch.setattr(checkpoints, "tqdm", bar)
+    path = run_of(tmp_path, ByteTokenizer(), 256)
+    tasks = load_bundle(MINI_BUNDLE)
+    for most, items in ((4, 12), (None, sum(len(task.items) for task in tasks))):
+        evaluate_checkpoint(path, tasks, sequence_len=32, max_per_task=most)
+        assert (bars[-1].n, bars[-1].total) == (items, items)
 
 
 def test_a_task_that_is_missing_makes_it_no_core(tmp_path: Path) -> None:
