@@ -1,6 +1,5 @@
 """Models of a finished series, brought back for evaluation with the tokenizer of their run."""
 
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,6 +10,7 @@ from analysis.training_log import run_settings
 from ars.models import GPT, miniseries_config
 from corpus.choice import load_tokenizer
 from corpus.tokenizer import ByteTokenizer, Tokenizer
+from trainer.bars import QUIET_SECONDS, drawing_interval
 from trainer.checkpoint import load_checkpoint
 from trainer.errors import UsageError
 from trainer.run import CONFIG_FILE, TOKENIZER_FILE
@@ -18,9 +18,6 @@ from trainer.run import CONFIG_FILE, TOKENIZER_FILE
 __all__ = ["beginning_token", "evaluate_checkpoint", "load_model"]
 
 _BLOCK = "blocks."
-_QUIET_SECONDS = 1.0  # what takes less is not worth a progress bar
-_TERMINAL_SECONDS = 0.2  # between two drawings
-_FILE_SECONDS = 60.0  # in a log file every drawing stays
 _LEVELS = 3  # from checkpoints/d4-scratch/00000120.pt up to the folder of the run
 
 
@@ -90,8 +87,8 @@ def evaluate_checkpoint(
         total=sum(len(task.items[:max_per_task]) for task in tasks),
         desc=path.stem,
         unit=" items",
-        delay=_QUIET_SECONDS,
-        mininterval=_TERMINAL_SECONDS if sys.stderr.isatty() else _FILE_SECONDS,
+        delay=QUIET_SECONDS,
+        mininterval=drawing_interval(),
         leave=False,
         dynamic_ncols=True,
     )

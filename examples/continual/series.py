@@ -1,7 +1,6 @@
 """All runs, one after another; each is on disk when it is done, and is never done twice."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tqdm import tqdm
 from continual.config import Run, Settings
 from continual.data import load
 from continual.train import run_tasks
+from trainer.bars import drawing_interval
 from trainer.checkpoint import write_atomically
 from trainer.errors import UsageError
 from trainer.signals import StopRequest
@@ -89,8 +89,7 @@ def run_all(
         digits = load(validation=settings.validation)
         folder.mkdir(parents=True, exist_ok=True)
         epochs = sum(run.tasks for run in todo) * settings.epochs
-        # In a log file every drawing stays, so there they are rare.
-        interval = 0.2 if sys.stderr.isatty() else 15.0
+        interval = drawing_interval()
         with tqdm(
             total=epochs, unit="epoch", mininterval=interval, maxinterval=2 * interval,
             dynamic_ncols=True,

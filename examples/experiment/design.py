@@ -8,6 +8,7 @@ the trainer, which the stage "tune" found.
 import math
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Literal, get_args
 
 from trainer.config import SeriesConfig
@@ -76,6 +77,15 @@ class Job:
     def plans(self) -> tuple[ModelPlan, ...]:
         """Its models, in the order they are trained."""
         return plans_of(self.config, _BYTES)
+
+    def model_files(self, out: Path) -> tuple[Path, ...]:
+        """Where its finished models lie, in the same order.
+
+        Args:
+            out: folder of the experiment.
+        """
+        folder = out / self.name / "checkpoints"
+        return tuple(folder / f"{plan.name}.pt" for plan in self.plans)
 
 
 def jobs_of(stage: Stage, size: str) -> tuple[Job, ...]:

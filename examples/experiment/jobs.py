@@ -106,10 +106,8 @@ def run_jobs(
 
 def _is_finished(out: Path, job: Job) -> bool:
     """Whether starting its process, which takes seconds, would change nothing."""
-    folder = out / job.name
-    written = ("metrics.json", "table.md", *FIGURES)
-    models = [folder / "checkpoints" / f"{plan.name}.pt" for plan in job.plans]
-    return all(path.exists() for path in (*models, *(folder / name for name in written)))
+    written = [out / job.name / name for name in ("metrics.json", "table.md", *FIGURES)]
+    return all(path.exists() for path in (*job.model_files(out), *written))
 
 
 def _log(out: Path, job: Job) -> Path:

@@ -1,6 +1,5 @@
 """The progress bar of an experiment, on standard error."""
 
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,11 +8,11 @@ from types import TracebackType
 from tqdm import tqdm
 
 from experiment.design import Job
+from trainer.bars import drawing_interval
 
 __all__ = ["Progress"]
 
-_TERMINAL_SECONDS = 0.2  # between two drawings
-_FILE_SECONDS = 60.0  # in a log file every drawing stays
+_FILE_SECONDS = 60.0  # it lasts an hour
 
 
 class Progress:
@@ -28,13 +27,13 @@ class Progress:
 
     def __init__(self, out: Path, jobs: Sequence[Job]) -> None:
         self._costs = {
-            out / job.name / "checkpoints" / f"{plan.name}.pt": plan.flops
+            path: plan.flops
             for job in jobs
-            for plan in job.plans
+            for path, plan in zip(job.model_files(out), job.plans, strict=True)
         }
         self._models = len(self._costs)
         total = sum(self._costs.values())
-        self._interval = _TERMINAL_SECONDS if sys.stderr.isatty() else _FILE_SECONDS
+        self._interval = drawing_interval(_FILE_SECONDS)
         self._drawn = time.monotonic()
         self._bar = tqdm(
             total=total,
@@ -57,6 +56,9 @@ class Progress:
         if time.monotonic() - self._drawn < self._interval:
             return
         self._drawn = time.monotonic()
+        self._draw(running)
+
+    def _draw(self, running: Iterable[Job]) -> None:
         self._bar.n += self._finished()
         done = f"{self._models - len(self._costs)} of {self._models} models"
         self._bar.set_postfix_str("; ".join([done, *(job.name for job in running)]))
@@ -70,5 +72,5 @@ class Progress:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.n += self._finished()
+        self._draw(())
         self._bar.close()

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from stress.jobs import Job
 from stress.run import identity_of, run_job
 from stress.text import Corpus
+from trainer.bars import drawing_interval
 from trainer.checkpoint import write_atomically
 from trainer.errors import UsageError
 from trainer.signals import StopRequest
@@ -53,7 +53,7 @@ def run_jobs(
     records = {job: _read(folder / job.file, job, corpus) for job in jobs}
     waiting = [job for job in jobs if records[job] is None]
     done = len(jobs) - len(waiting)
-    interval = 0.2 if sys.stderr.isatty() else 15.0
+    interval = drawing_interval()
     runner = _inline if workers == 1 else _in_processes
     with tqdm(total=len(jobs), initial=done, unit="run", mininterval=interval) as bar:
         for job, record in runner(waiting, corpus, workers, stop):

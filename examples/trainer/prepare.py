@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from corpus import Corpus, prepare_corpus
+from trainer.bars import QUIET_SECONDS
 from trainer.errors import UsageError
 from trainer.parallel import Parallel, use_device
 from trainer.planning import checked_plans, vocabulary_of
@@ -24,8 +25,6 @@ if TYPE_CHECKING:  # the experiment has no such command line, nor needs its libr
     from trainer.cli import Arguments
 
 __all__ = ["check_writable", "prepare"]
-
-_QUIET_SECONDS = 1.0  # tokenising that takes less is not worth a progress bar
 
 
 def prepare(arguments: "Arguments", stop: StopRequest) -> Run:
@@ -122,7 +121,7 @@ def _at(data: str | None, commit: str | None) -> str | None:
 @contextmanager
 def _bar(stop: StopRequest, *, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
     with tqdm(
-        desc="tokens", unit="B", unit_scale=True, delay=_QUIET_SECONDS, leave=False,
+        desc="tokens", unit="B", unit_scale=True, delay=QUIET_SECONDS, leave=False,
         disable=not shown,
     ) as bar:  # fmt: skip
 

@@ -7,14 +7,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trainer.bars import drawing_interval
 from trainer.plan import ModelPlan
 from trainer.run import Run
 from trainer.state import TrainingState
 
 __all__ = ["Progress"]
-
-_TERMINAL_SECONDS = 0.2  # between two drawings
-_FILE_SECONDS = 15.0  # in a log file every drawing stays
 
 
 class Progress:
@@ -27,7 +25,7 @@ class Progress:
     """
 
     def __init__(self, plan: ModelPlan, state: TrainingState, run: Run) -> None:
-        interval = _TERMINAL_SECONDS if sys.stderr.isatty() else _FILE_SECONDS
+        interval = drawing_interval()
         self._tokens = plan.settings.batch_size * run.config.sequence_len
         self._start = state.step, state.seconds
         self._name = plan.name

@@ -108,11 +108,16 @@ def test_every_model_is_in_the_summary(straight: tuple[Path, dict[str, Any]]) ->
 
 
 def test_a_series_that_is_finished_is_not_started_again(
-    text: Path, straight: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    text: Path,
+    straight: tuple[Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, found = straight
     monkeypatch.setattr(SpawnProcess, "start", lambda _: pytest.fail("a process is started"))
     assert experiment(out, text) == found
+    models = len(found["models"])
+    assert f"{models} of {models} models" in capsys.readouterr().err
     figure = out / "arms/seed-0/loss_training.png"
     content = figure.read_bytes()
     figure.unlink()
