@@ -11,9 +11,9 @@ from analysis.report_html import REPORT_FILE, render_report
 from analysis.verdict import headlines
 from trainer.arguments import Parser, integer, number
 from trainer.checkpoint import write_atomically
-from trainer.devices import PEAK_FLOPS
 from trainer.errors import UsageError
 from trainer.parallel import use_device
+from trainer.peak_flops import PEAK_FLOPS
 
 __all__ = ["parse_arguments", "run"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from analysis.pairings import read_arm
 from analysis.records import Record, chain
-from trainer.devices import PEAK_FLOPS
+from trainer.peak_flops import PEAK_FLOPS
 
 __all__ = ["PEAK_FLOPS", "CostAnalyzer", "ModelCost"]
 

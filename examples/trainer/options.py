@@ -10,9 +10,9 @@ from jsonargparse import ActionYesNo
 from trainer import values
 from trainer.arguments import integer, number
 from trainer.config import SeriesConfig
-from trainer.devices import PEAK_FLOPS
 from trainer.machine import Machine
 from trainer.parser import OptionParser
+from trainer.peak_flops import PEAK_FLOPS
 
 __all__ = ["QUICK", "add_files", "add_machine", "add_series", "default_steps"]
 

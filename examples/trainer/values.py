@@ -12,8 +12,8 @@ from typing import Any
 from trainer.arguments import OptionError, integer, number
 from trainer.arms import parse_arm
 from trainer.config import RULE
-from trainer.devices import PEAK_FLOPS
 from trainer.errors import UsageError
+from trainer.peak_flops import PEAK_FLOPS
 
 __all__ = [
     "LARGEST_DEPTH", "arms", "betas", "choice", "depths", "nearest", "optional", "parents", "path",

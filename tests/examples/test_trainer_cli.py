@@ -12,8 +12,8 @@ import miniseries
 from trainer import options
 from trainer.cli import Arguments, parse_arguments, parse_plan, parse_sample
 from trainer.config import SeriesConfig
-from trainer.devices import PEAK_FLOPS
 from trainer.machine import Machine
+from trainer.peak_flops import PEAK_FLOPS
 
 EXAMPLES = Path(miniseries.__file__).parent
 DEFAULT_FILE = EXAMPLES / "config.yaml"

@@ -1,4 +1,4 @@
-"""What devices can do at most."""
+"""Operations a second that devices do at most, by their names."""
 
 __all__ = ["PEAK_FLOPS"]
 
