@@ -35,11 +35,12 @@ from torch import Tensor
 
 from ars.models.config import GPTConfig
 from ars.models.gpt import GPT
-from ars.models.moments import MOMENTS, embed, grow_moment
+from ars.models.moments import MOMENTS, embed, grow_master, grow_moment
 
 __all__ = ["Growth", "grow"]
 
 _PACKED = ("state", "param_groups")  # the entries of every optimizer's state_dict
+_REMAINDER = "param_remainder"  # what ARSAdamW(master_weights=True) keeps of a bfloat16 weight
 
 
 def _scale(name: str, stretch: float) -> float:
@@ -152,6 +153,11 @@ class Growth:
         0. Hyperparameters are those of ``new_optimizer``; other top-level entries of the old
         state_dict are copied.
 
+        Master weights (bfloat16 weights with a ``param_remainder``) grow as the 32-bit numbers they
+        are, c times each and split again, bit for bit what growing the float32 model gives. That
+        sets the old blocks of ``model`` and of ``initial`` too: :func:`grow` saw the upper halves
+        alone, and c times these can be a unit off.
+
         Args:
             old_optimizer: optimizer of (some of) the parent's parameters; its state may be empty.
             new_optimizer: optimizer of the grown model's parameters, grouped in any way.
@@ -161,7 +167,8 @@ class Growth:
 
         Raises:
             ValueError: an optimizer holds a parameter that is not its model's, ``new_optimizer``
-                lacks a parameter that has state, or a matrix-shaped state entry is unknown.
+                lacks a parameter that has state, a matrix-shaped state entry is unknown, or
+                the parent has master weights and either model was changed since growth.
 
         Example:
             >>> parent = GPT(GPTConfig(9, 8, n_layer=1, n_head=1, n_embd=8))
@@ -180,6 +187,7 @@ class Growth:
         new_names = _parameter_names(new_optimizer, new_state, self.model, "new_optimizer")
         new_index = {name: index for index, name in new_names.items()}
         mapped = {}
+        masters = {}
         for index, state in old_state["state"].items():
             name = old_names[index]
             if name not in new_index:
@@ -188,8 +196,17 @@ class Growth:
                     "build it over growth.model.parameters()"
                 )
             mapped[new_index[name]] = {
-                key: self._map_entry(name, key, value) for key, value in state.items()
+                key: self._map_entry(name, key, value)
+                for key, value in state.items()
+                if key != _REMAINDER
             }
+            if _REMAINDER in state:
+                masters[name] = self._grow_master(name, state[_REMAINDER])
+                mapped[new_index[name]][_REMAINDER] = masters[name][1]
+        for name, (weight, _) in masters.items():  # after all checks
+            with torch.no_grad():
+                self.model.get_parameter(name).copy_(weight)
+                self.initial[name].copy_(weight)
         extra = {key: deepcopy(value) for key, value in old_state.items() if key not in _PACKED}
         return {**new_state, **extra, "state": mapped}
 
@@ -203,6 +220,24 @@ class Growth:
             )
         self._check_shape(name, value)
         return grow_moment(key, value, self.scales[name], self.initial[name].shape)
+
+    def _grow_master(self, name: str, remainder: Tensor) -> tuple[Tensor, Tensor]:
+        """The grown weight and its remainder.
+
+        Raises:
+            ValueError: either model was changed since growth, or a shape is not the parent's.
+        """
+        self._check_shape(name, remainder)
+        old, initial, scale = self.parent.get_parameter(name), self.initial[name], self.scales[name]
+        weight, lower = grow_master(old.detach(), remainder, scale, initial)
+        current = self.model.get_parameter(name).detach()
+        left = (embed(scale * old.detach(), initial), weight)  # by grow, or by an earlier call
+        if not any(_same_bits(current, expected) for expected in left):
+            raise ValueError(
+                f"{name!r} of the parent or of the grown model was changed after growth, so its "
+                "master weight cannot be grown; take the optimizer's state before that"
+            )
+        return weight, lower
 
     def _check_named(self, tensors: Mapping[str, Tensor]) -> None:
         for name, value in tensors.items():
@@ -220,6 +255,11 @@ class Growth:
                 f"{name!r} has shape {tuple(value.shape)}, but the parent's parameter has "
                 f"{tuple(expected)}"
             )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    same_kind = a.dtype == b.dtype == torch.bfloat16
+    return same_kind and torch.equal(a.view(torch.int16), b.to(a.device).view(torch.int16))
 
 
 def _parameter_names(

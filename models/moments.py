@@ -1,9 +1,11 @@
-"""How a tensor, and the moments that Adam keeps of its gradient, grow into a larger one."""
+"""How a tensor, and what an optimizer keeps of it, grow into larger ones."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["MOMENTS", "embed", "grow_moment"]
+from ars.reference import join_master, split_master
+
+__all__ = ["MOMENTS", "embed", "grow_master", "grow_moment"]
 
 # Power of 1/c by which each optimizer state of a parameter's shape transforms, after g' = g / c.
 MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
@@ -46,3 +48,27 @@ def grow_moment(key: str, value: Tensor, scale: float, shape: torch.Size) -> Ten
     expected[:rows] = expected[:rows].maximum(wide.mean(1, keepdim=True))
     expected[:, :columns] = expected[:, :columns].maximum(wide.mean(0, keepdim=True))
     return embed(old, expected.to(old.dtype))
+
+
+def grow_master(
+    old: Tensor, remainder: Tensor, scale: float, rest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Multiply a master weight by c in float32, and split it again.
+
+    Args:
+        old: (R, C) bfloat16, the upper half of the master weight.
+        remainder: (R, C) int16, the lower half.
+        scale: c.
+        rest: (R', C') bfloat16, whose new coordinates are kept: they have no lower half.
+
+    Returns:
+        (R', C') bfloat16 and (R', C') int16.
+
+    Example:
+        >>> old, remainder = torch.ones(1, 1, dtype=torch.bfloat16), torch.full((1, 1), 3).short()
+        >>> rest = torch.zeros(1, 2, dtype=torch.bfloat16)
+        >>> grow_master(old, remainder, 2.0, rest)
+        (tensor([[2., 0.]], dtype=torch.bfloat16), tensor([[3, 0]], dtype=torch.int16))
+    """
+    upper, lower = split_master(scale * join_master(old, remainder))
+    return embed(upper, rest), embed(lower, lower.new_zeros(rest.shape))

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("csrc_triton", "models", "regularizers")
 CODE = ("ars", *LINKED, "examples", "benchmarks", "tests")
-MAX_LINES = 300
+MAX_LINES = 500
 
 # Layer -> what of this project its modules may import, and what of that they may not. The longest
 # layer name that a module is below decides; a name stands for what is below it too.
@@ -22,7 +22,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ars": (("ars",), ("ars.models", "ars.regularizers")),
     "ars.reference": (("ars.reference",), ()),
     "ars.csrc_triton": (("ars.csrc_triton",), ()),
-    "ars.models": (("ars.models",), ()),
+    "ars.models": (("ars.models", "ars.reference"), ()),
     "ars.regularizers": (("ars.regularizers", "ars.functional", "ars.reference"), ()),
     "": (  # examples
         ("analysis", "ars", "continual", "corpus", "experiment", "stress", "trainer"),

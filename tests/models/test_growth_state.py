@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ars import ARSAdamW
 from ars.models import GPT, GPTConfig, Growth, grow
+from ars.reference import join_master, split_master
 
 SMALL = GPTConfig(vocab_size=29, sequence_len=12, n_layer=2, n_head=2, n_embd=16)
 LARGE = GPTConfig(vocab_size=29, sequence_len=12, n_layer=3, n_head=3, n_embd=24)
@@ -252,6 +254,80 @@ def test_bfloat16_state_keeps_its_dtype():
     assert state["exp_avg_sq"][row, -1].item() == pytest.approx(
         moments.double().mean().item(), rel=4e-3
     )
+
+
+def with_master_weights() -> tuple[GPT, ARSAdamW, GPT]:
+    """A bfloat16 parent with master weights, and a float32 copy of these."""
+    parent = GPT(SMALL, seeded(0)).bfloat16()
+    old = ARSAdamW(parent.parameters(), lr=LR, master_weights=True)
+    for step in range(3):
+        backward(parent, batch(step))
+        old.step()
+    masters = GPT(SMALL)
+    with torch.no_grad():
+        for weight, master in zip(parent.parameters(), masters.parameters(), strict=True):
+            master.copy_(join_master(weight, old.state[weight]["param_remainder"]))
+    return parent, old, masters
+
+
+@pytest.mark.parametrize("config", [LARGE, SMALL], ids=["larger", "as large"])
+def test_master_weights_grow_as_the_float32_model_does(config):
+    """c times the 32-bit weight, bit for bit; c times its upper half alone can be a unit off."""
+    parent, old, masters = with_master_weights()
+    growth = grow(parent, config, seeded(1))
+    expected = grow(masters, config, seeded(1)).model
+    new = ARSAdamW(growth.model.parameters(), lr=LR, master_weights=True)
+    left_by_grow = {name: weight.detach().clone() for name, weight in growth.initial.items()}
+    for _ in range(2):  # taking the state once more changes nothing
+        new.load_state_dict(growth.optimizer_state(old, new))
+    moved = 0
+    for name, weight in growth.model.named_parameters():
+        wanted = expected.get_parameter(name).detach()
+        if name not in growth.scales:
+            assert weight not in new.state
+            continue
+        remainder = new.state[weight]["param_remainder"]
+        block = parent.get_parameter(name)
+        upper, lower = split_master(old_block(wanted, block))
+        assert torch.equal(old_block(weight.detach(), block), upper)
+        assert torch.equal(old_block(remainder, block), lower)
+        assert torch.equal(weight.detach(), growth.initial[name])
+        fresh = new_mask(weight, block)  # the numbers that grow drew, which have no lower half
+        assert torch.equal(weight.detach()[fresh], left_by_grow[name][fresh])
+        assert not remainder[fresh].any()
+        moved += int(weight.detach().ne(left_by_grow[name]).sum())
+    assert (moved > 0) == (config is LARGE)  # where c is 1 the upper halves are right already
+
+
+def test_an_optimizer_without_master_weights_gets_the_nearest_bfloat16():
+    parent, old, masters = with_master_weights()
+    growth = grow(parent, LARGE, seeded(1))
+    new = ARSAdamW(growth.model.parameters(), lr=LR)
+    new.load_state_dict(growth.optimizer_state(old, new))
+    name = "lm_head.weight"
+    expected = grow(masters, LARGE, seeded(1)).model.get_parameter(name).detach()
+    block = parent.get_parameter(name)
+    weight = growth.model.get_parameter(name)
+    assert torch.equal(
+        old_block(weight.detach(), block), split_master(old_block(expected, block))[0]
+    )
+    assert "param_remainder" not in new.state[weight]
+
+
+@pytest.mark.parametrize("changed", ["parent", "child", "dtype"])
+def test_master_weights_of_changed_models_are_refused_before_anything_changes(changed):
+    parent, old, _ = with_master_weights()
+    growth = grow(parent, LARGE, seeded(1))
+    model = parent if changed == "parent" else growth.model
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1.0
+    if changed == "dtype":
+        growth.model.float()
+    before = deepcopy(growth.model.state_dict())
+    new = ARSAdamW(growth.model.parameters(), lr=LR)
+    with pytest.raises(ValueError, match=r"weight' of the parent or of the grown .* before that"):
+        growth.optimizer_state(old, new)
+    torch.testing.assert_close(growth.model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_rejects_unknown_matrix_state():
