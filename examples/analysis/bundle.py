@@ -70,7 +70,7 @@ def load_bundle(folder: Path) -> list[Task]:
     """
     entries = _entries(folder / "core.yaml")
     baselines = _baselines(folder / "eval_meta_data.csv")
-    tasks = []
+    tasks: list[Task] = []
     for entry in entries:
         where = f"{folder / 'core.yaml'}: {entry.get('label', entry)}"
         try:
@@ -91,6 +91,8 @@ def load_bundle(folder: Path) -> list[Task]:
         if label not in baselines:
             raise UsageError(f"{folder / 'eval_meta_data.csv'} has no row for {label}; add one")
         delimiter = str(entry.get("continuation_delimiter", " "))
+        if label in (task.label for task in tasks):
+            raise UsageError(f"{folder / 'core.yaml'} has {label} twice: remove one")
         items = _items(path, kind)
         if len(items) <= shots:
             raise UsageError(f"{path} has {len(items)} items, too few for {shots} examples each")
@@ -152,6 +154,8 @@ def _item(entry: dict[str, Any], kind: str) -> dict[str, Any]:
     texts, options = _FIELDS[kind]
     item: dict[str, Any] = {field: _text(entry[field]) for field in texts}
     if options is not None:
+        if not isinstance(entry[options], list):
+            raise TypeError("options are no list")
         item[options] = [_text(option) for option in entry[options]]
         item["gold"] = entry["gold"]
         if not isinstance(item["gold"], int) or not 0 <= item["gold"] < len(item[options]):

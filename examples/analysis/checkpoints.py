@@ -80,7 +80,7 @@ def evaluate_checkpoint(
         device: to evaluate on.
 
     Raises:
-        UsageError: see `load_model`, or ``max_per_task`` is too small for a task.
+        UsageError: see `load_model` and `analysis.core.evaluate`.
     """
     model, tokenizer = load_model(path, sequence_len)
     bar = tqdm(
@@ -109,7 +109,7 @@ def evaluate_checkpoint(
                 between=advance,
             )
         except ValueError as error:
-            raise UsageError(str(error)) from None
+            raise UsageError(f"{path}: {error}") from None
 
 
 def _of_the_run(path: Path, name: str) -> Path | None:

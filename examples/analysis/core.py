@@ -3,7 +3,10 @@ r"""CORE, the mean centred accuracy of 22 tasks, by the algorithm of DCLM and na
 The items of a task are shuffled with seed 1337 (and cut, if asked) before anything is drawn. Item i
 gets its k solved examples from the others with seed 1234 + i. A model answers with the option whose
 scored tokens have the least mean loss (the first of equals), or, in language modelling, answers
-rightly if the greedy choice at every scored position is the token that follows.
+rightly if the greedy choice at every scored position is the token that follows. Options are scored
+from where their tokens part. If one option begins all others, nothing of it is left to score there:
+nanochat takes the mean of no number, and so the first option, whatever the model. Here the last
+token of that option is scored for all of them; `TaskResult.nested` counts such items.
 
     centred = (accuracy - baseline) / (1 - baseline),    CORE = mean of the 22
 
@@ -30,6 +33,7 @@ from analysis.prompts import Prompt, Tokenize, build_prompts
 __all__ = ["CORE_TASKS", "CoreResult", "TaskResult", "evaluate"]
 
 _SHUFFLE_SEED = 1337
+_NO_NUMBER = "the model's predictions are not numbers: it has diverged, so leave it out"
 
 # Label -> type, examples, baseline of version 1 and of version 2.
 CORE_TASKS: dict[str, tuple[str, int, float, float]] = {
@@ -72,6 +76,7 @@ class TaskResult:
         standard_error_v2: binomial, of ``centred_v2``.
         cropped: items whose prompt was longer than the model reads and lost its beginning.
         cut: of these, items that lost a part of what is scored.
+        nested: items one of whose choices begins all others, which nanochat leaves undecided.
     """
 
     label: str
@@ -83,6 +88,7 @@ class TaskResult:
     standard_error_v2: float
     cropped: int
     cut: int
+    nested: int
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,8 @@ def evaluate(
         between: called before every item; may raise to stop.
 
     Raises:
-        ValueError: ``max_tokens`` is below 2 or ``max_per_task`` leaves too few for the examples.
+        ValueError: ``max_tokens`` is below 2, ``max_per_task`` leaves too few for the examples, the
+            tokenizer does not suit an item, or a loss is not a number.
     """
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
@@ -195,7 +202,7 @@ def evaluate(
                     f"{len(task.items)} items of {task.label} are too few for {task.shots} "
                     "examples each; raise max_per_task"
                 )
-            right = cropped = cut = 0
+            right = cropped = cut = nested = 0
             for index in range(len(task.items)):
                 between()
                 prompts = build_prompts(task, index, tokenize, bos)
@@ -207,8 +214,9 @@ def evaluate(
                     len(f.tokens) - f.start < len(p.tokens) - p.start
                     for f, p in zip(fitted, prompts, strict=True)
                 )
+                nested += task.kind == MULTIPLE_CHOICE and _is_nested(prompts)
                 right += _is_right(model, task, index, fitted, bos, device)
-            results.append(_score(task, right, cropped, cut))
+            results.append(_score(task, right, cropped, cut, nested))
     finally:
         if isinstance(model, nn.Module):
             model.train(was_training)
@@ -231,6 +239,11 @@ def _crop(prompt: Prompt, max_tokens: int | None) -> Prompt:
     return Prompt(prompt.tokens[surplus:], max(1, prompt.start - surplus))
 
 
+def _is_nested(prompts: Sequence[Prompt]) -> bool:
+    shortest = min((prompt.tokens for prompt in prompts), key=len)
+    return all(prompt.tokens[: len(shortest)] == shortest for prompt in prompts)
+
+
 def _is_right(
     model: Callable[[Tensor], Tensor],
     task: Task,
@@ -247,18 +260,21 @@ def _is_right(
     if task.kind == LANGUAGE_MODELING:
         (prompt,) = prompts
         scored = slice(prompt.start - 1, None)
+        if bool(logits[0, scored].isnan().any()):
+            raise ValueError(_NO_NUMBER)
         return bool((logits.argmax(dim=-1)[0, scored] == targets[0, scored]).all())
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     means = [
         losses[i, prompt.start - 1 : len(prompt.tokens) - 1].mean().item()
         for i, prompt in enumerate(prompts)
     ]
-    # A choice that is the beginning of another has nothing to score: NaN, chosen only if first.
+    if any(map(math.isnan, means)):
+        raise ValueError(_NO_NUMBER)
     best = min(range(len(means)), key=means.__getitem__)
     return best == int(task.items[index]["gold"])
 
 
-def _score(task: Task, right: int, cropped: int, cut: int) -> TaskResult:
+def _score(task: Task, right: int, cropped: int, cut: int, nested: int) -> TaskResult:
     count = len(task.items)
     accuracy = right / count
     error = math.sqrt(accuracy * (1 - accuracy) / count)
@@ -273,4 +289,5 @@ def _score(task: Task, right: int, cropped: int, cut: int) -> TaskResult:
         standard_error_v2=error / (1 - v2),
         cropped=cropped,
         cut=cut,
+        nested=nested,
     )

@@ -40,9 +40,11 @@ def build_prompts(task: Task, index: int, tokenize: Tokenize, bos: int) -> list[
     """The prompts of one item: one an answer, or a single one of a language modelling task.
 
     * multiple choice: the same question before every choice; scored is what follows the longest
-      common prefix of their tokens.
+      common prefix of their tokens, or, if one of them is that prefix, from its last token on.
     * schema: every context before the same continuation; scored is their longest common suffix.
     * language modelling: scored is what the continuation adds to the tokens of the prompt.
+
+    Every prompt has at least one scored token, and one before it.
 
     Args:
         task: the task.
@@ -51,8 +53,8 @@ def build_prompts(task: Task, index: int, tokenize: Tokenize, bos: int) -> list[
         bos: token put first.
 
     Raises:
-        ValueError: the tokens of a language modelling prompt do not begin those of the prompt with
-            its continuation.
+        ValueError: an item has no text, or the tokens of a language modelling prompt do not begin
+            those of the prompt with its continuation.
     """
     item, examples = task.items[index], examples_for(task.items, index, task.shots)
     if task.kind == LANGUAGE_MODELING:
@@ -75,17 +77,29 @@ def build_prompts(task: Task, index: int, tokenize: Tokenize, bos: int) -> list[
             for example in examples
         )
         texts = [f"{head}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]]
-        sequences = [[bos, *tokenize(text)] for text in texts]
-        start = _common_prefix(sequences)
+        sequences = _scorable(task, index, [[bos, *tokenize(text)] for text in texts])
+        start = min(_common_prefix(sequences), min(map(len, sequences)) - 1)
         return [Prompt(tokens, start) for tokens in sequences]
     head = "".join(
         f"{example['context_options'][example['gold']]}{task.delimiter}{example['continuation']}\n\n"
         for example in examples
     )
     end = f"{task.delimiter}{item['continuation']}"
-    sequences = [[bos, *tokenize(f"{head}{c}{end}")] for c in item["context_options"]]
-    suffix = _common_prefix([tokens[::-1] for tokens in sequences])
+    texts = [f"{head}{context}{end}" for context in item["context_options"]]
+    sequences = _scorable(task, index, [[bos, *tokenize(text)] for text in texts])
+    suffix = _common_prefix([tokens[:0:-1] for tokens in sequences])  # the BOS is never scored
+    if suffix == 0:
+        raise ValueError(
+            f"item {index} of {task.label}: the tokens of its options have no common end; the "
+            "tokenizer must not merge across the delimiter"
+        )
     return [Prompt(tokens, len(tokens) - suffix) for tokens in sequences]
+
+
+def _scorable(task: Task, index: int, sequences: list[list[int]]) -> list[list[int]]:
+    if min(map(len, sequences)) < 2:
+        raise ValueError(f"item {index} of {task.label} has an option without any text")
+    return sequences
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:

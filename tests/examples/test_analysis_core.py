@@ -75,6 +75,77 @@ def test_the_first_of_equal_choices_wins() -> None:
         assert one(Oracle(), task(MULTIPLE_CHOICE, 0, items)).tasks[0].accuracy == 1.0 - gold
 
 
+@pytest.mark.parametrize("order", [("ab", "abcd"), ("abcd", "ab")])
+@pytest.mark.parametrize(("known", "answer"), [("q: ab~", "ab"), ("q: abcd", "abcd")])
+def test_a_choice_that_begins_the_other_wins_by_the_model(
+    order: tuple[str, str], known: str, answer: str
+) -> None:
+    """Scored from the last token that they share: "b" against the mean of "b", "c" and "d"."""
+    items = [{"query": "q:", "choices": list(order), "gold": order.index(answer)}]
+    # Behind the common part every token but the known one costs, so that no two means are equal.
+    (result,) = one(Oracle(known, "q:xab"), task(MULTIPLE_CHOICE, 0, items)).tasks
+    assert (result.accuracy, result.nested) == (1.0, 1)
+
+
+class Measured(nn.Module):
+    """Fixed logits by the last token alone, so that the losses can be written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        logits = torch.randn(256, 256, generator=torch.Generator().manual_seed(5))
+        self.losses = -logits.log_softmax(-1)
+        self.logits = logits
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.logits[tokens]
+
+
+@pytest.mark.parametrize(
+    ("choices", "scored"),
+    [
+        (["ab", "abc"], ["b", "bc"]),
+        (["abc", "ab", "abd"], ["bc", "b", "bd"]),
+        (["", "x"], [" ", " x"]),
+        (["", ""], [" ", " "]),
+        (["ab", "ab"], ["b", "b"]),
+        (["ab"], ["b"]),
+        (["ab", "abc", "xb"], ["ab", "abc", "xb"]),  # they part at once: two of them do not matter
+    ],
+)
+def test_means_of_choices_that_share_their_beginning(choices: list[str], scored: list[str]) -> None:
+    model = Measured()
+    means = []
+    for choice, end in zip(choices, scored, strict=True):
+        text = f"q: {choice}" if choice else "q: "
+        pairs = list(zip(text[-len(end) - 1 : -1], end, strict=True))
+        losses = [float(model.losses[ord(before), ord(after)]) for before, after in pairs]
+        means.append(sum(losses) / len(losses))
+    best = means.index(min(means))
+    for gold in range(len(choices)):
+        items = [{"query": "q:", "choices": choices, "gold": gold}]
+        (result,) = one(model, task(MULTIPLE_CHOICE, 0, items)).tasks
+        assert result.accuracy == float(gold == best)
+        assert result.nested == (len(scored[0]) < len("ab") or choices[-1] == "abd")
+
+
+@pytest.mark.parametrize("contexts", [["the owl", "lo! the owl"], ["the owl", "the owl"]])
+def test_contexts_that_end_alike_are_scored_on_all_that_is_equal(contexts: list[str]) -> None:
+    """Also if one is the end of the other, or all are one: no loss is missing."""
+    items = [{"context_options": contexts, "continuation": "hoots", "gold": 0}]
+    result = one(Oracle("the owl hoots"), task(SCHEMA, 0, items))
+    assert (result.tasks[0].accuracy, result.tasks[0].cut, result.tasks[0].nested) == (1.0, 0, 0)
+
+
+def test_a_model_that_diverged_has_no_score() -> None:
+    class Diverged(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return torch.full((*tokens.shape, 256), math.nan)
+
+    for ours in whole_bundle():
+        with pytest.raises(ValueError, match="not numbers: it has diverged, so leave it out"):
+            one(Diverged(), ours)
+
+
 def test_the_context_that_makes_the_end_likely_wins() -> None:
     items = [
         {"context_options": ["a wolf", "the owl"], "continuation": "hoots", "gold": 1},
@@ -224,7 +295,7 @@ def test_core_of_known_accuracies() -> None:
     """Accuracy 0.62 everywhere; the three corrected baselines tell the versions apart."""
     half = evaluate(Oracle("the sky is blue"), whole_bundle(), byte_tokens, bos=BOS)
     tasks = [replace(t, items=t.items * 25) for t in whole_bundle()]
-    scores = tuple(_score(t, 186, 0, 0) for t in tasks)
+    scores = tuple(_score(t, 186, 0, 0, 0) for t in tasks)
     result = replace(half, tasks=scores)
     for version, column in ((1, 2), (2, 3)):
         baselines = [entry[column] for entry in CORE_TASKS.values()]

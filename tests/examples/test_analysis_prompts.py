@@ -69,3 +69,25 @@ def test_a_tokenizer_that_merges_across_the_answer_is_refused() -> None:
     items = [{"context": "odd", "continuation": "x"}]
     with pytest.raises(ValueError, match="item 0 of ours: the tokens of the prompt"):
         build_prompts(task(LANGUAGE_MODELING, 0, items), 0, pairs, BOS)
+
+
+def test_every_prompt_has_something_to_score_and_something_before_it() -> None:
+    texts = ["", "a", "ab", "abc", "b", "\n", "\na"]  # a line's end is the BOS of bytes
+    for first in texts:
+        for second in texts:
+            choice = {"query": first, "choices": [second, "", first, "abx"], "gold": 0}
+            schema = {"context_options": [second, first, "xab"], "continuation": first, "gold": 0}
+            for kind, item in ((MULTIPLE_CHOICE, choice), (SCHEMA, schema)):
+                for prompt in build_prompts(task(kind, 0, [item]), 0, byte_tokens, BOS):
+                    assert 1 <= prompt.start < len(prompt.tokens)
+
+
+def test_items_with_nothing_to_score_are_refused() -> None:
+    empty = {"query": "", "choices": ["", "a"], "gold": 0}
+    ours = Task("ours", MULTIPLE_CHOICE, 0, "", 0.0, (empty,))
+    with pytest.raises(ValueError, match="item 0 of ours has an option without any text"):
+        build_prompts(ours, 0, byte_tokens, BOS)
+    apart = {"context_options": ["a", "b"], "continuation": "", "gold": 0}
+    ours = Task("ours", SCHEMA, 0, "", 0.0, (apart,))
+    with pytest.raises(ValueError, match="item 0 of ours: the tokens of its options have no comm"):
+        build_prompts(ours, 0, byte_tokens, BOS)
