@@ -14,16 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.errors import UsageError
+from trainer.errors import DamagedError, UsageError
 
 __all__ = ["DamagedError", "load_checkpoint", "save_checkpoint", "write_atomically"]
 
 _DIGEST = "sha256"
 _NO_MEMORY = "can't allocate memory"  # torch raises a plain RuntimeError
-
-
-class DamagedError(UsageError):
-    """A file is not what was saved."""
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

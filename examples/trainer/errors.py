@@ -1,10 +1,14 @@
-"""The two ways a run ends early, each reported to the user as one line."""
+"""The ways a run ends early, each reported to the user as one line."""
 
-__all__ = ["RunInterruptedError", "UsageError"]
+__all__ = ["DamagedError", "RunInterruptedError", "UsageError"]
 
 
 class UsageError(Exception):
     """Something the user can put right: the message is one line that says how."""
+
+
+class DamagedError(UsageError):
+    """A file is not what was saved."""
 
 
 class RunInterruptedError(Exception):

@@ -1,0 +1,186 @@
+"""Reading files: whatever one may hold, what comes of it is a value or one line.
+
+`open_file` raises `OSError` alone and the parsers `ValueError` alone, whatever they are given. The
+readers turn both into the program's own errors: `UsageError` where a file cannot be read, which
+says nothing about what is in it, and `DamagedError` where it holds something else than it should.
+"""
+
+import csv
+import errno
+import io
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from trainer.errors import DamagedError, RunInterruptedError, UsageError
+
+__all__ = [
+    "open_file", "parse_json", "parse_yaml", "read_csv", "read_json", "read_text", "read_yaml",
+    "understanding",
+]  # fmt: skip
+
+_NO_MEMORY = ("can't allocate memory", "out of memory")  # torch raises a plain RuntimeError
+_MOST_VALUES = 1_000_000  # of a YAML file, whose aliases can make billions out of a few lines
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file to read bytes, unless reading it could wait for ever or never end.
+
+    Args:
+        path: of a regular file, or a link to one.
+
+    Raises:
+        OSError: there is no such file, it is something else (a folder, a pipe, a device), or the
+            system does not let it be read.
+    """
+    try:
+        # Not blocking: a pipe would else be waited for before anything can be asked about it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # a NUL, or what no file system can hold
+        raise OSError(errno.EINVAL, f"no file can have this name, {error}") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = next((name for test, name in _KINDS if test(mode)), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file")
+    return open(descriptor, "rb")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that JSON stands for.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that YAML stands for, of plain types.
+
+    Raises:
+        ValueError: it is not YAML, nested too deeply, or has aliases without end.
+    """
+    try:
+        value = yaml.safe_load(text)
+        size = _size(value, {})
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (
+        Exception
+    ) as error:  # its constructors raise nearly anything: `!!timestamp x` an AttributeError
+        raise ValueError(_line(error)) from None
+    if size > _MOST_VALUES:
+        raise ValueError("its aliases stand for too much")
+    return value
+
+
+def read_text(path: Path, *, remedy: str, label: str | None = None) -> str:
+    """The text of a UTF-8 file.
+
+    Args:
+        path: of the file.
+        remedy: what the user should do if it cannot be used; ends the error message.
+        label: names the file in it; ``None`` for the path.
+
+    Raises:
+        DamagedError: it is not UTF-8.
+        UsageError: it cannot be read.
+    """
+    with understanding(label or str(path), remedy), open_file(path) as file:
+        return file.read().decode()
+
+
+def read_json(path: Path, *, remedy: str, label: str | None = None) -> Any:
+    """The value in a JSON file; arguments and errors of `read_text`."""
+    text = read_text(path, remedy=remedy, label=label)
+    with understanding(label or str(path), remedy, "not JSON"):
+        value = parse_json(text)
+        _check_texts(value)
+        return value
+
+
+def read_yaml(path: Path, *, remedy: str, label: str | None = None) -> Any:
+    """The value in a YAML file; arguments and errors of `read_text`."""
+    text = read_text(path, remedy=remedy, label=label)
+    with understanding(label or str(path), remedy, "not YAML"):
+        value = parse_yaml(text)
+        _check_texts(value)
+        return value
+
+
+def read_csv(path: Path, *, remedy: str, label: str | None = None) -> list[dict[str, str | None]]:
+    """The rows of a CSV file by its header, arguments and errors of `read_text`.
+
+    A cell that its row lacks is ``None``.
+    """
+    text = read_text(path, remedy=remedy, label=label)
+    with understanding(label or str(path), remedy, "not CSV"):
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+@contextmanager
+def understanding(label: str, remedy: str, verdict: str = "damaged") -> Iterator[None]:
+    """Say in one line what is wrong with a file whose content is read or used.
+
+    Args:
+        label: names the file.
+        remedy: what the user should do; ends the message.
+        verdict: what the file is if its content is wrong.
+
+    Raises:
+        DamagedError: the content is not what it should be.
+        UsageError: the file cannot be read, which says nothing about what is in it.
+    """
+    try:
+        yield
+    except (UsageError, RunInterruptedError):
+        raise
+    except OSError as error:
+        raise UsageError(f"{label} cannot be read ({error.strerror or error}): {remedy}") from None
+    except Exception as error:  # of a damaged file's parts, nearly anything can be asked in vain
+        if isinstance(error, MemoryError) or any(word in str(error) for word in _NO_MEMORY):
+            raise UsageError(f"{label} cannot be read (out of memory): free some") from None
+        raise DamagedError(f"{label} is {verdict} ({_line(error)}): {remedy}") from None
+
+
+def _check_texts(value: Any) -> None:
+    """Refuse halves of characters, which JSON and YAML can spell and nothing can print."""
+    json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values there are, those of an alias counted wherever it stands."""
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _MOST_VALUES + 1  # what is met again inside of itself has no end
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
+
+
+def _line(error: Exception) -> str:
+    """What an error says, short and on one line."""
+    said = " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        said = f"it lacks {said}"
+    elif not isinstance(error, ValueError):
+        said = f"{type(error).__name__}: {said}"
+    return said if len(said) <= 200 else f"{said[:200]}..."

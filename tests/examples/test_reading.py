@@ -1,0 +1,115 @@
+"""Readers of files: whatever a file holds, they give its value or one line that says what to do."""
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.errors import DamagedError, UsageError
+from trainer.reading import open_file, read_csv, read_json, read_text, read_yaml
+
+_DEEP = 20_000
+_DIGITS = "9" * 5_000
+
+READERS: dict[str, Callable[..., Any]] = {
+    "text": read_text, "json": read_json, "yaml": read_yaml, "csv": read_csv,
+}  # fmt: skip
+
+# What a file may hold -> the readers that refuse it; the others take it.
+DAMAGES: dict[str, tuple[bytes, set[str]]] = {
+    "no UTF-8": (b'{"a": "\xff\xfe"}', {"text", "json", "yaml", "csv"}),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), {"text", "json", "yaml", "csv"}),
+    "empty": (b"", {"json"}),
+    "cut": (b'{"a": [1, 2', {"json", "yaml"}),
+    "NUL": (b'{"a": "\x00"}', {"json", "yaml"}),
+    "nested lists": (b"[" * _DEEP + b"]" * _DEEP, {"json", "yaml"}),
+    "nested objects": (b'{"a": ' * _DEEP + b"1" + b"}" * _DEEP, {"json", "yaml", "csv"}),
+    "a number of 5,000 digits": (f'{{"a": {_DIGITS}}}'.encode(), {"json", "yaml"}),
+    "half a character": (b'{"a": "\\ud800"}', {"json", "yaml"}),
+    "half a character as a key": (b'{"\\udcff": 1}', {"json", "yaml"}),
+    "a date that is none": (b"a: 2024-99-99", {"json", "yaml"}),
+    "a tag's argument": (b"a: !!timestamp x", {"json", "yaml"}),
+    "another tag's": (b"a: !!bool x", {"json", "yaml"}),
+    "a Python object": (b"!!python/object/apply:os.getcwd []", {"json", "yaml"}),
+    "an alias inside of itself": (b"&a [*a]", {"json", "yaml"}),
+    "a few lines of billions": (
+        b"a: &a [0,0,0,0,0,0,0,0,0]\n"
+        + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 9))
+                   for c in b"bcdefghij"),
+        {"json", "yaml"},
+    ),
+    "a cell of 200,000 characters": (b"a,b\n" + b"x" * 200_000 + b",1\n", {"json", "csv"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("reader", READERS)
+def test_damaged_content_is_one_line(reader: str, damage: str, tmp_path: Path) -> None:
+    content, refusing = DAMAGES[damage]
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    if reader not in refusing:
+        READERS[reader](path, remedy="name another")
+        return
+    with pytest.raises(DamagedError) as refused:
+        READERS[reader](path, remedy="name another")
+    line = str(refused.value)
+    assert line.startswith(f"{path} is ")
+    assert line.endswith(": name another")
+    assert line.isprintable()
+    assert len(line) < len(str(path)) + 300
+
+
+def unreadable(kind: str, folder: Path) -> Path:
+    """A path of which nothing can be read."""
+    path = folder / "file"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a link to a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "a link to itself":
+        path.symlink_to(path)
+    elif kind == "a NUL in the name":
+        path = folder / "a\0b"
+    elif kind == "half a character in the name":
+        path = folder / "a\ud800b"
+    elif kind == "a name too long":
+        path = folder / ("x" * 300)
+    return path
+
+
+UNREADABLE = (
+    "absent", "a folder", "a pipe", "a link to a device", "a link to itself", "a NUL in the name",
+    "half a character in the name", "a name too long",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.parametrize("reader", READERS)
+def test_what_cannot_be_read_is_one_line_at_once(reader: str, kind: str, tmp_path: Path) -> None:
+    path = unreadable(kind, tmp_path)
+    with pytest.raises(UsageError) as refused:
+        READERS[reader](path, remedy="name another", label="--file X")
+    assert not isinstance(refused.value, DamagedError)  # nothing is known of its content
+    assert str(refused.value).startswith("--file X cannot be read (")
+    assert str(refused.value).endswith("): name another")
+
+
+def test_whole_files_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b'{"a": [1, 2.5, "\\ud83d\\ude00"]}')
+    assert read_json(path, remedy="x") == {"a": [1, 2.5, "😀"]}
+    path.write_bytes(b"a: &x {b: 1}\nc: [*x, *x]\n")
+    assert read_yaml(path, remedy="x") == {"a": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}
+    path.write_bytes(b'a,b\n1,"x\ny"\n2\n')
+    assert read_csv(path, remedy="x") == [{"a": "1", "b": "x\ny"}, {"a": "2", "b": None}]
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with open_file(link) as file:
+        assert stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        assert file.read(3) == b"a,b"
