@@ -251,11 +251,11 @@ def test_tasks_that_are_not_core_are_not_called_core() -> None:
     assert "not CORE: 22 of 22 tasks are missing" in page.text
     assert "CORE: d4-grown" not in page.text
     assert "mini_schema" in page.text
-    tasks = tuple(TaskResult(t, 100, 0.7, 0.4, 0.3, 0.05, 0.06, 2, 0) for t in CORE_TASKS)
+    tasks = tuple(TaskResult(t, 100, 0.7, 0.4, 0.3, 0.05, 0.06, 2, 0, 3) for t in CORE_TASKS)
     broken = CoreResult((replace(tasks[0], cut=7), *tasks[1:]), (), (), max_per_task=100)
     page = render(replace(analysis, core={"gpt": broken.to_dict()}))
     assert "Tasks: gpt not CORE: 7 items lost a part of what is scored" in page.text
-    assert "+0.400 ± 0.050 +0.300 ± 0.060 2 7" in page.text
+    assert "+0.400 ± 0.050 +0.300 ± 0.060 2 7 3" in page.text
     whole = CoreResult(tasks, missing=(), altered=(), max_per_task=100)
     page = render(replace(analysis, core={"gpt": whole.to_dict()}))
     assert "CORE: gpt" in page.text
