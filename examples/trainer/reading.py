@@ -27,6 +27,7 @@ __all__ = [
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch raises a plain RuntimeError
 _MOST_VALUES = 1_000_000  # of a YAML file, whose aliases can make billions out of a few lines
+_MERGE = "tag:yaml.org,2002:merge"
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -34,6 +35,30 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML takes the last of equal keys without a word; here they are refused, with the line."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:  # others cannot be hashed
+                value = self.construct_object(key)
+                if value in seen:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"{key.value} stands there twice, again in line {line}")
+                seen.add(value)
+        return node
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} stands there twice")
+    return found
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -63,10 +88,10 @@ def parse_json(text: str | bytes) -> Any:
     """The value that JSON stands for.
 
     Raises:
-        ValueError: it is not JSON, or nested too deeply.
+        ValueError: it is not JSON, nested too deeply, or has a key twice.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_no_key_twice)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -75,10 +100,10 @@ def parse_yaml(text: str) -> Any:
     """The value that YAML stands for, of plain types.
 
     Raises:
-        ValueError: it is not YAML, nested too deeply, or has aliases without end.
+        ValueError: it is not YAML, nested too deeply, has aliases without end or a key twice.
     """
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _StrictLoader)
         size = _size(value, {})
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

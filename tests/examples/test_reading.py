@@ -113,3 +113,41 @@ def test_whole_files_are_read(tmp_path: Path) -> None:
     with open_file(link) as file:
         assert stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         assert file.read(3) == b"a,b"
+
+
+TWICE = {
+    "at the top": ("lr: 1\nseed: 2\nlr: 3\n", "lr", 3),
+    "inside": ("a:\n- b: {c: 1,\n   c: 2}\n", "c", 3),
+    "as numbers": ("1: a\n0x1: b\n", "0x1", 2),
+    "quoted": ("lr: 1\n'lr': 1\n", "lr", 2),
+    "behind a merge": ("a: &a {b: 1}\nc:\n  <<: *a\n  d: 1\n  d: 2\n", "d", 5),
+    "in the second merge": ("a: &a {b: 1, b: 2}\nc: {<<: *a}\n", "b", 1),
+    "in a set": ("!!set\n? a\n? a\n", "a", 3),
+}
+
+
+@pytest.mark.parametrize("kind", TWICE)
+def test_a_key_that_stands_twice_is_refused(kind: str, tmp_path: Path) -> None:
+    text, key, line = TWICE[kind]
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    with pytest.raises(DamagedError) as refused:
+        read_yaml(path, remedy="remove one")
+    said = f"{key} stands there twice, again in line {line}"
+    assert str(refused.value) == f"{path} is not YAML ({said}): remove one"
+
+
+def test_what_a_merge_brings_may_be_overruled(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text("a: &a {b: 1, c: 2}\nd: &d {<<: *a, b: 3}\ne: {<<: [*a, *d], c: 4}\n")
+    found = read_yaml(path, remedy="x")
+    assert found["d"] == {"b": 3, "c": 2}
+    assert found["e"] == {"b": 1, "c": 4}
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "b": 2, "a": 3}', '[{"b": {"a": 1, "a": 1}}]'])
+def test_a_name_that_stands_twice_in_json_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(DamagedError, match=r"is not JSON \(a stands there twice\): remove one"):
+        read_json(path, remedy="remove one")
