@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("analysis", "ars", "continual", "corpus", "experiment", "stress", "trainer"),
         ("ars.csrc_triton",),
     ),
-    "corpus": (("corpus", "trainer.errors"), ()),
+    "corpus": (("corpus", "trainer.errors", "trainer.reading"), ()),
     "trainer": (("ars", "corpus", "trainer"), ("ars.csrc_triton",)),
 }
 

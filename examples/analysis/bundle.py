@@ -9,15 +9,12 @@ Items by type: multiple_choice ``query, choices, gold``; schema ``context_option
 gold``; language_modeling ``context, continuation``.
 """
 
-import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trainer.errors import UsageError
+from trainer.reading import parse_json, read_csv, read_text, read_yaml, understanding
 
 __all__ = ["LANGUAGE_MODELING", "MINI_BUNDLE", "MULTIPLE_CHOICE", "SCHEMA", "Task", "load_bundle"]
 
@@ -26,6 +23,8 @@ SCHEMA = "schema"
 LANGUAGE_MODELING = "language_modeling"
 
 MINI_BUNDLE = Path(__file__).resolve().parent / "mini_bundle"
+
+_REMEDY = "name an evaluation bundle"
 
 # Type -> its text fields and its fields of several texts, one of which is gold.
 _FIELDS = {
@@ -102,30 +101,17 @@ def load_bundle(folder: Path) -> list[Task]:
     return tasks
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"{path} cannot be read ({reason}): name an evaluation bundle") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text") from None
-
-
 def _entries(path: Path) -> list[dict[str, Any]]:
-    try:
-        content = yaml.safe_load(_read(path))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    content = read_yaml(path, remedy=_REMEDY)
     entries = content.get("icl_tasks") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise UsageError(f"{path} has no list icl_tasks: name an evaluation bundle")
+        raise UsageError(f"{path} has no list icl_tasks: {_REMEDY}")
     return entries
 
 
 def _baselines(path: Path) -> dict[str, float]:
     baselines = {}
-    for row in csv.DictReader(_read(path).splitlines()):
+    for row in read_csv(path, remedy=_REMEDY):
         label, text = row.get("Eval Task"), row.get("Random baseline")
         try:
             value = float(text or "") / 100
@@ -141,12 +127,10 @@ def _baselines(path: Path) -> dict[str, float]:
 
 def _items(path: Path, kind: str) -> tuple[dict[str, Any], ...]:
     items = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, remedy=_REMEDY).split("\n"), start=1):
         if line.strip():
-            try:
-                items.append(_item(json.loads(line), kind))
-            except (ValueError, KeyError, TypeError):
-                raise UsageError(f"{path}: line {number} is not an item of type {kind}") from None
+            with understanding(f"{path}: line {number}", _REMEDY, f"not an item of type {kind}"):
+                items.append(_item(parse_json(line), kind))
     return tuple(items)
 
 

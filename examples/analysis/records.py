@@ -1,6 +1,5 @@
 """The records of a trained series, checked on reading, and the logs beside them."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,10 +8,13 @@ from typing import Any
 
 from trainer.errors import UsageError
 from trainer.log import read_log
+from trainer.reading import read_json
 
 __all__ = ["Log", "Record", "chain", "read_logs", "read_metrics"]
 
 Log = list[dict[str, Any]]
+
+_REMEDY = "name a metrics.json of a run"
 
 # Growing multiplies each weight, its two moments and its Fisher information by one factor each.
 _GROWTH_OPERATIONS = 4
@@ -128,28 +130,22 @@ def chain(records: Sequence[Record], arm: str, seed: int) -> list[Record]:
 
 
 def _read_list(path: Path) -> list[Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"{path} cannot be read: {reason}") from None
-    except ValueError:  # JSONDecodeError and UnicodeDecodeError
-        raise UsageError(f"{path} is not JSON: name a metrics.json of a run") from None
+    content = read_json(path, remedy=_REMEDY)
     if not isinstance(content, list) or not content:
-        raise UsageError(f"{path} is not a list of records: name a metrics.json of a run")
+        raise UsageError(f"{path} is not a list of records: {_REMEDY}")
     return content
 
 
 def _record(entry: Any, path: Path, index: int) -> Record:
     where = f"{path}: record {index}"
     if not isinstance(entry, dict):
-        raise UsageError(f"{where} is not an object: name a metrics.json of a run")
+        raise UsageError(f"{where} is not an object: {_REMEDY}")
     if isinstance(entry.get("name"), str):
         where = f"{path}: {entry['name']}"
 
     def take(key: str, kind: type, default: Any = None) -> Any:
         if key not in entry and default is None:
-            raise UsageError(f"{where} has no {key}: name a metrics.json of a run")
+            raise UsageError(f"{where} has no {key}: {_REMEDY}")
         value = entry.get(key, default)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)

@@ -1,12 +1,14 @@
 """``training_log.json``: what was set, what was warned of and how each model's training went."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from analysis.records import Log, Record
+from trainer.errors import UsageError
+from trainer.reading import read_json
+from trainer.run import CONFIG_FILE
 
 __all__ = ["rounded", "run_settings", "thinned_curve", "training_log"]
 
@@ -25,10 +27,11 @@ def run_settings(paths: Sequence[Path]) -> list[dict[str, Any]]:
     found = []
     for path in paths:
         try:
-            content = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-            found.append({"run": path.parent.name, **_without_paths(content)})
-        except (OSError, ValueError, TypeError):
+            content = read_json(path.parent / CONFIG_FILE, remedy="")
+        except UsageError:
             continue  # metrics alone can be analysed too
+        if isinstance(content, dict):
+            found.append({"run": path.parent.name, **_without_paths(content)})
     return found
 
 

@@ -13,6 +13,7 @@ from continual.train import run_tasks
 from trainer.bars import drawing_interval
 from trainer.checkpoint import write_atomically
 from trainer.errors import UsageError
+from trainer.reading import read_json, understanding
 from trainer.signals import StopRequest
 
 __all__ = ["RESULTS", "check_folder", "run_all"]
@@ -40,14 +41,12 @@ def check_folder(folder: Path, settings: Settings) -> list[Record]:
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"--out {folder} is not a run of this program: name another folder")
         return []
-    try:
-        content = json.loads(path.read_text())
+    remedy = "delete it or name another folder with --out"
+    content = read_json(path, remedy=remedy)
+    with understanding(str(path), remedy):
         records = [dict(record) for record in content["runs"]]
         found = dict(content["settings"])
         _ = [_run_of(record) for record in records], [record["accuracy"] for record in records]
-    except (ValueError, TypeError, KeyError):
-        remedy = "delete it or name another folder with --out"
-        raise UsageError(f"{path} is damaged: {remedy}") from None
     wanted = settings.to_dict()
     different = [
         f"{key} {found.get(key)} (now {value})"

@@ -26,6 +26,7 @@ from corpus.shards import CHECKED_BYTES, ShardWriter, damaged, open_shards
 from corpus.tokenizer import TokenArray, Tokenizer, token_dtype
 from corpus.tokens import Tokens
 from trainer.errors import UsageError
+from trainer.reading import read_json, understanding
 
 __all__ = ["Opened", "open_cache"]
 
@@ -182,9 +183,10 @@ def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 def _open(folder: Path, key: str) -> Opened:
     path = folder / _MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        whole = manifest["key"] == key and manifest["sha256"] == _content_digest(manifest)
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_json(path, remedy="")
+        with understanding(str(path), ""):
+            whole = manifest["key"] == key and manifest["sha256"] == _content_digest(manifest)
+    except UsageError:
         whole = False
     if not whole:
         raise UsageError(damaged(path, "it is no manifest of this cache"))

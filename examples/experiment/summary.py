@@ -33,6 +33,7 @@ from experiment.table import results_table
 from experiment.tuning import find_sweeps
 from trainer.checkpoint import write_atomically
 from trainer.errors import UsageError
+from trainer.reading import read_json
 
 __all__ = ["SUMMARY_FILE", "TABLE_FILE", "write_summary"]
 
@@ -132,7 +133,7 @@ def _read(path: Path) -> _Series:
         path=path,
         settings=stored[0].get("settings", {}) if stored else {},
         data=stored[0].get("data", {}) if stored else {},
-        entries=json.loads(path.read_text(encoding="utf-8")),
+        entries=read_json(path, remedy="name another folder with --out"),
         records=records,
         logs=read_logs([path], records),
     )

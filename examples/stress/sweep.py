@@ -19,7 +19,8 @@ from stress.run import identity_of, run_job
 from stress.text import Corpus
 from trainer.bars import drawing_interval
 from trainer.checkpoint import write_atomically
-from trainer.errors import UsageError
+from trainer.errors import DamagedError, UsageError
+from trainer.reading import read_json, understanding
 from trainer.signals import StopRequest
 
 __all__ = ["run_jobs"]
@@ -68,10 +69,14 @@ def run_jobs(
 
 def _read(path: Path, job: Job, corpus: Corpus) -> Record | None:
     """The record of this very run; ``None`` if it is missing or damaged."""
+    if not path.exists():
+        return None
     try:
-        record: Record = json.loads(path.read_text())
-        found = _flat(record["identity"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        remedy = "make it readable, or name another folder with --out"
+        record: Record = read_json(path, remedy=remedy)
+        with understanding(str(path), remedy):
+            found = _flat(record["identity"])
+    except DamagedError:
         return None
     wanted = _flat(identity_of(job, corpus))
     changes = [

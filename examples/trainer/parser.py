@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from trainer.errors import UsageError
+from trainer.reading import read_yaml
 from trainer.values import nearest
 
 __all__ = ["OptionParser"]
@@ -142,11 +143,10 @@ class OptionParser(ArgumentParser):
         """
         self.reading = path
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            self.error(f"cannot be read ({error.strerror})")
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            self.error(f"is no YAML file ({error})")
+            content = read_yaml(path, remedy="name another")
+        except UsageError as error:
+            self.reading = None  # it is named already
+            self.error(str(error))
         if not isinstance(content, dict):
             self.error("holds no options; write them as name: value, one a line")
         for key, value in content.items():

@@ -1,6 +1,5 @@
 """From what the user asked for to a run that can start: every check, and nothing left behind."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from trainer.bars import QUIET_SECONDS
 from trainer.errors import UsageError
 from trainer.parallel import Parallel, use_device
 from trainer.planning import checked_plans, vocabulary_of
+from trainer.reading import read_json
 from trainer.run import CONFIG_FILE, DATA_FOLDER, Run
 from trainer.series import check_folder
 from trainer.signals import StopRequest
@@ -108,7 +108,8 @@ def _commit_of_the_run(arguments: "Arguments") -> str | None:
     path = arguments.out / CONFIG_FILE
     if not path.exists():
         return None
-    data = json.loads(path.read_text(encoding="utf-8"))["data"]  # `check_folder` has read it
+    # `check_folder` has read it.
+    data = read_json(path, remedy="delete the folder or name another with --out")["data"]
     commit: str | None = data.get("commit") if data.get("source") == arguments.data else None
     return commit
 

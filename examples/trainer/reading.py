@@ -26,7 +26,9 @@ __all__ = [
 ]  # fmt: skip
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch raises a plain RuntimeError
-_MOST_VALUES = 1_000_000  # of a YAML file, whose aliases can make billions out of a few lines
+_DEEPEST = 100  # nested values: what is read is looked through by functions that call themselves
+_MOST_BITS = 1023  # of a whole number: larger ones are no floating-point numbers
+_MOST_VALUES = 5_000_000  # of a file: YAML can make billions out of a few lines
 _MERGE = "tag:yaml.org,2002:merge"
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -100,19 +102,16 @@ def parse_yaml(text: str) -> Any:
     """The value that YAML stands for, of plain types.
 
     Raises:
-        ValueError: it is not YAML, nested too deeply, has aliases without end or a key twice.
+        ValueError: it is not YAML, has a key twice, or holds what nothing here can use: see
+            `_check`.
     """
     try:
         value = yaml.load(text, _StrictLoader)
-        size = _size(value, {})
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except (
-        Exception
-    ) as error:  # its constructors raise nearly anything: `!!timestamp x` an AttributeError
+    except Exception as error:  # constructors raise nearly anything: !!bool x a KeyError
         raise ValueError(_line(error)) from None
-    if size > _MOST_VALUES:
-        raise ValueError("its aliases stand for too much")
+    _check(value)
     return value
 
 
@@ -128,7 +127,7 @@ def read_text(path: Path, *, remedy: str, label: str | None = None) -> str:
         DamagedError: it is not UTF-8.
         UsageError: it cannot be read.
     """
-    with understanding(label or str(path), remedy), open_file(path) as file:
+    with understanding(label or str(path), remedy, "not UTF-8 text"), open_file(path) as file:
         return file.read().decode()
 
 
@@ -137,7 +136,7 @@ def read_json(path: Path, *, remedy: str, label: str | None = None) -> Any:
     text = read_text(path, remedy=remedy, label=label)
     with understanding(label or str(path), remedy, "not JSON"):
         value = parse_json(text)
-        _check_texts(value)
+        _check(value)
         return value
 
 
@@ -145,9 +144,7 @@ def read_yaml(path: Path, *, remedy: str, label: str | None = None) -> Any:
     """The value in a YAML file; arguments and errors of `read_text`."""
     text = read_text(path, remedy=remedy, label=label)
     with understanding(label or str(path), remedy, "not YAML"):
-        value = parse_yaml(text)
-        _check_texts(value)
-        return value
+        return parse_yaml(text)
 
 
 def read_csv(path: Path, *, remedy: str, label: str | None = None) -> list[dict[str, str | None]]:
@@ -185,20 +182,30 @@ def understanding(label: str, remedy: str, verdict: str = "damaged") -> Iterator
         raise DamagedError(f"{label} is {verdict} ({_line(error)}): {remedy}") from None
 
 
-def _check_texts(value: Any) -> None:
-    """Refuse halves of characters, which JSON and YAML can spell and nothing can print."""
-    json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
+def _check(content: Any) -> None:
+    """Refuse what JSON or YAML can spell, and what is done with their values cannot take.
 
-
-def _size(value: Any, known: dict[int, int]) -> int:
-    """How many values there are, those of an alias counted wherever it stands."""
-    if not isinstance(value, (dict, list, tuple, set)):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = _MOST_VALUES + 1  # what is met again inside of itself has no end
-        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(value)]
+    Raises:
+        ValueError: it is nested too deeply, holds a whole number that is no floating-point number,
+            half a character, which nothing can print, or by its aliases too many values.
+    """
+    count = 0
+    waiting = [(content, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if depth > _DEEPEST:
+            raise ValueError("it is nested too deeply")
+        if count > _MOST_VALUES:
+            raise ValueError("it holds too many values")
+        if isinstance(value, dict):
+            waiting += [(part, depth + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, str):
+            value.encode()
+        elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise ValueError("it holds a number that is too large")
 
 
 def _line(error: Exception) -> str:

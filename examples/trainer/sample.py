@@ -1,10 +1,8 @@
 """Text from a trained model: the beginning that is given, continued token by token."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +14,7 @@ from trainer.checkpoint import load_checkpoint
 from trainer.cli import SampleArguments
 from trainer.errors import UsageError
 from trainer.parallel import use_device
+from trainer.reading import read_json, understanding
 from trainer.run import CONFIG_FILE, TOKENIZER_FILE
 
 __all__ = ["continue_tokens", "describe_samples"]
@@ -163,8 +162,7 @@ def _folder_of(path: Path) -> Path:
 
 
 def _sequence_len(path: Path) -> int:
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    remedy = "restore it, it says what the model reads"
+    content = read_json(path, remedy=remedy)
+    with understanding(str(path), remedy):
         return int(content["settings"]["sequence_len"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} is damaged: restore it, it says what the model reads") from None

@@ -21,6 +21,7 @@ from trainer.config import SeriesConfig
 from trainer.errors import UsageError
 from trainer.keep import Keeper
 from trainer.plan import ModelPlan, plan_series
+from trainer.reading import read_json, understanding
 from trainer.run import CONFIG_FILE, DATA_FOLDER, TOKENIZER_FILE, Run
 from trainer.state import TrainingState, build_from_scratch, inherit, restore, shape_of
 from trainer.train import train
@@ -53,13 +54,10 @@ def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus | None) -> N
                 "name a new or empty folder"
             )
         return
-    try:
-        stored = json.loads(stored_path.read_text(encoding="utf-8"))
+    remedy = "delete the folder or name another with --out"
+    stored = read_json(stored_path, remedy=remedy)
+    with understanding(str(stored_path), remedy):
         settings, data_sha256 = dict(stored["settings"]), stored["data"]["sha256"]
-    except (ValueError, KeyError, TypeError, OSError):
-        raise UsageError(
-            f"{stored_path} is damaged: delete the folder or name another with --out"
-        ) from None
     changes = [
         f"{key} {settings.get(key)} (now {value})"
         for key, value in config.to_dict().items()

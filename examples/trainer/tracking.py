@@ -1,13 +1,13 @@
 """Reporting to TensorBoard and Weights & Biases, where asked for."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from trainer.errors import UsageError
 from trainer.plan import ModelPlan
+from trainer.reading import read_json
 from trainer.run import CONFIG_FILE, Run
 
 __all__ = ["Tracker", "check_trackers", "open_tracker"]
@@ -61,7 +61,7 @@ def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
 
 def _id(run: Run, plan: ModelPlan) -> str:
     """The same whenever a model of this folder goes on, and no other folder's."""
-    stored = json.loads((run.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    stored = read_json(run.folder / CONFIG_FILE, remedy="restore it")  # which was whole before
     text = f"{stored.get('id')} {run.fingerprint(plan)}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -63,7 +63,7 @@ def test_everything_is_written(
     ("words", "message"),
     [
         ([], "--metrics"),
-        (["--metrics", "absent.json"], "absent.json cannot be read: No such file"),
+        (["--metrics", "absent.json"], "absent.json cannot be read (No such file"),
         (["--metrics", "DEMO", "DEMO"], "is in"),
         (["--metrics", "DEMO", "--price", "-1"], "'-1' is not a number from 0"),
         (["--metrics", "DEMO", "--price", "nan"], "'nan' is not a number"),

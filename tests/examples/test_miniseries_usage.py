@@ -138,7 +138,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--out", "text.txt/sub/demo"], "text.txt is a file"),
         (["--cache", "text.txt/sub"], "--cache text.txt/sub cannot be created"),
         (["--out", "."], "not a run of this program"),
-        (["--config", "missing.yaml"], "missing.yaml: cannot be read"),
+        (["--config", "missing.yaml"], "missing.yaml cannot be read"),
         (["--config"], "expected one argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -183,7 +183,7 @@ def test_a_broken_config_file(text: Path, capsys: pytest.CaptureFixture[str]) ->
     for content in ("", "{", "[]", '{"settings": {}}', '{"settings": 1, "data": {"sha256": ""}}'):
         Path("run/config.json").write_text(content)
         line = refused(["--data", "text.txt", "--out", "run"], capsys)
-        assert "config.json is damaged" in line
+        assert "run/config.json is " in line
         assert "--out" in line
 
 

@@ -178,7 +178,7 @@ def test_the_last_of_steps_and_ratio_wins() -> None:
         ("steps: 5\nratio: 4\n", "ratio: not allowed with steps"),
         ("quick: true\n", "quick goes on the command line only"),
         ("config: other.yaml\n", "config goes on the command line only"),
-        ("[1\n", "is no YAML file"),
+        ("[1\n", "is not YAML"),
         ("just words\n", "holds no options"),
         ("", "holds no options"),
     ],
@@ -187,14 +187,14 @@ def test_a_mistake_in_a_file_is_one_line_with_its_name(
     text: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refused(["--config", written(text), "--seed", "1"], capsys)
-    assert line.startswith("error: file.yaml: ")
+    assert line.startswith(("error: file.yaml: ", "error: file.yaml is not YAML ("))
     assert says in line
 
 
 def test_a_file_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
     Path("file.yaml").write_bytes(b"\xff\xfe\xfd")
-    assert "file.yaml: is no YAML file" in refused(["--config", "file.yaml"], capsys)
-    assert ".: cannot be read" in refused(["--config", "."], capsys)
+    assert "file.yaml is not UTF-8" in refused(["--config", "file.yaml"], capsys)
+    assert ". cannot be read" in refused(["--config", "."], capsys)
 
 
 def test_a_mistake_after_a_file_is_not_laid_to_it(capsys: pytest.CaptureFixture[str]) -> None:
