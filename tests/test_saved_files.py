@@ -1,0 +1,143 @@
+"""Files that version 0.1.0 wrote are read, and training goes on from them as it did then."""
+
+import json
+import lzma
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ars import ARSAdam, ARSAdamW, ARSConfig, ARSOptimizer
+from ars.regularizers import (
+    EWC,
+    KroneckerFactors,
+    KroneckerPenalty,
+    SubspacePenalty,
+    load_penalty,
+)
+from trainer.cli import parse_arguments
+from trainer.prepare import prepare
+from trainer.series import run_series
+from trainer.signals import StopRequest
+
+SAVED = Path(__file__).parent / "saved"
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "default": lambda params: ARSAdamW(params, lr=1e-2),
+    "paper": lambda params: ARSAdamW(params, lr=1e-2, ars=ARSConfig.paper(), amsgrad=True),
+    "plain": lambda params: ARSAdamW(params, lr=1e-2, ars=None),
+    "adam": lambda params: ARSAdam(params, lr=1e-2),
+    "wrapper": lambda params: ARSOptimizer(
+        torch.optim.SGD(params, lr=1e-2, momentum=0.9), ARSConfig(gate=("lr",))
+    ),
+    "master": lambda params: ARSAdamW(params, lr=1e-2, master_weights=True),
+}
+
+
+def _model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def _train(model: nn.Module, opt: Any, steps: range) -> None:
+    """As the saved runs were trained."""
+    inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    targets = torch.randint(3, (40,), generator=torch.Generator().manual_seed(2))
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        rows = slice(step % 10 * 4, step % 10 * 4 + 4)
+        opt.zero_grad()
+        logits = model(inputs[rows].to(dtype)).float()
+        loss = nn.functional.cross_entropy(logits, targets[rows])
+        loss.backward()
+        opt.step(loss=loss)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizer_goes_on(kind: str) -> None:
+    saved = torch.load(SAVED / "optimizers.pt", weights_only=True)[kind]
+    model = _model()
+    if kind == "master":
+        model = model.bfloat16()
+    model.load_state_dict(saved["model"])
+    opt = OPTIMIZERS[kind](model.parameters())
+    opt.load_state_dict(saved["optimizer"])
+    _train(model, opt, range(7, 12))
+    for name, value in model.state_dict().items():
+        # The order of sums differs between processors, and a bfloat16 may then round the other way.
+        rtol, atol = (1e-2, 1e-5) if kind == "master" else (1e-4, 1e-6)
+        torch.testing.assert_close(value, saved["model_after_5"][name], rtol=rtol, atol=atol)
+
+
+def _zeros(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+
+def _factors(model: nn.Sequential) -> dict[str, KroneckerFactors]:
+    return {
+        f"{name}.weight": KroneckerFactors(
+            torch.eye(layer.in_features + 1), torch.eye(layer.out_features)
+        )
+        for name, layer in model.named_children()
+        if isinstance(layer, nn.Linear)
+    }
+
+
+PENALTIES: dict[str, Callable[[Any], Any]] = {
+    "ewc": lambda model: EWC(model, _zeros(model)),
+    "ewc_compact": lambda model: EWC(model, _zeros(model), storage="compact"),
+    "kronecker": lambda model: KroneckerPenalty(model, _factors(model)),
+    "subspace": lambda model: SubspacePenalty(model, {"0.weight": torch.eye(6)[:, :2]}),
+}
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+@pytest.mark.filterwarnings("ignore:the importance has collapsed")  # zeros, to be replaced
+def test_penalty_has_its_value(kind: str) -> None:
+    model = _model()
+    model.load_state_dict(torch.load(SAVED / "penalised_model.pt", weights_only=True)["model"])
+    penalty = PENALTIES[kind](model)
+    load_penalty(penalty, SAVED / f"{kind}.safetensors")
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.5
+    expected = json.loads((SAVED / "penalty_values.json").read_text())[kind]
+    assert float(penalty.value().detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = [bytes(torch.randint(97, 123, (4,), generator=generator).tolist()) for _ in range(20)]
+    picks = torch.randint(0, 20, (4000,), generator=generator).tolist()
+    text = tmp_path / "text.txt"
+    text.write_bytes(b" ".join(words[i] for i in picks))
+
+    shutil.copytree(SAVED / "run", tmp_path / "saved")
+    for packed in (tmp_path / "saved").rglob("*.pt.xz"):
+        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+        packed.unlink()
+    threads = torch.get_num_threads()
+    ends = []
+    for name in ("saved", "straight"):
+        out = tmp_path / name
+        options = [
+            "--depths", "1", "--batch-size", "2", "--sequence-len", "16", "--fisher-samples", "3",
+            "--ewc-strength", "1", "--threads", "1", "--steps", "8", "--arms", "scratch+ars",
+            "--data", str(text), "--out", str(out),
+        ]  # fmt: skip
+        run_series(prepare(parse_arguments(options), StopRequest()))
+        model = torch.load(out / "checkpoints" / "d1-scratch+ars.pt", weights_only=True)["model"]
+        log = (out / "log_d1-scratch+ars.csv").read_text().splitlines()
+        ends.append((model, len(log), json.loads((out / "metrics.json").read_text())[0]))
+    torch.set_num_threads(threads)
+    before = (SAVED / "run" / "log_d1-scratch+ars.csv").read_text()
+    assert (tmp_path / "saved" / "log_d1-scratch+ars.csv").read_text().startswith(before)
+    (model, rows, record), (straight, straight_rows, straight_record) = ends
+    assert rows == straight_rows
+    assert record["steps"] == straight_record["steps"]
+    assert record["val_bpb"] == pytest.approx(straight_record["val_bpb"], rel=1e-4)
+    for name, value in model.items():
+        torch.testing.assert_close(value, straight[name], rtol=1e-4, atol=1e-5)
