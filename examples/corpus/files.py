@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from corpus.kinds import check_text
 from corpus.pieces import Piece, Source, document, read_pieces
 from trainer.errors import UsageError
 
@@ -59,13 +60,14 @@ def text_source(path: Path, label: str) -> Source:
     """One text file, whose last tenth is for validation.
 
     Args:
-        path: any file; its bytes are the text.
+        path: any file of text; its bytes are trained on as they are.
         label: names it in error messages.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: it cannot be read, or is no text.
     """
     with reading(label):
+        check_text(path, label)
         identity = fingerprint(path.name, path)
     size = identity["bytes"]
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from corpus.files import fingerprint, reading, text_document
+from corpus.kinds import PACKED, kind_of
 from corpus.pieces import Piece, Source, document, split_of, splits_of
 from corpus.tables import TABLES, check_column, is_table, table_rows
 from trainer.errors import UsageError
@@ -26,10 +27,12 @@ def folder_source(root: Path, column: str | None, label: str) -> Source:
         label: names it in error messages.
 
     Raises:
-        UsageError: there is no supported file, one cannot be read, or a table has no such column.
+        UsageError: there is no supported file, one cannot be read, is packed or no text, or a
+            table has no such column.
     """
     with reading(label):
         chosen, others = _files(root)
+        _check_texts(chosen, others, label)
         if not chosen:
             supported = ", ".join((*TEXTS, *TABLES))
             raise UsageError(f"{label} is a folder without text, which is: {supported}")
@@ -61,7 +64,7 @@ def folder_source(root: Path, column: str | None, label: str) -> Source:
             "kind": "folder",
             "column": column,
             "files": len(chosen),
-            "files_left_out": others,
+            "files_left_out": len(others),
         },
         pieces=pieces,
         files=tuple(chosen.values()),
@@ -69,26 +72,47 @@ def folder_source(root: Path, column: str | None, label: str) -> Source:
     )
 
 
-def _files(root: Path) -> tuple[dict[str, Path], int]:
-    """Supported files by their relative path, sorted, and how many others there are."""
+def _check_texts(chosen: dict[str, Path], others: list[str], label: str) -> None:
+    """Refuse a folder some of whose files are meant to be text and are not."""
+    found = [
+        (name, "packed", "unpack it or take it away")
+        for name in others
+        if name.lower().endswith(PACKED) and _is_supported(Path(name).with_suffix(""))
+    ]
+    for name, path in chosen.items():
+        kind = None if path.suffix.lower() == ".parquet" else kind_of(path)
+        if kind is not None:
+            found.append((name, *kind))
+    if found:
+        name, what, remedy = found[0]
+        more = f" ({len(found)} such files)" if len(found) > 1 else ""
+        raise UsageError(f"{label.rstrip('/')}/{name} is {what}, not text{more}: {remedy}")
+
+
+def _is_supported(path: Path) -> bool:
+    return path.suffix.lower() in TEXTS or is_table(path)
+
+
+def _files(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """Supported files by their relative path, sorted, and the paths of all others."""
 
     def refuse(error: OSError) -> None:
         raise error  # os.walk would pass over a folder that it may not enter
 
     found: dict[str, Path] = {}
-    others = 0
+    others: list[str] = []
     for parent, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in files:
             path = Path(parent, file)
-            supported = path.suffix.lower() in TEXTS or is_table(path)
+            name = path.relative_to(root).as_posix()
             if (
-                supported
+                _is_supported(path)
                 and not file.startswith(".")
                 and path.is_file()
                 and path.stat().st_size > 0
             ):
-                found[path.relative_to(root).as_posix()] = path
+                found[name] = path
             else:
-                others += 1
-    return dict(sorted(found.items())), others
+                others.append(name)
+    return dict(sorted(found.items())), sorted(others)

@@ -19,7 +19,7 @@ def open_source(name: str | None, column: str | None) -> Source:
     Args:
         name: ``None`` for the built-in text; ``hf:NAME[:CONFIG][@COMMIT]`` for a data set of the
             Hugging Face hub; or a path: of a folder, of a table (``.csv``, ``.tsv``, ``.parquet``,
-            ``.jsonl``), or of any other file, which is one text.
+            ``.jsonl``, ``.ndjson``), or of any other file, which is one text.
         column: holds the text of a table.
 
     Raises:

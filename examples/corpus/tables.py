@@ -1,9 +1,9 @@
 """Rows of CSV, TSV, parquet and JSON lines files, read in batches: a table need not fit in memory.
 
-A row's column is one document, known by its row number; rows without text are passed over.
+A row's column is one document, known by its row number. Rows whose text is empty, null or a missing
+value are passed over; a JSON row without the field is refused.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +14,10 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from corpus.files import fingerprint, reading
+from corpus.kinds import check_text
 from corpus.pieces import Piece, Source, document, split_of
 from trainer.errors import UsageError
+from trainer.reading import parse_json
 
 __all__ = [
     "TABLES",
@@ -47,6 +49,8 @@ def table_source(path: Path, column: str | None, label: str) -> Source:
         UsageError: it cannot be read, or has no such column of text.
     """
     with reading(label):
+        if path.suffix.lower() != ".parquet":
+            check_text(path, label)
         identity = fingerprint(path.name, path)
     if identity["bytes"] > 0:  # an empty one is refused with what it would have to hold
         check_column(path, column, label)
@@ -89,7 +93,10 @@ def check_column(path: Path, column: str | None, label: str) -> None:
 
 def check_listed(column: str | None, columns: Iterable[str], label: str) -> None:
     """See whether a column is one of those there are; arguments and errors of `check_column`."""
+    columns = list(columns)
     listed = ", ".join(columns) or "no columns"
+    if columns.count(str(column)) > 1:
+        raise UsageError(f"{label} has two columns {column} ({listed}): rename one")
     if column is None:
         raise UsageError(f"{label} is a table with {listed}: name its text with --column")
     if column not in columns:
@@ -146,7 +153,7 @@ def _parsing(label: str) -> Iterator[None]:
                 f"{label} has a row of more than {size} MiB: split it, or use parquet"
             ) from None
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{label} is damaged ({reason}): repair it") from None
+        raise UsageError(f"{label} is damaged ({reason}): repair it, or name another") from None
 
 
 def _csv_reader(path: Path, **convert: Any) -> pa_csv.CSVStreamingReader:
@@ -192,25 +199,33 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Any]:
 
 
 def _json_columns(path: Path) -> list[str]:
+    return next((list(row) for _, row in _json_objects(path)), [])
+
+
+def _json_rows(path: Path, column: str) -> Iterator[str | None]:
+    for line, row in _json_objects(path):
+        if column not in row:
+            listed = ", ".join(row) or "no fields"
+            raise ValueError(f"line {line} has no field {column}, but {listed}")
+        value = row[column]
+        if not (value is None or isinstance(value, str)):
+            raise ValueError(f"line {line} holds {type(value).__name__} as {column}, not text")
+        yield value
+
+
+def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number, from 1, and the object of every line that is not blank."""
     with open(path, "rb") as file:
-        for line in file:
-            if line.strip():
-                return list(_object(line))
-    return []
-
-
-def _json_rows(path: Path, column: str) -> Iterator[Any]:
-    with open(path, "rb") as file:
-        for line in file:
-            if line.strip():
-                yield _object(line).get(column)
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    value = json.loads(line)
-    if not isinstance(value, dict):
-        raise ValueError("a line is no JSON object")
-    return value
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"line {number} is no JSON object")
+            yield number, value
 
 
 # Ending -> its columns, and the values of one of them.
@@ -221,4 +236,5 @@ TABLES: dict[
     ".tsv": (_csv_columns, _csv_rows),
     ".parquet": (_parquet_columns, _parquet_rows),
     ".jsonl": (_json_columns, _json_rows),
+    ".ndjson": (_json_columns, _json_rows),
 }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corpus.kinds import check_text
 from corpus.library import library_source
 from corpus.pieces import split_of
 from trainer.errors import UsageError
@@ -61,15 +62,16 @@ def load_file(path: Path, sequence_len: int) -> Corpus:
     """Read one file and keep its last tenth for validation.
 
     Args:
-        path: any file; its bytes are the tokens.
+        path: any file of text; its bytes are the tokens.
         sequence_len: bytes a sequence; each split must hold at least one sequence and its target.
 
     Raises:
-        UsageError: the file is missing, unreadable, a folder, empty or too short.
+        UsageError: the file is missing, unreadable, a folder, no text, empty or too short.
     """
     if path.is_dir():
         raise UsageError(f"--data {path} is a directory: name one text file")
     try:
+        check_text(path, f"--data {path}")
         content = path.read_bytes()
     except FileNotFoundError:
         raise UsageError(f"--data {path} does not exist: check the path") from None

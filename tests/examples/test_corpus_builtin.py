@@ -104,7 +104,7 @@ def test_a_file_keeps_its_last_tenth_for_validation(
 ) -> None:
     monkeypatch.setattr(pieces_module, "_PIECE_BYTES", 100)
     path = tmp_path / "text.bin"
-    path.write_bytes(bytes(range(256)) * 4)
+    path.write_bytes(bytes(range(1, 256)) * 4)
     corpus = prepare_corpus(str(path), cache=tmp_path / "cache", sequence_len=32)
     assert bytes(ids(corpus.train) + ids(corpus.validation)) == path.read_bytes()
     assert len(corpus.validation) == 102

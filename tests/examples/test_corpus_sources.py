@@ -64,6 +64,7 @@ TABLES = {
     "table.csv": write_separated(","),
     "table.TSV": write_separated("\t"),
     "table.jsonl": write_lines,
+    "table.NDJSON": write_lines,
     "string.parquet": write_parquet(pa.string()),
     "large.parquet": write_parquet(pa.large_string()),
     "binary.parquet": write_parquet(pa.binary()),
@@ -163,10 +164,16 @@ def test_a_missing_or_wrong_column_lists_those_there_are(tmp_path: Path, name: s
         open_source(str(tmp_path / name), "txet")
 
 
-@pytest.mark.parametrize("name", ["table.jsonl", "string.parquet"])
-def test_a_column_of_numbers_is_no_text(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("table.jsonl", r"table.jsonl is damaged \(line 1 holds int as id, not text\)"),
+        ("string.parquet", r"^--column id of .* holds int in row 0, not text"),
+    ],
+)
+def test_a_column_of_numbers_is_no_text(tmp_path: Path, name: str, message: str) -> None:
     TABLES[name](tmp_path / name)
-    with pytest.raises(UsageError, match=r"^--column id of .* holds int in row 0, not text"):
+    with pytest.raises(UsageError, match=message):
         prepare(tmp_path / name, tmp_path / "cache", "id")
 
 
@@ -176,7 +183,8 @@ def test_a_column_of_numbers_is_no_text(tmp_path: Path, name: str) -> None:
         ("table.csv", b"id,text\n1,a\n2\n", "Expected 2 columns, got 1"),
         ("table.csv", b"id,text\n1," + b"a" * 300 + b"\n", "has a row of more than"),
         ("table.jsonl", b'{"id": 1, "text": "a"}\n{"id": 2,', "is damaged"),
-        ("table.jsonl", b'{"id": 1, "text": "a"}\n[2]\n', "a line is no JSON object"),
+        ("table.jsonl", b'{"id": 1, "text": "a"}\n[2]\n', "line 2 is no JSON object"),
+        ("table.csv", b"text,text\n1,a\n", "has two columns text"),
         ("table.parquet", b"PAR1 and then nothing of the kind", "Parquet"),
     ],
 )

@@ -34,7 +34,7 @@ def _folder_and_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_bytes(bytes(range(256)) * 40)
+    path.write_bytes(bytes(range(1, 256)) * 40)
     return path
 
 
