@@ -85,6 +85,10 @@ def item(name: str, line: str) -> Callable[[Path], object]:
     [
         (lambda folder: (folder / "core.yaml").unlink(), "No such file"),
         (lambda folder: (folder / "core.yaml").write_text("a: [1"), "is not YAML"),
+        (
+            lambda folder: (folder / "core.yaml").write_text("icl_tasks:\n- label: a\n  label: b"),
+            "is not YAML (label stands there twice, again in line 3)",
+        ),
         (lambda folder: (folder / "core.yaml").write_text("a: 1"), "no list icl_tasks"),
         (lambda folder: (folder / "core.yaml").write_bytes(b"\xff"), "is not UTF-8"),
         (rewrite("core.yaml", "  num_fewshot: [0]\n", ""), "mini_schema lacks 'num_fewshot'"),

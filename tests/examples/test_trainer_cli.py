@@ -179,6 +179,7 @@ def test_the_last_of_steps_and_ratio_wins() -> None:
         ("quick: true\n", "quick goes on the command line only"),
         ("config: other.yaml\n", "config goes on the command line only"),
         ("[1\n", "is not YAML"),
+        ("lr: 0.01\nseed: 1\nlr: 0.02\n", "is not YAML (lr stands there twice, again in line 3)"),
         ("just words\n", "holds no options"),
         ("", "holds no options"),
     ],
