@@ -13,7 +13,7 @@ from ars.checkpoint import CheckpointedAdam
 from ars.collect import Collector
 from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
-from ars.groups import check_max_grad_norm, is_trial
+from ars.groups import check_max_grad_norm, has_gradient, is_trial
 from ars.penalty import Penalty, Term, read_settings, refresh_
 from ars.state import Precision, complete_state
 from ars.surprise import check_watched, choose_surprise
@@ -131,10 +131,11 @@ class ARSAdam(CheckpointedAdam):
         loss: Tensor | float | None = None,
         surprise: Tensor | float | None = None,
     ) -> Any:
-        """Take one step.
+        """Take one step; without a gradient nothing happens, as in torch.
 
         Args:
-            closure: Re-evaluates the model and returns the loss, as for every torch optimizer.
+            closure: Re-evaluates the model and returns the loss, as for every torch optimizer. If
+                it returns None once but there are gradients, the last loss counts again.
             loss: The loss, 0-d: the surprise that the controller watches. Without it (and without
                 a closure that returns one) the controller watches the gradient norm.
             surprise: With ``ARSConfig(surprise="entropy")``, what is watched instead, 0-d, such as
@@ -173,6 +174,11 @@ class ARSAdam(CheckpointedAdam):
             with torch.enable_grad():
                 returned = closure()
         loss = returned if loss is None else loss
+        if loss is None and surprise is None and not has_gradient(self.param_groups):
+            return returned
+        if loss is None and closure is not None and self._watches == "loss":
+            assert self._controller is not None
+            loss = self._controller.latest()
         watches, watched = choose_surprise(self._controller, loss, surprise)
         if self._controller is not None:
             check_watched(self._watches, watches)

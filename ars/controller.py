@@ -68,6 +68,11 @@ class ARSController:
             surprise, self.window, self.counts, self.gate_state, **self._settings
         )
 
+    def latest(self) -> Tensor:
+        """Return the last finite surprise, 0-d, or 0 before the first; nothing waits for it."""
+        place = (self.counts[0] - 1) % self.window.numel()
+        return self.window.gather(0, place.view(1)).reshape(())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the window (W,), the counts (2,) and the gate's memory (5,), as references."""
         return {"window": self.window, "counts": self.counts, "gate_state": self.gate_state}

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ars.penalty import check_strength
 
-__all__ = ["check_max_grad_norm", "complete_group", "is_trial"]
+__all__ = ["check_max_grad_norm", "complete_group", "has_gradient", "is_trial"]
 
 
 def check_max_grad_norm(norm: Any) -> None:
@@ -73,3 +73,12 @@ def is_trial(groups: list[dict[str, Any]]) -> bool:
             return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     return bool(grads) and not any(grad.is_sparse or bool(grad.any()) for grad in grads)
+
+
+def has_gradient(groups: list[dict[str, Any]]) -> bool:
+    """Whether a parameter has a gradient.
+
+    Args:
+        groups: The parameter groups.
+    """
+    return any(param.grad is not None for group in groups for param in group["params"])

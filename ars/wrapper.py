@@ -10,8 +10,15 @@ from torch import Tensor
 from ars import reference
 from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
-from ars.effective import GatedGradients, Replay, check_gateable, gated_groups
-from ars.groups import is_trial
+from ars.effective import (
+    GatedGradients,
+    Replay,
+    check_gateable,
+    check_groups,
+    evaluates_first,
+    gated_groups,
+)
+from ars.groups import has_gradient, is_trial
 from ars.state import check_shapes
 from ars.surprise import check_watched, choose_surprise
 
@@ -50,7 +57,8 @@ class ARSOptimizer(torch.optim.Optimizer):
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: The base has a controller, is differentiable, has a group without lr, or has
-            nothing that the gate could act on.
+            nothing that the gate could act on; or a group has a value that is no number (None,
+            say) where the gate acts.
 
     Example:
         >>> import torch
@@ -114,8 +122,13 @@ class ARSOptimizer(torch.optim.Optimizer):
 
         Args:
             param_group: Its parameters, and what differs from the defaults.
+
+        Raises:
+            ValueError: It has no lr, or a value that cannot be gated.
         """
         if "_controller" in self.__dict__:
+            group = {**self.base.defaults, **param_group}
+            check_groups(self.base, [group], self._controller.config)
             self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -137,11 +150,17 @@ class ARSOptimizer(torch.optim.Optimizer):
         """Take one step of the base optimizer, gated.
 
         A closure is evaluated once before the step, and its loss is the surprise. The base gets
-        that loss for its first evaluation; an optimizer that evaluates several times in a step,
-        such as LBFGS, takes all of them under the one gate.
+        that evaluation for its first, unless it has changed a parameter or a gradient since, as SAM
+        does: then the closure is evaluated anew, as in each further call (LBFGS), all under the one
+        gate. Where there are gradients and a ``loss`` is passed, the base alone evaluates it.
+
+        To see such a change, an optimizer that is not torch's own needs memory for a copy of
+        parameters and gradients while it is stepped with a closure, and waits for a GPU.
 
         Args:
-            closure: Re-evaluates the model and returns the loss, as for every torch optimizer.
+            closure: Re-evaluates the model and returns the loss, as for every torch optimizer. If
+                no parameter has a gradient then, nothing is observed. If it returns None once but
+                there are gradients, the last loss counts again.
             loss: The loss, 0-d: what the controller watches. Without it (and without a closure)
                 the controller watches the gradient norm.
             surprise: With ``ARSConfig(surprise="entropy")``, what is watched instead.
@@ -151,45 +170,59 @@ class ARSOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: The loss or the surprise is neither a tensor nor a number.
-            ValueError: It is not a scalar, the surprise is missing or not what is watched, or it
-                changed its kind between steps.
+            ValueError: It is not a scalar, the surprise is missing or not what is watched, it
+                changed its kind between steps, or a group has a value that cannot be gated.
             RuntimeError: The gradient norm is watched and a gradient is sparse.
         """
-        groups = self.base.param_groups
+        base, config = self.base, self._controller.config
+        groups = base.param_groups
         given = (closure, loss, surprise)
-        if not self.base.state and given == (None, None, None) and is_trial(groups):
-            return self.base.step()
-        returned = None
+        if not base.state and given == (None, None, None) and is_trial(groups):
+            return base.step()
+        check_groups(base, groups, config)
+        replay, returned = None, None
         if closure is not None:
-            with torch.enable_grad():
-                returned = closure()
+            replay = Replay(closure, groups, careful=not evaluates_first(base))
+            known = (
+                loss is not None if config.surprise in ("auto", "loss") else surprise is not None
+            )
+            if not (known and has_gradient(groups)):
+                returned = replay.evaluate()
         with torch.no_grad():
-            signals = self._observe(returned if loss is None else loss, surprise)
-        if signals is None:  # no gradient: the base may still count the step
-            return self.base.step(*(() if closure is None else (Replay(closure, returned),)))
-        gate = self._controller.config.gate
-        gradients = GatedGradients(groups, signals.phi if "grad" in gate else 1.0)
-        with gated_groups(groups, signals, gate):
+            signals = self._observe(given, returned)
+        gradients = GatedGradients(groups, signals.phi if "grad" in config.gate else 1.0)
+        with gated_groups(groups, signals, config):
             try:
-                gradients.put()
-                if closure is None:
-                    return self.base.step()
-                return self.base.step(Replay(closure, returned, gradients))
+                if replay is None:
+                    gradients.put()
+                    return base.step()
+                replay.begin(gradients)
+                return base.step(replay)
             finally:
                 gradients.restore()
 
-    def _observe(self, loss: Any, surprise: Any) -> reference.Signals | None:
+    def _observe(self, given: tuple[Any, Any, Any], returned: Any) -> reference.Signals:
         """Let the controller observe, if there is a gradient, and report what it says.
+
+        Args:
+            given: The closure, the loss and the surprise that were passed.
+            returned: What the closure returned, if it was evaluated.
 
         Raises:
             RuntimeError: The gradient norm is watched and a gradient is sparse.
         """
-        watches, watched = choose_surprise(self._controller, loss, surprise)
-        check_watched(self._watches, watches)
         params = [param for group in self.base.param_groups for param in group["params"]]
         grads = [param.grad for param in params if param.grad is not None]
+        closure, loss, surprise = given
+        loss = returned if loss is None else loss
+        if not grads and loss is None and surprise is None:
+            return UNSEEN  # the base may still count the step
+        if loss is None and closure is not None and self._watches == "loss":
+            loss = self._controller.latest()
+        watches, watched = choose_surprise(self._controller, loss, surprise)
+        check_watched(self._watches, watches)
         if not grads:
-            return None
+            return UNSEEN
         if watched is None:
             if any(grad.is_sparse for grad in grads):
                 raise RuntimeError(
@@ -243,9 +276,9 @@ class ARSOptimizer(torch.optim.Optimizer):
             state_dict: What ``state_dict()`` returned.
 
         Raises:
-            ValueError: The state is of another controller, of groups of other sizes or, as far as
-                torch's own optimizers keep it, of parameters of other shapes; nothing has been
-                changed then.
+            ValueError: The state is of another controller, of groups of other sizes or with values
+                that cannot be gated or, as far as torch's own optimizers keep it, of parameters of
+                other shapes; nothing has been changed then.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -255,8 +288,13 @@ class ARSOptimizer(torch.optim.Optimizer):
         self._place()
         if saved is not None:
             self._controller.check_state_dict(saved)
+
         # The base's own hooks may still replace the state.
-        handle = self.base.register_load_state_dict_pre_hook(_check_state)
+        def check(base: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            check_groups(base, state_dict["param_groups"], self._controller.config)
+            _check_state(base, state_dict)
+
+        handle = self.base.register_load_state_dict_pre_hook(check)
         try:
             self.base.load_state_dict(state_dict)
         finally:

@@ -1,7 +1,9 @@
 """ARSOptimizer: what the base optimizer's step gets, what is put back, and when it is refused."""
 
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from optimizers import gradients, make, parameters
@@ -279,3 +281,87 @@ def test_what_cannot_be_gated_is_refused_with_its_remedy():
     del rateless.param_groups[0]["lr"]
     with pytest.raises(ValueError, match="no lr in group 0"):
         ARSOptimizer(rateless)
+
+
+class Loose(Descent):
+    """Takes any value, as transformers' Adafactor does: relative_step=True has lr=None."""
+
+    def __init__(self, params, **values):
+        torch.optim.Optimizer.__init__(self, params, {"lr": 0.1, **values})
+
+
+REFUSED = (
+    {"lr": None}, {"lr": "auto"}, {"lr": lambda: 0.1}, {"lr": {"w": 0.1}}, {"lr": 1j},
+    {"lr": torch.tensor(1)}, {"lr": torch.tensor(1j)}, {"lr": (0.1, None)}, {"lr": [[0.1]]},
+    {"betas": None}, {"betas": (None, 0.999)}, {"betas": [0.9, "0.999"]}, {"betas": "0.9"},
+    {"betas": (0.9, 0.99, None)}, {"momentum": None}, {"momentum": lambda: 0.9},
+    {"momentum": torch.tensor(1)}, {"betas": ((0.9,), 0.99)},
+)  # fmt: skip
+TAKEN = (
+    {"lr": 1}, {"lr": np.float32(0.1)}, {"lr": torch.tensor(0.1)}, {"lr": torch.tensor([0.1])},
+    {"lr": [0.1, 0.2]}, {"betas": (0.9,)}, {"betas": (0.9, 0.99, 0.999)}, {"betas": [0.9, 0.99]},
+    {"betas": (torch.tensor(0.9), 0.99)}, {"betas": 0.9}, {"momentum": np.float64(0.5)},
+    {"momentum": torch.tensor(0.5)}, {"betas": ()}, {"momentum": False},
+)  # fmt: skip
+NAMES = ("lr", "betas", "momentum")
+
+
+@pytest.mark.parametrize("values", REFUSED, ids=repr)
+def test_values_that_cannot_be_multiplied_are_refused_before_the_first_alarm(values):
+    config = ARSConfig(gate=ALL)
+    (name,) = values
+    params = parameters(shapes=MATRICES)
+    message = rf"Loose has {name}=.* in group 0, which the controller cannot multiply: give it"
+    with pytest.raises(ValueError, match=message):
+        ARSOptimizer(Loose(params, **values), config)
+    opt = ARSOptimizer(Loose(params[:1], betas=(0.9, 0.99), momentum=0.5), config)
+    for add in (values, {}):
+        if not add:
+            opt.base.defaults.update(values)
+        with pytest.raises(ValueError, match=message):
+            opt.add_param_group({"params": params[1:], **add})
+        assert len(opt.param_groups) == 1
+    state = opt.state_dict()
+    state["param_groups"][0].update(values)
+    before = opt.param_groups[0].copy()
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0] == before
+    opt.param_groups[0].update(values)  # and where it is put there later, nothing has been observed
+    gradients(params, 0)
+    with pytest.raises(ValueError, match=message):
+        opt.step(loss=1.0)
+    assert opt.controller.counts.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("values", TAKEN, ids=repr)
+def test_whatever_is_numbers_is_multiplied_and_put_back(values):
+    params = parameters(shapes=MATRICES)
+    base = Loose(params, **values)
+    seen = []
+    base.step = lambda: seen.append(copy.deepcopy(base.param_groups[0]))
+    opt = ARSOptimizer(base, ARSConfig.paper(gate=ALL, jitter=0.0))
+    gradients(params, 0)
+    opt.step(loss=1.0)
+    phi = float(opt.diagnostics["phi"])
+    assert phi < 0.5
+    for name, value in values.items():
+        assert opt.param_groups[0][name] is value
+        wanted = torch.as_tensor(value, dtype=torch.float64) * phi
+        found = torch.as_tensor(seen[0][name], dtype=torch.float64)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_settings_leave_alone_may_be_anything(name):
+    """The remedies that the errors name."""
+    params = parameters(shapes=MATRICES)
+    config = ARSConfig(gate=("grad",), jitter=0) if name == "lr" else ARSConfig(gate=("lr",))
+    base = Loose(params, **{name: None})
+    base.step = lambda: None
+    opt = ARSOptimizer(base, config)
+    for step in range(40):  # an alternation, in which there is jitter
+        gradients(params, step)
+        opt.step(loss=float(step % 2))
+    assert float(opt.diagnostics["phi"]) < 0.5
+    assert opt.param_groups[0][name] is None
