@@ -107,6 +107,7 @@ class Run:
         pieces: The pieces.
         columns: The lists of their operands.
         steps: Their tensors' step counters.
+        sizes: Their numbers of elements.
         theta, gradient, delta, pull: Rows of scratch for all pieces together.
         thetas, gradients: The stretches of the first two that belong to each piece.
     """
@@ -118,7 +119,7 @@ class Run:
             list(column) for column in zip(*(piece.operands for piece in pieces), strict=True)
         )
         self.steps = [piece.step for piece in pieces]
-        sizes = [piece.operands.param.numel() for piece in pieces]
+        self.sizes = sizes = [piece.operands.param.numel() for piece in pieces]
         rows = scratch.rows(self.dtype)[:, : sum(sizes)]
         self.theta, self.gradient, self.delta, self.pull = rows
         self.thetas, self.gradients = self.theta.split(sizes), self.gradient.split(sizes)

@@ -189,23 +189,37 @@ class _Update:
         largest = columns.max_exp_avg_sq if run.amsgrad else []
         self._adam(thetas, gradients, columns.exp_avg, columns.exp_avg_sq, largest, run.steps)
         if run.penalized and self.options.proximal:
-            for theta, piece in zip(thetas, run.pieces, strict=True):
-                self._proximal(theta, piece)
+            free = [row.split(run.sizes) for row in (run.gradient, run.delta, run.pull)]
+            for theta, piece, *rows in zip(thetas, run.pieces, *free, strict=True):
+                self._proximal(theta, piece, rows)
         for param, theta in zip(columns.param, thetas, strict=True):
             if theta is not param:
                 param.copy_(theta)
         return penalty
 
-    def _proximal(self, theta: Tensor, piece: Piece) -> None:
-        """Take the proximal step (9) after Adam's, in its metric."""
+    def _proximal(self, theta: Tensor, piece: Piece, rows: Sequence[Tensor]) -> None:
+        """Take the proximal step (9), as :func:`ars.reference.ewc_proximal`, after Adam's.
+
+        Args:
+            theta: The piece's parameters, overwritten.
+            piece: The piece.
+            rows: Scratch, three rows of its length.
+        """
         _, _, exp_avg_sq, largest, anchor, _, _ = piece.operands
         assert anchor is not None
         beta2 = float(self.hyper.beta2)
         product2 = beta2 ** float(piece.step) if self.products is None else self.products[1]
         second = exp_avg_sq if largest is None else largest
-        denominator = reference.adam_denominator(second, 1 - product2, self.hyper.eps)
-        metric = float(self.hyper.lr) * float(self.hyper.strength) / denominator
-        theta.copy_(reference.ewc_proximal(theta, anchor, piece.importance(), metric))
+        bound = torch.finfo(theta.dtype).max
+        denominator, q, part = rows
+        torch.sqrt(second, out=denominator).div_(math.sqrt(1 - product2)).add_(self.hyper.eps)
+        denominator.clamp_(max=bound)
+        q.copy_(piece.importance())
+        q.mul_(min(float(self.hyper.lr) * float(self.hyper.strength), bound))
+        held = q > denominator
+        torch.minimum(q, denominator, out=part).div_(denominator.add_(q))
+        part.mul_(torch.sub(theta, anchor, out=denominator))
+        torch.where(held, torch.add(anchor, part, out=q), theta.sub_(part), out=theta)
 
     def _adam(
         self,

@@ -16,6 +16,8 @@ __all__ = [
 
 Scalar: TypeAlias = float | Tensor
 
+LARGEST_STRENGTH = 1e38  # of which the double is a float32 too
+
 
 class Term(NamedTuple):
     """What pulls at one parameter: a quadratic pull towards an anchor, another gradient, or both.
@@ -49,7 +51,7 @@ class Penalty(Protocol):
 
     @property
     def strength(self) -> Scalar:
-        """Lambda, finite and >= 0; a 0-d tensor on the device is read there."""
+        """Lambda, in [0, 1e38]; a 0-d tensor on the device is read there."""
         ...
 
     @property
@@ -77,7 +79,7 @@ def parameter_names(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
 
 
 def check_strength(what: str, strength: Any) -> None:
-    """Raise unless a strength is a finite number >= 0; a tensor on another device is not read.
+    """Raise unless a strength is a number in [0, 1e38]; a tensor on another device is not read.
 
     Args:
         what: What to call it in an error.
@@ -97,8 +99,14 @@ def check_strength(what: str, strength: Any) -> None:
             return
     elif not isinstance(strength, (int, float)) or isinstance(strength, bool):
         raise TypeError(f"{what} must be a number or a 0-d tensor, got {type(strength).__name__}")
-    if not 0 <= strength < math.inf:
-        raise ValueError(f"{what} must be finite and >= 0, got {float(strength)}")
+    if not 0 <= strength <= LARGEST_STRENGTH:
+        number = strength.item() if isinstance(strength, Tensor) else strength
+        raise ValueError(
+            f"{what} must be finite and >= 0, got {number!r:.40}"
+            if not 0 <= number < math.inf
+            else f"{what} must be at most {LARGEST_STRENGTH:g}, as the step is computed in "
+            f"float32, got {number!r:.40}"
+        )
 
 
 def read_settings(penalty: Penalty | None) -> tuple[Scalar, bool]:

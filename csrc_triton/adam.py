@@ -152,7 +152,7 @@ def update_block(
         delta = theta - a
         terms = omega * delta * delta
         if PENALTY == COUPLED:
-            g += strength * omega * delta  # eq. 8
+            g += strength * (omega * delta)  # eq. 8; the other way overflows at the anchor
     if DECOUPLED:
         theta *= decay
     else:
@@ -170,8 +170,12 @@ def update_block(
     denominator = _sqrt(v) * inverse_root + eps
     theta -= step_size * _divide(m, denominator)  # eq. 7
     if PENALTY == PROXIMAL:
-        # eq. 9, multiplied out to save a division.
-        theta = a + _divide((theta - a) * denominator, denominator + metric * omega)
+        # eq. 9, multiplied out to save a division, and from the end that the result is nearer to:
+        # exactly theta where q is 0, and theta* where it is beyond all bounds.
+        q = metric * omega
+        denominator = tl.minimum(denominator, 3.4028234663852886e38)  # the largest float32
+        part = (theta - a) * _divide(tl.minimum(q, denominator), denominator + q)
+        theta = tl.where(q > denominator, a + part, theta - part)
     if ROUNDING == MASTER:
         rounded, rest = split_master(theta)
         tl.store(p_ptr, rounded, mask=mask)

@@ -83,7 +83,9 @@ def _write_scalars(
     tl.store(target + SCALAR.value.EPS, eps.to(NUMBER), mask=mask)
     tl.store(target + SCALAR.value.STRENGTH, strength.to(NUMBER), mask=mask)
     tl.store(target + SCALAR.value.CLIP, clip.to(NUMBER), mask=mask)
-    tl.store(target + SCALAR.value.METRIC, (lr * strength).to(NUMBER), mask=mask)
+    # The largest float32: infinity times an importance of 0 is NaN.
+    metric = tl.minimum(lr * strength, 3.4028234663852886e38)
+    tl.store(target + SCALAR.value.METRIC, metric.to(NUMBER), mask=mask)
     reported = group == 0
     here = tl.zeros((GROUP_BLOCK,), tl.int32)
     tl.store(diagnostics + DIAGNOSTIC.value.LR + here, lr, mask=reported)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ars.penalty import check_strength
 from ars.regularizers.estimators import accumulation_dtype
 
 __all__ = [
@@ -206,35 +207,32 @@ def check_option(name: str, found: object, own: object) -> None:
         )
 
 
-def checked_strength(value: float | Tensor) -> float | Tensor:
+def checked_strength(value: float | Tensor, what: str = "strength") -> float | Tensor:
     """Return a strength as a float, or the 0-d tensor that holds it.
 
     Args:
-        value: A finite number >= 0, or a 0-d floating-point tensor. A tensor on the CPU is checked
+        value: A number in [0, 1e38], or a 0-d floating-point tensor. A tensor on the CPU is checked
             like a number; one on a device is not read, which would wait for the device.
+        what: What to call it in an error.
 
     Returns:
         The number, or the tensor itself, detached: what is written to it later holds.
 
     Raises:
         TypeError: Neither of the two.
-        ValueError: Negative or not finite.
+        ValueError: Out of range.
     """
     if isinstance(value, Tensor):
         if value.ndim or not value.is_floating_point():
             raise TypeError(
-                f"strength must be a number or a 0-d floating-point tensor, got {value.dtype} of "
+                f"{what} must be a number or a 0-d floating-point tensor, got {value.dtype} of "
                 f"shape {tuple(value.shape)}"
             )
-        if value.device.type == "cpu":
-            checked_strength(value.item())
+        check_strength(what, value)
         return value.detach()
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(
-            f"strength must be a number, got {type(value).__name__}; use float(strength)"
-        )
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"strength must be finite and >= 0, got {value}")
+        raise TypeError(f"{what} must be a number, got {type(value).__name__}; use float({what})")
+    check_strength(what, float(value) if not isinstance(value, int) else value)
     return float(value)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ars.penalty import check_strength
 from ars.regularizers.distillation import Distillation
 from ars.regularizers.evaluation import trainable
 from ars.regularizers.ewc import EWC
@@ -155,8 +156,7 @@ class CombinedLoss:
                 )
             if not callable(getattr(penalty, "value", None)):
                 raise TypeError(f"penalty {type(penalty).__name__} has no method value()")
-        if not 0 <= l2 < torch.inf:
-            raise ValueError(f"l2 must be finite and >= 0, got {l2!r}")
+        check_strength("l2", l2)
         if l2 and model is None:
             raise ValueError(f"l2={l2} needs to know the parameters; pass model")
         if not penalties and not l2:

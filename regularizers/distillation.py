@@ -90,7 +90,7 @@ class Distillation(Strengthened):
     Args:
         teacher: The predecessor, not the model that is trained: a ``copy.deepcopy`` of it from
             before. Maps inputs to logits.
-        strength: lambda, finite, >= 0; a number or a 0-d tensor.
+        strength: lambda, in [0, 1e38]; a number or a 0-d tensor.
         temperature: T > 0, finite.
 
     Raises:

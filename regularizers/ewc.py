@@ -72,7 +72,7 @@ class EWC(Strengthened):
         model: Its current parameters become the anchor.
         fisher: A fitted :class:`~ars.regularizers.DiagonalFisher`, or a mapping from parameter
             name to importance: the parameter's shape, finite, >= 0.
-        strength: lambda, finite, >= 0; a number or a 0-d tensor. A plain attribute, which may be
+        strength: lambda, in [0, 1e38]; a number or a 0-d tensor. A plain attribute, which may be
             changed at any time.
         mode: ``"coupled"`` or ``"proximal"``.
         layer_strengths: Factors of lambda, finite, >= 0, by parameter name or shell pattern
@@ -127,7 +127,7 @@ class EWC(Strengthened):
         self._pulls = {}
         for name, p in self._parameters.items():
             omega = self._weighted(name, importance)
-            check_tensor(f"the importance of {name!r}, times its strength,", omega, p)
+            check_tensor(f"the importance of {name!r}, times its layer strength,", omega, p)
             self._pulls[name] = Pull(name, p, omega, storage)
         self.estimator = estimator_of(fisher)
         self.constant = 0.0

@@ -76,7 +76,7 @@ def checked_ewc_state(
         strength=checked_strength(state["strength"]),
         mode=checked_choice("mode", state["mode"], get_args(Mode)),
         estimator=state["estimator"],
-        constant=float(checked_strength(state["constant"])),
+        constant=float(checked_strength(state["constant"], "the state's constant")),
         factors=layer_factors(state["layer_strengths"], parameters),
         tensors=tensors,
     )

@@ -1,6 +1,5 @@
 """What an EWC penalty makes of a Fisher: checked, weighted by layer, embedded in larger shapes."""
 
-import math
 import warnings
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
@@ -9,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ars.regularizers.checks import check_tensor
+from ars.regularizers.checks import check_tensor, checked_strength
 from ars.regularizers.fisher import DiagonalFisher
 
 __all__ = [
@@ -134,8 +133,7 @@ def layer_factors(
     for key, factor in strengths.items():
         if isinstance(factor, bool) or not isinstance(factor, Real):
             raise TypeError(f"layer_strengths[{key!r}] must be a number, got {factor!r}")
-        if not math.isfinite(factor) or factor < 0:
-            raise ValueError(f"layer_strengths[{key!r}] must be finite and >= 0, got {factor}")
+        checked_strength(factor, f"layer_strengths[{key!r}]")
         if key not in names and not any(fnmatchcase(name, key) for name in names):
             raise ValueError(
                 f"layer_strengths[{key!r}] matches none of the penalised parameters {list(names)}"

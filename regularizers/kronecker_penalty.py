@@ -66,7 +66,7 @@ class KroneckerPenalty(Strengthened):
             to (A, G): A is (d, d), or (d + 1, d + 1) to include the layer's bias as its last
             column, with d the columns of the weight flattened from dimension 1 on; G is (p, p), or
             None everywhere for the identity.
-        strength: lambda, finite, >= 0; a number or a 0-d tensor. A plain attribute, which may be
+        strength: lambda, in [0, 1e38]; a number or a 0-d tensor. A plain attribute, which may be
             changed at any time.
 
     Raises:
@@ -74,7 +74,7 @@ class KroneckerPenalty(Strengthened):
             floating-point tensor, or ``strength`` not a number.
         ValueError: ``factors`` is not fitted, is empty, names a parameter that the model does not
             have or that is no matrix, or holds a matrix of the wrong shape, not finite, not
-            symmetric or with a negative diagonal; ``strength`` is negative or not finite.
+            symmetric or with a negative diagonal; ``strength`` is out of range.
 
     Example:
         >>> import torch

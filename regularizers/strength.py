@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ars.penalty import LARGEST_STRENGTH
 from ars.regularizers.checks import check_state, checked_strength
 from ars.regularizers.estimators import accumulation_dtype
 from ars.regularizers.fisher import DiagonalFisher
@@ -49,7 +50,7 @@ class AdaptiveStrength:
         ratio: rho > 0, the norm of the penalty's gradient relative to the task's to aim at.
         smoothing: s in [0, 1), the weight of the past.
         bounds: The smallest and the largest :math:`\bar\lambda` that ``ratio`` may lead to,
-            0 < low <= high, finite.
+            0 < low <= high, at most 1e38.
 
     Raises:
         TypeError: ``penalty`` has not one strength.
@@ -98,9 +99,7 @@ class AdaptiveStrength:
             raise ValueError(f"ratio must be finite and > 0, got {ratio!r}")
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing!r}")
-        low, high = bounds
-        if not 0 < low <= high < math.inf:
-            raise ValueError(f"bounds must be 0 < low <= high, finite, got {bounds!r}")
+        low, high = _checked_bounds(bounds)
         initial = float(penalty.strength)
         if ratio is not None and not low <= initial <= high:
             raise ValueError(
@@ -197,6 +196,15 @@ def _penalised(penalty: Any) -> list[Tensor]:
     return list(dict.fromkeys(pair[0] for pair in pairs))
 
 
+def _checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    low, high = bounds
+    if not 0 < low <= high <= LARGEST_STRENGTH:
+        raise ValueError(
+            f"bounds must be 0 < low <= high, finite, at most {LARGEST_STRENGTH:g}, got {bounds!r}"
+        )
+    return low, high
+
+
 def trace_strengths(
     fisher: DiagonalFisher | Mapping[str, Tensor],
     *,
@@ -225,9 +233,7 @@ def trace_strengths(
         >>> trace_strengths({"a": torch.ones(3), "b": torch.ones(1), "c": torch.zeros(1)})
         {'a': 0.444..., 'b': 1.333..., 'c': 1.0}
     """
-    low, high = bounds
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"bounds must be 0 < low <= high, finite, got {bounds!r}")
+    low, high = _checked_bounds(bounds)
     traces = {n: float(t.sum(dtype=torch.float64)) for n, t in importance_of(fisher).items()}
     mean = sum(traces.values()) / len(traces)
     return {

@@ -12,7 +12,7 @@ class Strengthened:
 
     @property
     def strength(self) -> float | Tensor:
-        """The strength, finite and >= 0; a 0-d tensor is read at every step, where it is."""
+        """The strength, in [0, 1e38]; a 0-d tensor is read at every step, where it is."""
         return self._strength
 
     @strength.setter

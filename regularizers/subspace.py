@@ -64,7 +64,7 @@ class SubspacePenalty(Strengthened):
         model: Its current parameters become the anchor.
         bases: Parameter name -> U, of shape (d, k), 1 <= k <= d, with orthonormal columns and d the
             size of ``side``; or int64 indices of k different coordinates, shape (k,).
-        strength: gamma, finite, >= 0; a number or a 0-d tensor, read at every step.
+        strength: gamma, in [0, 1e38]; a number or a 0-d tensor, read at every step.
         side: ``"input"`` or ``"output"``.
         protect: ``"inside"`` or ``"outside"``.
 

@@ -23,7 +23,10 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ars.reference": (("ars.reference",), ()),
     "ars.csrc_triton": (("ars.csrc_triton",), ()),
     "ars.models": (("ars.models", "ars.reference"), ()),
-    "ars.regularizers": (("ars.regularizers", "ars.functional", "ars.reference"), ()),
+    "ars.regularizers": (
+        ("ars.regularizers", "ars.functional", "ars.penalty", "ars.reference"),
+        (),
+    ),
     "": (  # examples
         ("analysis", "ars", "continual", "corpus", "experiment", "stress", "trainer"),
         ("ars.csrc_triton",),

@@ -164,8 +164,9 @@ def adam_step(
     denominator = adam_denominator(v if largest is None else largest, correction2, eps)
     theta = theta - (lr / correction1) * (m / denominator)
     if anchor is not None and importance is not None and proximal:
-        metric = lr * strength / denominator
-        theta = ewc_proximal(theta, anchor.to(dtype), importance.to(dtype), metric)
+        theta = ewc_proximal(
+            theta, anchor.to(dtype), importance.to(dtype), lr * strength, denominator
+        )
     # A scalar of double precision makes that of a 0-d tensor.
     largest = None if largest is None else largest.to(dtype)
     return AdamResult(theta.to(param.dtype), m.to(dtype), v.to(dtype), largest)

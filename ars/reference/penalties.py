@@ -69,26 +69,49 @@ def ewc_gradient(param: Tensor, anchor: Tensor, importance: Tensor, strength: Sc
         >>> ewc_gradient(torch.ones(2), torch.zeros(2), torch.tensor([1.0, 3.0]), strength=0.5)
         tensor([0.5000, 1.5000])
     """
-    return strength * importance * (param - anchor)
+    # In this order, as a product of strength and importance that overflows is NaN at the anchor.
+    return strength * (importance * (param - anchor))
 
 
-def ewc_proximal(param: Tensor, anchor: Tensor, importance: Tensor, metric: Scalar) -> Tensor:
-    r"""Proximal EWC step :math:`\theta^* + (\theta - \theta^*) / (1 + \text{metric}\, \Omega)` (9).
+def ewc_proximal(
+    param: Tensor,
+    anchor: Tensor,
+    importance: Tensor,
+    metric: Scalar,
+    denominator: Scalar = 1.0,
+) -> Tensor:
+    r"""Proximal EWC step (9).
 
-    The factor lies in (0, 1], so the step is stable for every strength.
+    .. math:: \theta \leftarrow \theta^* + \frac{\theta - \theta^*}{1 + q / d}
+              = \theta - \frac{q}{d + q} (\theta - \theta^*), \qquad q = \text{metric}\, \Omega
+
+    The factor lies in [0, 1], so the step is stable for every strength. It is formed from the end
+    that the result is nearer to, and no quotient is larger than 1: where :math:`\Omega` is 0 the
+    parameter is what it was, to the bit, and where q is beyond all bounds it is the anchor.
 
     Args:
         param: Parameter, any shape.
         anchor: Where it is pulled to, same shape.
         importance: Omega >= 0, same shape.
-        metric: :math:`\eta \lambda / (\sqrt{\hat v} + \epsilon)`, a scalar or of the parameter's
-            shape.
+        metric: :math:`\eta \lambda`, a scalar or of the parameter's shape.
+        denominator: d, :math:`\sqrt{\hat v} + \epsilon` > 0, likewise.
 
     Example:
         >>> ewc_proximal(torch.ones(2), torch.zeros(2), torch.tensor([0.0, 3.0]), metric=1.0)
         tensor([1.0000, 0.2500])
     """
-    return anchor + (param - anchor) / (1 + metric * importance)
+    delta = param - anchor
+    largest = torch.finfo(delta.dtype).max
+    # Infinity times an importance of 0, and infinity through infinity, would be NaN.
+    if isinstance(metric, Tensor):
+        metric = metric.to(delta.dtype).clamp(max=largest)
+    else:
+        metric = min(metric, largest)
+    if isinstance(denominator, Tensor):
+        denominator = denominator.clamp(max=largest)
+    q = metric * importance.to(delta.dtype)
+    part = delta * (q.clamp(max=denominator) / (denominator + q))
+    return torch.where(q > denominator, anchor + part, param - part)
 
 
 def _penalized_part(delta: Tensor, basis: Tensor, side: Side, protect: Protect) -> Tensor:

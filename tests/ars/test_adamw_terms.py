@@ -62,7 +62,11 @@ def test_a_bad_term_is_refused_by_name(changes, match):
     ("strength", "error", "match"),
     [
         (-1.0, ValueError, "must be finite and >= 0, got -1.0"),
-        (math.nan, ValueError, "must be finite"),
+        (math.nan, ValueError, "must be finite and >= 0, got nan"),
+        (math.inf, ValueError, "must be finite and >= 0, got inf"),
+        (1e39, ValueError, r"must be at most 1e\+38, as the step .* float32, got 1e\+39"),
+        (10**400, ValueError, r"must be at most 1e\+38, .* got 1000"),
+        (torch.tensor(2e38), ValueError, r"must be at most 1e\+38, .* got 1\.99\d*e\+38"),
         (torch.tensor(-2.0), ValueError, "must be finite and >= 0, got -2.0"),
         (torch.ones(2), ValueError, r"must be one floating-point number, .* \(2,\)"),
         (torch.tensor(1), ValueError, "must be one floating-point number, is torch.int64"),

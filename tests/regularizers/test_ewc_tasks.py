@@ -143,7 +143,9 @@ def test_factors_multiply_in_float32_at_least():
     importance = {"weight": torch.full((1, 2), 4e4, dtype=torch.float16)}
     penalty = EWC(model, importance, layer_strengths={"weight": 8.0})
     assert (penalty.importance["weight"] == 8 * importance["weight"].float()).all()
-    with pytest.raises(ValueError, match=r"'weight', times its strength, holds .* not finite"):
+    with pytest.raises(
+        ValueError, match=r"'weight', times its layer strength, holds .* not finite"
+    ):
         EWC(model, importance, layer_strengths={"weight": 1e38})
 
 
