@@ -33,18 +33,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from continual.report import write_report
         from continual.series import check_folder, run_all
-        from trainer.prepare import check_writable
+        from trainer.folder import OutputFolder
         from trainer.signals import StopRequest
     except ModuleNotFoundError as error:
         return missing_module(error, "continual")
     torch.set_num_threads(arguments.threads)
 
     def work() -> None:
-        check_writable(out)
-        done = check_folder(out, arguments.settings)
-        with StopRequest() as stop:
-            records = run_all(out, arguments.settings, arguments.runs, done, stop)
-        print(write_report(out, arguments.settings, records, sweep=arguments.sweep), end="")
+        check_folder(out, arguments.settings)
+        with OutputFolder(out) as output:
+            output.hold()
+            done = check_folder(out, arguments.settings)  # once more: nobody changes it now
+            with StopRequest() as stop:
+                records = run_all(output, arguments.settings, arguments.runs, done, stop)
+            table = write_report(out, arguments.settings, records, sweep=arguments.sweep)
+            output.check()
+        print(table, end="")
         print(f"\nResults are in {out}: results.json, table.md and figures.")
 
     return exit_status(out, work)

@@ -47,6 +47,7 @@ def _train(words: Sequence[str]) -> int:
     from trainer.cli import parse_arguments
 
     arguments = parse_arguments(words)
+    from trainer.folder import OutputFolder
     from trainer.prepare import prepare
     from trainer.program import exit_status
     from trainer.series import run_series
@@ -55,8 +56,8 @@ def _train(words: Sequence[str]) -> int:
     out = arguments.out
 
     def work() -> None:
-        with StopRequest() as stop:
-            run = prepare(arguments, stop)
+        with StopRequest() as stop, OutputFolder(out) as output:
+            run = prepare(arguments, stop, output)
             try:
                 if run.parallel.is_first:
                     print(_resolved(run), end="", file=sys.stderr)
@@ -66,7 +67,9 @@ def _train(words: Sequence[str]) -> int:
             finally:
                 run.parallel.close()
             if not nothing_to_do or not (out / "report.html").exists():
+                output.check()
                 _write_analysis(run)
+            output.check()
         print(table, end="")
         if nothing_to_do:
             print(f"\nEvery model was already trained in {out}; delete it to train again.")
@@ -121,14 +124,9 @@ def _sample(words: Sequence[str]) -> int:
 
 
 def _print(make: Callable[[], str]) -> int:
-    from trainer.errors import UsageError
+    from trainer.program import exit_status
 
-    try:
-        print(make(), end="")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(None, lambda: print(make(), end=""))
 
 
 _MODES = {"train": _train, "plan": _plan, "sample": _sample}

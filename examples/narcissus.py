@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from stress.sweep import run_jobs
         from stress.text import load_file, load_standard_library
         from trainer.errors import UsageError
-        from trainer.prepare import check_writable
+        from trainer.folder import OutputFolder
         from trainer.signals import StopRequest
     except ModuleNotFoundError as error:
         return missing_module(error, "stress")
@@ -46,20 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         if arguments.size.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--size gpu needs a CUDA device and torch finds none: name another")
-        check_writable(out)
-        if arguments.oscillation:
-            print(write_oscillations(out, arguments.oscillation))
-            print(f"Results are in {out}: tables.md, oscillation.csv, oscillation.png.")
-            return
-        length = arguments.size.sequence_len
-        corpus = load_standard_library() if data is None else load_file(data, length)
-        with StopRequest() as stop:
-            records = run_jobs(out / "runs", jobs, corpus, arguments.workers, stop)
-            rows = write_summary(out, jobs, records, corpus, command())
-            if arguments.sensitivity:
-                draw_sensitivity(out / "sensitivity.png", rows, SENSITIVITY_PAIRS)
-            else:
-                draw_scenarios(out, jobs, records)
+        with OutputFolder(out) as output:
+            output.hold()
+            if arguments.oscillation:
+                table = write_oscillations(out, arguments.oscillation)
+                output.check()
+                print(table)
+                print(f"Results are in {out}: tables.md, oscillation.csv, oscillation.png.")
+                return
+            length = arguments.size.sequence_len
+            corpus = load_standard_library() if data is None else load_file(data, length)
+            with StopRequest() as stop:
+                records = run_jobs(output, jobs, corpus, arguments.workers, stop)
+                rows = write_summary(out, jobs, records, corpus, command())
+                if arguments.sensitivity:
+                    draw_sensitivity(out / "sensitivity.png", rows, SENSITIVITY_PAIRS)
+                else:
+                    draw_scenarios(out, jobs, records)
+            output.check()
         print(tables(rows))
         print(f"Results are in {out}: tables.md, runs.csv, summary.json, figures, runs/.")
 

@@ -206,13 +206,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     out: Path = parser.parse_args(argv).out
     try:
+        from trainer.folder import OutputFolder
+
         figure = _draw()
     except ModuleNotFoundError as error:
         return missing_module(error)
 
     def write() -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out / "stability.png", dpi=110)
+        with OutputFolder(out) as output:
+            output.hold()
+            figure.savefig(out / "stability.png", dpi=110)
+            output.check()
         print(out / "stability.png")
 
     return exit_status(out, write)

@@ -11,7 +11,7 @@ from analysis.report_html import REPORT_FILE, render_report
 from analysis.verdict import headlines
 from trainer.arguments import Parser, integer, number
 from trainer.checkpoint import write_atomically
-from trainer.errors import UsageError
+from trainer.folder import OutputFolder, check_writable
 from trainer.parallel import use_device
 from trainer.peak_flops import PEAK_FLOPS
 
@@ -80,8 +80,7 @@ def run(arguments: argparse.Namespace) -> str:
         UsageError: the input or the output folder is not as it should be.
     """
     out: Path = arguments.out
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file: name a folder")
+    check_writable(out)
     core = {}
     if arguments.eval_bundle:
         use_device(arguments.eval_device, "--eval-device")
@@ -106,8 +105,11 @@ def run(arguments: argparse.Namespace) -> str:
         core=core,
     )
     report = render_report(analysis)
-    written = write_json(analysis, out)
-    write_atomically(out / REPORT_FILE, report)
+    with OutputFolder(out) as output:
+        output.hold()
+        written = write_json(analysis, out)
+        write_atomically(out / REPORT_FILE, report)
+        output.check()
     lines = headlines(analysis.comparisons)
     lines += [f"{claim.verdict}: {claim.claim}." for claim in analysis.claims]
     lines += [f"warning: {name}, seed {seed}: {text}" for name, seed, text in analysis.warnings]

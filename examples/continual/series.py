@@ -13,6 +13,7 @@ from continual.train import run_tasks
 from trainer.bars import drawing_interval
 from trainer.checkpoint import write_atomically
 from trainer.errors import UsageError
+from trainer.folder import LOCK_FILE, OutputFolder
 from trainer.reading import read_json, understanding
 from trainer.signals import StopRequest
 
@@ -38,7 +39,7 @@ def check_folder(folder: Path, settings: Settings) -> list[Record]:
     """
     path = folder / RESULTS
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
             raise UsageError(f"--out {folder} is not a run of this program: name another folder")
         return []
     remedy = "delete it or name another folder with --out"
@@ -61,7 +62,7 @@ def check_folder(folder: Path, settings: Settings) -> list[Record]:
 
 
 def run_all(
-    folder: Path,
+    output: OutputFolder,
     settings: Settings,
     runs: Sequence[Run],
     done: Sequence[Record],
@@ -70,7 +71,7 @@ def run_all(
     """Do the runs that are not done yet.
 
     Args:
-        folder: output folder; it is created, and gets ``results.json`` after every run.
+        output: folder, held; it gets ``results.json`` after every run.
         settings: of all runs.
         runs: what is wanted.
         done: records of earlier calls, as `check_folder` returned them.
@@ -86,7 +87,6 @@ def run_all(
     todo = [run for run in runs if run not in records]
     if todo:
         digits = load(validation=settings.validation)
-        folder.mkdir(parents=True, exist_ok=True)
         epochs = sum(run.tasks for run in todo) * settings.epochs
         interval = drawing_interval()
         with tqdm(
@@ -102,7 +102,8 @@ def run_all(
                 bar.set_description(run.title, refresh=False)
                 records[run] = run_tasks(run, settings, digits, tick)
                 content = {"settings": settings.to_dict(), "runs": list(records.values())}
-                write_atomically(folder / RESULTS, _to_json(content))
+                output.check()
+                write_atomically(output.path / RESULTS, _to_json(content))
     return [records[run] for run in runs]
 
 

@@ -14,7 +14,7 @@ from experiment.jobs import open_corpus, run_jobs
 from experiment.summary import write_summary
 from trainer.arguments import Parser, integer, number
 from trainer.errors import UsageError
-from trainer.prepare import check_writable
+from trainer.folder import OutputFolder
 from trainer.program import command, quit_on_signals
 from trainer.series import check_folder
 from trainer.signals import StopRequest
@@ -76,11 +76,12 @@ def run(arguments: argparse.Namespace) -> str:
     asked = [job for stage in dict.fromkeys(arguments.stage) for job in stages[stage]]
     if size == "gpu" and not torch.cuda.is_available():
         raise UsageError("--size gpu needs a CUDA device and torch finds none: use --size cpu")
-    check_writable(out)
-    with StopRequest() as stop:
+    with StopRequest() as stop, OutputFolder(out) as output:
+        output.hold()
 
         def check() -> None:
             stop.check()
+            output.check()
             if time.monotonic() >= deadline:
                 stop.leave()
 
@@ -91,4 +92,6 @@ def run(arguments: argparse.Namespace) -> str:
         stop.check()
         # All is trained, so that nothing has to be saved: a signal ends the program at once.
         quit_on_signals(f"interrupted while summing up: run `{command()}` again")
-        return write_summary(out, {job.name for job in every})
+        summary = write_summary(out, {job.name for job in every})
+        output.check()
+        return summary

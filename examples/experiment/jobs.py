@@ -22,6 +22,7 @@ from experiment.progress import Progress
 from trainer.config import SeriesConfig
 from trainer.errors import RunInterruptedError, UsageError
 from trainer.figures import FIGURES
+from trainer.folder import OutputFolder
 from trainer.parallel import Parallel
 from trainer.run import Run
 from trainer.series import run_series
@@ -133,14 +134,15 @@ def _work(out: Path, data: str | None, job: Job) -> None:
     if job.machine.threads is not None:
         torch.set_num_threads(job.machine.threads)
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, OutputFolder(out / job.name) as output:
             # SIGINT stays blocked: a terminal sends Ctrl-C to all its processes, and with the
             # parent's SIGTERM it would be the second signal, which ends one without saving.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             Thread(target=_stop_with_parent, daemon=True).start()
+            output.hold()  # against what a killed experiment may have left running
             corpus = open_corpus(out, data, job.config, stop.check)
             parallel = Parallel(job.machine.device)
-            run_series(Run(out / job.name, job.config, job.machine, corpus, parallel, stop))
+            run_series(Run(output, job.config, job.machine, corpus, parallel, stop))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(_USAGE)

@@ -129,13 +129,12 @@ def write_oscillations(folder: Path, seeds: Sequence[int]) -> str:
     """Run all arms and rates; write ``oscillation.csv``, ``tables.md`` and ``oscillation.png``.
 
     Args:
-        folder: output folder.
+        folder: output folder, which exists.
         seeds: of the runs.
 
     Returns:
         The table.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     runs = [oscillate(arm, rate, seed) for rate in RATES for arm in ARMS for seed in seeds]
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")

@@ -20,6 +20,7 @@ from stress.text import Corpus
 from trainer.bars import drawing_interval
 from trainer.checkpoint import write_atomically
 from trainer.errors import DamagedError, UsageError
+from trainer.folder import OutputFolder
 from trainer.reading import read_json, understanding
 from trainer.signals import StopRequest
 
@@ -36,12 +37,12 @@ class _StoppedError(Exception):
 
 
 def run_jobs(
-    folder: Path, jobs: Sequence[Job], corpus: Corpus, workers: int, stop: StopRequest
+    output: OutputFolder, jobs: Sequence[Job], corpus: Corpus, workers: int, stop: StopRequest
 ) -> list[Record]:
     """Run what has no record yet, and return all records in the order of the jobs.
 
     Args:
-        folder: gets one JSON file a run, whole or absent.
+        output: folder, held; its ``runs`` get one JSON file a run, whole or absent.
         jobs: what to run.
         corpus: the text.
         workers: processes; 1 runs everything in this one. Each computes on one thread.
@@ -51,6 +52,7 @@ def run_jobs(
         RunInterruptedError: a signal arrived; finished runs are on the disk.
         UsageError: the folder holds runs of other settings, all of which are left as they are.
     """
+    folder = output.path / "runs"
     records = {job: _read(folder / job.file, job, corpus) for job in jobs}
     waiting = [job for job in jobs if records[job] is None]
     done = len(jobs) - len(waiting)
@@ -59,6 +61,7 @@ def run_jobs(
     with tqdm(total=len(jobs), initial=done, unit="run", mininterval=interval) as bar:
         for job, record in runner(waiting, corpus, workers, stop):
             path = folder / job.file
+            output.check()
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(record) + "\n")
             records[job] = record

@@ -47,10 +47,11 @@ class Keeper:
         """
         if not self.run.parallel.is_first:
             return
+        self.run.output.check()
         content = {**state.to_dict(), "run": self._fingerprint}
         if at_trunk_end:
             save_checkpoint(self._trunk, content)
-        self._states.mkdir(parents=True, exist_ok=True)
+        self._states.mkdir(exist_ok=True)
         self._drop_unfinished()
         for path in self._found():
             if int(path.stem) > state.step:  # of a run that went on from a trunk since lost
@@ -63,6 +64,7 @@ class Keeper:
         """Keep the finished model; the moments have done their work."""
         if not self.run.parallel.is_first:
             return
+        self.run.output.check()
         content = {
             "step": state.step,
             "model": state.model.state_dict(),

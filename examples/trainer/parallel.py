@@ -80,7 +80,8 @@ class Parallel:
             work: whose result can be pickled.
 
         Raises:
-            UsageError: it raised one, in every process.
+            OSError: it raised one; in every process, as the next.
+            UsageError: it raised one.
         """
         if self.world_size == 1:
             return work()
@@ -88,11 +89,11 @@ class Parallel:
         if self.is_first:
             try:
                 told[0] = work()
-            except UsageError as error:
-                told[1] = str(error)
+            except (UsageError, OSError) as error:
+                told[1] = error
         dist.broadcast_object_list(told, group=self._waiting)
         if told[1] is not None:
-            raise UsageError(told[1])
+            raise told[1]
         result: _Value = told[0]
         return result
 

@@ -1,10 +1,8 @@
 """From what the user asked for to a run that can start: every check, and nothing left behind."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +11,7 @@ from tqdm import tqdm
 from corpus import Corpus, prepare_corpus
 from trainer.bars import QUIET_SECONDS
 from trainer.errors import UsageError
+from trainer.folder import OutputFolder, check_writable
 from trainer.parallel import Parallel, use_device
 from trainer.planning import checked_plans, vocabulary_of
 from trainer.reading import read_json
@@ -24,10 +23,10 @@ from trainer.tracking import check_trackers
 if TYPE_CHECKING:  # the experiment has no such command line, nor needs its library
     from trainer.cli import Arguments
 
-__all__ = ["check_writable", "prepare"]
+__all__ = ["prepare"]
 
 
-def prepare(arguments: "Arguments", stop: StopRequest) -> Run:
+def prepare(arguments: "Arguments", stop: StopRequest, output: OutputFolder) -> Run:
     """Check the machine, the settings, the output folder and the data.
 
     What can be known without the text is looked at before it becomes tokens, which are all that is
@@ -37,6 +36,7 @@ def prepare(arguments: "Arguments", stop: StopRequest) -> Run:
     Args:
         arguments: of the command line.
         stop: asked while the text becomes tokens.
+        output: the folder of ``arguments``; held from here on.
 
     Raises:
         RunInterruptedError: a signal arrived.
@@ -51,7 +51,7 @@ def prepare(arguments: "Arguments", stop: StopRequest) -> Run:
     parallel = Parallel(machine.device)
     try:
         # By the first process, which alone writes: another could find what it has just written.
-        parallel.from_first(lambda: _check_folders(arguments))
+        parallel.from_first(lambda: _check_folders(arguments, output))
         with _nothing_left_behind(arguments, by=parallel.is_first):
             corpus = _read(arguments, parallel, stop)
             parallel.from_first(lambda: check_folder(arguments.out, config, corpus))
@@ -59,7 +59,7 @@ def prepare(arguments: "Arguments", stop: StopRequest) -> Run:
         parallel.close()
         raise
     return Run(
-        folder=arguments.out,
+        output=output,
         config=config,
         machine=machine,
         corpus=corpus,
@@ -68,11 +68,12 @@ def prepare(arguments: "Arguments", stop: StopRequest) -> Run:
     )
 
 
-def _check_folders(arguments: "Arguments") -> None:
+def _check_folders(arguments: "Arguments", output: OutputFolder) -> None:
     check_writable(arguments.out)
     if arguments.cache is not None:
         check_writable(arguments.cache, "--cache")
     check_folder(arguments.out, arguments.config, None)
+    output.hold()
 
 
 def _read(arguments: "Arguments", parallel: Parallel, stop: StopRequest) -> Corpus:
@@ -150,24 +151,3 @@ def _nothing_left_behind(arguments: "Arguments", *, by: bool) -> Iterator[None]:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
         raise
-
-
-def check_writable(folder: Path, option: str = "--out") -> None:
-    """Check that a folder exists or can be created, and may be written to.
-
-    Args:
-        folder: nothing is written to it.
-        option: that named it.
-
-    Raises:
-        UsageError: it cannot be.
-    """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UsageError(
-            f"{option} {folder} cannot be created, {existing} is a file: name a folder"
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"{option} {folder} is not writable: name a folder you may write to")

@@ -3,6 +3,8 @@
 Only the standard library is imported, so that a missing package is reported like any mistake.
 """
 
+import errno
+import io
 import os
 import shlex
 import signal
@@ -14,6 +16,16 @@ from types import FrameType
 from trainer.errors import RunInterruptedError, UsageError
 
 __all__ = ["command", "exit_status", "missing_module", "quit_on_signals"]
+
+
+_GONE = "it was removed or replaced meanwhile, run the same command again"
+_CLOSED = "make it writable and run the same command again, or name another folder with --out"
+_FULL = "make room there and run the same command again, or name another folder with --out"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), _GONE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _CLOSED),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+}
 
 
 def quit_on_signals(message: str = "interrupted before training: nothing was written") -> None:
@@ -53,28 +65,32 @@ def command() -> str:
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
-def exit_status(out: Path, work: Callable[[], None]) -> int:
+def exit_status(out: Path | None, work: Callable[[], None]) -> int:
     """Do the work and return the exit status.
 
     Args:
-        out: the output folder.
+        out: the output folder; ``None`` where the standard output is all that is written to.
         work: what there is to do.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it may not know every character of a name
+            stream.reconfigure(errors="backslashreplace")
     try:
         work()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except OSError as error:
-        print(
-            f"error: writing to {out} failed ({error.strerror or error}): make room there or name "
-            "another folder with --out",
-            file=sys.stderr,
-        )
-        return 2
+        where = error.filename or out or "the standard output"
+        remedy = _REMEDIES.get(error.errno or 0, "mend that and run the same command again")
+        return _refuse(f"writing to {where} failed ({error.strerror or error}): {remedy}")
     except RunInterruptedError as stopped:
         # What torchrun was given is not known to the processes that it starts.
         again = "repeat the command" if "WORLD_SIZE" in os.environ else f"run `{command()}` again"
         print(f"interrupted: {again} to resume", file=sys.stderr)
         return 128 + stopped.signum
     return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}".replace("\n", "\\n"), file=sys.stderr)  # also of a name with one
+    return 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from corpus import Corpus
 from trainer.config import SeriesConfig
+from trainer.folder import OutputFolder
 from trainer.machine import Machine
 from trainer.parallel import Parallel
 from trainer.plan import ModelPlan
@@ -25,7 +26,7 @@ class Run:
     """A series, and where and with what it is trained.
 
     Args:
-        folder: output folder.
+        output: its folder.
         config: the settings.
         machine: device, memory and reporting.
         corpus: the data.
@@ -33,12 +34,17 @@ class Run:
         stop: asked at every safe point.
     """
 
-    folder: Path
+    output: OutputFolder
     config: SeriesConfig
     machine: Machine
     corpus: Corpus
     parallel: Parallel
     stop: StopRequest
+
+    @property
+    def folder(self) -> Path:
+        """Output folder."""
+        return self.output.path
 
     @property
     def checkpoints(self) -> Path:

@@ -19,6 +19,7 @@ from trainer import report
 from trainer.checkpoint import write_atomically
 from trainer.config import SeriesConfig
 from trainer.errors import UsageError
+from trainer.folder import LOCK_FILE
 from trainer.keep import Keeper
 from trainer.plan import ModelPlan, plan_series
 from trainer.reading import read_json, understanding
@@ -28,7 +29,11 @@ from trainer.train import train
 
 __all__ = ["Series", "check_folder", "plans_of", "run_series"]
 
-_BEFORE_CONFIG = (DATA_FOLDER, f"{CONFIG_FILE}.tmp")  # what a kill can leave without CONFIG_FILE
+_BEFORE_CONFIG = (
+    DATA_FOLDER,
+    LOCK_FILE,
+    f"{CONFIG_FILE}.tmp",
+)  # what a kill can leave without CONFIG_FILE
 
 
 def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus | None) -> None:
@@ -90,7 +95,7 @@ def run_series(run: Run) -> tuple[str, bool]:
     """Train whatever is not yet trained and write the report.
 
     Args:
-        run: whose folder `check_folder` accepted; it is created if absent.
+        run: whose folder `check_folder` accepted and is held.
 
     Returns:
         The table, and whether everything had been trained before.
@@ -101,7 +106,7 @@ def run_series(run: Run) -> tuple[str, bool]:
     """
     series = Series(run)
     if run.parallel.is_first:
-        run.folder.mkdir(parents=True, exist_ok=True)
+        run.output.check()
         if not (run.folder / CONFIG_FILE).exists():
             data = {"sha256": run.corpus.sha256, **run.corpus.facts}
             # The id is what trackers know this folder's models by: a second run with equal settings
@@ -142,6 +147,7 @@ class Series:
                 record = self._train(plan)
             records.append(record)
             if not nothing_to_do and run.parallel.is_first:
+                run.output.check()
                 report.write_metrics(run.folder, records)
         if not run.parallel.is_first:
             return "", nothing_to_do

@@ -58,6 +58,10 @@ def train(
         def measure() -> float:
             return score(state.model, curve_windows, corpus.token_bytes)
 
+        def keep(*, at_trunk_end: bool) -> None:
+            recorder.flush()
+            keeper.save(state, at_trunk_end=at_trunk_end)
+
         if not resumed:
             progress.say(state.warnings)  # of how it was grown
             recorder.add(state, None, measure())
@@ -85,8 +89,7 @@ def train(
             due = time.monotonic() - saved_at >= run.machine.checkpoint_seconds
             due, asked = run.parallel.any(due), run.parallel.any(run.stop.requested)
             if asked or due or at_trunk_end or state.step == plan.steps:
-                recorder.flush()
-                keeper.save(state, at_trunk_end=at_trunk_end)
+                run.parallel.from_first(partial(keep, at_trunk_end=at_trunk_end))
                 saved_at = time.monotonic()
             if asked:
                 run.stop.leave()

@@ -11,6 +11,7 @@ from small_series import LONG, TINY, Series, results
 
 from trainer import report
 from trainer.cli import parse_arguments
+from trainer.folder import OutputFolder
 from trainer.prepare import prepare
 from trainer.report import markdown_table
 from trainer.series import run_series
@@ -33,9 +34,9 @@ def series(text: Path) -> Iterator[Series]:
 
     def run(out: Path, stop: StopRequest | None = None, *words: str) -> tuple[str, bool]:
         arguments = parse_arguments([*TINY, "--data", str(text), "--out", str(out), *words])
-        prepared = prepare(arguments, stop or StopRequest())
-        torch.manual_seed(time.monotonic_ns())  # nothing may depend on the global state
-        with pytest.MonkeyPatch.context() as patch:
+        with OutputFolder(out) as output, pytest.MonkeyPatch.context() as patch:
+            prepared = prepare(arguments, stop or StopRequest(), output)
+            torch.manual_seed(time.monotonic_ns())  # nothing may depend on the global state
             # The figures are tested elsewhere, and drawing them takes longer than training here.
             patch.setattr(report, "write_report", lambda _, records, __: markdown_table(records))
             return run_series(prepared)

@@ -14,6 +14,7 @@ from small_series import TINY, results
 
 from trainer import report
 from trainer.cli import parse_arguments
+from trainer.folder import OutputFolder
 from trainer.prepare import prepare
 from trainer.series import run_series
 from trainer.signals import StopRequest
@@ -46,7 +47,8 @@ def run_until(point: int | None, text: Path, out: Path) -> None:
     Path.rmdir = watched(Path.rmdir)  # type: ignore[method-assign]
     report.write_report = lambda *_: ""  # drawing figures takes longer than training here
     words = [*TINY, "--data", str(text), "--out", str(out), *SHORT]
-    run_series(prepare(parse_arguments(words), StopRequest()))
+    with OutputFolder(out) as output:
+        run_series(prepare(parse_arguments(words), StopRequest(), output))
 
 
 def in_a_fork(point: int | None, text: Path, out: Path) -> int:

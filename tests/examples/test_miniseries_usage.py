@@ -13,6 +13,7 @@ import torch
 
 import miniseries
 from trainer.cli import parse_arguments
+from trainer.folder import OutputFolder
 from trainer.plan import plan_series
 from trainer.prepare import prepare
 from trainer.run import Run
@@ -46,7 +47,9 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 def prepared(*words: str) -> Run:
-    return prepare(parse_arguments(words), StopRequest())
+    arguments = parse_arguments(words)
+    with OutputFolder(arguments.out) as output:
+        return prepare(arguments, StopRequest(), output)
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

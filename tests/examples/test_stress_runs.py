@@ -19,6 +19,7 @@ from stress.scenarios import EDGE_FACTOR, SCENARIOS, Stream
 from stress.sweep import run_jobs
 from stress.text import Corpus, load_file
 from trainer.errors import RunInterruptedError, UsageError
+from trainer.folder import OutputFolder
 from trainer.signals import StopRequest
 
 SIZE = Size(layers=1, width=32, sequence_len=24, batch_size=4, steps=80)
@@ -244,9 +245,9 @@ def test_finished_runs_are_not_run_again(
 ) -> None:
     short = Size(layers=1, width=32, sequence_len=24, batch_size=2, steps=4)
     jobs = [Job("ordinary", "default", 1.0, seed, short) for seed in range(3)]
-    first = run_jobs(tmp_path, jobs, corpus, 1, StopRequest())
+    first = run_jobs(OutputFolder(tmp_path), jobs, corpus, 1, StopRequest())
     assert [record["identity"]["seed"] for record in first] == [0, 1, 2]
-    (tmp_path / jobs[1].file).write_text('{"identity": {"seed')  # as a full disk leaves it
+    (tmp_path / "runs" / jobs[1].file).write_text('{"identity": {"seed')  # as a full disk leaves it
     ran: list[int] = []
 
     def counted(job: Job, *rest: Any) -> dict[str, Any]:
@@ -254,23 +255,23 @@ def test_finished_runs_are_not_run_again(
         return run_job(job, *rest)
 
     monkeypatch.setattr("stress.sweep.run_job", counted)
-    assert run_jobs(tmp_path, jobs, corpus, 1, StopRequest()) == first
+    assert run_jobs(OutputFolder(tmp_path), jobs, corpus, 1, StopRequest()) == first
     assert ran == [1]
     changed = [Job("ordinary", "default", 1.0, 0, Size(1, 32, 24, 2, 6))]  # in the same file
     assert changed[0].file == jobs[0].file
-    kept = (tmp_path / jobs[0].file).read_bytes()
+    kept = (tmp_path / "runs" / jobs[0].file).read_bytes()
     with pytest.raises(UsageError, match=r"of other settings: size.steps 4 \(now 6\); repeat"):
-        run_jobs(tmp_path, changed, corpus, 1, StopRequest())
+        run_jobs(OutputFolder(tmp_path), changed, corpus, 1, StopRequest())
     assert ran == [1]
-    assert (tmp_path / jobs[0].file).read_bytes() == kept
+    assert (tmp_path / "runs" / jobs[0].file).read_bytes() == kept
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_processes_leave_the_same_records(corpus: Corpus, tmp_path: Path) -> None:
     short = Size(layers=1, width=32, sequence_len=24, batch_size=2, steps=6)
     jobs = [Job("loop", arm, 1.0, 0, short) for arm in ("default", "sgd-default")]
-    inline = run_jobs(tmp_path / "a", jobs, corpus, 1, StopRequest())
-    assert run_jobs(tmp_path / "b", jobs, corpus, 2, StopRequest()) == inline
+    inline = run_jobs(OutputFolder(tmp_path / "a"), jobs, corpus, 1, StopRequest())
+    assert run_jobs(OutputFolder(tmp_path / "b"), jobs, corpus, 2, StopRequest()) == inline
 
 
 def test_a_signal_keeps_the_finished_runs(corpus: Corpus, tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_a_signal_keeps_the_finished_runs(corpus: Corpus, tmp_path: Path) -> Non
     short = Size(layers=1, width=32, sequence_len=24, batch_size=2, steps=4)
     jobs = [Job("ordinary", "adamw", 1.0, seed, short) for seed in range(3)]
     with pytest.raises(RunInterruptedError):
-        run_jobs(tmp_path, jobs, corpus, 1, After())
+        run_jobs(OutputFolder(tmp_path), jobs, corpus, 1, After())
     assert [path.name for path in tmp_path.rglob("*.*")] == ["adamw-x1-0.json"]
 
 
