@@ -160,7 +160,7 @@ def after(
         then()
         return result
 
-    patch.setattr(module, name, call)
+    monkeypatch.setattr(module, name, call)
 
 
 @pytest.mark.parametrize("happens", [_remove, _replace])
