@@ -16,7 +16,7 @@ from ars.controller import ARSController
 from ars.groups import check_max_grad_norm, has_gradient, is_trial
 from ars.penalty import Penalty, Term, read_settings, refresh_
 from ars.state import Precision, complete_state
-from ars.surprise import check_watched, choose_surprise
+from ars.surprise import Group, Replicas, check_watched, choose_surprise
 
 __all__ = ["ARSAdam"]
 
@@ -49,6 +49,7 @@ class ARSAdam(CheckpointedAdam):
         amsgrad: bool = False,
         *,
         ars: ARSConfig | None = CONDITIONED,
+        process_group: Group = None,
         penalty: Penalty | None = None,
         max_grad_norm: float | None = None,
         maximize: bool = False,
@@ -63,6 +64,7 @@ class ARSAdam(CheckpointedAdam):
     ) -> None:
         if ars is not None and not isinstance(ars, ARSConfig):
             raise TypeError(f"ars must be an ARSConfig or None, got {ars!r}")
+        replicas = Replicas(process_group)
         check_max_grad_norm(max_grad_norm)
         super().__init__(
             params,
@@ -84,6 +86,7 @@ class ARSAdam(CheckpointedAdam):
         device = params[0].device if params else torch.device("cpu")
         self._controller = None if ars is None else ARSController(ars, device)
         self._watches: str | None = None
+        self._replicas = replicas
         self._max_grad_norm = max_grad_norm
         self._buffer = torch.zeros(len(DIAGNOSTICS), dtype=torch.float64, device=device)
         self._renew()
@@ -103,6 +106,7 @@ class ARSAdam(CheckpointedAdam):
         self.__dict__.setdefault("_precision", Precision(stochastic=False, master=False, seed=0))
         for index, group in enumerate(self.param_groups):  # a state of torch's does not have it
             group.setdefault("penalty_strength", own[index] if own else None)
+        self.__dict__.setdefault("_replicas", Replicas(None))
         self._renew()
         if "_penalty" in state:  # a copy: of other tensors, perhaps on another machine
             self.penalty = self._penalty
@@ -112,6 +116,15 @@ class ARSAdam(CheckpointedAdam):
     def controller(self) -> ARSController | None:
         """The controller, or None with ``ars=None``."""
         return self._controller
+
+    @property
+    def process_group(self) -> Group:
+        """The processes that gate alike; may be set, as after unpickling."""
+        return self._replicas.group
+
+    @process_group.setter
+    def process_group(self, process_group: Group) -> None:
+        self._replicas = Replicas(process_group)
 
     @property
     def diagnostics(self) -> Mapping[str, Tensor]:
@@ -183,6 +196,8 @@ class ARSAdam(CheckpointedAdam):
         if self._controller is not None:
             check_watched(self._watches, watches)
         self._follow()
+        if self._controller is not None:
+            watched = self._replicas.mean(watched, self._buffer.device)
         hypers, options = self._settings(watched)
         batch = self._collect()
         if not batch.params:

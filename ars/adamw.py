@@ -8,6 +8,7 @@ from torch.optim.optimizer import ParamsT
 from ars.adam import ARSAdam
 from ars.config import CONDITIONED, ARSConfig
 from ars.penalty import Penalty
+from ars.surprise import Group
 
 __all__ = ["ARSAdamW"]
 
@@ -40,6 +41,9 @@ class ARSAdamW(ARSAdam):
         weight_decay: Decoupled weight decay w, >= 0.
         amsgrad: Use the running maximum of the second moment.
         ars: The controller's settings; None for plain AdamW.
+        process_group: The processes whose controllers observe the mean of their surprises, so that
+            all gate alike: a ``torch.distributed`` group. None: the default group, once there is
+            one. False: each by itself. With several processes, all of them must take the step.
         penalty: A penalty such as :class:`ars.regularizers.EWC`; see :class:`ars.penalty.Penalty`.
         max_grad_norm: Clip the norm of the task's gradient, over all groups, to this value.
         maximize: Ascend the objective.
@@ -92,6 +96,7 @@ class ARSAdamW(ARSAdam):
         amsgrad: bool = False,
         *,
         ars: ARSConfig | None = CONDITIONED,
+        process_group: Group = None,
         penalty: Penalty | None = None,
         max_grad_norm: float | None = None,
         maximize: bool = False,
@@ -111,6 +116,7 @@ class ARSAdamW(ARSAdam):
             weight_decay,
             amsgrad,
             ars=ars,
+            process_group=process_group,
             penalty=penalty,
             max_grad_norm=max_grad_norm,
             maximize=maximize,

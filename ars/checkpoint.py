@@ -98,7 +98,8 @@ class CheckpointedAdam(PlacedAdam):
         """Pickle the controller and the penalty too; the rest is made and chosen anew."""
         state: dict[str, Any] = super().__getstate__()
         for name in (
-            "_controller", "_watches", "_penalty", "_max_grad_norm", "_buffer", "_precision",
+            "_controller", "_watches", "_replicas", "_penalty", "_max_grad_norm", "_buffer",
+            "_precision",
         ):  # fmt: skip
             state[name] = self.__dict__[name]
         return state

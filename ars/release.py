@@ -22,7 +22,8 @@ class GradientRelease:
     The gradients of a model then never exist together: they take the memory of the largest one.
     The step is the optimizer's ``step(loss=loss)``, with one gate for all parameters. On a GPU it
     launches two kernels a parameter instead of two for all of them, and with a controller copies
-    three numbers for each.
+    three numbers for each. Of several processes it is the optimizer's ``process_group`` that gates as
+    one.
 
     What needs all gradients before the first parameter may move is refused: clipping, a controller
     of the gradient norm, accumulation over several backward passes, a ``GradScaler``. Refusing is
@@ -93,6 +94,8 @@ class GradientRelease:
                     f"{name} has a gradient already: gradients cannot be accumulated when each is "
                     "used at once. Sum the losses instead, or call zero_grad() to drop it"
                 )
+        if optimizer.controller is not None:
+            watched = optimizer._replicas.mean(watched, optimizer._buffer.device)
         self._add_hooks()
         self._step.begin(watches, watched)
         self._is_running = True

@@ -1,13 +1,24 @@
-"""What the controller watches: the loss, the gradient norm, the predictions' entropy, or else."""
+"""What the controller watches: the loss, the gradient norm, the predictions' entropy, or else.
 
-from typing import Any
+Of several processes it is the mean of theirs.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ars.controller import ARSController
 
-__all__ = ["check_watched", "choose_surprise", "prediction_entropy", "read_surprise"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "Group", "Replicas", "check_watched", "choose_surprise", "prediction_entropy", "read_surprise",
+]  # fmt: skip
+
+# Which processes gate as one: None is torch's default group, False is none.
+Group: TypeAlias = Union["ProcessGroup", Literal[False], None]
 
 
 def prediction_entropy(logits: Tensor) -> Tensor:
@@ -127,3 +138,78 @@ def read_surprise(value: Any, name: str = "the loss") -> Tensor | None:
             f"{name} must be a scalar, got shape {tuple(value.shape)}: reduce it, e.g. .mean()"
         )
     return value.detach().reshape(())
+
+
+class Replicas:
+    """The processes whose controllers observe one number: the mean of theirs.
+
+    A local loss would give each rank another gate, and their weights would part. The gradient norm
+    is the same on all ranks after DDP or FSDP: of it nothing is exchanged.
+
+    Args:
+        group: A process group; None: torch's default group, wherever ``torch.distributed`` is
+            initialised; False: none, every process gates by its own number.
+
+    Raises:
+        TypeError: It is something else, or a group that this process is not in.
+    """
+
+    def __init__(self, group: Group) -> None:
+        known = group is None or group is False
+        if not known and distributed.is_available():
+            known = isinstance(group, distributed.ProcessGroup)
+        if not known:
+            raise TypeError(
+                f"process_group must be a ProcessGroup that this process is in, None for the "
+                f"default group, or False for none, got {group!r}"
+            )
+        self.group = group
+        self._is_lost = False
+
+    def mean(self, value: Tensor | None, device: torch.device) -> Tensor | None:
+        """Return the mean of a number over the processes, the same bits in each.
+
+        A collective operation of one float64, which a GPU does not wait for. Any process's NaN or
+        infinity reaches all. Alone, a process gets its own number back.
+
+        Args:
+            value: 0-d; None, for the gradient norm, is None for all.
+            device: Where the parameters are: where it is best exchanged.
+
+        Raises:
+            RuntimeError: The optimizer was pickled, and its process group was left behind.
+        """
+        if value is None or value.is_meta:
+            return value
+        if hasattr(value, "full_tensor"):  # a DTensor: a share of a sum, perhaps
+            value = value.full_tensor()
+        if self._is_lost:
+            raise RuntimeError(
+                "a pickle cannot hold the process_group that this optimizer had: set "
+                "optimizer.process_group"
+            )
+        running = distributed.is_available() and distributed.is_initialized()
+        if self.group is False or (self.group is None and not running):
+            return value
+        count = distributed.get_world_size(self.group)
+        if count == 1:
+            return value
+        place = _place(self.group, device)
+        total = value.detach().to(place, torch.float64, non_blocking=True, copy=True)
+        distributed.all_reduce(total, group=self.group)
+        return total / count
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Replicas":
+        return Replicas(self.group)  # a group is not copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle all but a group of the user's, which cannot be."""
+        named = self.group is not None and self.group is not False
+        return {"group": None if named else self.group, "_is_lost": named or self._is_lost}
+
+
+def _place(group: "ProcessGroup | None", device: torch.device) -> torch.device:
+    """Return the device, or another one that the group can exchange tensors of."""
+    backends = distributed.get_backend_config(group).split(",")  # as in "cpu:gloo,cuda:nccl"
+    kinds = [backend.partition(":")[0] for backend in backends]
+    return device if device.type in kinds else torch.device(kinds[0])

@@ -20,7 +20,7 @@ from ars.effective import (
 )
 from ars.groups import has_gradient, is_trial
 from ars.state import check_shapes
-from ars.surprise import check_watched, choose_surprise
+from ars.surprise import Group, Replicas, check_watched, choose_surprise
 
 __all__ = ["ARSOptimizer"]
 
@@ -50,6 +50,9 @@ class ARSOptimizer(torch.optim.Optimizer):
     Args:
         base_optimizer: The optimizer; step this one in its stead.
         config: The controller's settings.
+        process_group: The processes whose controllers observe the mean of their surprises, so that
+            all gate alike: a ``torch.distributed`` group. None: the default group, once there is
+            one. False: each by itself. With several processes, all of them must take the step.
 
     Attributes:
         base: The base optimizer. Its groups and state are this one's, the same objects.
@@ -73,10 +76,17 @@ class ARSOptimizer(torch.optim.Optimizer):
         (tensor([0.9000, 0.9000]), 1.0)
     """
 
+    _replicas = Replicas(None)  # what pickles of earlier versions do not hold
+
     def __init__(
-        self, base_optimizer: torch.optim.Optimizer, config: ARSConfig = CONDITIONED
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        config: ARSConfig = CONDITIONED,
+        *,
+        process_group: Group = None,
     ) -> None:
         check_gateable(base_optimizer, config)
+        self._replicas = Replicas(process_group)
         self.base = base_optimizer
         # Makes the hooks, and wants to make groups and state, which are the base's.
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
@@ -108,6 +118,15 @@ class ARSOptimizer(torch.optim.Optimizer):
     def controller(self) -> ARSController:
         """The controller."""
         return self._controller
+
+    @property
+    def process_group(self) -> Group:
+        """The processes that gate alike; may be set, as after unpickling."""
+        return self._replicas.group
+
+    @process_group.setter
+    def process_group(self, process_group: Group) -> None:
+        self._replicas = Replicas(process_group)
 
     @property
     def diagnostics(self) -> Mapping[str, Tensor]:
@@ -221,6 +240,7 @@ class ARSOptimizer(torch.optim.Optimizer):
             loss = self._controller.latest()
         watches, watched = choose_surprise(self._controller, loss, surprise)
         check_watched(self._watches, watches)
+        watched = self._replicas.mean(watched, self._device())
         if not grads:
             return UNSEEN
         if watched is None:
@@ -307,7 +327,7 @@ class ARSOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the base optimizer and the controller; hooks stay behind, as in torch."""
-        names = ("base", "defaults", "_controller", "_watches", "_buffer")
+        names = ("base", "defaults", "_controller", "_watches", "_replicas", "_buffer")
         return {name: self.__dict__[name] for name in names}
 
 
