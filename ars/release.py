@@ -22,7 +22,7 @@ class GradientRelease:
     The gradients of a model then never exist together: they take the memory of the largest one.
     The step is the optimizer's ``step(loss=loss)``, with one gate for all parameters. On a GPU it
     launches two kernels a parameter instead of two for all of them, and with a controller copies
-    three numbers for each. Of several processes it is the optimizer's ``process_group`` that gates as
+    three numbers for each. Of several processes, those of the optimizer's ``process_group`` gate as
     one.
 
     What needs all gradients before the first parameter may move is refused: clipping, a controller
