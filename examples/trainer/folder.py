@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from trainer.errors import UsageError
 
-__all__ = ["LOCK_FILE", "OutputFolder", "check_writable"]
+__all__ = ["LOCK_FILE", "OutputFolder", "check_writable", "put_aside"]
 
 LOCK_FILE = ".lock"  # of a running program, or of one that was killed, which no longer holds it
 
@@ -132,6 +132,17 @@ def check_writable(folder: Path, option: str = "--out") -> None:
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"{option} {folder} is not writable: name a folder you may write to")
+
+
+def put_aside(path: Path) -> Path:
+    """Give a damaged file a name of its own, which is returned: nothing is overwritten."""
+    number = 0
+    while True:
+        aside = path.with_name(f"{path.name}.damaged{number or ''}")
+        if not aside.exists():
+            os.replace(path, aside)
+            return aside
+        number += 1
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

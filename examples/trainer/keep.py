@@ -8,19 +8,18 @@ A state that is damaged, or of another run, is put aside under another name and 
 is used: nothing of the user's is overwritten.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import DamagedError, load_checkpoint, save_checkpoint
+from trainer.folder import put_aside
+from trainer.log import check_log
 from trainer.plan import ModelPlan
 from trainer.run import Run
 from trainer.state import TrainingState
 
 __all__ = ["Keeper"]
-
-_ASIDE = ".damaged"
 
 
 class Keeper:
@@ -33,6 +32,7 @@ class Keeper:
 
     def __init__(self, plan: ModelPlan, run: Run) -> None:
         self.run = run
+        self._name = plan.name
         self._fingerprint = run.fingerprint(plan)
         self._states = run.checkpoints / plan.name
         self._trunk = run.checkpoints / f"{plan.name}-trunk.pt"
@@ -68,6 +68,7 @@ class Keeper:
         content = {
             "step": state.step,
             "model": state.model.state_dict(),
+            "log": state.log,
             "record": record,
             "run": self._fingerprint,
         }
@@ -87,7 +88,10 @@ class Keeper:
     def record(self) -> dict[str, Any] | None:
         """What is known of the model, if it is finished."""
         content = self._usable(self._final)
-        return None if content is None else dict(content["record"])
+        if content is None:
+            return None
+        check_log(self.run.folder / f"log_{self._name}.csv", content.get("log"))
+        return dict(content["record"])
 
     def trunk(self) -> dict[str, Any] | None:
         """The state that children grow out of, if it has been reached."""
@@ -117,18 +121,8 @@ class Keeper:
             if content.get("run") != self._fingerprint:
                 raise DamagedError(f"{path} belongs to another run: it is put aside")
         except DamagedError as error:
-            aside = _free_name(path)
-            os.replace(path, aside)
+            aside = put_aside(path)
             print(f"warning: {error} as {aside.name}, and what was before it is used",
                   file=sys.stderr)  # fmt: skip
             return None
         return content
-
-
-def _free_name(path: Path) -> Path:
-    number = 0
-    while True:
-        aside = path.with_name(f"{path.name}{_ASIDE}{number or ''}")
-        if not aside.exists():
-            return aside
-        number += 1

@@ -100,9 +100,9 @@ class Recorder:
         self._waiting.clear()
         self._read_at = state.step, state.seconds
 
-    def flush(self) -> None:
-        """Put every row that was told on the disk."""
-        self._log.flush()
+    def flush(self) -> dict[str, Any] | None:
+        """Put every row that was told on the disk; return what `StepLog.flush` does."""
+        return self._log.flush()
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         if seconds <= 0:

@@ -193,7 +193,7 @@ class Series:
         keeper = self._keepers[plan.name]
         bpb = train(state, plan, run, keeper, resumed=content is not None)
         record = self._record(plan, state, bpb)
-        keeper.finish(state, record)
+        run.parallel.from_first(partial(keeper.finish, state, record))
         return record
 
     def _record(self, plan: ModelPlan, state: TrainingState, bpb: float) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class TrainingState:
         seconds: spent on growing and training so far, not on evaluating, reporting and saving.
         warnings: what the penalties warned of so far.
         seen: what the next warning depends on.
+        log: what tells the rows of its log so far from others.
     """
 
     model: GPT
@@ -55,6 +56,7 @@ class TrainingState:
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     seen: dict[str, Any] | None = None
+    log: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as tensors, numbers and strings (the tensors are not copied)."""
@@ -64,6 +66,7 @@ class TrainingState:
             "seconds": self.seconds,
             "warnings": list(self.warnings),
             "seen": self.seen,
+            "log": self.log,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "inheritance": self.inheritance.to_dict(),
@@ -149,6 +152,7 @@ def restore(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingState
         torch.cuda.set_rng_state(content["cuda_rng"], run.parallel.device)
     state.step, state.seconds = content["step"], content["seconds"]
     state.warnings, state.seen = list(content["warnings"]), content["seen"]
+    state.log = content.get("log")  # states of earlier versions have none
     return state
 
 

@@ -48,18 +48,21 @@ def train(
     health = Health(state)
     log_path = run.folder / f"log_{plan.name}.csv" if run.parallel.is_first else None
     with (
-        StepLog(log_path, state.step if resumed else None) as log,
+        StepLog(log_path, state.step if resumed else None, state.log) as log,
         open_tracker(run, plan, state.step) as tracker,
         Progress(plan, state, run) as progress,
     ):
         recorder = Recorder(state, log, progress, tracker, plan, run)
+        if log.warning is not None:
+            progress.say([log.warning])
+            state.warnings.append(log.warning)
         pace = Pace(state, plan, run.parallel)
 
         def measure() -> float:
             return score(state.model, curve_windows, corpus.token_bytes)
 
         def keep(*, at_trunk_end: bool) -> None:
-            recorder.flush()
+            state.log = recorder.flush()
             keeper.save(state, at_trunk_end=at_trunk_end)
 
         if not resumed:
