@@ -14,8 +14,16 @@ from ars.collect import Collector
 from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
 from ars.groups import check_max_grad_norm, has_gradient, is_trial
-from ars.penalty import Penalty, Term, read_settings, refresh_
-from ars.state import Precision, complete_state
+from ars.penalty import (
+    Penalty,
+    Term,
+    check_group_strengths,
+    parameter_names,
+    read_settings,
+    refresh_,
+)
+from ars.rows import change_rows_
+from ars.state import Precision, check_operands, complete_state
 from ars.surprise import Group, Replicas, check_watched, choose_surprise
 
 __all__ = ["ARSAdam"]
@@ -161,8 +169,9 @@ class ARSAdam(CheckpointedAdam):
             TypeError: The loss or the surprise is neither a tensor nor a number.
             ValueError: It is not a scalar, the surprise is missing or not what is watched, it
                 changed its kind between steps, or the groups differ in ``decoupled_weight_decay``.
-            RuntimeError: A gradient is sparse, or ``foreach`` or ``fused`` was forced where the
-                parameters are.
+            RuntimeError: A gradient is sparse; or it, a moment or the penalty has not the
+                parameter's shape, dtype or device; or ``foreach`` or ``fused`` was forced where the
+                parameters are. Nothing has moved then.
         """
         if torch.compiler.is_dynamo_compiling():
             return compiled.step_(self, closure, loss, surprise)
@@ -202,6 +211,7 @@ class ARSAdam(CheckpointedAdam):
         batch = self._collect()
         if not batch.params:
             return returned
+        options = self._refresh(options)
         self._watches = watches
         try:
             functional.step_(self._implementation, batch, hypers, options, self._kept)
@@ -231,29 +241,87 @@ class ARSAdam(CheckpointedAdam):
             device = self._buffer.device
             self._kept.device.write_hyper(self._hypers(), self._max_grad_norm, device)
 
+    def change_rows(
+        self, param: Tensor, keep: Tensor | None = None, added: Tensor | None = None
+    ) -> None:
+        """Remove rows of a parameter, or add some, with all that belongs to them.
+
+        Kept rows take their moments and their gradient along. Added rows begin with moments and a
+        gradient of 0; they share the parameter's step count, as all its rows do, so their first
+        updates may be larger than the learning rate (3.2 times with betas 0.9 and 0.999). The
+        parameter stays the same object. It must not be in a penalty: its anchor has the old rows.
+
+        Args:
+            param: A parameter of this optimizer, of at least one dimension.
+            keep: The rows that stay, in this order: indices, int64, or a mask of all rows, bool.
+                None keeps all.
+            added: Rows to put after them, shape (n, ...) as the parameter's; converted to its dtype
+                and device.
+
+        Raises:
+            TypeError: ``keep`` or ``added`` has another dtype.
+            ValueError: The parameter is not in this optimizer, or in its penalty; or a shape or an
+                index does not fit. Nothing has been changed then.
+            RuntimeError: What belongs to the parameter does not fit it as it is.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.ones(3, 2))
+            >>> opt = ARSAdam([weight], lr=0.1)
+            >>> weight.sum().backward()
+            >>> opt.step()
+            >>> opt.change_rows(weight, keep=torch.tensor([0, 2]), added=torch.zeros(1, 2))
+            >>> weight.shape, opt.state[weight]["exp_avg"][:, 0]
+            (torch.Size([3, 2]), tensor([0.1000, 0.1000, 0.0000]))
+        """
+        names = parameter_names(self.param_groups)
+        if param not in names:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is not in this optimizer: pass one of "
+                "its param_groups"
+            )
+        if param in self._terms:
+            raise ValueError(
+                f"the penalty holds {names[param]}, with an anchor of its old rows: set "
+                "optimizer.penalty to None, change the rows, then build the penalty anew"
+            )
+        self._check(param, param.grad)
+        change_rows_(param, names[param], self.state.get(param, {}), keep, added)
+
     def _hypers(self) -> list[Hyper]:
         strength, _ = read_settings(self._penalty)
         return [read_hyper(group, strength) for group in self.param_groups]
 
     def _collect(self) -> Batch:
-        return self._collector.collect(self.param_groups, self.state, self._terms, self._append)
+        return self._collector.collect(
+            self.param_groups, self.state, self._terms, self._append, self._check
+        )
+
+    def _check(self, param: Tensor, grad: Tensor | None) -> None:
+        """Raise unless all that belongs to a parameter fits it."""
+        state, term = self.state.get(param, {}), self._terms.get(param, Term())
+        check_operands(param, grad, state, term, self.param_groups, self._precision)
 
     def _settings(self, surprise: Tensor | None) -> tuple[list[Hyper], Options]:
-        """Read what this step shall do, and let the penalty prepare for it."""
+        """Read what this step shall do."""
         _, proximal = read_settings(self._penalty)
+        check_group_strengths(self._penalty, self.param_groups)
         return self._hypers(), Options(
             decoupled=is_decoupled(self.param_groups),
             controller=self._controller,
             surprise=surprise,
             max_norm=self._max_grad_norm,
             proximal=proximal,
-            penalty=refresh_(self._penalty, self.param_groups),
+            penalty=None,
             diagnostics=self._buffer,
             grad_scale=getattr(self, "grad_scale", None),  # set by a GradScaler for this step
             found_inf=getattr(self, "found_inf", None),
             stochastic=self._precision.stochastic,
             seed=self._precision.seed,
         )
+
+    def _refresh(self, options: Options) -> Options:
+        """Let the penalty prepare for the step, once it is known that all tensors fit."""
+        return options._replace(penalty=refresh_(self._penalty))
 
     def _append(self, batch: Batch, index: int, number: int, param: Tensor) -> None:
         """Complete a parameter's state and add it to the batch."""

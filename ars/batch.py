@@ -39,6 +39,7 @@ class Batch:
         pulls: Gradients of the penalty that join the task's, float32 or float64, or None.
         remainders: What makes bfloat16 parameters float32 master weights, int16, or None.
         numbers: Index of the parameter in its optimizer.
+        layout: Another object whenever the gradients are laid out in another way.
     """
 
     params: list[Tensor] = dataclasses.field(default_factory=list)
@@ -55,6 +56,7 @@ class Batch:
     pulls: list[Tensor | None] = dataclasses.field(default_factory=list)
     remainders: list[Tensor | None] = dataclasses.field(default_factory=list)
     numbers: list[int] = dataclasses.field(default_factory=list)
+    layout: object = None
 
     def append(
         self,

@@ -49,6 +49,7 @@ class DeviceStep:
             clip=options.max_norm is not None,
             grad_scale=_there(options.grad_scale, device),
             found_inf=_there(options.found_inf, device),
+            layout=batch.layout,
         )
         if options.penalty is not None:
             self._report(batch, options.penalty, options)

@@ -97,6 +97,7 @@ class ParameterwiseStep:
         optimizer._follow()
         hypers, options = optimizer._settings(self._surprise)
         batch = self._collect(param, self._first)
+        options = optimizer._refresh(options)
         optimizer._watches = self._watches
         optimizer._buffer[PENALTY] = 0.0  # without a penalty of its own, it writes none
         self._step(batch, hypers, options, self._first)
@@ -118,7 +119,7 @@ class ParameterwiseStep:
             optimizer._append(batch, *place, param)
 
         state = {param: optimizer.state[param]}
-        return part.collector.collect([group], state, optimizer._terms, append)
+        return part.collector.collect([group], state, optimizer._terms, append, optimizer._check)
 
     def _step(self, batch: Batch, hypers: list[Hyper], options: Options, part: "_Part") -> None:
         implementation = self._optimizer._implementation

@@ -10,8 +10,8 @@ from torch import Tensor
 from ars.reference.penalties import SCALED
 
 __all__ = [
-    "Penalty", "Term", "check_strength", "parameter_names", "read_settings", "read_terms",
-    "refresh_",
+    "Penalty", "Term", "check_group_strengths", "check_strength", "parameter_names",
+    "read_settings", "read_terms", "refresh_",
 ]  # fmt: skip
 
 Scalar: TypeAlias = float | Tensor
@@ -264,26 +264,34 @@ def _check_pull(name: str, param: Tensor, buffer: Tensor) -> None:
         )
 
 
-def refresh_(penalty: Penalty | None, groups: list[dict[str, Any]]) -> Tensor | None:
-    """Let a penalty that has buffers fill them, and return the value that is theirs.
+def check_group_strengths(penalty: Penalty | None, groups: list[dict[str, Any]]) -> None:
+    """Raise if a group has a strength of its own, and the penalty gradients that do not know it.
 
     Args:
         penalty: The penalty, if there is one.
         groups: The optimizer's parameter groups.
 
-    Returns:
-        The value, 0-d, or None without buffers.
-
     Raises:
-        ValueError: A group has a strength of its own, which these do not know.
+        ValueError: That is so.
     """
-    if penalty is None or not hasattr(penalty, "gradients"):
-        return None
-    if any(group["penalty_strength"] is not None for group in groups):
+    if hasattr(penalty, "gradients") and any(g["penalty_strength"] is not None for g in groups):
         raise ValueError(
             f"the gradients of a {type(penalty).__name__} have its own strength in them: "
             "set penalty_strength to None in every group"
         )
+
+
+def refresh_(penalty: Penalty | None) -> Tensor | None:
+    """Let a penalty that has buffers fill them, and return the value that is theirs.
+
+    Args:
+        penalty: The penalty, if there is one.
+
+    Returns:
+        The value, 0-d, or None without buffers.
+    """
+    if penalty is None or not hasattr(penalty, "gradients"):
+        return None
     with torch.no_grad():
         value: Tensor = penalty.refresh()  # type: ignore[attr-defined]
     return value

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +11,6 @@ from ars.batch import Batch, Hyper
 from ars.blocks import BLOCK, Operands, Run, Scratch, as_flat, operands, runs
 
 __all__ = ["Alike", "Plan"]
-
-_DTYPE = attrgetter("dtype")
 
 # Tensors that share a memory: pickle, unlike torch.save, saves all of it with each of them.
 TOGETHER = 64
@@ -43,7 +40,7 @@ class Plan:
         self._steps = _share_(batch.steps)
         self._products = _share_(batch.products)
         self._strides = [param.stride() for param in batch.params]
-        self._kinds = _kinds(batch.grads)
+        self._layout = batch.layout
         self._static = [operands(batch, i) for i in range(len(batch.params))]
         self._cut: list[int] = []
         members: dict[Any, list[int]] = defaultdict(list)
@@ -64,7 +61,7 @@ class Plan:
         direct, in_rows, strided = [], [], []
         for i in indices:
             tensors = [t for t in self._static[i] if t is not None]
-            param, strides = tensors[0], self._strides[i]
+            param, grad, strides = tensors[0], self._batch.grads[i], self._strides[i]
             # What zeros_like would lay out in another way has gaps or overlaps.
             dense = param.is_contiguous() or torch.empty_like(param).stride() == strides
             # A compressed importance has a scale for so many elements in the order of a dense row.
@@ -73,8 +70,8 @@ class Plan:
                 strided.append(i)
             elif (
                 self._scaled
-                or self._kinds[0][i] != param.dtype
-                or self._kinds[1][i] != strides
+                or grad.dtype != param.dtype
+                or grad.stride() != strides
                 or self._static[i].anchor is not None
                 or self._static[i].pull is not None
                 or any(t.dtype != param.dtype for t in tensors)
@@ -99,8 +96,7 @@ class Plan:
         return (
             batch is self._batch
             and (self._scaled or not scaled)
-            and self._kinds == _kinds(batch.grads)
-            and self._strides == list(map(Tensor.stride, batch.params))
+            and batch.layout is self._layout
             and self._addresses == list(map(Tensor.data_ptr, self._viewed))
             and self._are_alike()
         )
@@ -161,11 +157,6 @@ class Plan:
 def _cut(row: Tensor) -> tuple[Tensor, ...]:
     """Cut a row into stretches of BLOCK elements."""
     return (row,) if row.numel() <= BLOCK else row.split(BLOCK)
-
-
-def _kinds(tensors: list[Tensor]) -> tuple[list[torch.dtype], list[tuple[int, ...]]]:
-    """How tensors are laid out."""
-    return list(map(_DTYPE, tensors)), list(map(Tensor.stride, tensors))
 
 
 def _share_(tensors: list[Tensor]) -> list[Tensor]:

@@ -88,12 +88,14 @@ class GradientRelease:
         watches, watched = choose_surprise(optimizer.controller, loss, surprise)
         read_surprise(loss)
         _check(optimizer, watches)
+        optimizer._follow()
         for param, name in parameter_names(optimizer.param_groups).items():
             if param.grad is not None:
                 raise RuntimeError(
                     f"{name} has a gradient already: gradients cannot be accumulated when each is "
                     "used at once. Sum the losses instead, or call zero_grad() to drop it"
                 )
+            optimizer._check(param, None)
         if optimizer.controller is not None:
             watched = optimizer._replicas.mean(watched, optimizer._buffer.device)
         self._add_hooks()

@@ -5,17 +5,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ars.penalty import parameter_names
+from ars.penalty import Term, parameter_names
 
 __all__ = [
-    "PRODUCTS", "PRODUCTS_STEP", "Precision", "check_shapes", "complete_state", "moment_dtype",
-    "restore_dtypes", "step_kind",
+    "PRODUCTS", "PRODUCTS_STEP", "SHAPED_STATE", "Precision", "check_operands", "check_shapes",
+    "complete_state", "moment_dtype", "restore_dtypes", "step_kind",
 ]  # fmt: skip
 
 # The products of the betas; and in what is saved, the number of the step that they are of.
 PRODUCTS = "beta_products"
 PRODUCTS_STEP = "beta_products_step"
-# What has the parameter's shape, here and in torch's optimizers.
+# What has the parameter's shape here.
+SHAPED_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder")
+# What has it here and in torch's optimizers.
 SHAPED = {
     "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder", "acc_delta", "ax", "exp_inf",
     "grad_avg", "momentum_buffer", "prev", "square_avg", "step_size", "sum",
@@ -204,3 +206,73 @@ def check_shapes(groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
                         f"parameter has {tuple(param.shape)}: load the state of the same model, or "
                         "leave this parameter's entry out of it to start it afresh"
                     )
+
+
+def check_operands(
+    param: Tensor,
+    grad: Tensor | None,
+    state: dict[str, Any],
+    term: Term,
+    groups: list[dict[str, Any]],
+    precision: Precision,
+) -> None:
+    """Raise unless what belongs to a parameter still fits it, so that a step may move it.
+
+    Args:
+        param: The parameter.
+        grad: Its gradient, if it has one.
+        state: Its state, perhaps empty.
+        term: Its penalty.
+        groups: The optimizer's parameter groups, for its name.
+        precision: What becomes of bfloat16 parameters.
+
+    Raises:
+        RuntimeError: Something has another shape, dtype or device; names it and the remedy.
+    """
+
+    def refuse(what: str, problem: str, remedy: str) -> None:
+        raise RuntimeError(f"{what} of {parameter_names(groups)[param]} {problem}: {remedy}")
+
+    if grad is None:
+        grad = param
+    if grad.is_sparse:
+        raise RuntimeError(
+            "this optimizer does not support sparse gradients: use "
+            "torch.optim.SparseAdam, or an embedding with sparse=False"
+        )
+    problem = _misfit(grad, param)
+    if problem is None and grad.is_complex() != param.is_complex():
+        problem = f"is {grad.dtype}, the parameter {param.dtype}"
+    if problem is not None:
+        refuse("gradient", problem, "it is from before the parameter changed, so set it to None")
+    for key in SHAPED_STATE:
+        if key not in state:
+            continue
+        problem = _misfit(state[key], param)
+        if problem is not None:
+            remedy = "change rows with optimizer.change_rows(), or start it afresh by `del "
+            refuse(key, problem, remedy + "optimizer.state[parameter]`")
+        master = key == "param_remainder"
+        dtype = torch.int16 if master else moment_dtype(param, precision)
+        if state[key].dtype != dtype:
+            problem = f"is {state[key].dtype}, a {param.dtype} parameter needs {dtype}"
+            remedy = "optimizer.load_state_dict(optimizer.state_dict()) converts it"
+            refuse(key, problem, remedy)
+    steps = state.get("step")
+    if isinstance(steps, Tensor) and steps.numel() != 1:
+        refuse("step", f"has shape {tuple(steps.shape)}", "set it to a 0-d tensor")
+    for key, tensor in term._asdict().items():
+        if tensor is not None and key != "scale":
+            problem = _misfit(tensor, param)
+            if problem is not None:
+                remedy = "set optimizer.penalty to one that was built from the model as it is"
+                refuse(f"the penalty's {key}", problem, remedy)
+
+
+def _misfit(tensor: Tensor, param: Tensor) -> str | None:
+    """Say in what a tensor differs from its parameter where it must not, or None."""
+    if tensor.shape != param.shape:
+        return f"has shape {tuple(tensor.shape)}, the parameter {tuple(param.shape)}"
+    if tensor.device != param.device:
+        return f"is on {tensor.device}, the parameter on {param.device}"
+    return None

@@ -158,6 +158,7 @@ class FusedAdam:
         self._like = _likeness(params)
         self._devices = {params[0].get_device()}
         self._filled = [numel > 0 for numel in numels]
+        self._layout: object = None
         self._strided = [i for i, param in enumerate(params) if not param.is_contiguous()]
 
     def moved(self) -> bool:
@@ -172,6 +173,7 @@ class FusedAdam:
         clip: bool,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        layout: object = None,
     ) -> None:
         """Take one step.
 
@@ -184,13 +186,16 @@ class FusedAdam:
                 They are divided by it where they are read; the gradients stay.
             found_inf: Unless it is 0, nothing moves: no parameter, moment, step or product, not
                 the controller, not the diagnostics. One float32 on the device, or None.
+            layout: If it is the last step's object, the gradients' dtypes, shapes and memory
+                orders are taken to be that step's too, and so are the parameters'.
 
         Raises:
             TypeError: If a gradient's dtype, or another argument's, is not as above.
             ValueError: If a shape, device or memory order is another.
         """
-        found = self._check_gradients(grads)
+        found = self._check_gradients(grads, seen=layout is not None and layout is self._layout)
         loss = self._check_number("loss", loss, PARAM_DTYPES) if self._gated else None
+        self._layout = layout
         grad_scale = self._check_number("grad_scale", grad_scale, (torch.float32,))
         found_inf = self._check_number("found_inf", found_inf, (torch.float32,))
         with torch.cuda.device_of(self._table):
@@ -201,11 +206,12 @@ class FusedAdam:
         # Autograd must notice, as with any operation in place.
         torch.autograd.graph.increment_version(self._params)
 
-    def _check_gradients(self, grads: list[Tensor]) -> list[int]:
+    def _check_gradients(self, grads: list[Tensor], *, seen: bool = False) -> list[int]:
         """Validate the gradients and return their addresses.
 
-        One that has its parameter's dtype, shape and contiguity is right if it has memory, on the
-        device; only others, and the few strided ones, are worth the microsecond of a closer look.
+        With ``seen``, they are laid out as the last ones. One that has its parameter's dtype, shape
+        and contiguity is right if it has memory, on the device; only others, and the few strided
+        ones, are worth the microsecond of a closer look.
 
         Raises:
             ValueError: If there is not one for each parameter, or a parameter has changed since the
@@ -215,7 +221,7 @@ class FusedAdam:
             raise ValueError(f"{len(grads)} gradients for {len(self._params)} parameters")
         try:
             found = list(map(Tensor.data_ptr, grads))
-            right = self._like == _likeness(grads)
+            right = seen or self._like == _likeness(grads)
         except RuntimeError:  # a sparse tensor, say, has no address: found out below
             found, right = [], False
         if right and self._gradients.moved(found):
