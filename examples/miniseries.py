@@ -109,7 +109,7 @@ def _plan(words: Sequence[str]) -> int:
     from trainer.cli import parse_plan
 
     asked = parse_plan(words)
-    from analysis.planning import describe_plan
+    from analysis.planned_series import describe_plan
 
     return _print(lambda: describe_plan(asked))
 

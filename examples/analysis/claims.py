@@ -9,22 +9,21 @@
 
 A cost is decided by the interval over the seeds, at least 3, at the depth with the most parents. It
 holds if the cost of the baseline's final loss is below the limit. That cost is an upper bound (see
-`analysis.savings`), so the claim fails only if the cost between the trunks is above the limit too,
+`analysis.costs`), so the claim fails only if the cost between the trunks is above the limit too,
 or if some seed never reached that loss at all. A cost that is a bound only, or that some seed's
 divergence leaves open, makes nothing fail. A failure that one seed shows is a failure.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-from analysis.intervals import MIN_SEEDS, Estimate
-from analysis.pairings import read_arm, single_arms
-from analysis.paper import chain_saving
+from analysis.comparisons import count_seeds, read_arm, single_arms
+from analysis.costs import Ratios, Saving
+from analysis.planned_series import chain_saving
 from analysis.records import Log, Record, chain
-from analysis.savings import Ratios, Saving
+from common.statistics import MIN_SEEDS, Estimate
 
 __all__ = ["FAILS", "HOLDS", "NOT_SHOWN", "Claim", "decide_claims"]
 
@@ -51,10 +50,6 @@ class Claim:
     evidence: str
     details: tuple[dict[str, str], ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """What JSON keeps."""
-        return asdict(self)
-
 
 def decide_claims(
     records: Sequence[Record], logs: Mapping[tuple[str, int], Log], savings: Sequence[Saving]
@@ -64,7 +59,7 @@ def decide_claims(
     Args:
         records: of one or more seeds, those that diverged included.
         logs: of their steps, as far as there are any.
-        savings: of `analysis.savings.find_savings`.
+        savings: of `analysis.costs.find_savings`.
     """
     grown = [s for s in savings if _is_grown(s.arm)]
     return [
@@ -146,31 +141,25 @@ def _decide(saving: Saving, limit: float, cost: Callable[[Ratios], Estimate]) ->
 
 def _cost_words(saving: Saving, cost: Callable[[Ratios], Estimate]) -> str:
     if saving.diverged:
-        return f"it or {saving.baseline} diverged in {saving.diverged} of {_seeds(saving.seeds)}"
+        where = f"{saving.diverged} of {count_seeds(saving.seeds)}"
+        return f"it or {saving.baseline} diverged in {where}"
     if saving.final is None:
         words = f"its final loss was reached in {saving.reached} of {saving.seeds} seeds"
     else:
         words = f"{_ratio(saving.final, cost)} to its final loss"
     if saving.trunk is not None:
         words += f", {_ratio(saving.trunk, cost)} trunk against trunk"
-    return f"{words} ({saving.seeds} seed{'s' if saving.seeds > 1 else ''})"
+    return f"{words} ({count_seeds(saving.seeds)})"
 
 
 def _ratio(ratios: Ratios, cost: Callable[[Ratios], Estimate]) -> str:
-    return f"{'at most ' if ratios.is_bound else ''}{_in_words(cost(ratios))}"
-
-
-def _in_words(estimate: Estimate) -> str:
-    words = f"{estimate.mean:.2f}"
-    if estimate.interval is not None:
-        words += f" [{estimate.interval[0]:.2f}, {estimate.interval[1]:.2f}]"
-    return words
+    return f"{'at most ' if ratios.is_bound else ''}{cost(ratios):.2f}"
 
 
 def _ladder(savings: Sequence[Saving]) -> str:
     """The transfer efficiency, and what it would save on paper for d10 ... d20.
 
-    It is that of a model with one ancestor: see `analysis.paper.chain_saving`.
+    It is that of a model with one ancestor: see `chain_saving`.
     """
     steps = (0.0, 0.25, 0.5, 0.75, 1.0)
     ladder = " / ".join(f"{100 * chain_saving(e):.0f}" for e in steps)
@@ -183,7 +172,7 @@ def _ladder(savings: Sequence[Saving]) -> str:
         e = min(1.0, max(0.0, plain.efficiency.mean))
         measured = (
             f"Measured at d{plain.depth} for {plain.arm}, with one ancestor: "
-            f"e = {_in_words(plain.efficiency)}, on that ladder {chain_saving(e):.0%}."
+            f"e = {plain.efficiency:.2f}, on that ladder {chain_saving(e):.0%}."
         )
     return (
         "Transfer efficiency e, fresh tokens that an inherited one is worth: a d10 ... d20 chain "
@@ -197,8 +186,8 @@ def _own_tokens(savings: Sequence[Saving]) -> str:
     if not known:
         return ""
     best, ratios = min(known, key=lambda pair: pair[1].tokens_without_parents.mean)
-    own = _in_words(ratios.tokens_without_parents)
-    return f"Without the parents' tokens, the best is {best.arm} with {own}."
+    own = ratios.tokens_without_parents
+    return f"Without the parents' tokens, the best is {best.arm} with {own:.2f}."
 
 
 def _monotonic(records: Sequence[Record]) -> Claim:
@@ -231,7 +220,7 @@ def _monotonic(records: Sequence[Record]) -> Claim:
     if failures:
         return Claim(claim, FAILS, _some(failures), tuple(details))
     verdict = HOLDS if len(seeds) >= MIN_SEEDS else NOT_SHOWN
-    evidence = f"they fall at every step of {series} series, {_seeds(len(seeds))}"
+    evidence = f"they fall at every step of {series} series, {count_seeds(len(seeds))}"
     return Claim(claim, verdict, evidence, tuple(details))
 
 
@@ -256,7 +245,7 @@ def _no_divergence(records: Sequence[Record], logs: Mapping[tuple[str, int], Log
         return Claim(claim, FAILS, _some(failures))
     seeds = len({record.seed for record in records})
     verdict = HOLDS if seeds >= MIN_SEEDS and logged == len(records) else NOT_SHOWN
-    evidence = f"none in {len(records)} models, {_seeds(seeds)}"
+    evidence = f"none in {len(records)} models, {count_seeds(seeds)}"
     if logged < len(records):
         evidence += f"; only {logged} of them have logs"
     return Claim(claim, verdict, evidence)
@@ -279,7 +268,3 @@ def _some(failures: Sequence[str]) -> str:
     more = len(failures) - _SHOWN_FAILURES
     words = "; ".join(failures[:_SHOWN_FAILURES])
     return f"{words}; and {more} more" if more > 0 else words
-
-
-def _seeds(count: int) -> str:
-    return f"{count} seed{'s' if count != 1 else ''}"

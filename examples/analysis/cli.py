@@ -4,11 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.assemble import analyze_runs, write_json
 from analysis.bundle import load_bundle
 from analysis.checkpoints import evaluate_checkpoint
-from analysis.report_html import REPORT_FILE, render_report
-from analysis.verdict import headlines
+from analysis.comparisons import headlines
+from analysis.run_report import REPORT_FILE, analyze_runs, render_report, write_json
 from trainer.arguments import Parser, integer, number
 from trainer.checkpoint import write_atomically
 from trainer.folder import OutputFolder, check_writable

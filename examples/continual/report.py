@@ -12,18 +12,49 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from common.statistics import Estimate
+from common.tables import markdown
 from continual.config import Settings
 from continual.methods import METHODS
-from continual.statistics import average_accuracy, estimate, forgetting, seen_so_far
 from trainer.checkpoint import write_atomically
 
-__all__ = ["markdown_table", "write_report"]
+__all__ = ["average_accuracy", "forgetting", "markdown_table", "seen_so_far", "write_report"]
 
+Matrix = Sequence[Sequence[float]]
 Record = dict[str, Any]
 Group = tuple[str, float]  # method, strength
 
 _HEADER = ("tasks", "method", "strength", "accuracy %", "95 % interval", "forgetting")
 _WRONG = ("subspace-outside", "subspace-output")
+
+
+def average_accuracy(accuracy: Matrix) -> float:
+    """Mean accuracy over all tasks after the last one."""
+    return fmean(accuracy[-1])
+
+
+def forgetting(accuracy: Matrix) -> float | None:
+    """How far the earlier tasks have fallen from their best, on average; None with one row.
+
+    Example:
+        >>> forgetting([[90, 10, 10], [80, 95, 10], [70, 90, 99]])
+        12.5
+    """
+    last = len(accuracy) - 1
+    if last == 0:
+        return None
+    drops = [max(row[s] for row in accuracy) - accuracy[last][s] for s in range(last)]
+    return fmean(drops)
+
+
+def seen_so_far(accuracy: Matrix) -> list[float]:
+    """After each task, the mean accuracy over the tasks learned until then.
+
+    Example:
+        >>> seen_so_far([[90, 10], [80, 96]])
+        [90.0, 88.0]
+    """
+    return [fmean(row[: t + 1]) for t, row in enumerate(accuracy)]
 
 
 def write_report(
@@ -63,15 +94,16 @@ def markdown_table(settings: Settings, records: Sequence[Record]) -> str:
     rows: list[tuple[str, ...]] = [(*_HEADER, "CPU s") if timed else _HEADER]
     for tasks, group in _by_tasks(records).items():
         for (method, strength), runs in _by_group(group).items():
-            found = estimate([average_accuracy(run["accuracy"]) for run in runs])
+            found = Estimate.of([average_accuracy(run["accuracy"]) for run in runs])
+            low, high = found.interval or (math.nan, math.nan)
             drops = [drop for run in runs if (drop := forgetting(run["accuracy"])) is not None]
-            lost = estimate(drops) if drops else None
+            lost = Estimate.of(drops) if drops else None
             rows.append((
                 str(tasks),
                 method,
                 f"{strength:g}" if METHODS[method].strength else "",
                 f"{found.mean:.1f} ± {found.error:.1f}",
-                f"{found.mean - found.half:.1f} to {found.mean + found.half:.1f}",
+                f"{low:.1f} to {high:.1f}",
                 "" if lost is None else f"{lost.mean:.1f} ± {lost.error:.1f}",
                 *([f"{fmean(run['cpu_seconds'] for run in runs):.1f}"] if timed else []),
             ))  # fmt: skip
@@ -84,20 +116,7 @@ def markdown_table(settings: Settings, records: Sequence[Record]) -> str:
         f"- {settings.epochs} epochs a task"
         + ("; CPU s: of a run, Fisher passes included." if timed else "."),
     ]
-    return "\n".join([*_aligned(rows), "", *notes]) + "\n"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = (
-            cell.ljust(width) if i == 1 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    rule = ("-" * w if i == 1 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-    return [lines[0], "| " + " | ".join(rule) + " |", *lines[1:]]
+    return "\n".join([markdown(rows, "rlr", padded=True), "", *notes]) + "\n"
 
 
 def _by_tasks(records: Sequence[Record]) -> dict[int, list[Record]]:
@@ -127,7 +146,7 @@ def _plot_course(path: Path, tasks: int, records: Sequence[Record]) -> None:
     for number, (group, runs) in enumerate(_by_group(records).items()):
         style: dict[str, Any] = {"color": f"C{number % 10}", "label": _label(group)}
         points = [
-            estimate(values)
+            Estimate.of(values)
             for values in zip(*(seen_so_far(r["accuracy"]) for r in runs), strict=True)
         ]
         means = [p.mean for p in points]
@@ -195,7 +214,7 @@ def _plot_strengths(path: Path, records: Sequence[Record]) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     methods: dict[str, list[tuple[float, float]]] = {}
     for (method, strength), runs in _by_group(records).items():
-        mean = estimate([average_accuracy(run["accuracy"]) for run in runs]).mean
+        mean = Estimate.of([average_accuracy(run["accuracy"]) for run in runs]).mean
         methods.setdefault(method, []).append((strength, mean))
     for method, points in methods.items():
         style = "--" if method in _WRONG else "-"

@@ -5,11 +5,10 @@ for a part of its operations, so it is held against each size, and not against i
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from analysis.intervals import Estimate
 from analysis.records import Record
+from common.statistics import Estimate
 from trainer.arms import Arm
 
 __all__ = ["SizeRow", "find_sizes", "sentence_of"]
@@ -39,10 +38,6 @@ class SizeRow:
     tokens: float
     diverged: int
     grown_diverged: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """What JSON keeps."""
-        return asdict(self)
 
 
 def find_sizes(alone: Sequence[Record], arms: Sequence[Record]) -> list[SizeRow]:
@@ -102,6 +97,5 @@ def sentence_of(rows: Sequence[SizeRow]) -> str:
             if interval is None or interval[0] <= 0 <= interval[1]
             else ("grown is worse" if interval[0] > 0 else "grown is better")
         )
-        margin = "" if best.grown.margin is None else f" ± {best.grown.margin:.4f}"
-        found += f", d{largest} grown {best.grown.mean:+.4f}{margin} from there: {known}"
+        found += f", d{largest} grown {best.grown.plus_minus('+.4f')} from there: {known}"
     return f"What is the best size for the operations of d{largest}? {found}."

@@ -12,20 +12,17 @@ Any stage may be missing or unfinished: what there is is summed up.
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import ars
-from analysis.assemble import Analysis, analyze_runs
-from analysis.detail_figures import grid_map
-from analysis.figures import bpb_against_depth, loss_against_flops
-from analysis.grid import Grid, find_grid
 from analysis.records import Log, Record, read_logs, read_metrics
-from analysis.report_html import write_report
-from analysis.sweeps import Sweep
+from analysis.report_figures import bpb_against_depth, grid_map, loss_against_flops
+from analysis.run_report import Analysis, analyze_runs, write_report
+from analysis.sweeps import Grid, Sweep, find_grid
 from analysis.training_log import run_settings, thinned_curve
 from experiment.design import STAGES
 from experiment.sizes import SizeRow, find_sizes, sentence_of
@@ -149,11 +146,11 @@ def _content(
     return {
         "versions": {"ars": ars.__version__, "numpy": np.__version__},
         "data": series[0].data,
-        "claims": [] if analysis is None else [claim.to_dict() for claim in analysis.claims],
+        "claims": [] if analysis is None else [asdict(claim) for claim in analysis.claims],
         "comparisons": [] if analysis is None else [c.to_dict() for c in analysis.comparisons],
-        "savings": [] if analysis is None else [s.to_dict() for s in analysis.savings],
+        "savings": [] if analysis is None else [asdict(s) for s in analysis.savings],
         "laws": [] if analysis is None else [law.to_dict() for law in analysis.laws],
-        "sizes": [row.to_dict() for row in sizes],
+        "sizes": [asdict(row) for row in sizes],
         "grid": None if grid is None else grid.to_dict(),
         "tuning": [sweep.to_dict() for sweep in sweeps],
         "runs": [

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from analysis.assemble import Analysis
-from analysis.grid import Grid
-from analysis.intervals import Estimate
-from analysis.pairings import QUESTIONS, single_arms
-from analysis.sweeps import Sweep
-from analysis.verdict import headlines
+from analysis.comparisons import QUESTIONS, headlines, single_arms
+from analysis.run_report import Analysis
+from analysis.sweeps import Grid, Sweep, strength_word
+from common.statistics import Estimate
+from common.tables import markdown
 from experiment.sizes import SizeRow, sentence_of
 
 __all__ = ["results_table"]
@@ -42,7 +41,7 @@ def results_table(
         lines = [*first, *headlines(analysis.comparisons)]
         parts += ["\n".join(f"- {line}" for line in lines)]
         rows = [(claim.claim, claim.verdict, claim.evidence) for claim in analysis.claims]
-        parts += ["## The proposal's claims", _table(("claim", "verdict", "numbers"), rows)]
+        parts += ["## The proposal's claims", markdown([("claim", "verdict", "numbers"), *rows])]
         parts += ["## Arms", _arms(analysis), _ARMS_NOTE]
         parts += ["## Comparisons, paired by seed", _comparisons(analysis), _COMPARISONS_NOTE]
         parts += ["## Cost of scratch's final loss, over scratch's cost", _savings(analysis),
@@ -77,7 +76,7 @@ _SAVINGS_NOTE = (
 
 def _arms(analysis: Analysis) -> str:
     records = analysis.healthy
-    rows = []
+    rows = [("depth", "arm", "seeds", "bits per byte", "FLOPs", "tokens", "seconds")]
     for depth in sorted({r.depth for r in records}):
         for arm in single_arms(records):
             own = [r for r in records if (r.depth, r.arm) == (depth, arm)]
@@ -86,11 +85,12 @@ def _arms(analysis: Analysis) -> str:
             flops = sum(r.lineage_flops for r in own) / len(own)
             tokens = [r.lineage_tokens for r in own if r.lineage_tokens is not None]
             rows.append((
-                f"d{depth}", arm, str(len(own)), _bits(Estimate.of([r.val_bpb for r in own])),
+                f"d{depth}", arm, str(len(own)),
+                Estimate.of([r.val_bpb for r in own]).plus_minus(".4f"),
                 f"{flops:.3e}", f"{sum(tokens) / len(tokens):,.0f}" if tokens else "",
                 f"{sum(r.seconds for r in own) / len(own):.0f}",
             ))  # fmt: skip
-    return _table(("depth", "arm", "seeds", "bits per byte", "FLOPs", "tokens", "seconds"), rows)
+    return markdown(rows)
 
 
 def _comparisons(analysis: Analysis) -> str:
@@ -110,7 +110,7 @@ def _comparisons(analysis: Analysis) -> str:
     ]
     header = ("arm", "against", "depth", "seeds", "difference", "interval", "FLOPs ratio",
               "conclusion")  # fmt: skip
-    return _table(header, rows)
+    return markdown([header, *rows])
 
 
 def _savings(analysis: Analysis) -> str:
@@ -132,7 +132,7 @@ def _savings(analysis: Analysis) -> str:
         rows.append((s.arm, f"d{s.depth}", f"{s.reached} of {s.seeds}", *cells))
     header = ("arm", "depth", "reached", "FLOPs", "without parents", "tokens", "without parents",
               "FLOPs, trunks", "e")  # fmt: skip
-    return _table(header, rows)
+    return markdown([header, *rows])
 
 
 def _sizes(sizes: Sequence[SizeRow]) -> str:
@@ -140,8 +140,8 @@ def _sizes(sizes: Sequence[SizeRow]) -> str:
         (
             f"d{row.depth}",
             str(len(row.bits.values)),
-            _bits(row.bits) + (f", {row.diverged} diverged" if row.diverged else ""),
-            "" if row.grown is None else f"{row.grown.mean:+.4f}{_spread(row.grown)}",
+            row.bits.plus_minus(".4f") + (f", {row.diverged} diverged" if row.diverged else ""),
+            "" if row.grown is None else row.grown.plus_minus("+.4f"),
             f"{row.flops:.3e}",
             f"{row.tokens:,.0f}",
         )
@@ -152,27 +152,25 @@ def _sizes(sizes: Sequence[SizeRow]) -> str:
     note = f"Negative: {largest} is better than this size from scratch."
     if sizes[0].grown_diverged:
         note += f" {sizes[0].grown_diverged} models of {largest} diverged and are not in it."
-    return f"{_table(header, rows)}\n\n{note}"
+    return f"{markdown([header, *rows])}\n\n{note}"
 
 
 def _grid(grid: Grid) -> str:
-    columns = sorted({c.subspace for c in grid.cells} | {None}, key=lambda v: (v is not None, v))
-    found = {(c.ewc, c.subspace): c for c in grid.cells}
     rows = []
-    for ewc in sorted({c.ewc for c in grid.cells} | {None}, key=lambda v: (v is not None, v)):
+    for ewc in grid.lambdas:
         cells = []
-        for subspace in columns:
-            cell = found.get((ewc, subspace))
+        for subspace in grid.gammas:
+            cell = grid.at(ewc, subspace)
             if cell is None:
-                cells.append("0" if ewc is None and subspace is None else "")
-            else:
-                mark = "**" if cell.proposed else ""
-                value = f"{cell.difference.mean:+.4f}{mark}{_spread(cell.difference)}"
-                cells.append(mark + ("diverged" + mark if cell.diverged else value))
-        rows.append((_strength(ewc), *cells))
-    header = ("lambda \\ gamma", *(_strength(v) for v in columns))
+                cells.append("0" if ewc is subspace is None else "")
+                continue
+            text = "diverged" if cell.diverged else cell.difference.plus_minus("+.4f")
+            mean, *margin = text.split(" ", 1)
+            cells.append(" ".join([f"**{mean}**" if cell.proposed else mean, *margin]))
+        rows.append((strength_word(ewc), *cells))
+    header = ("lambda \\ gamma", *map(strength_word, grid.gammas))
     return (
-        f"{_table(header, rows)}\n\nBits per byte minus those of plain growing "
+        f"{markdown([header, *rows])}\n\nBits per byte minus those of plain growing "
         f"({grid.baseline:.4f}), paired, mean of {grid.seeds} seeds and 95 % t interval; bold: the "
         "proposal's pairs."
     )
@@ -192,30 +190,8 @@ def _sweeps(sweeps: Iterable[Sweep]) -> str:
         for s in sweeps
     ]
     header = ("setting", "depth", "bits per byte", "best", "inside the values tried")
-    return _table(header, rows)
-
-
-def _strength(value: float | None) -> str:
-    return "none" if value is None else f"{value:g}"
-
-
-def _bits(value: Estimate) -> str:
-    return f"{value.mean:.4f}" + _spread(value)
-
-
-def _spread(value: Estimate) -> str:
-    return "" if value.margin is None else f" ± {value.margin:.4f}"
+    return markdown([header, *rows])
 
 
 def _ratio(value: Estimate | None, *, is_bound: bool = False) -> str:
-    if value is None:
-        return "–"
-    bound = "≤ " if is_bound else ""
-    if value.interval is None:
-        return f"{bound}{value.mean:.2f}"
-    return f"{bound}{value.mean:.2f} [{value.interval[0]:.2f}, {value.interval[1]:.2f}]"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "–" if value is None else f"{'≤ ' if is_bound else ''}{value:.2f}"

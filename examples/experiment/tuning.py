@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from analysis.pairings import read_arm
+from analysis.comparisons import read_arm
 from analysis.records import Record
 from analysis.sweeps import Sweep
 

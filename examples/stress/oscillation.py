@@ -16,7 +16,6 @@ References:
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ars import ARSConfig, ARSOptimizer
-from continual.statistics import estimate
+from common.statistics import Estimate
+from common.tables import markdown
 from trainer.checkpoint import write_atomically
 
 __all__ = ["ARMS", "RATES", "Oscillation", "draw_oscillations", "oscillate", "write_oscillations"]
@@ -149,19 +149,18 @@ def write_oscillations(folder: Path, seeds: Sequence[int]) -> str:
 
 
 def _table(runs: Sequence[Oscillation]) -> str:
-    lines = [
-        "| learning rate / edge | arm | braked, of runs | late loss | peak norm | least Phi |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
+    rows = [
+        ["learning rate / edge", "arm", "braked, of runs", "late loss", "peak norm", "least Phi"]
     ]
     for rate, arm in dict.fromkeys((run.rate, run.arm) for run in runs):
         found = [run.metrics for run in runs if (run.rate, run.arm) == (rate, arm)]
         braked = sum(metrics["braked"] is not None for metrics in found)
         cells = [f"{rate:g}", ARMS[arm][0], f"{braked} of {len(found)}"]
         for name in ("late_loss", "peak_norm", "least_phi"):
-            mean, _, half = estimate([float(metrics[name] or 0.0) for metrics in found])
-            cells.append(f"{mean:.2f} ± {half:.2f}" if math.isfinite(half) else f"{mean:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            values = [float(metrics[name] or 0.0) for metrics in found]
+            cells.append(Estimate.of(values).plus_minus(".2f"))
+        rows.append(cells)
+    return markdown(rows, "rlr") + "\n"
 
 
 def draw_oscillations(path: Path, runs: Sequence[Oscillation], rate: float = 16.0) -> None:

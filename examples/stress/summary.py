@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from continual.statistics import estimate
+from common.statistics import Estimate, share_interval
+from common.tables import markdown
 from stress.arms import ARMS
 from stress.jobs import Job
 from stress.scenarios import SCENARIOS
 from stress.text import Corpus
 from trainer.checkpoint import write_atomically
 
-__all__ = ["share_interval", "summarize", "tables", "write_summary"]
+__all__ = ["summarize", "tables", "write_summary"]
 
 Record = dict[str, Any]
 Row = dict[str, Any]
 
-_Z95 = 1.960  # two-sided 95 % quantile of the normal distribution
 _AVERAGED = ("final", "peak_norm", "recovery", "wasted", "mean_phi", "mean_phi_before")
 _HEADER = (
     "arm", "runs", "diverged [95 %]", "final bits", "against base", "against clipped AdamW",
@@ -77,31 +77,13 @@ def _difference(mine: float | None, other: float | None) -> float | None:
     return None if mine is None or other is None else mine - other
 
 
-def _interval(values: Sequence[float | None]) -> tuple[float, float] | None:
-    """Over the finite values; ``None`` without any."""
+def _interval(values: Sequence[float | None]) -> tuple[float, float | None] | None:
+    """Mean and half the interval's width over the finite values; ``None`` without any."""
     finite = [value for value in values if value is not None]
     if not finite:
         return None
-    mean, _, half = estimate(finite)
-    return mean, half
-
-
-def share_interval(successes: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, which is right for none and for all as well.
-
-    Example:
-        >>> low, high = share_interval(0, 10)
-        >>> round(low, 3), round(high, 3)
-        (0.0, 0.278)
-
-    References:
-        Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
-    """
-    share, square = successes / count, _Z95**2
-    center = (share + square / (2 * count)) / (1 + square / count)
-    spread = math.sqrt(share * (1 - share) / count + square / (4 * count**2))
-    half = _Z95 * spread / (1 + square / count)
-    return max(0.0, center - half), min(1.0, center + half)
+    found = Estimate.of(finite)
+    return found.mean, found.margin
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -111,8 +93,7 @@ def tables(rows: Sequence[Row]) -> str:
         mine = [r for r in rows if (r["scenario"], r["rate"]) == (scenario, rate)]
         title = SCENARIOS[scenario].title
         title += f", learning rate x {rate:g}" if len(SCENARIOS[scenario].rates) > 1 else ""
-        lines = [_line(_HEADER), "| --- |" + " ---: |" * (len(_HEADER) - 1)]
-        parts.append("\n".join([f"### {title}", "", *lines, *(_line(_cells(r)) for r in mine)]))
+        parts.append(f"### {title}\n\n{markdown([_HEADER, *map(_cells, mine)], 'lr')}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -138,15 +119,11 @@ def _text(row: Row, name: str, form: str) -> str:
     if row.get(name):
         mean, half = row[name]
         parts.append(form.format(mean))
-        if math.isfinite(half):
+        if half is not None:
             parts.append(f"± {form.format(half).lstrip('+')}")
     if name in row["not_finite"]:
         parts.append(f"({row['not_finite'][name]} not finite)")
     return " ".join(parts)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def write_summary(

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 from ars.models import miniseries_config
+from common.tables import aligned
 from corpus.choice import choose_tokenizer
 from corpus.pieces import Source
 from trainer.config import RULE, SeriesConfig
@@ -13,7 +14,7 @@ from trainer.plan import ModelPlan
 from trainer.series import plans_of
 from trainer.state import shape_of
 
-__all__ = ["aligned", "checked_plans", "models_table", "settings_table", "vocabulary_of"]
+__all__ = ["checked_plans", "models_table", "settings_table", "vocabulary_of"]
 
 _NO_TEXT = Source("no text", {}, {}, lambda: iter(()))
 
@@ -127,22 +128,3 @@ def models_table(
             *more,
         ])  # fmt: skip
     return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines, the first column to the left and the others to the right.
-
-    Args:
-        rows: of equally many cells.
-
-    Example:
-        >>> print(aligned([("a", "b"), ("long", "22")]), end="")
-        a      b
-        long  22
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip() + "\n")
-    return "".join(lines)

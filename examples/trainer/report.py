@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.tables import markdown
 from trainer.arms import Arm, parse_arm
 from trainer.checkpoint import write_atomically
 from trainer.log import read_log
@@ -56,7 +57,7 @@ def markdown_table(records: Sequence[Record]) -> str:
         records: one a model; differences are taken to the model from scratch of the same depth.
     """
     found = {(record["depth"], record["arm"]): record for record in records}
-    rows = [_HEADER, tuple("---" if name == "arm" else "---:" for name in _HEADER)]
+    rows = [_HEADER]
     for record in records:
         difference = ""
         baseline = found.get((record["depth"], _baseline(record)))
@@ -73,15 +74,6 @@ def markdown_table(records: Sequence[Record]) -> str:
             f"{record['val_bpb']:.4f}",
             difference,
         ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    lines = []
-    for row in rows:
-        cells = []
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            if cell in ("---", "---:"):
-                cell = "-" * (width - 1) + ("-" if cell == "---" else ":")
-            cells.append(cell.ljust(width) if i == 0 else cell.rjust(width))
-        lines.append("| " + " | ".join(cells) + " |")
     root = records[0]
     notes = [
         f"- d{root['depth']} has no parent: there a grown arm and scratch are one run.",
@@ -95,4 +87,4 @@ def markdown_table(records: Sequence[Record]) -> str:
     ]
     for record in records:
         notes += [f"- warning: {record['name']}: {text}" for text in record.get("warnings", [])]
-    return "\n".join([*lines, "", *notes]) + "\n"
+    return "\n".join([markdown(rows, "lr", padded=True), "", *notes]) + "\n"

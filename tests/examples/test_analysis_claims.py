@@ -8,9 +8,9 @@ import pytest
 from analysis_records import chain_of, entry, two_arms, write, write_run
 
 from analysis.claims import FAILS, HOLDS, NOT_SHOWN, Claim, decide_claims
-from analysis.intervals import Estimate
+from analysis.costs import Ratios, Saving, find_savings
 from analysis.records import Log, Record, read_logs, read_metrics
-from analysis.savings import Ratios, Saving, find_savings
+from common.statistics import Estimate
 
 CHEAPER, TOKENS, MONOTONIC, DIVERGENCE = range(4)
 
@@ -242,7 +242,7 @@ def test_savings_of_real_logs_reach_the_claims(tmp_path: Path) -> None:
     assert claims[CHEAPER].verdict == FAILS
     assert "e = " in claims[CHEAPER].evidence
     assert "Without the parents' tokens, the best is grown" in claims[TOKENS].evidence
-    assert [claim.to_dict()["verdict"] for claim in claims[2:]] == [HOLDS, HOLDS]
+    assert [claim.verdict for claim in claims[2:]] == [HOLDS, HOLDS]
 
 
 def test_shared_roots_count_once_a_series(tmp_path: Path) -> None:

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from analysis_records import DEMO, byte_tokens, chain_of, entry, two_arms, write, write_run
 
-from analysis import detail_figures, figures, report_html
-from analysis.assemble import Analysis, analyze_runs
+from analysis import report_figures, run_report
 from analysis.bundle import MINI_BUNDLE, load_bundle
 from analysis.core import CORE_TASKS, CoreResult, TaskResult, evaluate
 from analysis.records import Log, read_metrics
-from analysis.report_html import gate_rows, render_report
+from analysis.run_report import Analysis, analyze_runs, gate_rows, render_report
 from analysis.sweeps import Sweep
 from ars.models import GPT, miniseries_config
 
@@ -59,7 +58,7 @@ class Page(HTMLParser):
 def render(analysis: Analysis, sweeps: tuple[Sweep, ...] = (), *, draw: bool = False) -> Page:
     with pytest.MonkeyPatch.context() as patch:
         if not draw:  # which takes longest
-            patch.setattr(report_html, "_figures", lambda *_: {})
+            patch.setattr(run_report, "_figures", lambda *_: {})
         html = render_report(analysis, sweeps)
     page = Page(html)
     assert page.fetched == []
@@ -212,8 +211,8 @@ def test_gates_of_controllers_and_penalties(tmp_path: Path) -> None:
     page = render(replace(analyze(tmp_path / "metrics.json"), logs=logs))
     assert "No logs of a controller" not in page.text
     assert "d3-grown 0 400 0.9988 0.2% 0.7500" in page.text
-    assert detail_figures.gates(logs, records) is not None
-    assert detail_figures.gates({("d3-scratch", 0): silent}, records) is None
+    assert report_figures.gates(logs, records) is not None
+    assert report_figures.gates({("d3-scratch", 0): silent}, records) is None
 
 
 def test_tuning_and_strengths_have_their_sections(tmp_path: Path) -> None:
@@ -234,11 +233,11 @@ def test_tuning_and_strengths_have_their_sections(tmp_path: Path) -> None:
 def test_curves_of_other_lengths_are_averaged_where_all_have_points() -> None:
     straight = [np.array([(x, -np.log10(x)) for x in points]) for points in
                 ((1e3, 1e5, 1e7), (1e4, 1e6))]  # fmt: skip
-    x, values = figures._on_one_grid(straight)
+    x, values = report_figures._on_one_grid(straight)
     assert (x[0], x[-1]) == pytest.approx((1e4, 1e6))
     assert values == pytest.approx(np.stack([-np.log10(x)] * 2)), "linear in the logarithm"
     same = [np.array([(1.0, 2.0), (2.0, 1.0)]), np.array([(1.0, 4.0), (2.0, 3.0)])]
-    x, values = figures._on_one_grid(same)
+    x, values = report_figures._on_one_grid(same)
     assert values.mean(axis=0).tolist() == [3.0, 2.0]
 
 

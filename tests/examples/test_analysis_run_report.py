@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from analysis_records import curve, entry, two_arms, write, write_run
 
-from analysis import report_html, run_report
+from analysis import run_report
 from analysis.run_report import write_run_analysis
 from analysis.training_log import rounded, run_settings, thinned_curve
 from trainer.errors import UsageError
@@ -15,7 +15,7 @@ from trainer.errors import UsageError
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_html, "_figures", lambda *_: {})
+    monkeypatch.setattr(run_report, "_figures", lambda *_: {})
 
 
 def test_the_files_of_a_run_lie_in_its_folder(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_an_interrupt_is_no_traceback(
 def test_a_missing_module_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("analysis.cli", "analysis.report_html"):
+    for name in ("analysis.cli", "analysis.run_report"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert main(["--metrics", str(DEMO)]) == 2

@@ -1,9 +1,6 @@
 """The digits' protocol: data, training, figures, and that the methods do what they are said to."""
 
-import doctest
-import importlib
 import itertools
-import math
 from typing import Any
 
 import pytest
@@ -13,8 +10,7 @@ from continual.config import Run, Settings
 from continual.data import load, permutations
 from continual.memories import MEMORIES
 from continual.methods import METHODS
-from continual.report import markdown_table
-from continual.statistics import average_accuracy, estimate, forgetting
+from continual.report import average_accuracy, forgetting, markdown_table
 from continual.train import run_tasks
 
 SEEDS = itertools.count()
@@ -107,14 +103,9 @@ def test_proximal_stays_finite_at_any_strength() -> None:
     assert record["accuracy"][1][0] > 70
 
 
-def test_forgetting_and_estimates() -> None:
+def test_forgetting() -> None:
     assert forgetting([[90.0, 10.0], [60.0, 95.0]]) == 30.0
     assert forgetting([[90.0, 95.0]]) is None
-    found = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert found.mean == 3.0
-    assert found.error == pytest.approx(math.sqrt(2.5 / 5))
-    assert found.half == pytest.approx(2.776445 * found.error, rel=1e-6)
-    assert math.isnan(estimate([1.0]).half)
 
 
 def test_table() -> None:
@@ -134,10 +125,3 @@ def test_table() -> None:
     assert len({len(line) for line in lines[:5]}) == 1
     assert "of 2 seeds (0 to 1)" in lines[6]
     assert "test set" in lines[6]
-
-
-@pytest.mark.parametrize("name", ["statistics"])
-def test_the_examples_in_docstrings_run(name: str) -> None:
-    outcome = doctest.testmod(importlib.import_module(f"continual.{name}"))
-    assert outcome.attempted > 0
-    assert outcome.failed == 0

@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from continual.config import Settings
 from continual.methods import METHODS
-from continual.report import markdown_table
-from continual.statistics import average_accuracy, estimate
+from continual.report import average_accuracy, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "digits"
@@ -26,7 +26,7 @@ def means() -> dict[tuple[int, str, float], float]:
         key = run["tasks"], run["method"], run["strength"]
         groups.setdefault(key, []).append(average_accuracy(run["accuracy"]))
     assert {len(values) for values in groups.values()} == {5}
-    return {key: estimate(values).mean for key, values in groups.items()}
+    return {key: fmean(values) for key, values in groups.items()}
 
 
 @pytest.mark.parametrize("name", ["methods", "strengths"])
@@ -48,7 +48,7 @@ def test_strengths_are_those_that_the_sweep_found_best() -> None:
         values = groups.setdefault(run["method"], {}).setdefault(run["strength"], [])
         values.append(average_accuracy(run["accuracy"]))
     for method, by_strength in groups.items():
-        accuracy = {strength: estimate(values).mean for strength, values in by_strength.items()}
+        accuracy = {strength: fmean(values) for strength, values in by_strength.items()}
         assert accuracy[METHODS[method].strength] > max(accuracy.values()) - 1.5, method
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import inheritance
-from analysis import report_html
+from analysis import run_report
 from experiment import cli, summary
 from experiment.cli import parse_arguments, run
 from experiment.design import SIZES, Job, jobs_of
@@ -48,7 +48,7 @@ def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SIZES, "quick", SMALL)
         # The figures are tested elsewhere, and drawing them takes longer than training here.
-        patch.setattr(report_html, "_figures", lambda *_: {})
+        patch.setattr(run_report, "_figures", lambda *_: {})
         patch.setattr(summary, "_figures", lambda *_: {})
         yield
 

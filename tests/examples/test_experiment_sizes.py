@@ -1,7 +1,7 @@
 """The largest model's operations, spent on models of other sizes."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -71,7 +71,7 @@ def test_a_grown_model_that_diverged_is_not_better() -> None:
         assert rows[0].grown is not None
         assert rows[0].grown.values == pytest.approx((0.25, 0.25))
         assert sentence_of(rows).endswith("bits per byte, and d3 grown diverged in some seed.")
-        json.dumps([row.to_dict() for row in rows], allow_nan=False)
+        json.dumps([asdict(row) for row in rows], allow_nan=False)
 
 
 def test_a_size_that_diverges_is_not_the_best() -> None:

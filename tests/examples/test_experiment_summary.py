@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from analysis_records import chain_of, entry, two_arms, write, write_run
 
-from analysis import detail_figures, report_html
+from analysis import report_figures, run_report
 from analysis.records import Record, read_metrics
 from experiment import summary
 from experiment.summary import write_summary
@@ -18,7 +18,7 @@ from trainer.errors import UsageError
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_html, "_figures", lambda *_: {})
+    monkeypatch.setattr(run_report, "_figures", lambda *_: {})
 
 
 PNG = b"\x89PNG"
@@ -244,6 +244,6 @@ def test_plain_growing_is_a_distillation_without_strength(tmp_path: Path) -> Non
     found = read_metrics([write(tmp_path / "m.json", records)])
     (sweep,) = find_sweeps([({}, found)])
     assert (sweep.values, sweep.best, sweep.at_edge) == ((0.0, 0.1, 1.0), 0.0, False)
-    assert detail_figures.sweep_curves([sweep]).startswith(PNG)
+    assert report_figures.sweep_curves([sweep]).startswith(PNG)
     grid_only = [record for record in found if "distill" not in record.arm]
     assert find_sweeps([({}, grid_only)]) == []

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from stress import summary
 from stress.cli import SENSITIVITY_PAIRS, parse_arguments
 from stress.figures import draw_scenarios, draw_sensitivity
 from stress.jobs import Job, Size
-from stress.summary import share_interval, summarize, tables, write_summary
+from stress.summary import summarize, tables, write_summary
 from stress.text import Corpus, load_file
 
 SIZE = Size(1, 32, 24, 2, 20)
@@ -49,17 +48,6 @@ def records(jobs: list[Job]) -> list[dict[str, Any]]:
 @pytest.fixture
 def corpus(text: Path) -> Corpus:
     return load_file(text, 24)
-
-
-def test_wilson_interval_by_its_equation() -> None:
-    """Its ends are the shares p whose score test just rejects the observed share."""
-    for successes, count in ((0, 10), (1, 10), (5, 10), (10, 10)):
-        for end in share_interval(successes, count):
-            if 0 < end < 1:
-                error = math.sqrt(end * (1 - end) / count)
-                assert abs(successes / count - end) / error == pytest.approx(1.960)
-    assert share_interval(0, 10)[0] == 0.0
-    assert share_interval(10, 10)[1] == 1.0
 
 
 def test_rows_pair_the_seeds_that_both_have_finished(

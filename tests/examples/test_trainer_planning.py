@@ -1,19 +1,25 @@
 """Plans: what a series is and costs, without training, and the first nanochat miniseries."""
 
-import doctest
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import miniseries
-from analysis import planning as costs
-from analysis.paper import plan_depths
+from analysis.planned_series import (
+    PlannedModel,
+    chain_saving,
+    plan_cost,
+    plan_depths,
+    plan_doubling,
+)
+from ars.models import GPT, miniseries_config
 from corpus import prepare_corpus
-from trainer import planning
 from trainer.cli import parse_arguments
 from trainer.errors import UsageError
+from trainer.peak_flops import PEAK_FLOPS
 from trainer.planning import settings_table, vocabulary_of
 from trainer.series import plans_of
 from trainer.state import shape_of
@@ -39,13 +45,6 @@ def rows(text: str) -> dict[str, list[str]]:
     """First cell of each row of the tables -> the others."""
     split = (re.split(r"  +", line) for line in text.splitlines() if "  " in line)
     return {first: others for first, *others in split}
-
-
-def test_the_examples_run() -> None:
-    for module in (planning, costs):
-        outcome = doctest.testmod(module)
-        assert outcome.attempted > 0
-        assert outcome.failed == 0
 
 
 def test_the_plan_of_the_demonstration_is_what_is_trained(
@@ -164,3 +163,67 @@ def test_a_mistake_is_one_line(
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert says in captured.err
+
+
+def test_the_first_nanochat_miniseries_on_paper() -> None:
+    plan = plan_depths()
+    assert [model.name for model in plan] == [f"d{depth}" for depth in range(10, 21)]
+    millions = [91.1, 111.6, 135.3, 162.5, 193.6, 228.8, 268.4, 312.8, 362.2, 416.8, 477.1]
+    assert [round(model.params / 1e6, 1) for model in plan] == millions
+    assert [round(m.tokens / 1e9, 2) for m in plan][::5] == [0.73, 1.83, 3.82]
+    assert plan[-1].flops == pytest.approx(1.24e19, rel=5e-3)
+    cost = plan_cost(plan, peak_flops=PEAK_FLOPS["h100"], devices=8, mfu=0.4, price_per_hour=3.0)
+    assert f"{cost['flops']:.3g}" == "4.64e+19"
+    assert cost["hours"] == pytest.approx(4.07, abs=0.01)
+    assert 90 < cost["price"] < 110
+    assert cost["models"][-1]["cumulative_flops"] == sum(m["flops"] for m in cost["models"])
+    assert cost["price"] == pytest.approx(sum(m["price"] for m in cost["models"]))
+
+
+def test_the_plan_counts_as_the_model_does() -> None:
+    for depth in (1, 3):
+        config = miniseries_config(depth, vocab_size=300, sequence_len=64)
+        model = GPT(config)
+        (planned,) = plan_depths([depth], ratio=1.0, vocab_size=300, sequence_len=64)
+        assert planned.params == model.num_parameters() == planned.tokens
+        assert planned.scaling_params == model.num_scaling_parameters()
+        assert planned.flops == planned.tokens * model.flops_per_token()
+        (scaling,) = plan_depths([depth], ratio=2.0, count="scaling", vocab_size=300)
+        assert scaling.tokens == 2 * model.num_scaling_parameters()
+
+
+def test_the_doubling_series() -> None:
+    plan = plan_doubling()
+    assert len(plan) == 11
+    assert (plan[0].params, plan[-1].params) == (7_000_000, 7_168_000_000)
+    assert (plan[0].name, plan[-1].name) == ("7.0M", "7.2B")
+    assert all(b.params == 2 * a.params for a, b in pairwise(plan))
+    assert plan[3].tokens == 20 * plan[3].params
+    assert plan[3].flops == 6 * plan[3].params * plan[3].tokens
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: plan_depths([0]), "depth"),
+        (lambda: plan_depths(ratio=0.0), "ratio"),
+        (lambda: plan_depths(count="most"), "count"),
+        (lambda: plan_doubling(models=0), "models"),
+        (lambda: plan_cost(plan_depths(), mfu=1.5), "mfu"),
+        (lambda: plan_cost(plan_depths(), devices=0), "devices"),
+    ],
+)
+def test_unfit_plans_are_refused(call: Callable[[], object], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        call()
+
+
+def test_the_ladder_of_the_transfer_efficiency() -> None:
+    assert [round(100 * chain_saving(e)) for e in (0, 0.25, 0.5, 0.75, 1)] == [0, 17, 34, 51, 68]
+    assert 0.6 / chain_saving(1.0) == pytest.approx(0.88, abs=0.005)
+    # Two models of 10 and 20 tokens at 1 and 2 operations: 8 of the second's trunk are inherited.
+    plan = [PlannedModel("a", 1, 1, 10, 10), PlannedModel("b", 2, 2, 20, 40)]
+    assert chain_saving(0.5, plan) == pytest.approx(0.5 * 8 * 2 / 50)
+    for bad in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="efficiency"):
+            chain_saving(bad)

@@ -1,4 +1,4 @@
-"""Strengths of the penalties against plain growing."""
+"""Settings that were tried: strengths of the penalties on a grid, and sweeps of one."""
 
 import json
 import math
@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from analysis_records import chain_of, entry, write
 
-from analysis.detail_figures import grid_map, sweep_curves
-from analysis.grid import Grid, find_grid
 from analysis.records import read_metrics
-from analysis.sweeps import Sweep
+from analysis.report_figures import grid_map, sweep_curves
+from analysis.sweeps import Grid, Sweep, find_grid
 
 
 def grid_of(tmp_path: Path, losses: dict[str, list[float]]) -> Grid | None:

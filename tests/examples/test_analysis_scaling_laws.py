@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from analysis_records import DEMO, entry, two_arms, write
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from analysis.power_sums import fit_power_sum, refine
-from analysis.scaling import ScalingLawValidator
+from analysis.power_laws import ChinchillaLaw, ComputeLaw, fit_power_law, refine
+from analysis.records import read_metrics
+from analysis.scaling_laws import ArmLaws, HoldOut, ScalingLawValidator, fit_series
 
 Array = NDArray[np.float64]
 Law = tuple[float, float, float, float, float]
@@ -272,7 +276,7 @@ def test_the_minimum_is_that_of_an_independent_solver() -> None:
     y = np.log(losses(EPOCH, n, d)) + 0.004 * generator.standard_normal(n.size)
     x = np.log(np.stack([n, d]))
     x -= x.mean(axis=1, keepdims=True)
-    best, law = fit_power_sum(x, y, 1e-3)
+    best = fit_power_law(x, y, 1e-3)
 
     def residuals(p: Array) -> Array:
         terms = np.stack([p[0] + 0 * x[0], p[1] - p[3] * x[0], p[2] - p[4] * x[1]])
@@ -283,10 +287,137 @@ def test_the_minimum_is_that_of_an_independent_solver() -> None:
     _, ours = refine(best[None], x, y[None], np.ones((1, y.size)), 1e-3)
     assert ours[0] == pytest.approx(other.cost, rel=1e-6)
     assert best == pytest.approx(other.x, abs=1e-3)
-    assert law.exponents == pytest.approx(tuple(best[3:]))
     # Weights are multiplicities, and points of weight 0 do not count.
     twice = np.tile([2.0, 0.0], y.size)[: y.size][None]
     kept = np.flatnonzero(twice[0])
     weighted, _ = refine(best[None], x, y[None], twice, 1e-3)
     alone, _ = refine(best[None], x[:, kept], y[None, kept], np.ones((1, kept.size)), 1e-3)
     assert weighted == pytest.approx(alone, abs=1e-6)
+
+
+def isoflop_runs(
+    budgets: Array, width: float = 2.0, sizes: int = 7, shift: float = 1.0
+) -> tuple[Array, Array, Array, Array]:
+    """N, D, L, C around the optimum of 1.7 + 400 N^-0.3 + 400 D^-0.3: N* = D* = sqrt(C/6)."""
+    n = np.concatenate([np.sqrt(c / 6) * np.geomspace(1 / width, width, sizes) for c in budgets])
+    c = np.repeat(budgets, sizes)
+    n = n * shift
+    d = c / (6 * n)
+    return n, d, 1.7 + 400 * n**-0.3 + 400 * d**-0.3, c
+
+
+BUDGETS = np.geomspace(1e18, 1e20, 5)
+
+
+def test_the_optimum_of_a_symmetric_law() -> None:
+    found = ScalingLawValidator(bootstraps=50).isoflop(*isoflop_runs(BUDGETS))
+    assert (found.a, found.b) == pytest.approx((0.5, 0.5), abs=1e-6)
+    for budget in found.budgets:
+        assert budget["params"] == pytest.approx(np.sqrt(budget["flops"] / 6), rel=1e-3)
+        assert budget["tokens"] == pytest.approx(np.sqrt(budget["flops"] / 6), rel=1e-3)
+        assert budget["runs"] == 7
+    low, high = found.intervals["a"]
+    assert low <= 0.5 <= high
+    assert high - low < 0.02
+    assert found.left_out == ()
+    assert json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_noise_widens_the_interval_which_still_covers() -> None:
+    n, d, loss, c = isoflop_runs(BUDGETS, width=4.0)
+    covered = 0
+    for seed in range(20):
+        noisy = loss * np.exp(0.002 * np.random.default_rng(seed).standard_normal(n.size))
+        found = ScalingLawValidator(bootstraps=200, confidence=0.9).isoflop(n, d, noisy, c)
+        low, high = found.intervals["a"]
+        covered += low <= 0.5 <= high
+        assert high - low > 0.005
+    assert covered >= 14  # of 18 expected; 13 or fewer has probability 0.002
+
+
+def test_budgets_within_a_tenth_are_one() -> None:
+    n, d, loss, c = isoflop_runs(BUDGETS)
+    jitter = np.exp(0.02 * np.sin(np.arange(n.size)))
+    assert len(ScalingLawValidator(bootstraps=0).isoflop(n, d, loss, c * jitter).budgets) == 5
+
+
+def test_a_minimum_at_the_edge_is_left_out() -> None:
+    good = isoflop_runs(BUDGETS[:4])
+    bad = isoflop_runs(BUDGETS[4:], shift=10.0)
+    both = [np.concatenate(pair) for pair in zip(good, bad, strict=True)]
+    found = ScalingLawValidator(bootstraps=0).isoflop(*both)
+    assert found.left_out == pytest.approx((1e20,))
+    assert len(found.budgets) == 4
+
+
+def test_what_cannot_show_a_minimum_is_refused() -> None:
+    validator = ScalingLawValidator(bootstraps=0)
+    with pytest.raises(ValueError, match="3 of 3 budgets have 5 or more sizes"):
+        validator.isoflop(*isoflop_runs(BUDGETS[:3]))
+    with pytest.raises(ValueError, match="0 of 5 budgets have 5 or more sizes"):
+        validator.isoflop(*isoflop_runs(BUDGETS, sizes=4))
+    with pytest.raises(ValueError, match="only 0 budgets have their minimum"):
+        validator.isoflop(*isoflop_runs(BUDGETS, shift=10.0))
+
+
+VALIDATOR = ScalingLawValidator(bootstraps=10)
+
+
+def laws(path: Path) -> dict[str, ArmLaws]:
+    found = fit_series(read_metrics([path]), VALIDATOR)
+    for arm in found:
+        assert json.dumps(arm.to_dict(), allow_nan=False)
+    return {arm.arm: arm for arm in found}
+
+
+def test_the_committed_demo_is_too_small_for_any_law() -> None:
+    found = laws(DEMO)
+    assert "3 runs at 3 different (N, D) cannot determine the five parameters" in str(
+        found["scratch"].chinchilla
+    )
+    assert "3 runs at 3 budgets" in str(found["scratch"].compute)
+    assert "0 of 3 budgets" in str(found["scratch"].isoflop)
+    assert all(isinstance(arm.chinchilla, str) for arm in found.values())
+    assert found["scratch"].to_dict()["compute"] == {"refused": found["scratch"].compute}
+
+
+def test_grown_models_have_a_law_in_their_lineages_compute_only(tmp_path: Path) -> None:
+    records = two_arms()
+    for depth in (5, 6, 7):
+        records.append(entry(f"d{depth}-grown", 0, f"d{depth - 1}-grown"))
+    for record in records:
+        record["val_bpb"] = 1.1 + 300 * record["lineage_flops"] ** -0.25
+    found = laws(write(tmp_path / "m.json", records))["grown"]
+    assert "were grown" in str(found.chinchilla)
+    assert "were grown" in str(found.chinchilla_score)
+    assert "were grown" in str(found.isoflop)
+    assert isinstance(found.compute, ComputeLaw)
+    assert isinstance(found.compute_score, HoldOut)
+    assert (found.compute.E, found.compute.gamma) == pytest.approx((1.1, 0.25), rel=1e-3)
+    assert found.compute_score.rms_relative_error < 1e-6
+
+
+def test_a_sweep_has_a_law_in_n_and_d(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
+    for depth in (2, 3, 4, 5):
+        for i, tokens in enumerate((10**6, 10**7, 10**8)):
+            params = 10**5 * depth**3
+            bpb = 0.9 + 30 * params**-0.3 + 60 * tokens**-0.28
+            record = {
+                **entry(f"d{depth}-sweep", bpb),
+                "params": params,
+                "tokens": tokens,
+                "lineage_tokens": tokens,
+            }
+            flops = 6 * params * tokens
+            records.append({**record, "name": f"s{depth}-{i}", "flops": flops})
+            records[-1]["lineage_flops"] = flops
+    found = laws(write(tmp_path / "m.json", records))["sweep"]
+    assert isinstance(found.chinchilla, ChinchillaLaw)
+    assert (found.chinchilla.alpha, found.chinchilla.beta) == pytest.approx((0.3, 0.28), rel=1e-3)
+    assert isinstance(found.chinchilla_score, HoldOut)
+    optimum = found.to_dict()["chinchilla"]["optimum"]
+    assert optimum["flops"] == 6 * 10**5 * 5**3 * 10**8, "of the largest model and token count"
+    assert 6 * optimum["params"] * optimum["tokens"] == pytest.approx(optimum["flops"])
+    assert optimum["params_interval"][0] <= optimum["params"] <= optimum["params_interval"][1]
+    assert found.to_dict()["chinchilla"]["intervals"].keys() >= {"alpha", "beta", "E", "a"}

@@ -1,4 +1,4 @@
-"""What may be said of two arms."""
+"""Which arms are held against which, and what may be said of them."""
 
 import math
 from pathlib import Path
@@ -6,10 +6,98 @@ from pathlib import Path
 import pytest
 from analysis_records import chain_of, entry, two_arms, write
 
-from analysis.intervals import Estimate, mean_interval
-from analysis.pairings import is_sweep
+from analysis.comparisons import (
+    QUESTIONS,
+    Pairing,
+    compare_arms,
+    headlines,
+    is_sweep,
+    pairings,
+    without_strengths,
+)
 from analysis.records import Record, read_metrics
-from analysis.verdict import compare_arms, headlines
+from analysis.report_figures import styles_of
+from trainer.arms import parse_arm
+
+METHODS = (
+    "scratch", "scratch+muon", "grown", "grown+ewc", "grown+ewc+subspace", "grown+distill",
+)  # fmt: skip
+ALL = (*METHODS, *(f"{method}+ars" for method in METHODS))
+
+
+def found(tmp_path: Path, *arms: str) -> list[Pairing]:
+    records = [entry(f"d3-{arm}", 2.5) for arm in arms]
+    return pairings(read_metrics([write(tmp_path / "m.json", records)]))
+
+
+def test_the_experiment_has_all_its_comparisons(tmp_path: Path) -> None:
+    pairs = found(tmp_path, *ALL)
+    by_question = {q: [p for p in pairs if p.question == q] for q in QUESTIONS}
+    grown = [arm for arm in ALL if parse_arm(arm).grown]
+    assert [(p.arm, p.baseline) for p in by_question["inheriting"]] == [
+        (arm, "scratch") for arm in grown
+    ]
+    assert {(p.arm, p.baseline) for p in by_question["controller"]} == {
+        (f"{method}+ars", method) for method in METHODS
+    }
+    assert [(p.arm, p.baseline) for p in by_question["penalty"]] == [
+        (arm, "grown+ars" if arm.endswith("+ars") else "grown")
+        for arm in grown
+        if parse_arm(arm).parts
+    ]
+    assert [(p.arm, p.baseline) for p in by_question["control"]] == [
+        ("scratch+muon", "scratch"), ("scratch+muon+ars", "scratch"),
+    ]  # fmt: skip
+    assert [(p.arm, p.baseline) for p in by_question["muon"]] == [
+        ("grown", "scratch+muon"), ("grown+ars", "scratch+muon+ars"),
+    ]  # fmt: skip
+    held = {p.arm for p in pairs if p.from_scratch}
+    assert held == set(ALL) - {"scratch"}, "every arm is held against the model from scratch"
+    assert len({(p.arm, p.baseline) for p in pairs}) == len(pairs), "nothing is compared twice"
+
+
+def test_without_a_plain_model_the_one_with_the_same_controller_is_the_baseline(
+    tmp_path: Path,
+) -> None:
+    (pair,) = found(tmp_path, "scratch+ars", "grown+ewc+ars")
+    assert (pair.arm, pair.baseline, pair.from_scratch) == ("grown+ewc+ars", "scratch+ars", True)
+    assert found(tmp_path, "scratch+ars", "grown+ewc") == []
+
+
+def test_strengths_are_compared_with_plain_growing(tmp_path: Path) -> None:
+    pairs = found(tmp_path, "grown", "grown+ewc=0.5+subspace=0.05", "grown+distill=0.3+paper")
+    assert [(p.arm, p.baseline, p.question) for p in pairs] == [
+        ("grown+ewc=0.5+subspace=0.05", "grown", "penalty")
+    ]
+
+
+def test_other_words_are_compared_with_scratch_alone(tmp_path: Path) -> None:
+    assert [(p.arm, p.question) for p in found(tmp_path, "scratch", "inherited")] == [
+        ("inherited", "inheriting")
+    ]
+
+
+def test_all_arms_of_the_experiment_look_different() -> None:
+    styles = styles_of([*ALL, "grown+subspace", "grown+ewc+distill", "unheard-of"])
+    looks = {(style.colour, style.line, style.marker) for style in styles.values()}
+    assert len(looks) == len(styles)
+    assert styles["grown"].colour == styles["grown+ars"].colour
+    assert styles["grown"].line != styles["grown+ars"].line
+    # Equal however many other arms there are, and whatever the strengths.
+    again = styles_of(["grown+ewc=0.5"])["grown+ewc=0.5"]
+    assert again == styles["grown+ewc"]
+
+
+@pytest.mark.parametrize(
+    ("word", "plain"),
+    [
+        ("grown+ewc=0.5+subspace=2+ars", "grown+ewc+subspace+ars"),
+        ("scratch", "scratch"),
+        ("b=3", "b=3"),
+    ],
+)
+def test_strengths_leave_the_legend(word: str, plain: str) -> None:
+    assert without_strengths(word) == plain
 
 
 def records(tmp_path: Path, gains: list[float]) -> list[Record]:
@@ -78,13 +166,6 @@ def test_seeds_that_diverged_are_not_left_to_the_others(
     assert line.endswith(f"No benefit shown. {words[0].upper()}{words[1:]}: grown at d3.")
 
 
-def test_the_interval_is_students() -> None:
-    mean, interval = mean_interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
-    assert mean_interval([5.0]) == (5.0, None)
-
-
 def test_a_sweep_is_not_compared(tmp_path: Path) -> None:
     again = {**entry("d3-grown", 2.0, "d2-scratch"), "name": "d3-again"}
     found = read_metrics([write(tmp_path / "m.json", [*two_arms(), again])])
@@ -133,10 +214,3 @@ def test_strengths_are_counted_and_not_listed(tmp_path: Path) -> None:
         more.append(entry(f"d3-{word}", 2.4, "d2-scratch"))
     lines = headlines(compare_arms(read_metrics([write(tmp_path / "m.json", two_arms() + more)])))
     assert lines[1].endswith("3 seeds: grown+ewc (3 strengths), grown+subspace=1 at d3.")
-
-
-def test_an_estimate_of_two_seeds_is_not_known() -> None:
-    assert Estimate.of([1.0, 2.0]).interval is not None
-    assert Estimate.of([1.0, 2.0]).known is None
-    assert Estimate.of([1.0, 2.0, 3.0]).known == Estimate.of([1.0, 2.0, 3.0]).interval
-    assert Estimate.of([1.0]).interval is None

@@ -1,14 +1,87 @@
-"""Operations and tokens to a loss, worked out by hand."""
+"""Costs of a series, and operations and tokens to a loss, worked out by hand."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_records import entry, two_arms, write
+from analysis_records import DEMO, entry, two_arms, write
 
+from analysis.costs import CostAnalyzer, Point, Saving, find_savings, reach, trunk_of
 from analysis.records import Log, Record, read_metrics
-from analysis.savings import Point, Saving, find_savings, reach, trunk_of
+
+
+def test_costs_count_growth_and_fisher_and_add_up(tmp_path: Path) -> None:
+    records = read_metrics([write(tmp_path / "metrics.json", two_arms())])
+    analyzer = CostAnalyzer(peak_flops=1e9, price_per_hour=3.6, devices=2)
+    costs = {(c.arm, c.name): c for c in analyzer.analyze(records)}
+    assert list(costs) == [
+        ("scratch", "d2-scratch"), ("scratch", "d3-scratch"), ("scratch", "d4-scratch"),
+        ("grown", "d2-scratch"), ("grown", "d3-grown"), ("grown", "d4-grown"),
+    ]  # fmt: skip
+    grown = costs["grown", "d3-grown"]
+    assert grown.growth_flops == 4 * 3000
+    assert grown.flops == 3 * 10**9 + 10**8 + 12_000
+    assert grown.flops_per_second == grown.flops / 30.0
+    assert grown.mfu == pytest.approx(grown.flops / (30.0 * 2 * 1e9))
+    assert grown.price == pytest.approx(30.0 / 3600 * 2 * 3.6)
+    last = costs["grown", "d4-grown"]
+    series = [c for (arm, _), c in costs.items() if arm == "grown"]
+    assert last.cumulative_flops == sum(c.flops for c in series)
+    assert last.cumulative_seconds == 90.0
+    assert last.cumulative_price == pytest.approx(sum(c.price or 0.0 for c in series))
+    assert costs["scratch", "d2-scratch"].cumulative_seconds == 20.0
+
+
+def test_devices_are_those_of_each_record(tmp_path: Path) -> None:
+    records = two_arms()
+    records[1]["devices"] = 4
+    found = read_metrics([write(tmp_path / "metrics.json", records)])
+    costs = {c.name: c for c in CostAnalyzer(peak_flops=1e9, price_per_hour=3600).analyze(found)}
+    assert (costs["d2-scratch"].devices, costs["d3-grown"].devices) == (1, 4)
+    assert costs["d3-grown"].mfu == pytest.approx(costs["d3-grown"].flops / (30.0 * 4 * 1e9))
+    assert costs["d2-scratch"].price == pytest.approx(20.0)
+    assert costs["d3-grown"].cumulative_price == pytest.approx(20.0 + 4 * 30.0)
+    costs = {c.name: c for c in CostAnalyzer(price_per_hour=3600, devices=2).analyze(found)}
+    assert costs["d3-grown"].cumulative_price == pytest.approx(2 * 50.0)
+
+
+def test_what_is_not_given_is_not_invented() -> None:
+    costs = CostAnalyzer().analyze(read_metrics([DEMO]))
+    assert {(c.mfu, c.price, c.cumulative_price) for c in costs} == {(None, None, None)}
+    assert json.dumps([asdict(c) for c in costs], allow_nan=False)
+
+
+def test_a_free_device_has_a_price_of_zero(tmp_path: Path) -> None:
+    record = {**two_arms()[0], "seconds": 0}
+    records = read_metrics([write(tmp_path / "metrics.json", [record])])
+    (cost,) = CostAnalyzer(peak_flops=1e12, price_per_hour=0.0).analyze(records)
+    assert (cost.price, cost.mfu, cost.flops_per_second) == (0.0, None, None)
+
+
+def test_an_impossible_utilisation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"d2-scratch did .* times the operations"):
+        CostAnalyzer(peak_flops=1e9).analyze(read_metrics([DEMO]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"peak_flops": 0.0}, {"devices": 0}, {"price_per_hour": -1.0}, {"peak_flops": float("inf")}],
+)
+def test_unfit_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        CostAnalyzer(**settings)
+
+
+def test_what_an_arm_adds_to_its_steps_is_told_by_the_plain_model(tmp_path: Path) -> None:
+    muon = {**entry("d3-scratch+muon", 2.4), "flops": 4 * 10**9}
+    other = entry("d5-scratch+muon", 2.0)
+    records = read_metrics([write(tmp_path / "metrics.json", [*two_arms(), muon, other])])
+    costs = {c.name: c for c in CostAnalyzer().analyze(records)}
+    assert costs["d3-scratch"].overhead_flops == costs["d3-grown"].overhead_flops == 0
+    assert costs["d3-scratch+muon"].overhead_flops == 10**9
+    assert costs["d5-scratch+muon"].overhead_flops is None
 
 
 def curve(*points: tuple[float, float, float | None]) -> Log:

@@ -1,0 +1,1 @@
+"""What all programs share: intervals of what was measured, and tables."""
