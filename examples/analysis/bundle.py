@@ -1,4 +1,4 @@
-"""Evaluation bundles: a folder of tasks in the layout that DCLM and nanochat use.
+"""Evaluation bundles: a folder of tasks as DCLM and nanochat have it, and prompts of their items.
 
     DIR/core.yaml              icl_tasks: label, dataset_uri, num_fewshot, icl_task_type,
                                continuation_delimiter (a space if absent)
@@ -9,6 +9,8 @@ Items by type: multiple_choice ``query, choices, gold``; schema ``context_option
 gold``; language_modeling ``context, continuation``.
 """
 
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,12 @@ from typing import Any
 from trainer.errors import UsageError
 from trainer.reading import parse_json, read_csv, read_text, read_yaml, understanding
 
-__all__ = ["LANGUAGE_MODELING", "MINI_BUNDLE", "MULTIPLE_CHOICE", "SCHEMA", "Task", "load_bundle"]
+__all__ = [
+    "LANGUAGE_MODELING", "MINI_BUNDLE", "MULTIPLE_CHOICE", "SCHEMA", "Prompt", "Task", "Tokenize",
+    "build_prompts", "examples_for", "load_bundle",
+]  # fmt: skip
+
+Tokenize = Callable[[str], Sequence[int]]
 
 MULTIPLE_CHOICE = "multiple_choice"
 SCHEMA = "schema"
@@ -25,6 +32,7 @@ LANGUAGE_MODELING = "language_modeling"
 MINI_BUNDLE = Path(__file__).resolve().parent / "mini_bundle"
 
 _REMEDY = "name an evaluation bundle"
+_EXAMPLE_SEED = 1234  # plus the item's index
 
 # Type -> its text fields and its fields of several texts, one of which is gold.
 _FIELDS = {
@@ -153,3 +161,92 @@ def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError("not a text")
     return str(value)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sequence to score.
+
+    Args:
+        tokens: of the whole prompt, a BOS token first.
+        start: index of the first scored token, >= 1.
+    """
+
+    tokens: list[int]
+    start: int
+
+
+def examples_for(items: Sequence[dict[str, Any]], index: int, shots: int) -> list[dict[str, Any]]:
+    """The solved examples before item ``index``: drawn without it, reproducibly."""
+    if shots == 0:
+        return []
+    others = [i for i in range(len(items)) if i != index]
+    drawn = random.Random(_EXAMPLE_SEED + index).sample(others, shots)
+    return [items[i] for i in drawn]
+
+
+def build_prompts(task: Task, index: int, tokenize: Tokenize, bos: int) -> list[Prompt]:
+    """The prompts of one item: one an answer, or a single one of a language modelling task.
+
+    * multiple choice: the same question before every choice; scored is what follows the longest
+      common prefix of their tokens, or, if one of them is that prefix, from its last token on.
+    * schema: every context before the same continuation; scored is their longest common suffix.
+    * language modelling: scored is what the continuation adds to the tokens of the prompt.
+
+    Every prompt has at least one scored token, and one before it.
+
+    Args:
+        task: the task.
+        index: of the item.
+        tokenize: text to tokens, without any special ones.
+        bos: token put first.
+
+    Raises:
+        ValueError: an item has no text, or the tokens of a language modelling prompt do not begin
+            those of the prompt with its continuation.
+    """
+    item = task.items[index]
+    examples = examples_for(task.items, index, task.shots)
+    head = "".join(f"{_texts(task, e)[e.get('gold', 0)]}\n\n" for e in examples)
+    sequences = [[bos, *tokenize(f"{head}{text}")] for text in _texts(task, item)]
+    where = f"item {index} of {task.label}"
+    if task.kind == LANGUAGE_MODELING:
+        (whole,) = sequences
+        question = [bos, *tokenize(f"{head}{item['context'].strip()}{task.delimiter}".strip())]
+        if len(question) >= len(whole) or whole[: len(question)] != question:
+            raise ValueError(
+                f"{where}: the tokens of the prompt do not begin those of the prompt with its "
+                "continuation; the tokenizer must not merge across the delimiter"
+            )
+        return [Prompt(whole, len(question))]
+    if min(map(len, sequences)) < 2:
+        raise ValueError(f"{where} has an option without any text")
+    if task.kind == MULTIPLE_CHOICE:
+        start = min(_common_prefix(sequences), min(map(len, sequences)) - 1)
+        return [Prompt(tokens, start) for tokens in sequences]
+    suffix = _common_prefix([tokens[:0:-1] for tokens in sequences])  # the BOS is never scored
+    if suffix == 0:
+        raise ValueError(
+            f"{where}: the tokens of its options have no common end; the tokenizer must not merge "
+            "across the delimiter"
+        )
+    return [Prompt(tokens, len(tokens) - suffix) for tokens in sequences]
+
+
+def _texts(task: Task, item: dict[str, Any]) -> list[str]:
+    """An item with each of its answers."""
+    if task.kind == LANGUAGE_MODELING:
+        return [f"{item['context'].strip()}{task.delimiter}{item['continuation']}"]
+    if task.kind == MULTIPLE_CHOICE:
+        return [f"{item['query']}{task.delimiter}{choice}" for choice in item["choices"]]
+    end = f"{task.delimiter}{item['continuation']}"
+    return [f"{context}{end}" for context in item["context_options"]]
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    length = 0
+    for tokens in zip(*sequences, strict=False):  # as far as the shortest
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length

@@ -27,8 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA, Task
-from analysis.prompts import Prompt, Tokenize, build_prompts
+from analysis.bundle import (
+    LANGUAGE_MODELING,
+    MULTIPLE_CHOICE,
+    SCHEMA,
+    Prompt,
+    Task,
+    Tokenize,
+    build_prompts,
+)
 
 __all__ = ["CORE_TASKS", "CoreResult", "TaskResult", "evaluate"]
 

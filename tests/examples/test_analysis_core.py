@@ -1,5 +1,6 @@
 """CORE: scoring and aggregation against answers worked out by hand."""
 
+import functools
 import json
 import math
 import random
@@ -33,6 +34,8 @@ class Oracle(nn.Module):
     def __init__(self, *sentences: str) -> None:
         super().__init__()
         self.sentences = [s.encode() for s in sentences]
+        self.longest = max(map(len, self.sentences), default=1)
+        self.following = functools.cache(self._following)
         self.lengths: list[int] = []
         self.modes: list[bool] = []
 
@@ -42,15 +45,18 @@ class Oracle(nn.Module):
         logits = torch.zeros(*tokens.shape, 256)
         for row, sequence in enumerate(tokens.tolist()):
             for t in range(len(sequence)):
-                read = bytes(sequence[: t + 1])
-                following = ord("~")
-                for sentence in self.sentences:
-                    for size in range(len(sentence) - 1, 2, -1):
-                        if read.endswith(sentence[:size]):
-                            following = sentence[size]
-                            break
-                logits[row, t, following] = 20.0
+                read = bytes(sequence[max(0, t + 1 - self.longest) : t + 1])
+                logits[row, t, self.following(read)] = 20.0
         return logits
+
+    def _following(self, read: bytes) -> int:
+        following = ord("~")
+        for sentence in self.sentences:
+            for size in range(len(sentence) - 1, 2, -1):
+                if read.endswith(sentence[:size]):
+                    following = sentence[size]
+                    break
+        return following
 
 
 def one(model: nn.Module, ours: Task, **settings: Any) -> CoreResult:
