@@ -11,10 +11,11 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from ars.replacing import replacing
 
 __all__ = ["load_penalty", "save_penalty"]
 
@@ -38,11 +39,11 @@ def save_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
     """Write a penalty's state to a safetensors file.
 
     The file appears whole or not at all: it is written beside ``path``, flushed to the disk, and
-    renamed.
+    renamed. A symbolic link is followed; a file that was there hands on its mode.
 
     Args:
         penalty: An :class:`EWC`, a :class:`SubspacePenalty` or any other with ``state_dict``.
-        path: The file, replaced if there is one.
+        path: The file, replaced if there is one; only a regular file is.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -71,17 +72,11 @@ def save_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
         "state": record,
         "crc32": _text_checksum(record),
     }
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        library.torch.save_file(tensors, unfinished, metadata)
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            library.torch.save_file(tensors, unfinished, metadata)
     except library.SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:

@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ars.csrc_triton": (("ars.csrc_triton",), ()),
     "ars.models": (("ars.models", "ars.reference"), ()),
     "ars.regularizers": (
-        ("ars.regularizers", "ars.functional", "ars.penalty", "ars.reference"),
+        ("ars.regularizers", "ars.functional", "ars.penalty", "ars.reference", "ars.replacing"),
         (),
     ),
     "": (  # examples

@@ -7,13 +7,13 @@ Files hold only tensors, numbers, strings and containers of these: loading runs 
 
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ars.replacing import replacing
 from trainer.errors import DamagedError, UsageError
 
 __all__ = ["DamagedError", "load_checkpoint", "save_checkpoint", "write_atomically"]
@@ -31,7 +31,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """
     archive = io.BytesIO()  # so that a full disk is an OSError of ours and not one of torch's own
     torch.save({**content, _DIGEST: _digest(content)}, archive)
-    _replace(path, archive.getbuffer())
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(archive.getbuffer())
 
 
 def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
@@ -64,17 +65,8 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    _replace(path, text.encode())
-
-
-def _replace(path: Path, content: bytes | memoryview) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        # Without this a power cut can keep the rename and lose the bytes.
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(text.encode())
 
 
 def _digest(content: Any) -> str:

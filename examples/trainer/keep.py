@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ars.replacing import drop_unfinished
 from trainer.checkpoint import DamagedError, load_checkpoint, save_checkpoint
 from trainer.folder import put_aside
 from trainer.log import check_log
@@ -110,7 +111,8 @@ class Keeper:
 
     def _drop_unfinished(self) -> None:
         """Drop what a kill left of a save."""
-        for path in self._states.glob("*.pt.tmp"):
+        drop_unfinished(self._states)
+        for path in self._states.glob("*.pt.tmp"):  # of an earlier version
             path.unlink()
 
     def _usable(self, path: Path) -> dict[str, Any] | None:

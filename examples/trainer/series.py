@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ars.replacing import drop_unfinished, is_unfinished
 from corpus import Corpus, validation_windows
 from trainer import report
 from trainer.checkpoint import write_atomically
@@ -29,11 +30,7 @@ from trainer.train import train
 
 __all__ = ["Series", "check_folder", "plans_of", "run_series"]
 
-_BEFORE_CONFIG = (
-    DATA_FOLDER,
-    LOCK_FILE,
-    f"{CONFIG_FILE}.tmp",
-)  # what a kill can leave without CONFIG_FILE
+_BEFORE_CONFIG = (DATA_FOLDER, LOCK_FILE)  # what a kill can leave without CONFIG_FILE, with its own
 
 
 def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus | None) -> None:
@@ -53,7 +50,8 @@ def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus | None) -> N
         raise UsageError(f"--out {folder} is a file: name a folder")
     stored_path = folder / CONFIG_FILE
     if not stored_path.exists():
-        if any(path.name not in _BEFORE_CONFIG for path in folder.iterdir()):
+        left = [path.name for path in folder.iterdir() if path.name not in _BEFORE_CONFIG]
+        if not all(is_unfinished(name, CONFIG_FILE) for name in left):
             raise UsageError(
                 f"--out {folder} holds files that are not a run of this program: "
                 "name a new or empty folder"
@@ -107,6 +105,7 @@ def run_series(run: Run) -> tuple[str, bool]:
     series = Series(run)
     if run.parallel.is_first:
         run.output.check()
+        drop_unfinished(run.folder)
         if not (run.folder / CONFIG_FILE).exists():
             data = {"sha256": run.corpus.sha256, **run.corpus.facts}
             # The id is what trackers know this folder's models by: a second run with equal settings
@@ -115,6 +114,7 @@ def run_series(run: Run) -> tuple[str, bool]:
             write_atomically(run.folder / CONFIG_FILE, json.dumps(stored, indent=2) + "\n")
         run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
         run.checkpoints.mkdir(exist_ok=True)
+        drop_unfinished(run.checkpoints)
     return series.train_all()
 
 

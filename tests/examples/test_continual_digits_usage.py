@@ -177,7 +177,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped() -> None:
     assert err.splitlines()[-1].startswith("interrupted: run `python")
     done = len(results(Path("run"))["runs"])
     assert 1 <= done < 4
-    assert not list(Path("run").glob("*.tmp"))
+    assert not list(Path("run").glob(".*.unfinished"))
 
     assert continual_digits.main(words[2:]) == 0
     assert continual_digits.main([*words[2:-1], "straight"]) == 0

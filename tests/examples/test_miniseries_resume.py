@@ -221,13 +221,17 @@ def test_what_a_killed_save_left_is_dropped(series: Series, tmp_path: Path) -> N
     with pytest.raises(RunInterruptedError):
         series(tmp_path, Stop(4))
     folder = tmp_path / "checkpoints/d1-scratch+ars"
-    (folder / "00000002.pt.tmp").write_bytes(b"cut")
+    (folder / "00000002.pt.tmp").write_bytes(b"cut")  # as earlier versions left it
+    (folder / ".00000002.pt.0.unfinished").mkdir()
+    (folder / ".00000002.pt.0.unfinished/file").write_bytes(b"cut")
     with pytest.raises(RunInterruptedError):
         series(tmp_path, Stop(2))
     assert [path.name for path in sorted(folder.iterdir())] == ["00000003.pt", "00000004.pt"]
     (folder / "00000005.pt.tmp").write_bytes(b"cut")
+    (folder.parent / ".d1-scratch.pt.0.unfinished").mkdir()
     series(tmp_path)
     assert not folder.exists()
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
 def test_a_grown_model_inherits_the_scale_of_the_loss(

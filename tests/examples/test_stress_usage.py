@@ -125,4 +125,4 @@ def test_ctrl_c_ends_with_one_line(text: Path) -> None:
     assert process.returncode == 130
     assert error.splitlines()[-1].startswith("interrupted: run `python ")
     assert "Traceback" not in error
-    assert not list(Path("out").rglob("*.tmp"))
+    assert not list(Path("out").rglob(".*.unfinished"))

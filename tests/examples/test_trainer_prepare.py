@@ -99,14 +99,17 @@ def test_a_run_killed_at_its_first_file_begins_again(
     series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def half(path: Path, _: str) -> None:
-        path.with_name(f"{path.name}.tmp").write_text("{")
+        path.with_name(f".{path.name}.0.unfinished").mkdir()
         raise KilledError
 
     with monkeypatch.context() as patch:
         patch.setattr(running, "write_atomically", half)
         with pytest.raises(KilledError):
             series(tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json.tmp", "data"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".config.json.0.unfinished",
+        "data",
+    }
     assert series(tmp_path / "out")[1] is False
     assert (tmp_path / "out/config.json").exists()
 
