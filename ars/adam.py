@@ -217,6 +217,8 @@ class ARSAdam(CheckpointedAdam):
             functional.step_(self._implementation, batch, hypers, options, self._kept)
         finally:
             batch.grads = []  # zero_grad(set_to_none=True) must free their memory
+        if watched is None and self._controller is not None:
+            self._controller.check_norm(self.param_groups)
         return returned
 
     def write_hyperparameters(self) -> None:

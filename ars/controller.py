@@ -1,5 +1,10 @@
 """The controller of a training run: its parts, and its state on the device."""
 
+import inspect
+import sys
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,6 +59,16 @@ class ARSController:
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
         self.gate_state = torch.zeros(len(_OPEN), dtype=torch.float64, device=device)
         self.gate_state[0].fill_(1.0)
+        self._stillness = _Stillness(self.window)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle all but what has been noticed; events cannot be."""
+        return {name: value for name, value in vars(self).items() if name != "_stillness"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Restore what :meth:`__getstate__` returned, or what another version did."""
+        vars(self).update(state)
+        self._stillness = _Stillness(self.window)
 
     def observe(self, surprise: Tensor | float) -> reference.Signals:
         """Observe one surprise and return the gate for this step.
@@ -67,6 +82,17 @@ class ARSController:
         return reference.controller_step_(
             surprise, self.window, self.counts, self.gate_state, **self._settings
         )
+
+    def check_norm(self, groups: list[dict[str, Any]]) -> None:
+        """Warn once if the gradient norms that were observed do not move: clipped, perhaps.
+
+        To be called after every step that watches the norm. Nothing waits for a GPU.
+
+        Args:
+            groups: The parameter groups, with the gradients.
+        """
+        if self._stillness.is_due():
+            self._stillness.check([param for group in groups for param in group["params"]])
 
     def latest(self) -> Tensor:
         """Return the last finite surprise, 0-d, or 0 before the first; nothing waits for it."""
@@ -119,3 +145,87 @@ class ARSController:
             if "last_phi" in state:
                 self.gate_state[0].copy_(state["last_phi"])
                 self.gate_state[1].fill_(1.0)
+
+
+class _Stillness:
+    """Looks whether a window of gradient norms moves: when it is full, then ever more rarely.
+
+    A norm that was clipped before the step is the same at every step: m n / (n + 1e-6) with n >= m,
+    and rounding. No other norm stays within that, but where the gradients never change, or do no
+    more, as at the end of training. Of the last there is no warning, nor of gradients that nobody
+    has computed anew, as in a benchmark.
+
+    Args:
+        window: The controller's, of norms.
+    """
+
+    def __init__(self, window: Tensor) -> None:
+        self._window = window
+        self._steps, self._next = 0, window.numel()
+        self._seen: tuple[Tensor | None, int] = None, 0  # a gradient, and its version
+        self._copy: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def is_due(self) -> bool:
+        """Count a step; whether there is something to do after it."""
+        self._steps += 1
+        return self._steps >= self._next - 1 or self._copy is not None
+
+    def check(self, params: list[Tensor]) -> None:
+        """Copy the window if it is time, and warn of a copy that has arrived and does not move."""
+        window = self._window
+        if window.device.type not in ("cpu", "cuda"):
+            return  # nor are the kernels for others
+        if window.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if self._steps >= self._next - 1:
+            grads = [param.grad for param in params if param.grad is not None]
+            least = min(grads, key=Tensor.numel, default=None)  # held for a step, so a small one
+            before, version = self._seen
+            # A tensor of inference mode has no version.
+            known = least is not None and not least.is_inference()
+            self._seen = least, least._version if least is not None and known else 0
+            is_new = not known or least is not before or self._seen[1] != version
+        if self._steps >= self._next:
+            self._is_first = self._next == window.numel() and is_new
+            self._next = 2 * self._steps
+            eps = max((torch.finfo(grad.dtype).eps for grad in grads), default=0.0)
+            self._tolerance = max(3 * eps, 1e-5)
+            self._copy, self._event = _to_host(window)
+        if self._copy is not None and (self._event is None or self._event.query()):
+            self._judge(self._copy)
+            self._copy, self._event, self._seen = None, None, (None, 0)
+
+    def _judge(self, norms: Tensor) -> None:
+        low, high = norms.min().item(), norms.max().item()
+        if high <= 0:
+            return
+        tolerance = self._tolerance + min(2e-6 / high, 1e-4)  # for the 1e-6 of clipping
+        if 0 < high - low <= tolerance * high or (low == high and self._is_first):
+            self._next = sys.maxsize
+            warnings.warn(
+                f"the gradient norm, which the controller watches, has been {high:.4g} in each "
+                f"of the last {norms.numel()} steps, so it sees nothing. If the gradients are "
+                "clipped before the step, pass step(loss=loss), or clip in the step instead: "
+                "ARSAdamW(..., max_grad_norm=1.0)",
+                stacklevel=_callers_level(),
+            )
+
+
+def _callers_level() -> int:
+    """How many frames above the function that asks the first one is that is not ours or torch's."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals["__name__"].partition(".")[0] in ("ars", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _to_host(window: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Copy to the host; on a GPU without waiting, with the event of the copy's arrival."""
+    copy = torch.empty(window.shape, dtype=window.dtype, device="cpu", pin_memory=window.is_cuda)
+    copy.copy_(window, non_blocking=True)
+    if not window.is_cuda:
+        return copy, None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(window.device))
+    return copy, event

@@ -180,7 +180,7 @@ class GatedGradients:
                     # A phi of double precision makes that of a 0-d gradient.
                     param.grad = (grad.detach() * phi).to(grad.dtype)
                     self._replaced.append((param, grad, param.grad))
-        self._versions = [gated._version for _, _, gated in self._replaced]
+        self._versions = [_version(gated) for _, _, gated in self._replaced]
 
     def restore(self) -> None:
         """Put back what was replaced, but what the base has dropped or changed since: that stays.
@@ -189,7 +189,7 @@ class GatedGradients:
         """
         for (param, grad, gated), version in zip(self._replaced, self._versions, strict=True):
             if param.grad is gated:
-                if gated._version != version:
+                if _version(gated) != version:
                     grad.detach().copy_(gated)
                 param.grad = grad
         self._replaced.clear()
@@ -265,6 +265,11 @@ class Replay:
         self._left.clear()
         self._found.clear()
         return same
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed; in inference mode that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _copied(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

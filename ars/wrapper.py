@@ -214,11 +214,15 @@ class ARSOptimizer(torch.optim.Optimizer):
             try:
                 if replay is None:
                     gradients.put()
-                    return base.step()
-                replay.begin(gradients)
-                return base.step(replay)
+                    result = base.step()
+                else:
+                    replay.begin(gradients)
+                    result = base.step(replay)
             finally:
                 gradients.restore()
+        if signals is not UNSEEN and self._watches == "grad_norm":
+            self._controller.check_norm(groups)
+        return result
 
     def _observe(self, given: tuple[Any, Any, Any], returned: Any) -> reference.Signals:
         """Let the controller observe, if there is a gradient, and report what it says.

@@ -229,3 +229,19 @@ def test_inside_a_compiled_function():
         compiled(spiky(step))
         other.step(loss=spiky(step))
     assert all(map(torch.equal, params, others))
+
+
+@pytest.mark.parametrize("given", [{"loss": 9.0}, {}])
+def test_in_inference_mode_gradients_are_gated_and_put_back(given):
+    """Its tensors have no version counter."""
+    results = []
+    for inference in (False, True):
+        opt, params = wrapped("momentum")
+        with torch.inference_mode(inference):
+            for step in range(9):  # a window and more
+                gradients(params, step)
+                grads = [param.grad for param in params]
+                opt.step(**given)
+                assert all(param.grad is grad for param, grad in zip(params, grads, strict=True))
+        results.append([param.detach().clone() for param in params])
+    assert all(map(torch.equal, *results))
