@@ -15,14 +15,14 @@ divergence leaves open, makes nothing fail. A failure that one seed shows is a f
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from analysis.comparisons import count_seeds, read_arm, single_arms
 from analysis.costs import Ratios, Saving
 from analysis.planned_series import chain_saving
-from analysis.records import Log, Record, chain
+from analysis.records import Logs, Record, chain
 from common.statistics import MIN_SEEDS, Estimate
 
 __all__ = ["FAILS", "HOLDS", "NOT_SHOWN", "Claim", "decide_claims"]
@@ -51,9 +51,7 @@ class Claim:
     details: tuple[dict[str, str], ...] = ()
 
 
-def decide_claims(
-    records: Sequence[Record], logs: Mapping[tuple[str, int], Log], savings: Sequence[Saving]
-) -> list[Claim]:
+def decide_claims(records: Sequence[Record], logs: Logs, savings: Sequence[Saving]) -> list[Claim]:
     """Decide every claim.
 
     Args:
@@ -224,7 +222,7 @@ def _monotonic(records: Sequence[Record]) -> Claim:
     return Claim(claim, verdict, evidence, tuple(details))
 
 
-def _no_divergence(records: Sequence[Record], logs: Mapping[tuple[str, int], Log]) -> Claim:
+def _no_divergence(records: Sequence[Record], logs: Logs) -> Claim:
     claim = "No divergence: every loss finite, none above the untrained model's"
     failures, logged = [], 0
     for record in records:
@@ -251,9 +249,7 @@ def _no_divergence(records: Sequence[Record], logs: Mapping[tuple[str, int], Log
     return Claim(claim, verdict, evidence)
 
 
-def _untrained(
-    record: Record, records: Sequence[Record], logs: Mapping[tuple[str, int], Log]
-) -> float | None:
+def _untrained(record: Record, records: Sequence[Record], logs: Logs) -> float | None:
     """Bits per byte of the first model of a lineage before its first step."""
     by_name = {r.name: r for r in records if r.seed == record.seed}
     while record.parent is not None and record.parent in by_name:

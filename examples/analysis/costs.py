@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from analysis.comparisons import Pairing, paired_records, read_arm
-from analysis.records import Log, Record, chain
+from analysis.records import Log, Logs, Record, chain
 from common.statistics import Estimate
 
 __all__ = [
@@ -299,7 +299,7 @@ def trunk_of(log: Log) -> Log:
     return [row for row in log if row["step"] <= end]
 
 
-def find_savings(records: Sequence[Record], logs: Mapping[tuple[str, int], Log]) -> list[Saving]:
+def find_savings(records: Sequence[Record], logs: Logs) -> list[Saving]:
     """Hold every arm against the model from scratch of the same depth, where both have logs.
 
     Losses are those of the logs, measured on the same bytes.
@@ -326,7 +326,7 @@ class _Pair:
         ours: Record,
         theirs: Record,
         by_name: Mapping[tuple[str, int], Record],
-        logs: Mapping[tuple[str, int], Log],
+        logs: Logs,
     ) -> None:
         self.ours, self.theirs = ours, theirs
         self.log = logs.get((ours.name, ours.seed), [])
@@ -379,7 +379,7 @@ class _Pair:
 def _ancestors(
     record: Record,
     by_name: Mapping[tuple[str, int], Record],
-    logs: Mapping[tuple[str, int], Log],
+    logs: Logs,
 ) -> tuple[int, Log]:
     """Number of ancestors, and what their trunks measured, from the oldest on.
 

@@ -1,23 +1,22 @@
 """The records of a trained series, checked on reading, and the logs beside them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UsageError
 from trainer.log import read_log
+from trainer.overhead import GROWTH_OPERATIONS
 from trainer.reading import read_json
 
-__all__ = ["Log", "Record", "chain", "read_logs", "read_metrics"]
+__all__ = ["Log", "Logs", "Record", "chain", "read_logs", "read_metrics"]
 
 Log = list[dict[str, Any]]
+Logs = Mapping[tuple[str, int], Log]  # by name and seed
 
 _REMEDY = "name a metrics.json of a run"
-
-# Growing multiplies each weight, its two moments and its Fisher information by one factor each.
-_GROWTH_OPERATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _record(entry: Any, path: Path, index: int) -> Record:
         lineage_tokens = number("lineage_tokens", int, tokens)
     flops = number("flops", int, 1)
     fisher = number("fisher_flops", int, 0, 0)
-    growth = number("growth_flops", int, 0, 0 if parent is None else _GROWTH_OPERATIONS * params)
+    growth = number("growth_flops", int, 0, 0 if parent is None else GROWTH_OPERATIONS * params)
     return Record(
         name=take("name", str),
         depth=number("depth", int, 1),

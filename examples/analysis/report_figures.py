@@ -28,7 +28,7 @@ from analysis.comparisons import (
 )
 from analysis.costs import ModelCost, measured_rows
 from analysis.power_laws import ChinchillaLaw, ComputeLaw
-from analysis.records import Log, Record, chain
+from analysis.records import Log, Logs, Record, chain
 from analysis.scaling_laws import ArmLaws
 from analysis.sweeps import Grid, Sweep, strength_word
 from common.statistics import Array
@@ -38,8 +38,6 @@ __all__ = [
     "Style", "bpb_against_depth", "costs", "gates", "grid_map", "loss_against_flops", "scaling",
     "styles_of", "sweep_curves",
 ]  # fmt: skip
-
-Logs = Mapping[tuple[str, int], Log]
 
 _COLUMNS = 3
 _GRID_POINTS = 60  # of the mean over seeds whose curves have points at different places

@@ -18,7 +18,7 @@ from analysis.comparisons import QUESTIONS, Comparison, compare_arms, headlines,
 from analysis.costs import CostAnalyzer, ModelCost, Saving, find_savings
 from analysis.planned_series import plan_cost, plan_depths, plan_doubling
 from analysis.power_laws import ChinchillaLaw, ComputeLaw
-from analysis.records import Log, Record, read_logs, read_metrics
+from analysis.records import Logs, Record, read_logs, read_metrics
 from analysis.scaling_laws import ArmLaws, ScalingLawValidator, fit_series
 from analysis.sweeps import Grid, Sweep, find_grid
 from analysis.training_log import run_settings, training_log
@@ -62,7 +62,7 @@ class Analysis:
 
     settings: list[dict[str, Any]]
     records: list[Record]
-    logs: dict[tuple[str, int], Log]
+    logs: Logs
     comparisons: list[Comparison]
     savings: list[Saving]
     claims: list[Claim]
@@ -314,9 +314,7 @@ def _law_rows(laws: Sequence[ArmLaws]) -> tuple[list[dict[str, Any]], dict[str, 
     return fitted, refused
 
 
-def gate_rows(
-    records: Sequence[Record], logs: Mapping[tuple[str, int], Log]
-) -> list[dict[str, Any]]:
+def gate_rows(records: Sequence[Record], logs: Logs) -> list[dict[str, Any]]:
     """What the controller and the penalty did in each logged model.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import ars
-from analysis.records import Log, Record, read_logs, read_metrics
+from analysis.records import Logs, Record, read_logs, read_metrics
 from analysis.report_figures import bpb_against_depth, grid_map, loss_against_flops
 from analysis.run_report import Analysis, analyze_runs, write_report
 from analysis.sweeps import Grid, Sweep, find_grid
@@ -57,7 +57,7 @@ class _Series:
     data: dict[str, Any]
     entries: list[dict[str, Any]]
     records: list[Record]
-    logs: dict[tuple[str, int], Log]
+    logs: Logs
 
     @property
     def name(self) -> str:

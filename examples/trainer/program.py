@@ -51,7 +51,8 @@ def missing_module(error: ModuleNotFoundError, *own: str) -> int:
         error: what an import raised.
         own: packages of this project, whose absence is a defect and is raised again.
     """
-    if error.name is None or error.name.split(".")[0] in ("ars", "corpus", "trainer", *own):
+    ours = ("ars", "common", "corpus", "trainer", *own)
+    if error.name is None or error.name.split(".")[0] in ours:
         raise error
     print(
         f"error: the module {error.name} is missing: pip install 'ars-triton[examples]'",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from analysis_records import DEMO, two_arms, write, write_run
 
-from analysis import cli
+import analyze
 from analysis.bundle import MINI_BUNDLE
 from analyze import main
 from ars.models import GPT, GPTConfig, miniseries_config
@@ -89,7 +89,7 @@ def test_everything_is_written(
         ),
         (["--metrics", "DEMO", "--eval-bundle", "MINI", "--checkpoint", "x.pt"], "x.pt "),
         (["--metrics", "DEMO", "--out", "FILE"], "is a file: name a folder"),
-        (["--metrics", "DEMO", "--out", "FILE/below"], "writing to"),
+        (["--metrics", "DEMO", "--out", "FILE/below"], "below cannot be created, file is a file"),
         (["--metrics", "DEMO", "--metric", "DEMO"], "unrecognized arguments"),
     ],
 )
@@ -101,7 +101,8 @@ def test_bad_input_is_one_line_and_writes_nothing(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "render_report", lambda *_: "")  # its figures take the longest
+    # Its figures take the longest.
+    monkeypatch.setattr("analysis.run_report.render_report", lambda *_: "")
     (tmp_path / "file").write_text("")
     names = {"DEMO": str(DEMO), "DIR": str(tmp_path), "MINI": str(MINI_BUNDLE), "FILE": "file"}
     argv = ["--bootstraps", "0"]
@@ -159,7 +160,7 @@ def test_too_few_items_for_the_examples(
 def test_models_of_several_runs_are_scored_apart(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "render_report", lambda *_: "")
+    monkeypatch.setattr("analysis.run_report.render_report", lambda *_: "")
     other = tmp_path / "other" / checkpoint.name
     other.parent.mkdir()
     other.write_bytes(checkpoint.read_bytes())
@@ -177,7 +178,7 @@ def test_an_interrupt_is_no_traceback(
     def interrupted(_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr(analyze, "run", interrupted)
     assert main(["--metrics", str(DEMO)]) == 130
     assert capsys.readouterr().err == "interrupted: run the same command again\n"
 
@@ -185,8 +186,7 @@ def test_an_interrupt_is_no_traceback(
 def test_a_missing_module_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("analysis.cli", "analysis.run_report"):
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "analysis.run_report")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert main(["--metrics", str(DEMO)]) == 2
     expected = "error: the module jinja2 is missing: pip install 'ars-triton[examples]'\n"

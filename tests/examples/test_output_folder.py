@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from small_series import TINY, Series, Stop
 
-import analysis.cli
+import analysis.run_report
 import analyze
 import continual.series
 import continual_digits
@@ -171,7 +171,7 @@ def after(
         ("miniseries", trainer.report, "write_report"),
         ("continual_digits", continual.series, "run_tasks"),
         ("narcissus", stress.oscillation, "write_atomically"),
-        ("analyze", analysis.cli, "write_json"),
+        ("analyze", analysis.run_report, "write_json"),
         ("stability", matplotlib.figure.Figure, "savefig"),
     ],
 )
