@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ars.regularizers.estimators import ESTIMATORS, IGNORE_INDEX, accumulation_dtype
+from ars.regularizers.estimators import ESTIMATORS, GIVEN, IGNORE_INDEX, accumulation_dtype
 
 __all__ = ["UNITS", "Chunk", "Unit", "and_whether_more", "cotangents", "count_units", "units_of"]
 
@@ -86,7 +86,7 @@ def cotangents(estimator: str, logits: Tensor, chunk: Chunk) -> Iterator[Tensor]
     """Yield cotangents of the chunk's logits, 0 where masked; the squares they give are added.
 
     Args:
-        estimator: A name in ``ESTIMATORS``.
+        estimator: A name in ``ESTIMATORS``, or "given".
         logits: (B, C) or (B, T, C), detached.
         chunk: What the logits are of.
 
@@ -106,8 +106,9 @@ def cotangents(estimator: str, logits: Tensor, chunk: Chunk) -> Iterator[Tensor]
     labels = targets.clamp(min=0)
     draws = chunk.noise.shape[1]
     weight = (targets != IGNORE_INDEX)[..., None].to(flat.dtype) / math.sqrt(draws)
+    rule = GIVEN if estimator == "given" else ESTIMATORS[estimator]
     for draw in range(draws):
-        for each in ESTIMATORS[estimator].cotangents(flat, labels, chunk.noise[:, draw]):
+        for each in rule.cotangents(flat, labels, chunk.noise[:, draw]):
             whole = each * weight
             # "exact" takes one position at a time already, whatever the unit.
             if chunk.units is None or estimator == "exact":

@@ -1,12 +1,12 @@
 """The states a model is differentiated in, and the parameters it is differentiated by."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["evaluation_mode", "in_float32", "trainable"]
+__all__ = ["computed_in", "evaluation_mode", "in_float32", "trainable"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -69,3 +69,12 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         finally:
             for tensor, data in zip(halves, stored, strict=True):
                 tensor.data = data
+
+
+def computed_in(parameters: Iterable[nn.Parameter], inputs: Tensor) -> torch.dtype:
+    """Return the coarsest dtype that a model computes in: its parameters', or autocast's."""
+    device = inputs.device.type
+    dtypes = [p.dtype for p in parameters]
+    if torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

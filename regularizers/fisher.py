@@ -66,9 +66,12 @@ class DiagonalFisher:
     All samples of a batch share one forward and one backward pass (``method="hooks"``), in which
     each layer's input and output gradient give the squares of its weights' gradients: known are
     linear, embedding, 1d and 2d convolution, layer, RMS, group and batch norm, their biases, tied
-    and broadcast weights. It is compared with plain autograd on the first two samples, in float32
-    whatever the model's precision; a model that casts by itself, and so runs in half precision
-    only, as it is, which does not check a tensor whose gradient is far below the largest.
+    and broadcast weights. This way is taken only where it is proven: for every batch, that no
+    parameter has a use outside of such a layer; for every batch of new shapes or operators, and for
+    every batch if values decide where rows go (indices, masks, sorting), that each row of each
+    layer belongs to the sample it is taken for, which costs two further backward passes. The rules
+    are besides compared with plain autograd on two samples, in float32 whatever the model's
+    precision; a model that casts by itself, and so runs in half precision only, as it is.
 
     Args:
         model: Maps a batch of inputs, (B, ...), to logits, (B, C), or (B, T, C) for sequences; no
@@ -80,10 +83,10 @@ class DiagonalFisher:
             masked. Segments and tokens take a backward pass each, as positions may mix.
         draws: Independent signs or labels a sample, >= 1, averaged; ``"sketch"`` and ``"mc"`` only.
             A backward pass each, sharing one forward pass.
-        method: ``"auto"`` is ``"hooks"``, or, where that does not know a layer or gives another
-            result on two samples (on one, taken twice, while batches hold one), ``"vmap"``
-            (``torch.func.vmap``) or else ``"loop"`` (plain autograd, one sample at a time), with a
-            warning that names the layer. One of the three is taken or refused.
+        method: ``"auto"`` is ``"hooks"``, or, from the batch on where that does not know a layer or
+            is not proven, ``"vmap"`` (``torch.func.vmap``), or else, from the batch on where that
+            fails, ``"loop"`` (plain autograd, one sample at a time), with a warning that names the
+            layer. One of the three is taken or refused.
         chunk_size: Samples differentiated together, >= 1; by default a batch, with ``"vmap"`` 8.
             With hooks it bounds the activations held; with vmap each needs a gradient's memory.
         generator: Source of the random signs and labels; by default torch's own for the device.

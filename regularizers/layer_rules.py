@@ -128,6 +128,8 @@ def rule_of(module: nn.Module) -> tuple[Rule, bool] | None:
     Args:
         module: In evaluation mode.
     """
+    if "forward" in vars(module):
+        return None  # somebody's own
     if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm):
         return None
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ars.regularizers.cotangents import Chunk
 from ars.regularizers.estimators import accumulation_dtype
-from ars.regularizers.evaluation import in_float32
+from ars.regularizers.evaluation import computed_in, in_float32
 from ars.regularizers.sample_gradients import (
     add_squares_by_vmap,
     add_squares_one_by_one,
@@ -28,6 +28,8 @@ VMAP_CHUNK = 8
 # (TF32 included) and not another quantity: known mistakes are off by 9 % and more.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
 HALF_TOLERANCE = 0.2
+# How many times plain autograd's own noise another way's may be: squares of a few times the size.
+NOISE = 64
 
 _Add: TypeAlias = Callable[[dict[str, Tensor], str, Chunk], None]
 
@@ -35,13 +37,16 @@ _Add: TypeAlias = Callable[[dict[str, Tensor], str, Chunk], None]
 class Differentiator:
     """Adds up squared gradients by the fastest way that gives what plain autograd gives.
 
-    Before ``hooks``, or ``vmap`` in its place, is relied upon, it is compared with plain autograd
-    on two samples, or on the one there is, taken twice, until there are two: a rule that does not
-    fit what the model really does (a weight used outside of its layer, positions taken for samples,
-    samples that mix) cannot pass unnoticed. The comparison is in float32, whatever the precision of
-    the model, as plain autograd in bfloat16 may be off by as much as a mistake. A model that runs
-    in half precision only is compared as it is: deviations of a square below a fifth pass then, and
-    a tensor whose gradient is below a quarter (float16: 3 %) of the largest is not checked.
+    ``hooks`` prove for every batch that all uses of the parameters are seen, and that every row of
+    every layer belongs to the sample it is taken for (:mod:`ars.regularizers.taps`). Before
+    ``hooks``, or ``vmap`` in its place, is relied upon, it is besides compared with plain autograd
+    on two samples, or on the one there is, taken twice, until there are two, which tests the
+    layers' rules. Random cotangents of size one take the place of the softmax's, which vanish where
+    the model is certain. Each tensor is compared relative to its own largest entry, however small
+    that is; only what plain autograd itself does not reproduce counts as rounding. The comparison
+    is in float32, whatever the precision of the model, as plain autograd in bfloat16 may be off by
+    as much as a mistake. A model that runs in half precision only is compared as it is: deviations
+    of a square below a fifth pass then.
 
     Args:
         model: In evaluation mode.
@@ -60,11 +65,9 @@ class Differentiator:
     ) -> None:
         self._model, self._parameters = model, parameters
         self._method, self._chunk_size = method, chunk_size
-        self._chosen: _Add | None = self._loop if method == "loop" else None
-        if method == "vmap":
-            self._chosen = self._vmap
-        # Different samples that it has been compared on; plain autograd needs no comparison.
-        self._compared = 0 if self._chosen is None else 2
+        self._taps: Taps | None = None
+        self._way: Method = "hooks" if method == "auto" else method
+        self._compared = 0  # different samples that the taps have been compared on
         self._begun = False
 
     def add_squares(self, total: dict[str, Tensor], estimator: str, whole: Chunk) -> None:
@@ -79,50 +82,68 @@ class Differentiator:
             RuntimeError: The method that was asked for cannot do this model.
         """
         for chunk in whole.split(self._chunk_size or len(whole.targets)):
-            if self._chosen is None or self._compared < min(2, len(chunk.targets)):
-                self._chosen = self._choose(total, chunk)
-            try:
-                self._chosen(total, estimator, chunk)
-            except UnsupportedModelError as error:  # raised before total was touched
-                self._chosen = self._instead(total, chunk, str(error))
-                self._chosen(total, estimator, chunk)
+            if self._way == "hooks":
+                try:
+                    self._by_taps(total, estimator, chunk)
+                except UnsupportedModelError as error:  # raised before total was touched
+                    self._way = self._instead(total, chunk, str(error))
+                else:
+                    self._begun = True
+                    continue
+            parts = [chunk] if self._way == "loop" else chunk.split(self._chunk_size or VMAP_CHUNK)
+            for part in parts:
+                self._by_vmap_or_loop(total, estimator, part)
             self._begun = True
 
-    def _choose(self, total: dict[str, Tensor], chunk: Chunk) -> _Add:
+    def _by_taps(self, total: dict[str, Tensor], estimator: str, chunk: Chunk) -> None:
+        if self._taps is None or self._compared < min(2, len(chunk.targets)):
+            self._taps = self._compared_taps(total, chunk)
+        self._taps.add_squares(total, estimator, chunk)
+
+    def _compared_taps(self, total: dict[str, Tensor], chunk: Chunk) -> Taps:
+        self._compared = min(2, len(chunk.targets))
         try:
             taps = Taps(self._model, self._parameters, _two(chunk.inputs))
-            self._compared = min(2, len(chunk.targets))
             self._verify(taps.add_squares, total, chunk)
-        except UnsupportedModelError as error:
-            return self._instead(total, chunk, str(error))
+        except UnsupportedModelError:
+            raise
         except Exception as error:  # whatever the expanded outputs do to the model
-            return self._instead(total, chunk, f"{type(error).__name__}: {error}")
-        return taps.add_squares
+            raise UnsupportedModelError(f"{type(error).__name__}: {error}") from error
+        return taps
 
-    def _instead(self, total: dict[str, Tensor], chunk: Chunk, reason: str) -> _Add:
-        self._compared = 2  # nothing that follows depends on how many samples there are
+    def _by_vmap_or_loop(self, total: dict[str, Tensor], estimator: str, part: Chunk) -> None:
+        if self._way == "vmap":
+            try:
+                add_squares_by_vmap(total, self._model, self._parameters, estimator, part)
+            except RuntimeError as error:  # total is as it was
+                if self._method == "vmap":
+                    raise
+                self._warn(f"{error}. Samples are taken one by one from here on")
+                self._way = "loop"
+            else:
+                return
+        add_squares_one_by_one(total, self._model, self._parameters, estimator, part)
+
+    def _instead(self, total: dict[str, Tensor], chunk: Chunk, reason: str) -> Method:
         name = type(self._model).__name__
         reason = f"{name} cannot be differentiated in one pass for all samples: {reason}"
         if self._method == "hooks":
             raise RuntimeError(f"{reason}. Use method='auto', 'vmap' or 'loop'")
+
+        def by_vmap(total: dict[str, Tensor], estimator: str, chunk: Chunk) -> None:
+            add_squares_by_vmap(total, self._model, self._parameters, estimator, chunk)
+
         try:
-            self._verify(self._vmap, total, chunk)
-        except (RuntimeError, UnsupportedModelError) as error:
+            self._verify(by_vmap, total, chunk)
+        except Exception as error:  # the loop has no need of it
             self._warn(f"{reason}. Nor by torch.func.vmap: {error}. Samples are taken one by one")
-            return self._loop
+            return "loop"
         size = self._chunk_size or VMAP_CHUNK
         self._warn(f"{reason}. Samples are taken by torch.func.vmap, {size} at a time")
-        return self._vmap
+        return "vmap"
 
     def _warn(self, message: str) -> None:
         warnings.warn(f"{message}; choose a method to silence this", UserWarning, stacklevel=6)
-
-    def _loop(self, total: dict[str, Tensor], estimator: str, chunk: Chunk) -> None:
-        add_squares_one_by_one(total, self._model, self._parameters, estimator, chunk)
-
-    def _vmap(self, total: dict[str, Tensor], estimator: str, chunk: Chunk) -> None:
-        for part in chunk.split(self._chunk_size or VMAP_CHUNK):
-            add_squares_by_vmap(total, self._model, self._parameters, estimator, part)
 
     def _verify(self, add: _Add, total: dict[str, Tensor], chunk: Chunk) -> None:
         """Compare ``add`` with plain autograd on two samples.
@@ -135,39 +156,57 @@ class Differentiator:
         inputs = _two(chunk.inputs)
         wide = inputs.to(accumulation_dtype(inputs.dtype)) if inputs.is_floating_point() else inputs
         targets = torch.zeros_like(_two(chunk.targets))  # of class 0, so that none is masked
-        noise = torch.empty(2, 1, 0, device=targets.device)
+        with torch.no_grad():
+            logits = self._model(inputs[:1])
+        generator = torch.Generator(logits.device).manual_seed(0)
+        size = (2, 1, targets[0].numel(), logits.shape[-1])
+        noise = torch.randn(size, generator=generator, device=logits.device)
         two = Chunk(wide, targets, noise, None, 1)
         try:
             with in_float32(self._model):
-                self._compare(add, free, two)
-        except RuntimeError:  # the model casts by itself, or there is no memory for it
-            self._compare(add, free, two._replace(inputs=inputs))
+                wrong = self._compare(add, free, two)
+        except Exception:  # the model casts by itself, or there is no memory for it
+            wrong = self._compare(add, free, two._replace(inputs=inputs))
+        if wrong is not None:
+            raise UnsupportedModelError(f"it gives {wrong!r} another gradient than plain autograd")
 
-    def _compare(self, add: _Add, free: dict[str, Tensor], two: Chunk) -> None:
+    def _compare(self, add: _Add, free: dict[str, Tensor], two: Chunk) -> str | None:
+        """Return the first parameter whose squares differ from plain autograd's, or None."""
         names = [name for name, tensor in free.items() if tensor.numel()]
-        try:
-            add(free, "empirical", two)
-            peaks = torch.stack([free[name].max().double().cpu() for name in names])
-            add_squares_one_by_one(free, self._model, self._parameters, "empirical", two, sign=-1)
-            errors = torch.stack([free[name].abs().max().double().cpu() for name in names])
-        finally:
+
+        def loop(times: float = 1.0, sign: int = 1) -> None:
+            chunk = two._replace(noise=two.noise * times)
+            scale = sign / times**2
+            add_squares_one_by_one(free, self._model, self._parameters, "given", chunk, sign=scale)
+
+        def largest() -> Tensor:
+            return torch.stack([free[name].abs().max().double().cpu() for name in names])
+
+        def clear() -> None:
             for tensor in free.values():
                 tensor.zero_()
-        dtype = self._computed_in(two.inputs)
-        # Gradients that are 0 but for rounding, as of a key's bias, differ by their rounding.
-        noise_floor = (32 * torch.finfo(dtype).eps) ** 2 * peaks.max()
-        wrong = ~(errors <= TOLERANCE.get(dtype, HALF_TOLERANCE) * peaks + noise_floor)
-        if wrong.any() and peaks.isfinite().all():
-            raise UnsupportedModelError(
-                f"it gives {names[int(wrong.nonzero()[0])]!r} another gradient than plain autograd"
-            )
 
-    def _computed_in(self, inputs: Tensor) -> torch.dtype:
-        device = inputs.device.type
-        dtypes = [p.dtype for p in self._parameters.values()]
-        if torch.is_autocast_enabled(device):
-            dtypes.append(torch.get_autocast_dtype(device))
-        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        try:
+            add(free, "given", two)
+            peaks = largest()
+            loop(sign=-1)
+            errors = largest()
+            dtype = computed_in(self._parameters.values(), two.inputs)
+            allowed = TOLERANCE.get(dtype, HALF_TOLERANCE) * peaks
+            if (errors > allowed).any():
+                # Gradients that are 0 but for rounding, as of a key's bias, differ by their
+                # rounding: those that do so too if the cotangents are a multiple.
+                for times in (3.0, 7.0):
+                    clear()
+                    loop()
+                    loop(times, sign=-1)
+                    allowed = torch.maximum(allowed, NOISE * largest())
+        finally:
+            clear()
+        wrong = ~(errors <= allowed)
+        # Those that are not finite are an error of their own.
+        found = [name for name, w in zip(names, wrong & peaks.isfinite().all(), strict=True) if w]
+        return found[0] if found else None
 
 
 def _two(samples: Tensor) -> Tensor:

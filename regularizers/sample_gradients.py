@@ -7,11 +7,12 @@ it is the oracle. ``vmap`` shares the overhead of the operators among the sample
 is most of the time of a small model, and needs a gradient's memory for each of them.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ars.regularizers.cotangents import Chunk, and_whether_more, cotangents
@@ -36,7 +37,7 @@ def add_squares_one_by_one(
     parameters: dict[str, nn.Parameter],
     estimator: str,
     chunk: Chunk,
-    sign: int = 1,
+    sign: float = 1,
 ) -> None:
     """Add the squared gradients of every sample to ``total``, in place, by plain autograd.
 
@@ -46,7 +47,7 @@ def add_squares_one_by_one(
         parameters: The parameters to differentiate by; the names of ``total`` in the same order.
         estimator: A name in ``ESTIMATORS``.
         chunk: The samples.
-        sign: 1, or -1 to subtract them.
+        sign: What to multiply the squares by; -1 subtracts them.
     """
     leaves = list(parameters.values())
     for one in chunk.split(1):
@@ -56,6 +57,7 @@ def add_squares_one_by_one(
                 logits, leaves, cotangent, retain_graph=more, materialize_grads=True
             )
             for squares, gradient in zip(total.values(), gradients, strict=True):
+                gradient = _dense(gradient)
                 # Promotes to its dtype before it multiplies.
                 squares.addcmul_(gradient, gradient, value=sign)
 
@@ -69,8 +71,10 @@ def add_squares_by_vmap(
 ) -> None:
     """Add the squared gradients of every sample by ``torch.func.vmap``; arguments as above.
 
+    ``total`` is as it was after an error.
+
     Raises:
-        RuntimeError: vmap cannot run the model.
+        RuntimeError: vmap cannot run the model, or does not see all that it does.
     """
     # The CPU's fused attention has no batching rule: vmap would warn and run it sample by sample.
     on_cpu = chunk.targets.device.type == "cpu"
@@ -78,11 +82,11 @@ def add_squares_by_vmap(
     try:
         with attention:
             _add_by_vmap(total, model, parameters, estimator, chunk)
-    except RuntimeError as error:
+    except Exception as error:  # of the model's own too: values are not there to look at
         raise RuntimeError(
             f"torch.func.vmap could not differentiate {type(model).__name__} in chunks of "
-            f"{len(chunk.targets)}: {error}\nUse method='loop': plain autograd, one sample at "
-            "a time"
+            f"{len(chunk.targets)}: {type(error).__name__}: {error}\nUse method='loop': plain "
+            "autograd, one sample at a time"
         ) from error
 
 
@@ -95,9 +99,10 @@ def _add_by_vmap(
 ) -> None:
     def squares_of_one(
         leaves: dict[str, Tensor], x: Tensor, y: Tensor, noise: Tensor, units: Tensor | None
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         def logits_of(leaves: dict[str, Tensor]) -> Tensor:
-            return functional_call(model, leaves, (x[None],))
+            with _in_place_of(parameters, model, leaves):
+                return model(x[None])
 
         one = Chunk(
             x[None], y[None], noise[None], None if units is None else units[None], chunk.n_units
@@ -107,13 +112,39 @@ def _add_by_vmap(
         for cotangent in cotangents(estimator, logits, one):
             (gradients,) = pull_back(cotangent)
             squares = {n: s + gradients[n].to(s.dtype).square() for n, s in squares.items()}
-        return squares
+        return squares, logits
 
     leaves = {name: p.detach() for name, p in parameters.items()}
     in_dims = (None, 0, 0, 0, None if chunk.units is None else 0)
-    per_sample = vmap(squares_of_one, in_dims=in_dims)(leaves, *chunk[:4])
+    per_sample, logits = vmap(squares_of_one, in_dims=in_dims)(leaves, *chunk[:4])
+    if logits.requires_grad:  # though all leaves are detached
+        raise ValueError("it uses a parameter that is not found at its place in the module")
     for name, squares in per_sample.items():
         total[name] += squares.sum(0)
+
+
+@contextmanager
+def _in_place_of(
+    parameters: dict[str, nn.Parameter], model: nn.Module, leaves: dict[str, Tensor]
+) -> Iterator[None]:
+    """Run ``model`` with other tensors at all places of its parameters.
+
+    torch.func.functional_call leaves its own tensors in a module that has two names.
+    """
+    names = {p: name for name, p in parameters.items()}
+    places = [
+        (module._parameters, own, p)
+        for module in model.modules()
+        for own, p in module._parameters.items()
+        if p in names
+    ]
+    try:
+        for tensors, own, p in places:
+            tensors[own] = leaves[names[p]]  # type: ignore[assignment]
+        yield
+    finally:
+        for tensors, own, p in places:
+            tensors[own] = p
 
 
 def add_squared_batch_gradient(
@@ -130,4 +161,10 @@ def add_squared_batch_gradient(
             logits, list(parameters.values()), cotangent, materialize_grads=True
         )
         for squares, gradient in zip(total.values(), gradients, strict=True):
+            gradient = _dense(gradient)
             squares.addcmul_(gradient, gradient, value=1 / batch)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Add up the rows that ``nn.Embedding(sparse=True)`` returns."""
+    return gradient.to_dense() if gradient.layout != torch.strided else gradient

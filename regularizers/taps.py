@@ -2,7 +2,7 @@ r"""One backward pass that leaves every sample's squared gradient.
 
 A tap sits behind every layer: the identity forwards, and backwards the place where the layer's
 input and its output's gradient meet, from which a rule (:mod:`ars.regularizers.layer_rules`) makes
-the squares. Only the taps are differentiated by, so that no layer computes its own weight gradient.
+the squares. Only the taps are differentiated by: the layer itself runs with a detached weight.
 What a tap saves goes through autograd like any layer's input: checkpointing recomputes it.
 
 Which dimension of a layer's input holds the samples is found by comparing one sample's forward pass
@@ -10,21 +10,45 @@ with two samples': the dimension that doubles. Where none does (a position embed
 all samples and broadcast) the layer's output is expanded to the samples before it is used, so that
 its gradient arrives before broadcasting adds the samples up. So is a parameter that a module adds
 or concatenates by itself, if its first dimension is 1 (a class token, a position embedding).
+
+That is a guess from shapes. Two proofs make it safe, before anything is added:
+
+* No other use: in a graph whose layers ran with detached weights, nothing may lead to a parameter.
+  This is a property of the graph, not of values, and is looked at for every batch.
+* Rows belong where they are taken to belong: the gradients g_r of a layer's output rows are linear
+  in the cotangents v_n of the samples, so a row of sample n alone, and no other, satisfies
+
+      g_r(2^k_1 v_1, ..., 2^k_N v_N) = 2^k_n g_r(v_1, ..., v_N)
+
+  for all v and k. It is tried with random ones; powers of two leave all rounding as it is. This
+  costs two backward passes through the taps. They are made again for every batch whose operators
+  or shapes are new, or where values decide where rows go (:mod:`ars.regularizers.operators`).
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from ars.regularizers.contributions import Contribution, Sums, add_squares_of_uses_
 from ars.regularizers.cotangents import Chunk, and_whether_more, cotangents
+from ars.regularizers.evaluation import computed_in
 from ars.regularizers.layer_rules import rule_of, to_samples
+from ars.regularizers.operators import HostReads, Operators
+from ars.regularizers.row_proof import RowProof
 
 __all__ = ["Taps", "UnsupportedModelError"]
+
+# Largest deviation of a sample's logits in a batch from its logits alone that is rounding.
+ALONE = {torch.float64: 1e-8, torch.float32: 1e-2}
+HALF_ALONE = 0.1
+
+# What a tap's backward pass is given: (the layer's input, its output's gradient).
+_Record: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
 class UnsupportedModelError(Exception):
@@ -85,6 +109,7 @@ class Taps:
         self._model = model
         self._names = {p: name for name, p in parameters.items()}
         self._broadcast: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._own: dict[nn.Module, dict[str, nn.Parameter]] = {}
         self._layers = self._tapped_layers()
         one, two = self._shapes(inputs[:1]), self._shapes(inputs[:2])
         if [m for m, _ in one] != [m for m, _ in two]:
@@ -97,6 +122,11 @@ class Taps:
         uses.update(p for _, _, p in self._broadcast)
         self._several = {p for p, n in uses.items() if n > 1}
         self._pending: dict[nn.Parameter, list[Contribution]] = {}
+        self._generator = torch.Generator(inputs.device).manual_seed(0)
+        self._proof: RowProof | None = None  # while one is made, taps add to it
+        # What equal passes have been seen to do: which samples have reached which layers.
+        self._seen: dict[object, Tensor] = {}
+        self._by_itself = False  # whether the model runs without taps for a moment
 
     def _tapped_layers(self) -> dict[nn.Module, str]:
         layers = {}
@@ -104,6 +134,7 @@ class Taps:
             own = {n: p for n, p in module.named_parameters(recurse=False) if p in self._names}
             if own and rule_of(module) is not None:
                 layers[module] = f"{type(module).__name__} {path or 'itself'!r}"
+                self._own[module] = {n: p for n, p in own.items() if n in {"weight", "bias"}}
             elif all(p.ndim > 1 and len(p) == 1 for p in own.values()):
                 self._broadcast += [(module, name, p) for name, p in own.items()]
             else:
@@ -121,8 +152,13 @@ class Taps:
                 raise UnsupportedModelError(f"{self._layers[module]} does not map one tensor")
             found.append((module, x.shape))
 
-        with self._hooks(look), torch.no_grad():
-            self._model(inputs)
+        handles = [m.register_forward_hook(look, with_kwargs=True) for m in self._layers]
+        try:
+            with torch.no_grad():
+                self._model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
         return found
 
     def _sample_dim(self, module: nn.Module, alone: torch.Size, both: torch.Size) -> int | None:
@@ -140,25 +176,42 @@ class Taps:
         return dim
 
     @contextmanager
-    def _hooks(self, hook: Any) -> Iterator[None]:
-        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in self._layers]
+    def _tapped(self, tap: Any) -> Iterator[None]:
+        """Run the layers with detached parameters, and ``tap`` right after them."""
+
+        def detach(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self._by_itself:
+                module._parameters.update({n: p.detach() for n, p in self._own[module].items()})  # type: ignore[misc]
+
+        def attach(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+            module._parameters.update(self._own[module])
+            return None if self._by_itself else tap(module, _input(args, kwargs), output)
+
+        handles = []
         try:
+            for module in self._layers:
+                # After the hooks that others put before a layer, and before those behind it.
+                handles += [
+                    module.register_forward_pre_hook(detach, with_kwargs=True),
+                    module.register_forward_hook(attach, with_kwargs=True, prepend=True),
+                ]
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for module, own in self._own.items():  # of a layer that failed, or was cut short
+                module._parameters.update(own)
 
     @contextmanager
-    def _expanded(self, samples: int, root: Tensor, total: dict[str, Tensor]) -> Iterator[None]:
+    def _expanded(
+        self, samples: int, root: Tensor, record: Callable[..., _Record]
+    ) -> Iterator[None]:
         """Put a copy for every sample in the place of each broadcast parameter."""
-
-        def recorder(p: nn.Parameter) -> Any:
-            return lambda _, gradient: self._add(total, p, Sums(gradient.unsqueeze(1)))
-
         try:
             for module, name, p in self._broadcast:
                 copies = p.detach().expand(samples, *p.shape[1:])
-                module._parameters[name] = _Tap.apply(copies, root.detach(), root, recorder(p))
+                tapped = _Tap.apply(copies, root.detach(), root, record(p))
+                module._parameters[name] = tapped
             yield
         finally:
             for module, name, p in self._broadcast:
@@ -170,45 +223,80 @@ class Taps:
         Args:
             total: Sums by parameter name, contiguous, in the dtype to square and add in.
             estimator: A name in ``ESTIMATORS``.
-            chunk: The samples, at least two.
+            chunk: The samples.
 
         Raises:
-            UnsupportedModelError: The layers are not called as they were at first. ``total`` is
-                then as it was.
+            UnsupportedModelError: The model cannot be run with taps, or one of the two proofs
+                fails. ``total`` is then as it was.
         """
         samples = len(chunk.targets)
         root = torch.zeros((), device=chunk.targets.device, requires_grad=True)
         calls: Counter[nn.Module] = Counter()
+        tapped: list[str] = []
+        float16 = False
 
-        def tap(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        def number(name: str) -> int:
+            tapped.append(name)
+            return len(tapped) - 1
+
+        def tap(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+            nonlocal float16
             # Recomputed by a checkpoint, a layer is called again, in the same order.
-            known = self._calls[module]
+            name, known = self._layers[module], self._calls[module]
             if not known:
-                raise UnsupportedModelError(f"{self._layers[module]} was not used at first")
+                raise UnsupportedModelError(f"{name} was not used at first")
             call = known[calls[module] % len(known)]
             calls[module] += 1
-            x = _input(args, kwargs).detach()
+            x = x.detach()
             if call.dim is None and not call.is_expanded(x):
                 skip = int(call.leads)
                 x, output = (t.expand(samples, *t.shape[skip:]) for t in (x, output))
             dim = call.dim or 0
+            if any(t.ndim <= dim or t.shape[dim] % samples for t in (x, output)):
+                raise UnsupportedModelError(
+                    f"{name} reads {tuple(x.shape)} for {samples} samples: "
+                    "not as many rows for each"
+                )
+            float16 |= output.dtype == torch.float16
+            me = number(name)
 
             def record(x: Tensor, gradient: Tensor) -> None:
                 with torch.autocast(gradient.device.type, enabled=False):
-                    x, gradient = (to_samples(t, dim, samples) for t in (x, gradient))
-                    self._record(total, module, x, gradient)
+                    gradient = to_samples(gradient, dim, samples)
+                    if self._proof is not None:
+                        self._proof.add(me, gradient)
+                    else:
+                        self._record(total, module, to_samples(x, dim, samples), gradient)
 
             return _Tap.apply(output, x, root, record)
 
+        def record_copies(p: nn.Parameter) -> _Record:
+            me = number(f"parameter {self._names[p]!r}")
+
+            def record(_: Tensor, gradient: Tensor) -> None:
+                if self._proof is not None:
+                    self._proof.add(me, gradient)
+                else:
+                    self._add(total, p, Sums(gradient.unsqueeze(1)))
+
+            return record
+
         self._pending.clear()
-        with self._hooks(tap), self._expanded(samples, root, total):
-            logits = self._model(chunk.inputs)
-            for module, known in self._calls.items():
-                if calls[module] != len(known):
-                    name = self._layers[module]
-                    raise UnsupportedModelError(
-                        f"{name} was called {len(known)} times at first, now {calls[module]} times"
-                    )
+        with self._tapped(tap), self._expanded(samples, root, record_copies):
+            try:
+                with Operators(self._model) as operators, HostReads(operators):
+                    logits = self._model(chunk.inputs)
+                self._check_calls(calls)
+                self._check_no_other_use(logits)
+                key = (chunk.inputs.shape, chunk.inputs.dtype, operators.record)
+                if samples > 1 and (operators.by_value or not self._is_proven(key)):
+                    seen = self._check_rows(logits, root, chunk, tapped, float16=float16)
+                    if not (operators.by_value or _has_functions(logits)):
+                        self._seen[key] = seen | self._seen.get(key, seen)
+            except UnsupportedModelError:
+                raise
+            except Exception as error:  # whatever the taps do to the model
+                raise UnsupportedModelError(f"{type(error).__name__}: {error}") from error
             found = cotangents(estimator, logits.detach(), chunk)
             for cotangent, more in and_whether_more(found):
                 torch.autograd.grad(logits, root, cotangent, retain_graph=more, allow_unused=True)
@@ -216,14 +304,85 @@ class Taps:
                     add_squares_of_uses_(total[self._names[p]], uses, samples)
                 self._pending.clear()
 
+    def _is_proven(self, key: object) -> bool:
+        """Whether every sample has reached every layer in a pass like this one."""
+        return key in self._seen and bool(self._seen[key].all())
+
+    def _check_calls(self, calls: Counter[nn.Module]) -> None:
+        for module, known in self._calls.items():
+            if calls[module] != len(known):
+                raise UnsupportedModelError(
+                    f"{self._layers[module]} was called {len(known)} times at first, "
+                    f"now {calls[module]} times"
+                )
+
+    def _check_no_other_use(self, logits: Tensor) -> None:
+        found = torch.autograd.grad(
+            logits, list(self._names), logits.detach(), retain_graph=True, allow_unused=True
+        )
+        for name, gradient in zip(self._names.values(), found, strict=True):
+            if gradient is not None:
+                raise UnsupportedModelError(f"it uses {name!r} outside of the layer that has it")
+
+    def _check_rows(
+        self, logits: Tensor, root: Tensor, chunk: Chunk, tapped: list[str], *, float16: bool
+    ) -> Tensor:
+        """Return which samples have reached which layers.
+
+        Raises:
+            UnsupportedModelError: A row belongs to another sample than its place says.
+        """
+        if (logits.isnan() | (logits == torch.inf)).any():
+            # Nor will the importance be finite, which is an error of its own.
+            return torch.zeros(1, dtype=torch.bool)
+        self._check_one_alone(logits, chunk)
+        proof = RowProof(logits.detach(), self._generator, float16=float16)
+        self._proof = proof
+        try:
+            for cotangent in proof.cotangents():
+                torch.autograd.grad(logits, root, cotangent, retain_graph=True, allow_unused=True)
+        finally:
+            self._proof = None
+        evidence = proof.evidence()
+        if not evidence.finite:
+            raise UnsupportedModelError("some of its gradients are not finite")
+        if evidence.misplaced is not None:
+            raise UnsupportedModelError(
+                f"{tapped[evidence.misplaced]} holds rows of other samples than their places say"
+            )
+        return evidence.seen
+
+    def _check_one_alone(self, logits: Tensor, chunk: Chunk) -> None:
+        """Raise UnsupportedModelError if a random sample's logits depend on the others."""  # noqa: DOC501
+        n = int(torch.randint(len(logits), (), generator=self._generator, device=logits.device))
+        copies = [module._parameters[name] for module, name, _ in self._broadcast]
+        self._by_itself = True
+        try:
+            for module, name, p in self._broadcast:
+                module._parameters[name] = p
+            with torch.no_grad():
+                alone = self._model(chunk.inputs[n : n + 1])
+        finally:
+            self._by_itself = False
+            for (module, name, _), copy in zip(self._broadcast, copies, strict=True):
+                module._parameters[name] = copy
+        together = logits.detach()[n : n + 1]
+        largest = together[together.isfinite()].abs().amax() if together.isfinite().any() else 0.0
+        allowed = ALONE.get(computed_in(self._names, chunk.inputs), HALF_ALONE)
+        if not torch.isclose(alone, together, rtol=0, atol=float(allowed * largest)).all():
+            raise UnsupportedModelError(
+                f"sample {n} of {len(logits)} has other logits by itself: samples influence one "
+                "another"
+            )
+
     def _record(
         self, total: dict[str, Tensor], module: nn.Module, x: Tensor, gradient: Tensor
     ) -> None:
         rule = rule_of(module)
         assert rule is not None
         for name, contribution in rule[0](module, x, gradient).items():
-            p = module._parameters.get(name)
-            if p in self._names:
+            p = self._own[module].get(name)
+            if p is not None:
                 self._add(total, p, contribution)
 
     def _add(self, total: dict[str, Tensor], p: nn.Parameter, use: Contribution) -> None:
@@ -231,3 +390,17 @@ class Taps:
             self._pending.setdefault(p, []).append(use)
         else:
             use.add_squares_(total[self._names[p]])
+
+
+def _has_functions(logits: Tensor) -> bool:
+    """Whether anyone's own autograd function took part, whose kernels no record shows."""
+    todo, known = [logits.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if isinstance(node, BackwardCFunction) and not isinstance(node, _Tap._backward_cls):
+            return True
+        todo += [following for following, _ in node.next_functions]
+    return False

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from fisher_models import Elsewhere, randomised, sequences
+from fisher_models import randomised, sequences
 from torch import nn
-from torch.nn import functional
 
-from ars.regularizers import DiagonalFisher
+from ars.regularizers import DiagonalFisher, layer_rules
 
 HALVES = pytest.mark.parametrize(
     ("dtype", "autocast"),
@@ -46,19 +45,33 @@ def test_half_precision_hardly_depends_on_batch_size(tied_gpt, tokens, way, dtyp
             assert (other[name] - alone).norm() < 5e-4 * alone.norm(), name
 
 
+@pytest.fixture
+def wrong_rule(monkeypatch):
+    """Make the rule of linear layers without a bias wrong by half."""
+    rule = layer_rules._RULES[nn.Linear.forward][0]
+
+    def wrong(module, x, g):
+        return rule(module, x, g * 1.5 if module.bias is None else g)
+
+    return lambda: monkeypatch.setitem(layer_rules._RULES, nn.Linear.forward, (wrong, True))
+
+
 @HALVES
 @pytest.mark.parametrize("n", [1, 5])
-def test_small_gradients_are_compared_in_half_precision_too(dtype, autocast, n):
+def test_small_gradients_are_compared_in_half_precision_too(dtype, autocast, n, wrong_rule):
     """Those of the layer below a small head are far below the head's own."""
-    model, (x, y) = randomised(Elsewhere(), dtype), sequences(n, dtype=dtype)
+    model = nn.ModuleDict({"layer": nn.Linear(4, 4, bias=False), "head": nn.Linear(4, 3)})
+    model.forward = lambda x: model.head(model.layer(x).tanh())
+    model, (x, y) = randomised(model, dtype), sequences(n, dtype=dtype)
     with torch.no_grad():
         model.head.weight *= 0.1
     stored = [p.data_ptr() for p in model.parameters()]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loop = DiagonalFisher(model, "empirical", method="loop").fit([(x, y)]).importance
+        DiagonalFisher(model, "empirical", method="hooks").fit([(x, y)])
+        wrong_rule()
         with pytest.raises(RuntimeError, match=r"gives 'layer\.weight' another gradient"):
             DiagonalFisher(model, "empirical", method="hooks").fit([(x, y)])
-        DiagonalFisher(model.layer, "empirical", method="hooks").fit([(x, y)])
     assert loop["layer.weight"].max() < 0.0625 * loop["head.bias"].max()
     assert all(p.dtype == dtype for p in model.parameters())
     assert [p.data_ptr() for p in model.parameters()] == stored
@@ -79,19 +92,17 @@ class Casting(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-        self.elsewhere = False
+        self.layer, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
 
     def forward(self, x):
-        x = self.layer(x.bfloat16()).tanh()
-        return self.head(functional.linear(x, self.layer.weight) if self.elsewhere else x)
+        return self.head(self.layer(x.bfloat16()).tanh())
 
 
-def test_a_model_that_casts_by_itself_is_compared_as_it_is():
+def test_a_model_that_casts_by_itself_is_compared_as_it_is(wrong_rule):
     model, batch = randomised(Casting(), torch.bfloat16), sequences(dtype=torch.float32)
     with torch.no_grad():
         model.head.weight *= 5.0
     DiagonalFisher(model, "empirical", method="hooks").fit([batch])
-    model.elsewhere = True
+    wrong_rule()
     with pytest.raises(RuntimeError, match=r"gives 'layer\.weight' another gradient"):
         DiagonalFisher(model, "empirical", method="hooks").fit([batch])
