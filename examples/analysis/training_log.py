@@ -7,7 +7,7 @@ from typing import Any
 
 from analysis.records import Log, Record
 from trainer.errors import UsageError
-from trainer.reading import read_json
+from trainer.reading import printable, read_json
 from trainer.run import CONFIG_FILE
 
 __all__ = ["rounded", "run_settings", "thinned_curve", "training_log"]
@@ -31,7 +31,7 @@ def run_settings(paths: Sequence[Path]) -> list[dict[str, Any]]:
         except UsageError:
             continue  # metrics alone can be analysed too
         if isinstance(content, dict):
-            found.append({"run": path.parent.name, **_without_paths(content)})
+            found.append({"run": printable(path.parent.name), **_without_paths(content)})
     return found
 
 

@@ -20,10 +20,14 @@ from corpus.pieces import Source
 from corpus.tokenizer import TokenArray, token_dtype
 from trainer.errors import UsageError
 
-__all__ = ["SEPARATOR", "SMALLEST_VOCABULARY", "BPETokenizer", "byte_level", "train_bpe"]
+__all__ = [
+    "LARGEST_VOCABULARY", "SEPARATOR", "SMALLEST_VOCABULARY", "BPETokenizer", "byte_level",
+    "train_bpe",
+]  # fmt: skip
 
 SEPARATOR = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte and the separator
+LARGEST_VOCABULARY = 1 << 20  # four times the largest in use; far beyond, tables take all memory
 _SEPARATORS = (SEPARATOR, "<|begin_of_text|>", "<|end_of_text|>", "<s>", "</s>")
 _SAMPLE_BYTES = 64 << 20
 # What normalizers and pre-tokenizers change: case, compositions, widths, spaces, line ends.
@@ -62,6 +66,8 @@ class BPETokenizer:
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.separator = found[0]
         self.vocab_size = max(vocabulary.values()) + 1
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ValueError(f"it has tokens up to {self.vocab_size}, beyond {LARGEST_VOCABULARY}")
         self.sha256 = hashlib.sha256(inner.to_str().encode()).hexdigest()
         self._dtype = token_dtype(self.vocab_size)
         self._table = [b""] * self.vocab_size

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from corpus.choice import TokenizerChoice, load_tokenizer
 from corpus.pieces import SPLITS, Piece, Source
@@ -31,6 +31,7 @@ from trainer.reading import read_json, understanding
 __all__ = ["Opened", "open_cache"]
 
 _FORMAT = 1
+_POLL_SECONDS = 0.5
 _GROUP_BYTES = 1 << 20  # text handed to the tokenizer at a time
 _MANIFEST = "manifest.json"
 _TOKENIZER = "tokenizer.json"
@@ -45,6 +46,7 @@ def open_cache(
     *,
     shard_tokens: int,
     progress: Callable[[int, int | None], None],
+    between: Callable[[], None],
 ) -> Opened:
     """Tokenise a source unless that has been done before, and map the result into memory.
 
@@ -58,6 +60,7 @@ def open_cache(
         shard_tokens: tokens a file at most.
         progress: called with the bytes of text done and the bytes of all files (``None`` if
             unknown); may raise to stop.
+        between: called while digests are compared and others are waited for; may raise to stop.
 
     Returns:
         Tokens of each split, the tokenizer, and the manifest.
@@ -76,7 +79,7 @@ def open_cache(
     if not folder.exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / f".{folder.name}.lock"):
+            with _alone(cache / f".{folder.name}.lock", between):
                 if not folder.exists():
                     _build(source, choice, folder, key, shard_tokens, progress)
         except OSError as error:
@@ -84,7 +87,22 @@ def open_cache(
                 f"the token cache {cache} cannot be written ({error.strerror or error}): "
                 "free space or name another folder"
             ) from None
-    return _open(folder, key)
+    return _open(folder, key, between)
+
+
+@contextmanager
+def _alone(path: Path, between: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock that others hold for as long as they read a text: who waits may stop."""
+    lock = FileLock(path)
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=_POLL_SECONDS)
+        except Timeout:
+            between()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build(
@@ -180,7 +198,7 @@ def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
             size += len(piece.content)
 
 
-def _open(folder: Path, key: str) -> Opened:
+def _open(folder: Path, key: str, between: Callable[[], None]) -> Opened:
     path = folder / _MANIFEST
     try:
         manifest = read_json(path, remedy="")
@@ -200,7 +218,7 @@ def _open(folder: Path, key: str) -> Opened:
     count = sum(split["tokens"] for split in manifest["splits"].values())
     check = count * dtype.itemsize <= CHECKED_BYTES
     splits = {
-        name: open_shards(folder, split["shards"], dtype, check=check)
+        name: open_shards(folder, split["shards"], dtype, check=check, between=between)
         for name, split in manifest["splits"].items()
     }
     return splits, tokenizer, manifest

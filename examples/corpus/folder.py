@@ -1,14 +1,15 @@
 """A folder: every text file and every row of every table below it is a document."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from corpus.files import fingerprint, reading, text_document
+from corpus.files import fingerprint, go_on, reading, text_document
 from corpus.kinds import PACKED, kind_of
 from corpus.pieces import Piece, Source, document, split_of, splits_of
 from corpus.tables import TABLES, check_column, is_table, table_rows
 from trainer.errors import UsageError
+from trainer.reading import printable
 
 __all__ = ["TEXTS", "folder_source"]
 
@@ -18,25 +19,28 @@ TEXTS = (
 )  # fmt: skip
 
 
-def folder_source(root: Path, column: str | None, label: str) -> Source:
+def folder_source(
+    root: Path, column: str | None, label: str, between: Callable[[], None] = go_on
+) -> Source:
     """All supported files below a folder, by path, but for hidden and empty ones and dead links.
 
     Args:
         root: the folder.
         column: of its tables, if there are any.
         label: names it in error messages.
+        between: called after every block that is read to know it by; may raise to stop.
 
     Raises:
         UsageError: there is no supported file, one cannot be read, is packed or no text, or a
             table has no such column.
     """
     with reading(label):
-        chosen, others = _files(root)
-        _check_texts(chosen, others, label)
+        chosen, others = _files(root, between)
+        _check_texts(chosen, others, label, between)
         if not chosen:
             supported = ", ".join((*TEXTS, *TABLES))
             raise UsageError(f"{label} is a folder without text, which is: {supported}")
-        identities = [fingerprint(name, path) for name, path in chosen.items()]
+        identities = [fingerprint(name, path, between) for name, path in chosen.items()]
     tables = {name for name, path in chosen.items() if is_table(path)}
     labels = {name: f"{label.rstrip('/')}/{name}" for name in chosen}
     if column is not None and not tables:
@@ -60,7 +64,7 @@ def folder_source(root: Path, column: str | None, label: str) -> Source:
         label=label,
         identity={"kind": "folder", "column": column, "files": identities},
         facts={
-            "source": root.resolve().name,
+            "source": printable(root.resolve().name),
             "kind": "folder",
             "column": column,
             "files": len(chosen),
@@ -72,7 +76,9 @@ def folder_source(root: Path, column: str | None, label: str) -> Source:
     )
 
 
-def _check_texts(chosen: dict[str, Path], others: list[str], label: str) -> None:
+def _check_texts(
+    chosen: dict[str, Path], others: list[str], label: str, between: Callable[[], None]
+) -> None:
     """Refuse a folder some of whose files are meant to be text and are not."""
     found = [
         (name, "packed", "unpack it or take it away")
@@ -80,6 +86,7 @@ def _check_texts(chosen: dict[str, Path], others: list[str], label: str) -> None
         if name.lower().endswith(PACKED) and _is_supported(Path(name).with_suffix(""))
     ]
     for name, path in chosen.items():
+        between()
         kind = None if path.suffix.lower() == ".parquet" else kind_of(path)
         if kind is not None:
             found.append((name, *kind))
@@ -93,7 +100,7 @@ def _is_supported(path: Path) -> bool:
     return path.suffix.lower() in TEXTS or is_table(path)
 
 
-def _files(root: Path) -> tuple[dict[str, Path], list[str]]:
+def _files(root: Path, between: Callable[[], None]) -> tuple[dict[str, Path], list[str]]:
     """Supported files by their relative path, sorted, and the paths of all others."""
 
     def refuse(error: OSError) -> None:
@@ -102,6 +109,7 @@ def _files(root: Path) -> tuple[dict[str, Path], list[str]]:
     found: dict[str, Path] = {}
     others: list[str] = []
     for parent, folders, files in os.walk(root, onerror=refuse):
+        between()
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in files:
             path = Path(parent, file)

@@ -5,10 +5,10 @@ packages and machine-made tables are left out.
 """
 
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from corpus.files import fingerprint, reading, text_document
+from corpus.files import fingerprint, go_on, reading, text_document
 from corpus.pieces import SPLITS, Piece, Source, split_of
 from trainer.errors import UsageError
 
@@ -22,11 +22,12 @@ _EXCLUDED_FOLDERS = {
 _EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")  # differ from machine to machine
 
 
-def library_source(root: Path | None = None) -> Source:
+def library_source(root: Path | None = None, between: Callable[[], None] = go_on) -> Source:
     """The Python files of the standard library, each a document.
 
     Args:
         root: folder to read; ``None`` asks ``sysconfig`` where the standard library lies.
+        between: called after every block that is read to know it by; may raise to stop.
 
     Raises:
         UsageError: the folder holds no Python source (some distributions ship only byte code).
@@ -45,7 +46,7 @@ def library_source(root: Path | None = None) -> Source:
             "name a text file with --data FILE"
         )
     with reading(_LABEL):
-        identities = [fingerprint(name, path) for name, path in chosen.items()]
+        identities = [fingerprint(name, path, between) for name, path in chosen.items()]
 
     def pieces() -> Iterator[Piece]:
         for name, path in chosen.items():

@@ -86,7 +86,8 @@ def splits_of(document_ids: Iterable[str]) -> dict[str, str]:
 
 
 def _hash(document_id: str) -> int:
-    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big")
+    content = document_id.encode("utf-8", "surrogateescape")  # a file's name may be no UTF-8
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
 
 def document(split: str, content: bytes | BinaryIO) -> Iterator[Piece]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from corpus.cache import open_cache
 from corpus.choice import choose_tokenizer
+from corpus.files import go_on
 from corpus.sources import open_source
 from corpus.tokenizer import Tokenizer
 from corpus.tokens import Tokens
@@ -61,6 +62,7 @@ def prepare_corpus(
     sequence_len: int,
     shard_tokens: int = _SHARD_TOKENS,
     progress: Callable[[int, int | None], None] = lambda done, size: None,
+    between: Callable[[], None] = go_on,
 ) -> Corpus:
     """Tokenise a text into memory-mapped files, or find it tokenised.
 
@@ -75,17 +77,19 @@ def prepare_corpus(
         shard_tokens: tokens a file at most.
         progress: called with the bytes of text done and the bytes of all files (``None`` if
             unknown) while tokenising; may raise to stop.
+        between: called between the blocks of what is read besides, and while waiting for another
+            process that tokenises the same; may raise to stop.
 
     Raises:
         UsageError: the text, the column, the tokenizer or the cache cannot be used, or the text
             is too short.
     """
     chosen = choose_tokenizer(tokenizer)
-    text = open_source(source, column)
+    text = open_source(source, column, between)
     if text.size == 0:
         raise UsageError(_too_short(text.label, "is empty", sequence_len))
     splits, used, manifest = open_cache(
-        text, chosen, cache, shard_tokens=shard_tokens, progress=progress
+        text, chosen, cache, shard_tokens=shard_tokens, progress=progress, between=between
     )
     unit = "bytes" if used.name == "bytes" else "tokens"
     count = sum(len(tokens) for tokens in splits.values())

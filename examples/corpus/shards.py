@@ -2,12 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from corpus.files import fingerprint
 from corpus.tokenizer import TokenArray
 from corpus.tokens import Tokens
 from trainer.errors import UsageError
@@ -15,7 +16,6 @@ from trainer.errors import UsageError
 __all__ = ["CHECKED_BYTES", "ShardWriter", "damaged", "open_shards"]
 
 CHECKED_BYTES = 10**9  # digests of more than this are not compared on every opening
-_BLOCK_BYTES = 1 << 20
 
 
 class ShardWriter:
@@ -89,7 +89,12 @@ class ShardWriter:
 
 
 def open_shards(
-    folder: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype[Any], *, check: bool
+    folder: Path,
+    shards: Sequence[dict[str, Any]],
+    dtype: np.dtype[Any],
+    *,
+    check: bool,
+    between: Callable[[], None],
 ) -> Tokens:
     """Map the files of one split into memory.
 
@@ -98,6 +103,7 @@ def open_shards(
         shards: what `ShardWriter.finish` returned.
         dtype: of the tokens in the files.
         check: compare the digests too, not the sizes alone.
+        between: called after every block of them; may raise to stop.
 
     Raises:
         UsageError: a file is missing or damaged.
@@ -111,7 +117,7 @@ def open_shards(
             raise UsageError(damaged(path, "it is missing"))
         if size != expected:
             raise UsageError(damaged(path, f"it has {size} bytes instead of {expected}"))
-        if check and _digest(path) != shard["sha256"]:
+        if check and fingerprint(path.name, path, between)["sha256"] != shard["sha256"]:
             raise UsageError(damaged(path, "its checksum does not match"))
         maps.append(np.memmap(path, dtype=dtype, mode="r"))
     return Tokens(maps)
@@ -120,11 +126,3 @@ def open_shards(
 def damaged(path: Path, reason: str) -> str:
     """The message about a file of a token cache, with the remedy."""
     return f"{path} is damaged ({reason}): delete the folder {path.parent} and run again"
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from corpus.files import fingerprint, reading
+from corpus.files import fingerprint, go_on, reading
 from corpus.kinds import check_text
 from corpus.pieces import Piece, Source, document, split_of
 from trainer.errors import UsageError
-from trainer.reading import parse_json
+from trainer.reading import open_file, parse_json, printable
 
 __all__ = [
     "TABLES",
@@ -37,13 +37,16 @@ _PARQUET_ROWS = 256
 _PARQUET_BUFFER_BYTES = 1 << 20
 
 
-def table_source(path: Path, column: str | None, label: str) -> Source:
+def table_source(
+    path: Path, column: str | None, label: str, between: Callable[[], None] = go_on
+) -> Source:
     """A table, each row of which is a document.
 
     Args:
         path: of a type in `TABLES`.
         column: holds the text.
         label: names it in error messages.
+        between: called after every block that is read to know it by; may raise to stop.
 
     Raises:
         UsageError: it cannot be read, or has no such column of text.
@@ -51,7 +54,7 @@ def table_source(path: Path, column: str | None, label: str) -> Source:
     with reading(label):
         if path.suffix.lower() != ".parquet":
             check_text(path, label)
-        identity = fingerprint(path.name, path)
+        identity = fingerprint(path.name, path, between)
     if identity["bytes"] > 0:  # an empty one is refused with what it would have to hold
         check_column(path, column, label)
 
@@ -63,7 +66,7 @@ def table_source(path: Path, column: str | None, label: str) -> Source:
     return Source(
         label=label,
         identity={"kind": "table", "column": column, "files": [identity]},
-        facts={"source": path.name, "kind": "table", "column": column},
+        facts={"source": printable(path.name), "kind": "table", "column": column},
         pieces=pieces,
         files=(path,),
         size=identity["bytes"],
@@ -215,7 +218,7 @@ def _json_rows(path: Path, column: str) -> Iterator[str | None]:
 
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The number, from 1, and the object of every line that is not blank."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

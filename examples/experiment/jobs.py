@@ -54,6 +54,7 @@ def open_corpus(
         cache=out / "tokens",
         sequence_len=config.sequence_len,
         progress=lambda *_: check(),
+        between=check,
     )
 
 

@@ -88,6 +88,7 @@ def _read(arguments: "Arguments", parallel: Parallel, stop: StopRequest) -> Corp
                 cache=arguments.cache or arguments.out / DATA_FOLDER,
                 sequence_len=arguments.config.sequence_len,
                 progress=progress,
+                between=stop.check,
             )
 
     made: list[Corpus] = []

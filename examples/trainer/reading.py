@@ -21,8 +21,8 @@ import yaml
 from trainer.errors import DamagedError, RunInterruptedError, UsageError
 
 __all__ = [
-    "open_file", "parse_json", "parse_yaml", "read_csv", "read_json", "read_text", "read_yaml",
-    "understanding",
+    "open_file", "parse_json", "parse_yaml", "printable", "read_csv", "read_json",
+    "read_text", "read_yaml", "understanding",
 ]  # fmt: skip
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # torch raises a plain RuntimeError
@@ -155,6 +155,16 @@ def read_csv(path: Path, *, remedy: str, label: str | None = None) -> list[dict[
     text = read_text(path, remedy=remedy, label=label)
     with understanding(label or str(path), remedy, "not CSV"):
         return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def printable(name: str) -> str:
+    r"""A file's name as text, whatever bytes the system has for it.
+
+    Example:
+        >>> printable("n\u00e9"), printable("n\udcff")
+        ('né', 'n\\xff')
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 @contextmanager
