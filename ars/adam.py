@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from ars import compiled, functional
-from ars.batch import DIAGNOSTICS, Batch, Hyper, Options, is_decoupled, read_hyper
+from ars.batch import DIAGNOSTICS, Batch, Hyper, Options, is_decoupled, read_hyper, rows
 from ars.checkpoint import CheckpointedAdam
 from ars.collect import Collector
 from ars.config import CONDITIONED, ARSConfig
@@ -241,7 +241,8 @@ class ARSAdam(CheckpointedAdam):
         """
         if self._implementation == "triton":
             device = self._buffer.device
-            self._kept.device.write_hyper(self._hypers(), self._max_grad_norm, device)
+            hypers = rows(self._hypers(), unused=self._collector.has_unused())
+            self._kept.device.write_hyper(hypers, self._max_grad_norm, device)
 
     def change_rows(
         self, param: Tensor, keep: Tensor | None = None, added: Tensor | None = None
@@ -295,7 +296,12 @@ class ARSAdam(CheckpointedAdam):
 
     def _collect(self) -> Batch:
         return self._collector.collect(
-            self.param_groups, self.state, self._terms, self._append, self._check
+            self.param_groups,
+            self.state,
+            self._terms,
+            self._append,
+            self._check,
+            proximal=read_settings(self._penalty)[1],
         )
 
     def _check(self, param: Tensor, grad: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from ars.controller import ARSController
 from ars.penalty import Scalar, Term, check_strength
 from ars.reference import Signals
 
-__all__ = ["DIAGNOSTICS", "Batch", "Hyper", "Options", "is_decoupled"]
+__all__ = ["DIAGNOSTICS", "Batch", "Hyper", "Options", "is_decoupled", "rows"]
 
 # The order of the entries of an optimizer's diagnostics buffer, shape (10,), float64.
 DIAGNOSTICS = (
@@ -24,15 +24,16 @@ class Batch:
     """The tensors of one step: entry i of every list belongs to parameter i.
 
     Args:
-        params: Parameters that have a gradient; complex ones as their real view.
-        grads: Their gradients.
+        params: Parameters that have a gradient, or a penalty that takes its place; complex ones as
+            their real view.
+        grads: Their gradients, or zeros.
         exp_avgs: First moments, float32, or float64 for float64 parameters, or bfloat16 for
             bfloat16 ones that are rounded stochastically.
         exp_avg_sqs: Second moments, likewise.
         max_exp_avg_sqs: Running maxima of the second moments, None where amsgrad is off.
         steps: Steps taken, 0-d float32.
         products: Products of the betas of all steps, (2,) float64; empty without a controller.
-        groups: Index of the parameter's group in the list of :class:`Hyper`.
+        groups: Index of the parameter's row in the list of :class:`Hyper`, see :func:`rows`.
         anchors: Where the penalty pulls, None where it does not.
         importances: How hard, None where it does not; float or uint8.
         scales: Of uint8 importances, float32, one for 64 elements; otherwise None.
@@ -40,6 +41,9 @@ class Batch:
         remainders: What makes bfloat16 parameters float32 master weights, int16, or None.
         numbers: Index of the parameter in its optimizer.
         layout: Another object whenever the gradients are laid out in another way.
+        unused: Whether some have no gradient, and zeros in its place.
+        held: Parameters without a gradient that only the proximal step moves: a batch without
+            gradients, or None.
     """
 
     params: list[Tensor] = dataclasses.field(default_factory=list)
@@ -57,6 +61,8 @@ class Batch:
     remainders: list[Tensor | None] = dataclasses.field(default_factory=list)
     numbers: list[int] = dataclasses.field(default_factory=list)
     layout: object = None
+    unused: bool = False
+    held: "Batch | None" = None
 
     def append(
         self,
@@ -97,6 +103,16 @@ class Batch:
         self.pulls.append(term.pull)
         self.remainders.append(state.get("param_remainder") if master else None)
         self.numbers.append(number)
+
+
+def rows(hypers: "list[Hyper]", *, unused: bool) -> "list[Hyper]":
+    """Return the rows that a batch refers to: the groups', and those of what has no gradient.
+
+    Args:
+        hypers: Each group's hyperparameters.
+        unused: Whether there are parameters without a gradient; they do not decay.
+    """
+    return [*hypers, *(h._replace(weight_decay=0.0) for h in hypers)] if unused else hypers
 
 
 class Hyper(NamedTuple):

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from itertools import chain, compress, repeat
-from operator import attrgetter, is_, is_not, itemgetter
+from operator import attrgetter, is_, is_not, itemgetter, not_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ars.batch import Batch
 from ars.penalty import Term
@@ -34,7 +35,7 @@ _PARAMS = itemgetter("params")
 Groups = list[dict[str, Any]]
 State = dict[Tensor, dict[str, Any]]
 Append = Callable[[Batch, int, int, Tensor], None]
-Check = Callable[[Tensor, Tensor], None]
+Check = Callable[[Tensor, Tensor | None], None]
 
 
 class _Kept(NamedTuple):
@@ -43,6 +44,8 @@ class _Kept(NamedTuple):
     batch: Batch
     params: list[Tensor]
     present: list[bool]  # whether each of them had a gradient
+    zeros: dict[int, Tensor]  # in the place of gradients that are not there
+    included: list[bool]  # whether each of them is in the batch
     layout: list[tuple[int, bool]]
     terms: dict[Tensor, Term]
     states: list[dict[str, Any]]  # of all parameters that have one
@@ -57,6 +60,7 @@ class _Kept(NamedTuple):
         self,
         params: list[Tensor],
         present: list[bool],
+        unused: list[int],
         groups: Groups,
         state: State,
         terms: dict[Tensor, Term],
@@ -71,6 +75,7 @@ class _Kept(NamedTuple):
         return (
             self.terms is terms
             and self.present == present
+            and list(self.zeros) == unused
             and _same(self.params, params)
             and self.layout == _layout(groups)
             and _same(self.states, list(state.values()))
@@ -78,6 +83,12 @@ class _Kept(NamedTuple):
             and self.addresses == list(map(Tensor.data_ptr, self.viewed))
             and self.alike(*self.operands)
         )
+
+    def fill(self, grads: list[Tensor | None]) -> list[Tensor]:
+        """Return the gradients of the batch, of those of all parameters."""
+        for number, zero in self.zeros.items():
+            grads[number] = zero
+        return list(compress(grads, self.included))  # type: ignore[arg-type]
 
 
 class Collector:
@@ -104,8 +115,14 @@ class Collector:
         terms: dict[Tensor, Term],
         append: Append,
         check: Check,
+        *,
+        proximal: bool = False,
     ) -> Batch:
-        """Return the batch of all parameters that have a gradient.
+        """Return the batch of all parameters that have a gradient, or that the penalty pulls at.
+
+        A parameter without a gradient that the penalty pulls at has a gradient of 0 where the
+        penalty's joins it. A proximal penalty moves it by itself. If none has a gradient, there is
+        no step, and the batch is empty.
 
         Args:
             groups: The optimizer's parameter groups.
@@ -116,6 +133,7 @@ class Collector:
                 gradient into the batch.
             check: Called first for each of them that may not be as it was, with its gradient:
                 raises if what belongs to it does not fit it.
+            proximal: Whether the penalty is.
 
         Returns:
             The batch, the same object until something but the gradients changes. Forget its
@@ -128,24 +146,93 @@ class Collector:
         params = list(chain.from_iterable(map(_PARAMS, groups)))
         grads = list(map(_GRAD, params))
         present = list(map(is_not, grads, repeat(None)))
-        if False in present:
-            grads = list(compress(grads, present))
+        unused: list[int] = []
+        held: list[int] = []
+        if terms and False in present and True in present:
+            unused, held = _without_gradient(params, present, terms, proximal=proximal)
+            for number in held:
+                check(params[number], None)
         kept = self._kept
-        if kept is None or not kept.holds(params, present, groups, state, terms):
+        if kept is None or not kept.holds(params, present, unused, groups, state, terms):
             self._kept = None  # lest it stay when making the new one fails
-            for param, grad in zip(compress(params, present), grads, strict=True):
+            included = list(present)
+            for number in unused:
+                included[number] = True
+            for param, grad in compress(zip(params, grads, strict=True), included):
                 check(param, grad)
-            self._kept = kept = _make(params, present, groups, state, terms, append)
+            kept = _make(params, present, included, groups, state, terms, append)
+            grads = kept.fill(grads)
+            self._kept = kept
             self._alike, kept.batch.layout = _alike(grads), object()
             self.rebuilds += 1
-        elif not self._alike(*grads):
-            _check_gradients(list(compress(params, present)), grads, check)
-            self._alike, kept.batch.layout = _alike(grads), object()
+        else:
+            grads = kept.fill(grads)
+            if not self._alike(*grads):
+                _check_gradients(list(compress(params, kept.included)), grads, check)
+                self._alike, kept.batch.layout = _alike(grads), object()
         batch = kept.batch
         batch.grads = grads
+        batch.held = _gathered(params, held, groups, append) if held else None
         if kept.viewed:
             batch.grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
         return batch
+
+    def has_unused(self) -> bool:
+        """Whether the last batch has parameters without a gradient."""
+        return self._kept is not None and self._kept.batch.unused
+
+
+def _without_gradient(
+    params: list[Tensor],
+    present: list[bool],
+    terms: dict[Tensor, Term],
+    *,
+    proximal: bool,
+) -> tuple[list[int], list[int]]:
+    """Find the parameters without a gradient that the penalty pulls at; not the frozen ones.
+
+    Returns:
+        Those whose step is taken with a gradient of 0, and those that the proximal step alone
+        moves.
+    """
+    unused: list[int] = []
+    held: list[int] = []
+    for number in compress(range(len(params)), map(not_, present)):
+        param = params[number]
+        term = terms.get(param) if param.requires_grad else None
+        if term is not None:
+            (held if proximal and term.pull is None else unused).append(number)
+    return unused, held
+
+
+def _gathered(params: list[Tensor], numbers: list[int], groups: Groups, append: Append) -> Batch:
+    """Return a batch of some of the parameters, without gradients."""
+    batch, owners = Batch(), _owners(groups)
+    for number in numbers:
+        append(batch, owners[number], number, params[number])
+    return batch
+
+
+def _owners(groups: Groups) -> list[int]:
+    """Return the index of each parameter's group."""
+    owners = ([i] * len(group["params"]) for i, group in enumerate(groups))
+    return list(chain.from_iterable(owners))
+
+
+def _zeros(params: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return a gradient of 0 for each parameter, all in the same memory."""
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for param in params.values():
+        kind = param.dtype, param.device
+        last = sum((n - 1) * stride for n, stride in zip(param.shape, param.stride(), strict=True))
+        sizes[kind] = max(sizes.get(kind, 0), (1 + last) * (param.numel() > 0))
+    memory = {kind: torch.zeros(n, dtype=kind[0], device=kind[1]) for kind, n in sizes.items()}
+    return {
+        number: torch.zeros_like(param)
+        if is_traceable_wrapper_subclass(param)
+        else memory[param.dtype, param.device].as_strided(param.shape, param.stride())
+        for number, param in params.items()
+    }
 
 
 def _alike(tensors: list[Tensor]) -> Callable[..., bool]:
@@ -171,25 +258,31 @@ def _check_gradients(params: list[Tensor], grads: list[Tensor], check: Check) ->
 def _make(
     params: list[Tensor],
     present: list[bool],
+    included: list[bool],
     groups: Groups,
     state: State,
     terms: dict[Tensor, Term],
     append: Append,
 ) -> _Kept:
-    batch = Batch()
-    owners = chain.from_iterable([i] * len(group["params"]) for i, group in enumerate(groups))
-    active, viewed, operands = [], [], []
-    for number, (param, index) in compress(enumerate(zip(params, owners, strict=True)), present):
+    batch, owners = Batch(), _owners(groups)
+    active, viewed, operands, absent = [], [], [], {}
+    for number, (param, index) in compress(enumerate(zip(params, owners, strict=True)), included):
         append(batch, index, number, param)
+        if not present[number]:
+            absent[number] = param
+            batch.groups[-1] += len(groups)
         active.append(state[param])
         shaped = [param, *(state[param][key] for key in SHAPED_STATE if key in state[param])]
         operands += [*shaped, *(t for t in terms.get(param, ()) if t is not None)]
         if param.is_complex():
             viewed += shaped
+    batch.unused = bool(absent)
     return _Kept(
         batch=batch,
         params=params,
         present=present,
+        zeros=_zeros(absent),
+        included=included,
         layout=_layout(groups),
         terms=terms,
         states=list(state.values()),

@@ -55,6 +55,7 @@ class TracedOptimizer:
     def __init__(self, optimizer: Optimizer) -> None:
         self.name = str(next(_NUMBERS))
         self.groups = optimizer.param_groups
+        self.penalised = optimizer.__dict__.get("_penalty") is not None  # follows the penalty
         OPTIMIZERS[self.name] = optimizer
 
 
@@ -83,13 +84,17 @@ def step_(
     surprise = read_surprise(surprise, "the surprise")
     if _is_changed(traced.name):
         torch._dynamo.graph_break(msg="the compiled function changes a group or the penalty")
-    params, grads, indices = [], [], []
+    params, grads, indices, others = [], [], [], []
     for index, param in enumerate(p for group in traced.groups for p in group["params"]):
         if param.grad is not None:
             params.append(param)
             grads.append(param.grad)
             indices.append(index)
+        elif traced.penalised and param.requires_grad:  # perhaps moved by the penalty alone
+            others.append((index, param))
     if params:
+        indices += [index for index, _ in others]
+        params += [param for _, param in others]
         with torch.no_grad():
             torch.ops.ars.step_(
                 params, optimizer._buffer, grads, loss, surprise, indices, traced.name
@@ -156,9 +161,10 @@ def _operator(
     Backends other than Inductor hand over copies of what is mutated, and copy these back.
 
     Args:
-        params: The parameters that have a gradient, or copies of them.
+        params: The parameters that have a gradient, then those that the penalty may move, or copies
+            of them.
         diagnostics: The optimizer's diagnostics, or a copy.
-        grads: Their gradients.
+        grads: The gradients of the first of them.
         loss: 0-d, or None.
         surprise: Likewise.
         indices: Which parameters of the optimizer they are.
@@ -179,7 +185,7 @@ def _operator(
         )
     owned = [param for group in stepped.param_groups for param in group["params"]]
     found = [param.grad for param in owned]
-    given = dict(zip(indices, grads, strict=True))
+    given = dict(zip(indices, grads, strict=False))
     copies = [
         (owned[index], param)
         for index, param in zip(indices, params, strict=True)

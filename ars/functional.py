@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ars import loop
-from ars.batch import Batch, Hyper, Options
+from ars.batch import DIAGNOSTICS, Batch, Hyper, Options, rows
 from ars.device import DeviceStep
 from ars.host import HostStep
+from ars.loop import hold_, moves
 from ars.squares import add_squared_products_, has_triton
 
 __all__ = [
-    "Implementation", "Kept", "add_squared_products_", "choose", "have_moved", "step_",
+    "Implementation", "Kept", "add_squared_products_", "choose", "have_moved", "hold_", "step_",
 ]  # fmt: skip
 
 Implementation: TypeAlias = Literal["loop", "foreach", "fused", "triton"]
@@ -135,9 +136,17 @@ def step_(
         options: What holds for all groups.
         kept: What is kept from step to step.
     """
+    given, hypers = hypers, rows(hypers, unused=batch.unused)
     if implementation == "triton":
         kept.device.step_(batch, hypers, options)
     elif implementation == "loop":
         loop.step_(batch, hypers, options)
     else:
         kept.host.step_(batch, hypers, options, foreach=implementation == "foreach")
+    if batch.held is not None:
+        value = hold_(batch.held, given, options, count=batch.steps[0])
+        place = options.diagnostics[DIAGNOSTICS.index("penalty")]
+        # Without a penalty in the step itself, the kernels have left the last one's value there.
+        if options.penalty is not None or any(anchor is not None for anchor in batch.anchors):
+            value = place + value
+        place.copy_(torch.where(moves(options), value, place))

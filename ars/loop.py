@@ -8,7 +8,7 @@ from ars import reference
 from ars.batch import Batch, Hyper, Options, gated, write_diagnostics
 from ars.penalty import Scalar
 
-__all__ = ["step_"]
+__all__ = ["hold_", "moves", "step_"]
 
 
 def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
@@ -120,6 +120,89 @@ def _update(
     stored = batch.max_exp_avg_sqs[i]
     if stored is not None and result.max_exp_avg_sq is not None:
         stored.copy_(result.max_exp_avg_sq)
+    return value
+
+
+def hold_(
+    held: Batch, hypers: list[Hyper], options: Options, *, count: torch.Tensor
+) -> torch.Tensor:
+    """Pull parameters without a gradient to their anchors, by the proximal step (9) alone.
+
+    Its metric is that of their last step, and eps where there was none. To be called after the step
+    of the others, whose gate it takes from the diagnostics; on a GPU it waits for nothing.
+
+    Args:
+        held: The parameters.
+        hypers: Each group's hyperparameters, without the gate.
+        options: What holds for all groups.
+        count: A step counter that has advanced, for the bits that round: the parameters' own stand.
+
+    Returns:
+        Their penalty before, 0-d float64.
+    """
+    report = options.diagnostics
+    if options.controller is not None:
+        observed = report[: len(reference.Signals._fields)].clone()
+        on_cpu = report.device.type == "cpu"
+        signals = reference.Signals(*(observed.tolist() if on_cpu else observed.unbind()))
+        gate = options.controller.config.gate
+        hypers = [gated(hyper, signals, gate) for hyper in hypers]
+    there, total = moves(options), torch.zeros_like(report[0])
+    for i, group in enumerate(held.groups):
+        value = _hold(held, i, hypers[group], options, there, count)
+        total = total + value.detach().to(total)
+    return total
+
+
+def moves(options: Options) -> torch.Tensor:
+    """Whether anything may move, 0-d, where the diagnostics are."""
+    device = options.diagnostics.device
+    if options.found_inf is None:
+        return torch.ones((), dtype=torch.bool, device=device)
+    return options.found_inf.detach().to(device, non_blocking=True).reshape(()) == 0
+
+
+def _hold(
+    held: Batch,
+    i: int,
+    hyper: Hyper,
+    options: Options,
+    moves: torch.Tensor,
+    count: torch.Tensor,
+) -> torch.Tensor:
+    """Move tensor i, and return its penalty before."""
+    param, remainder = held.params[i], held.remainders[i]
+    anchor, importance, scale = held.anchors[i], held.importances[i], held.scales[i]
+    assert anchor is not None
+    assert importance is not None
+    if scale is not None:
+        importance = reference.decode_importance(importance, scale)
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    theta = _kept(param) if remainder is None else reference.join_master(param, remainder)
+    theta, anchor, importance = theta.to(dtype), anchor.to(dtype), importance.to(dtype)
+    lr, beta2, strength = (_on(param, x) for x in (hyper.lr, hyper.beta2, hyper.strength))
+    second, largest = held.exp_avg_sqs[i].to(dtype), held.max_exp_avg_sqs[i]
+    if largest is not None:
+        second = torch.maximum(second, largest.to(dtype))
+    if held.products:
+        correction = 1 - held.products[i][1]
+    else:
+        correction = 1 - beta2 ** held.steps[i].to(param.device, torch.float64)
+    correction = torch.where(correction > 0, correction, 1.0)  # before the first step
+    # With eps = 0 and no gradient yet, 0 / 0 would be NaN.
+    denominator = reference.adam_denominator(second, correction, hyper.eps)
+    denominator = denominator.clamp(min=torch.finfo(dtype).tiny)
+    value = reference.ewc_value(theta, anchor, importance, strength)
+    pulled = reference.ewc_proximal(theta, anchor, importance, lr * strength, denominator)
+    pulled = torch.where(moves.to(param.device), pulled.to(dtype), theta)
+    if remainder is not None:
+        pulled, rest = reference.split_master(pulled)
+        remainder.copy_(rest)
+    elif options.stochastic and param.dtype == torch.bfloat16:
+        step, number = count.to(param.device), held.numbers[i]
+        bits, _, _ = reference.rounding_bits(param, seed=options.seed, step=step, number=number)
+        pulled = reference.stochastic_round(pulled, param.dtype, bits)
+    param.copy_(pulled)
     return value
 
 

@@ -79,14 +79,32 @@ class ParameterwiseStep:
             if self._options is None:
                 self._take_first(param)
             else:
-                self._take_next(param, self._options)
+                self._take_next(param, self._options, self._hypers[self._places[param][0]])
             self._stepped.add(param)
             param.grad = None
 
+    @torch.no_grad()
     def finish(self) -> None:
-        """Report the penalty of all parameters, and that there was a step."""
+        """Let the penalty pull at what had no gradient, and report that there was a step."""
         if self._options is None:  # no parameter had a gradient
             return
+        optimizer, held = self._optimizer, Batch()
+        for param, (group, number) in self._places.items():
+            term = optimizer._terms.get(param) if param.requires_grad else None
+            if term is None or param in self._stepped:
+                continue
+            if self._options.proximal and term.pull is None:
+                optimizer._append(held, group, number, param)
+                continue
+            param.grad = torch.zeros_like(param)
+            hypers = [hyper._replace(weight_decay=0.0) for hyper in self._hypers[group]]
+            self._take_next(param, self._options, hypers)
+            self._stepped.add(param)
+            param.grad = None
+        if held.params:
+            first = next(param for param in self._places if param in self._stepped)
+            count = optimizer.state[first]["step"]
+            self._penalties.append(functional.hold_(held, *self._given, count=count))
         if self._penalties:
             self._optimizer._buffer[PENALTY] += torch.stack(self._penalties).sum()
         # What learning rate schedulers look for.
@@ -101,12 +119,13 @@ class ParameterwiseStep:
         optimizer._watches = self._watches
         optimizer._buffer[PENALTY] = 0.0  # without a penalty of its own, it writes none
         self._step(batch, hypers, options, self._first)
+        self._given = hypers, options
         self._repeat(hypers, options)
 
-    def _take_next(self, param: Tensor, options: Options) -> None:
+    def _take_next(self, param: Tensor, options: Options, hypers: list[Hyper]) -> None:
         part = self._parts.setdefault(param, _Part())
         batch = self._collect(param, part)
-        self._step(batch, self._hypers[self._places[param][0]], options, part)
+        self._step(batch, hypers, options, part)
         if batch.anchors[0] is not None:
             self._penalties.append(self._scratch[PENALTY].clone())
 

@@ -39,7 +39,8 @@ class Penalty(Protocol):
     r"""A quadratic penalty :math:`\frac{\lambda}{2} \sum \Omega (\theta - \theta^*)^2`.
 
     Any object with these members will do; :class:`ars.regularizers.EWC` is one. The optimizer calls
-    :meth:`terms` once, and reads ``strength`` and ``mode`` at every step.
+    :meth:`terms` once, and reads ``strength`` and ``mode`` at every step. In a step in which any
+    parameter has a gradient it pulls at all of them, but frozen ones.
 
     A penalty that is not elementwise has two members more. ``gradients()``, called once, returns
     pairs (parameter, buffer), the buffer of the parameter's shape, float32 (float64 for a float64

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ars import functional
 from ars.batch import read_hyper
+from ars.compiled import TracedOptimizer
 from ars.controller import ARSController
 from ars.groups import complete_group
 from ars.penalty import Penalty, Term, parameter_names, read_terms
@@ -27,6 +28,7 @@ class PlacedAdam(torch.optim.Adam):
     _precision: Precision
     _step_supports_amp_scaling: bool
     _terms: dict[Tensor, Term]
+    _traced: TracedOptimizer
 
     def _parameters(self) -> list[Tensor]:
         """Return the parameters of all groups, in order."""
@@ -106,6 +108,7 @@ class PlacedAdam(torch.optim.Adam):
     def penalty(self, penalty: Penalty | None) -> None:
         self._terms = self._read_terms(penalty)
         self._penalty = penalty
+        self._traced.penalised = penalty is not None
 
     def _read_terms(self, penalty: Penalty | None) -> dict[Tensor, Term]:
         """Ask a penalty for its terms, and check them and the groups' own strengths."""

@@ -99,19 +99,20 @@ def test_training_step_equals_eager(whole):
             assert_same(optimizer, expected)
 
 
-def test_parameters_without_a_gradient_stay():
-    compiled, eager = pair()
+@pytest.mark.parametrize("penalty", [False, True])
+def test_parameters_without_a_gradient_stay_unless_a_penalty_pulls_at_them(penalty):
+    compiled, eager = pair(penalty=penalty)
     skips = [(), (1,), (1,), (), (0, 1, 2)]
     assert run(compiled, eager, step_on_loss, 5, skips=skips) == len(set(skips))
-    assert int(compiled.state[compiled._parameters()[1]]["step"]) == 2
+    assert int(compiled.state[compiled._parameters()[1]]["step"]) == (4 if penalty else 2)
 
     def without_the_second(optimizer, loss):
         optimizer._traced.groups[0]["params"][1].grad = None
         optimizer.step(loss=loss)
 
-    compiled, eager = pair()
+    compiled, eager = pair(penalty=penalty)
     run(compiled, eager, without_the_second, 2)
-    assert len(compiled.state) == len(SHAPES) - 1
+    assert len(compiled.state) == len(SHAPES) - (0 if penalty else 1)
 
 
 def test_the_graph_around_the_step_is_in_order():

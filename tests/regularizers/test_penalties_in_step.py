@@ -7,7 +7,14 @@ import torch
 from ewc_models import move, random_importance, small_model
 
 from ars import ARSAdamW
-from ars.regularizers import EWC, AdaptiveStrength, ProgressiveInheritance, SubspacePenalty
+from ars.regularizers import (
+    EWC,
+    AdaptiveStrength,
+    KroneckerFisher,
+    KroneckerPenalty,
+    ProgressiveInheritance,
+    SubspacePenalty,
+)
 
 
 def subspace(model, strength=0.3, **options):
@@ -21,6 +28,14 @@ def ewc(model, **options):
     return EWC(model, random_importance(model), 0.2, **options)
 
 
+def kronecker(model):
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    return KroneckerPenalty(
+        model, KroneckerFisher(model, "exact").fit([(inputs, torch.arange(6) % 2)])
+    )
+
+
 KINDS = {
     "subspace": subspace,
     "outside": lambda model: subspace(model, protect="outside"),
@@ -28,6 +43,7 @@ KINDS = {
     "bfloat16": lambda model: ewc(model, storage="bfloat16"),
     "compact": lambda model: ewc(model, storage="compact"),
     "progressive": lambda model: ProgressiveInheritance(ewc(model), subspace(model)),
+    "kronecker": kronecker,
 }
 PATHS = {
     "loop": {"foreach": False},
@@ -64,6 +80,53 @@ def test_coupled_steps_are_those_of_the_penalty_in_the_loss(build, path):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     assert value > 0
+
+
+@pytest.mark.parametrize("build", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_layers_that_the_loss_does_not_use_are_pulled_as_in_the_loss(build, path):
+    """Now the first layer has no gradient, now the second; without weight decay."""
+    ours = small_model(torch.float64)
+    theirs = copy.deepcopy(ours)
+    within, added = build(ours), build(theirs)
+    for model in (ours, theirs):
+        move(model)
+    optimizer = ARSAdamW(
+        ours.parameters(), lr=0.01, weight_decay=0.0, ars=None, penalty=within, **path
+    )
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.0)
+    for step in range(6):
+        used = 2 * (step // 2 % 2)
+        loss, expected = ((model[used].weight - 1).square().sum() for model in (ours, theirs))
+        optimizer.zero_grad()
+        loss.backward()
+        value = added.value()
+        optimizer.step(loss=loss.detach())
+        assert float(optimizer.diagnostics["penalty"]) == pytest.approx(value.item(), rel=1e-6)
+        reference.zero_grad()
+        (expected + value).backward()
+        reference.step()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_a_proximal_penalty_with_a_subspace_pulls_an_unused_layer_by_both(path):
+    model = small_model(torch.float64)
+    parts = ewc(model, mode="proximal"), subspace(model, 30.0)
+    move(model)
+    optimizer = ARSAdamW(
+        model.parameters(), lr=0.01, weight_decay=0.0, ars=None,
+        penalty=ProgressiveInheritance(*parts), **path,
+    )  # fmt: skip
+    model[2].weight.sum().backward()
+    before = [part.value().item() for part in parts]
+    for _ in range(30):
+        optimizer.step()
+        model[2].weight.grad.zero_()
+    assert all(part.value().item() < 0.9 * value for part, value in zip(parts, before, strict=True))
+    assert optimizer.state[model[0].weight]["step"] == 30  # the subspace's gradient is Adam's
+    assert optimizer.state[model[0].bias]["step"] == 0
 
 
 def test_clipping_does_not_touch_the_penalty():
