@@ -18,12 +18,13 @@ from ars.regularizers.batches import checked_batch, take_samples
 from ars.regularizers.checks import checked_module
 from ars.regularizers.estimators import IGNORE_INDEX
 from ars.regularizers.factors import outer_products
-from ars.regularizers.layer_checks import check_samples, check_used, warn_of_others
+from ars.regularizers.layer_checks import check_counts, check_order, check_used, warn_of_others
 from ars.regularizers.layers import (
     batched_rows,
     matrix_layers,
     recorded_uses,
 )
+from ars.regularizers.operators import Passes
 
 __all__ = ["ActivationCovariance"]
 
@@ -127,17 +128,19 @@ class ActivationCovariance:
         layers = matrix_layers(self.model)
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        seen, checked = 0, False
+        seen, passes, orders = 0, Passes(self.model), Passes(self.model)
         pairs = (_labelled(batch, index) for index, batch in enumerate(batches))
         with recorded_uses(self.model, layers) as uses, torch.no_grad():
             for inputs, targets in take_samples(pairs, n_samples):
                 uses.clear()
-                self.model(inputs)
-                check_used(self.model, uses)
                 ordered = bool((targets == IGNORE_INDEX).any())
-                if len(targets) > 1 and (ordered or not checked):
-                    check_samples(self.model, uses, inputs, ordered=ordered)
-                    checked = True
+                checks = orders if ordered else passes
+                outputs = checks.run(inputs)
+                check_used(self.model, uses)
+                if len(targets) > 1 and checks.needs_proof:
+                    check_counts(self.model, uses, inputs)
+                    told = check_order(self.model, uses, inputs) if ordered else torch.tensor(True)
+                    checks.proven(outputs, told)
                 for use in uses:
                     rows, valid = batched_rows([use], targets, with_bias=True)
                     chosen = rows[valid]

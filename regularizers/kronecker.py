@@ -34,8 +34,14 @@ from ars.regularizers.checks import (
 )
 from ars.regularizers.cotangents import Chunk, cotangents
 from ars.regularizers.estimators import ESTIMATORS, IGNORE_INDEX
+from ars.regularizers.evaluation import computed_in
 from ars.regularizers.factors import FactorSums, KroneckerFactors
-from ars.regularizers.layer_checks import check_samples, check_used, warn_of_others
+from ars.regularizers.layer_checks import (
+    check_counts,
+    check_order_by_gradients,
+    check_used,
+    warn_of_others,
+)
 from ars.regularizers.layers import (
     MatrixLayer,
     Use,
@@ -44,6 +50,7 @@ from ars.regularizers.layers import (
     output_rows,
     recorded_uses,
 )
+from ars.regularizers.operators import Passes
 
 __all__ = ["KroneckerFisher"]
 
@@ -178,18 +185,20 @@ class KroneckerFisher:
         """
         layers = matrix_layers(self.model)
         sums: dict[str, FactorSums] = {}
-        seen, checked = 0, False
+        seen, passes, orders = 0, Passes(self.model), Passes(self.model)
         pairs = (checked_batch(batch, i, segments=False) for i, batch in enumerate(batches))
         with recorded_uses(self.model, layers) as uses, torch.enable_grad():
             for index, (inputs, targets) in enumerate(take_samples(pairs, n_samples)):
                 uses.clear()
-                logits = check_logits(self.model(inputs), targets)
+                ordered = self.sharing == "reduce" or bool((targets == IGNORE_INDEX).any())
+                checks = orders if ordered else passes
+                logits = check_logits(checks.run(inputs), targets)
                 check_targets(targets, logits.shape[-1], index)
                 check_used(self.model, uses)
-                ordered = self.sharing == "reduce" or bool((targets == IGNORE_INDEX).any())
-                if len(targets) > 1 and (ordered or not checked):
-                    check_samples(self.model, uses, inputs, ordered=ordered)
-                    checked = True
+                if len(targets) > 1 and checks.needs_proof:
+                    check_counts(self.model, uses, inputs)
+                    told = self._check_order(uses, logits, index) if ordered else torch.tensor(True)
+                    checks.proven(logits, told)
                 chunk = self._chunk(inputs, targets, logits.shape[-1])
                 # A copy: activation checkpointing runs layers again during the backward pass.
                 self._add(sums, layers, list(uses), logits, chunk)
@@ -205,6 +214,12 @@ class KroneckerFisher:
         warn_of_others("KroneckerFisher", self.model, layers, factors)
         self._factors, self._n_samples = factors, seen
         return self
+
+    def _check_order(self, uses: list[Use], logits: Tensor, seed: int) -> Tensor:
+        generator = torch.Generator(logits.device).manual_seed(seed)
+        float16 = torch.float16 in {computed_in(self.model.parameters(), logits), logits.dtype}
+        edges = [_edge(use) for use in uses]
+        return check_order_by_gradients(list(uses), edges, logits, generator, float16=float16)
 
     def _add(
         self,

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["HostReads", "Operators"]
+__all__ = ["HostReads", "Operators", "Passes"]
 
 # Reads that torch's dispatcher does not see; item(), bool() and the like it does.
 _HOST_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
@@ -93,6 +94,60 @@ class HostReads(TorchFunctionMode):
         if func in _HOST_READS:
             self._operators.by_value = True
         return func(*args, **(kwargs or {}))
+
+
+class Passes:
+    """Which passes have been proven to put every row where it is taken to be.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen: dict[object, Tensor] = {}
+        self._key: object = None
+        self._by_value = False
+
+    def run(self, inputs: Tensor) -> Any:
+        """Return what the model makes of ``inputs``, and look at how it does so."""
+        with Operators(self._model) as operators, HostReads(operators):
+            outputs = self._model(inputs)
+        self._key = inputs.shape, inputs.dtype, operators.record
+        self._by_value = operators.by_value
+        return outputs
+
+    @property
+    def needs_proof(self) -> bool:
+        """Whether the last pass is unlike all that have been proven."""
+        seen = self._seen.get(self._key)
+        return self._by_value or seen is None or not bool(seen.all())
+
+    def proven(self, outputs: Any, seen: Tensor, *, ours: type | None = None) -> None:
+        """Take the last pass as proven, and those like it, unless values decide.
+
+        Args:
+            outputs: What it returned.
+            seen: Which parts of the pass could be looked at this time, Booleans of one shape for
+                all passes that are alike. Until all have been, it is proven again.
+            ours: The one kind of autograd function, by its backward class, that moves no row.
+        """
+        if not (self._by_value or (isinstance(outputs, Tensor) and _has_functions(outputs, ours))):
+            self._seen[self._key] = seen | self._seen.get(self._key, seen)
+
+
+def _has_functions(outputs: Tensor, ours: type | None) -> bool:
+    """Whether anyone's own autograd function took part, whose kernels no record shows."""
+    todo, known = [outputs.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if isinstance(node, BackwardCFunction) and type(node) is not ours:
+            return True
+        todo += [following for following, _ in node.next_functions]
+    return False
 
 
 def _key(value: Any) -> Any:

@@ -32,13 +32,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 
 from ars.regularizers.contributions import Contribution, Sums, add_squares_of_uses_
 from ars.regularizers.cotangents import Chunk, and_whether_more, cotangents
 from ars.regularizers.evaluation import computed_in
 from ars.regularizers.layer_rules import rule_of, to_samples
-from ars.regularizers.operators import HostReads, Operators
+from ars.regularizers.operators import Passes
 from ars.regularizers.row_proof import RowProof
 
 __all__ = ["Taps", "UnsupportedModelError"]
@@ -124,8 +123,7 @@ class Taps:
         self._pending: dict[nn.Parameter, list[Contribution]] = {}
         self._generator = torch.Generator(inputs.device).manual_seed(0)
         self._proof: RowProof | None = None  # while one is made, taps add to it
-        # What equal passes have been seen to do: which samples have reached which layers.
-        self._seen: dict[object, Tensor] = {}
+        self._passes = Passes(model)
         self._by_itself = False  # whether the model runs without taps for a moment
 
     def _tapped_layers(self) -> dict[nn.Module, str]:
@@ -284,15 +282,12 @@ class Taps:
         self._pending.clear()
         with self._tapped(tap), self._expanded(samples, root, record_copies):
             try:
-                with Operators(self._model) as operators, HostReads(operators):
-                    logits = self._model(chunk.inputs)
+                logits = self._passes.run(chunk.inputs)
                 self._check_calls(calls)
                 self._check_no_other_use(logits)
-                key = (chunk.inputs.shape, chunk.inputs.dtype, operators.record)
-                if samples > 1 and (operators.by_value or not self._is_proven(key)):
+                if samples > 1 and self._passes.needs_proof:
                     seen = self._check_rows(logits, root, chunk, tapped, float16=float16)
-                    if not (operators.by_value or _has_functions(logits)):
-                        self._seen[key] = seen | self._seen.get(key, seen)
+                    self._passes.proven(logits, seen, ours=_Tap._backward_cls)
             except UnsupportedModelError:
                 raise
             except Exception as error:  # whatever the taps do to the model
@@ -303,10 +298,6 @@ class Taps:
                 for p, uses in self._pending.items():
                     add_squares_of_uses_(total[self._names[p]], uses, samples)
                 self._pending.clear()
-
-    def _is_proven(self, key: object) -> bool:
-        """Whether every sample has reached every layer in a pass like this one."""
-        return key in self._seen and bool(self._seen[key].all())
 
     def _check_calls(self, calls: Counter[nn.Module]) -> None:
         for module, known in self._calls.items():
@@ -390,17 +381,3 @@ class Taps:
             self._pending.setdefault(p, []).append(use)
         else:
             use.add_squares_(total[self._names[p]])
-
-
-def _has_functions(logits: Tensor) -> bool:
-    """Whether anyone's own autograd function took part, whose kernels no record shows."""
-    todo, known = [logits.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        if isinstance(node, BackwardCFunction) and not isinstance(node, _Tap._backward_cls):
-            return True
-        todo += [following for following, _ in node.next_functions]
-    return False
