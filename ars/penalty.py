@@ -1,7 +1,7 @@
 """What the optimizer asks of a penalty: plain tensors, so that it can read them in its own pass."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -48,6 +48,12 @@ class Penalty(Protocol):
     penalty's whole gradient at the parameters as they are, strength included, and returns its
     value, 0-d, without waiting for a device. The step adds the buffers to the gradient after
     unscaling and clipping. ``terms()`` may then return nothing.
+
+    A penalty that may get or lose tensors later has a ``version``, which is another number then:
+    the optimizer asks for all of them again. One with ``named_parameters()``, pairs (name,
+    parameter), is told by these names what does not fit.
+
+    A parameter that is frozen and not in the optimizer is left out, as nothing moves it.
     """
 
     @property
@@ -143,14 +149,19 @@ def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]
         ValueError: Its mode, its strength, or a term does not fit; names the parameter.
     """
     for member in ("strength", "mode", "terms"):
-        if not hasattr(penalty, member):
-            raise TypeError(
-                f"penalty {type(penalty).__name__} has no {member!r}: see ars.penalty.Penalty"
-            )
+        if isinstance(penalty, type) or not hasattr(penalty, member):
+            kind = penalty.__name__ if isinstance(penalty, type) else type(penalty).__name__
+            raise TypeError(f"penalty {kind} has no {member!r}: {_instead_of(penalty)}")
     read_settings(penalty)
+    rows = list(penalty.terms())
+    buffers = list(penalty.gradients()) if hasattr(penalty, "gradients") else []
+    held = [row[0] for row in (*rows, *buffers)]
+    _check_are_optimized(penalty, held, names)
     terms: dict[Tensor, Term] = {}
-    for index, (param, anchor, importance, *rest) in enumerate(penalty.terms()):
-        name = _name(param, f"term {index}", names)
+    for param, anchor, importance, *rest in rows:
+        if param not in names:
+            continue
+        name = names[param]
         if param in terms:
             raise ValueError(f"the penalty has two terms for {name}: merge them into one")
         _check_anchor(name, param, anchor)
@@ -163,8 +174,10 @@ def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]
                 f"penalty {type(penalty).__name__} has gradients() but no refresh() to fill them: "
                 "see ars.penalty.Penalty"
             )
-        for index, (param, buffer) in enumerate(penalty.gradients()):
-            name = _name(param, f"gradient {index}", names)
+        for param, buffer in buffers:
+            if param not in names:
+                continue
+            name = names[param]
             term = terms.get(param, Term())
             if term.pull is not None:
                 raise ValueError(f"the penalty has two gradients for {name}: add them up")
@@ -173,13 +186,55 @@ def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]
     return terms
 
 
-def _name(param: Tensor, what: str, names: dict[Tensor, str]) -> str:
-    if param not in names:
-        raise ValueError(
-            f"{what} of the penalty, of shape {tuple(param.shape)}, belongs to no "
-            "parameter of this optimizer: build the penalty from the same model"
+def _instead_of(penalty: Any) -> str:
+    """Say what to pass instead of something that is not a penalty, by what it has."""
+    kind = type(penalty).__name__
+    if isinstance(penalty, type):
+        return f"that is the class, so build one: {penalty.__name__}(...)"
+    if isinstance(penalty, (list, tuple, set)):
+        return (
+            "an optimizer takes one penalty. Pass one of them, and add the others to the loss by "
+            "ars.regularizers.CombinedLoss(...); an EWC and a SubspacePenalty together are a "
+            "ProgressiveInheritance"
         )
-    return names[param]
+    if hasattr(penalty, "factors") or hasattr(penalty, "covariance"):
+        return f"pass KroneckerPenalty(model, ...) of this {kind}"
+    if hasattr(penalty, "importance") or isinstance(penalty, Mapping):
+        return f"pass EWC(model, ...) of this {kind}"
+    if hasattr(penalty, "penalty") and hasattr(penalty, "strength"):
+        return "pass the penalty that it adapts, its .penalty"
+    if hasattr(penalty, "value") or hasattr(penalty, "parts"):
+        return "an optimizer cannot apply it, so add it to the loss"
+    if isinstance(penalty, torch.nn.Module) or callable(penalty):
+        return "a loss is no penalty: add it to the task's loss, or see ars.penalty.Penalty"
+    return "see ars.penalty.Penalty"
+
+
+def _check_are_optimized(penalty: Any, held: list[Tensor], names: dict[Tensor, str]) -> None:
+    """Raise unless all that a penalty pulls at is optimized, but for what is frozen.
+
+    Raises:
+        ValueError: Something is not; names it.
+    """
+    absent = [param for param in dict.fromkeys(held) if param not in names]
+    if not absent:
+        return
+    known: dict[Tensor, str] = {}
+    if hasattr(penalty, "named_parameters"):
+        known = {param: repr(name) for name, param in penalty.named_parameters()}
+    moving = next((param for param in absent if param.requires_grad), absent[0])
+    name = known.get(moving, f"a parameter of shape {tuple(moving.shape)}")
+    if len(absent) == len(set(held)):
+        raise ValueError(
+            f"the penalty pulls at {name} and belongs to no parameter of this optimizer: build it "
+            "from the model that is optimized, not from a copy, after the model is where it stays"
+        )
+    if moving.requires_grad:
+        raise ValueError(
+            f"the penalty pulls at {name}, which is no parameter of this optimizer: give it to the "
+            "optimizer (add_param_group), leave it out of the penalty, or freeze it by "
+            "requires_grad_(False), and it stays where it is"
+        )
 
 
 def _check_place(what: str, name: str, param: Tensor, tensor: Tensor) -> None:
@@ -260,8 +315,8 @@ def _check_pull(name: str, param: Tensor, buffer: Tensor) -> None:
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     if buffer.dtype != dtype or param.is_complex():
         raise ValueError(
-            f"gradient of {name} must be {dtype} and the parameter real: is "
-            f"{buffer.dtype}, the parameter {param.dtype}"
+            f"gradient of {name} must be {dtype} and the parameter real: is {buffer.dtype}, the "
+            f"parameter {param.dtype}; convert the model first, then build the penalty"
         )
 
 

@@ -29,6 +29,7 @@ class PlacedAdam(torch.optim.Adam):
     _step_supports_amp_scaling: bool
     _terms: dict[Tensor, Term]
     _traced: TracedOptimizer
+    _version: Any  # of the penalty whose terms these are
 
     def _parameters(self) -> list[Tensor]:
         """Return the parameters of all groups, in order."""
@@ -42,9 +43,11 @@ class PlacedAdam(torch.optim.Adam):
             self._place()
 
     def _follow(self) -> None:
-        """Place the optimizer again if its parameters have moved since."""
+        """Follow parameters that have moved since, and a penalty that has other tensors now."""
         if functional.have_moved(self.param_groups, self._buffer.device):
             self._place()
+        if getattr(self._penalty, "version", 0) != self._version:
+            self.penalty = self._penalty
 
     def _place(self) -> None:
         """Choose the implementation, and bring what the step keeps, where the parameters are.
@@ -91,6 +94,7 @@ class PlacedAdam(torch.optim.Adam):
         complete_group(param_group)
         super().add_param_group(param_group)
         if "_implementation" in self.__dict__:  # after the constructor
+            self._version = None  # the penalty may have been waiting for these: ask again
             device, new = self._buffer.device, param_group["params"]
             if any(p.device != device or is_traceable_wrapper_subclass(p) for p in new):
                 try:
@@ -107,7 +111,7 @@ class PlacedAdam(torch.optim.Adam):
     @penalty.setter
     def penalty(self, penalty: Penalty | None) -> None:
         self._terms = self._read_terms(penalty)
-        self._penalty = penalty
+        self._penalty, self._version = penalty, getattr(penalty, "version", 0)
         self._traced.penalised = penalty is not None
 
     def _read_terms(self, penalty: Penalty | None) -> dict[Tensor, Term]:

@@ -20,11 +20,14 @@ __all__ = [
     "check_positive_int",
     "check_state",
     "check_tensor",
+    "check_unmoved",
     "checked_choice",
     "checked_decay",
     "checked_module",
     "checked_strength",
     "copy_like",
+    "live_parameters",
+    "with_those_of",
 ]
 
 
@@ -91,6 +94,50 @@ def check_names(names: Mapping[str, Any], model: nn.Module, source: str) -> None
         )
 
 
+def live_parameters(model: nn.Module, held: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Return the model's parameters as they are now, which a penalty built earlier may not know.
+
+    Args:
+        model: The model.
+        held: What the penalty holds, by name; the model may have lost it since.
+
+    Returns:
+        The parameters by name, in the model's order.
+
+    Raises:
+        ValueError: The model has another parameter than the penalty under one name.
+    """
+    live = dict(model.named_parameters())
+    for name, param in held.items():
+        if live.get(name, param) is not param:
+            raise ValueError(
+                f"{name!r} is another parameter of {type(model).__name__} than when this penalty "
+                "was built; build a new penalty, or take EWC.grown(model) for a larger one"
+            )
+    return live
+
+
+def with_those_of(
+    state: Mapping[str, Any], part: str, model: nn.Module, held: dict[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Return what a penalty holds and what else of the model a state has, such as a later head.
+
+    Args:
+        state: The state, not checked yet.
+        part: Its mapping from parameter name to tensor.
+        model: The model.
+        held: What the penalty holds, by name.
+
+    Returns:
+        The parameters by name, in the model's order, then those that the model has no more.
+    """
+    found = state.get(part) if isinstance(state, Mapping) else None
+    if not isinstance(found, Mapping):
+        return held
+    live = live_parameters(model, held)
+    return {name: p for name, p in live.items() if name in found or name in held} | held
+
+
 def _check_shape(what: str, tensor: Tensor, shape: torch.Size) -> None:
     """Refuse what is not a floating-point tensor of ``shape``.
 
@@ -137,6 +184,30 @@ def check_tensor(what: str, tensor: Tensor, param: Tensor, minimum: float = -mat
         )
     if (stored < minimum).any():
         raise ValueError(f"{what} holds a negative value; importances are mean squares, so >= 0")
+
+
+def check_unmoved(name: str, param: Tensor, kept: Tensor, *, same_dtype: bool = False) -> None:
+    """Refuse a parameter that was moved, converted or reshaped since a penalty was built of it.
+
+    Args:
+        name: Of the parameter.
+        param: The parameter.
+        kept: Beside it from then on, in the dtype penalties are computed in.
+        same_dtype: Whether that must be so still.
+
+    Raises:
+        ValueError: It was.
+    """
+    if param.shape != kept.shape or param.device != kept.device:
+        what = f"{tuple(param.shape)} on {param.device}", f"{tuple(kept.shape)} on {kept.device}"
+    elif same_dtype and accumulation_dtype(param.dtype) != kept.dtype:
+        what = f"of {param.dtype}", f"of {kept.dtype}"
+    else:
+        return
+    raise ValueError(
+        f"{name!r} is {what[0]}, and what the penalty keeps beside it {what[1]}; move and convert "
+        "the model first, then build the penalty; load_state_dict brings the old one's state"
+    )
 
 
 def check_state(

@@ -164,23 +164,33 @@ class ActivationCovariance:
     def merge(self, other: "ActivationCovariance") -> "ActivationCovariance":
         """Return what :meth:`fit` would have found on the data of both, of the model as it was.
 
+        A layer that only one of the two has, such as a new head, is as it is there.
+
         Args:
-            other: Fitted, of a model with the same layers.
+            other: Fitted, of a model with layers of this one's model.
 
         Raises:
             TypeError: ``other`` is not an ActivationCovariance.
-            ValueError: The layers differ; names the first difference.
+            ValueError: The other has a layer that this model does not have; names it.
             RuntimeError: One of the two is not fitted.
         """
         if not isinstance(other, ActivationCovariance):
             raise TypeError(f"other must be an ActivationCovariance, got {type(other).__name__}")
         mine, theirs = self._fitted(), other._fitted()
-        if different := sorted(mine.keys() ^ theirs.keys()):
-            raise ValueError(f"only one of the two has {different[0]!r}: fit both on one model")
+        layers = matrix_layers(self.model)
+        for name in theirs:
+            if name not in mine and name not in layers:
+                raise ValueError(
+                    f"the other has {name!r}, which is no layer of this one's "
+                    f"{type(self.model).__name__}: fit both on one model"
+                )
         merged = ActivationCovariance(self.model)
         merged._moments = {}
-        for name, moment in mine.items():
-            another = theirs[name]
+        for name in mine | theirs:
+            if name not in mine or name not in theirs:  # not run, or not there, in the one's data
+                merged._moments[name] = mine.get(name) or theirs[name]
+                continue
+            moment, another = mine[name], theirs[name]
             if moment.mean.shape != another.mean.shape:
                 raise ValueError(
                     f"{name!r} has {len(another.mean) - 1} inputs in the other, "

@@ -19,17 +19,22 @@ from torch import Tensor, nn
 from ars.regularizers.checks import (
     check_names,
     check_tensor,
+    check_unmoved,
     checked_choice,
     checked_decay,
     checked_module,
     copy_like,
+    live_parameters,
+    with_those_of,
 )
+from ars.regularizers.estimators import accumulation_dtype
 from ars.regularizers.ewc_state import Mode, Storage, checked_ewc_state
 from ars.regularizers.fisher import DiagonalFisher
 from ars.regularizers.importance import (
     check_importance,
     embedded,
     estimator_of,
+    factor_of,
     importance_of,
     layer_factors,
     merged_estimator,
@@ -115,7 +120,8 @@ class EWC(Strengthened):
         layer_strengths: Mapping[str, float] | None = None,
         storage: Storage = "full",
     ) -> None:
-        parameters = dict(checked_module(model).named_parameters())
+        self._model = checked_module(model)
+        parameters = dict(model.named_parameters())
         importance = importance_of(fisher)
         check_names(importance, model, "fisher")
         self._parameters = {name: p for name, p in parameters.items() if name in importance}
@@ -124,10 +130,10 @@ class EWC(Strengthened):
         self.mode: Mode = checked_choice("mode", mode, get_args(Mode))
         self.storage: Storage = checked_choice("storage", storage, get_args(Storage))
         self._factors = layer_factors(layer_strengths, self._parameters)
+        self._layer_strengths = dict(layer_strengths or {})  # of parameters that are still to come
         self._pulls = {}
         for name, p in self._parameters.items():
-            omega = self._weighted(name, importance)
-            check_tensor(f"the importance of {name!r}, times its layer strength,", omega, p)
+            omega = _weighted(name, p, importance[name], self._factors[name])
             self._pulls[name] = Pull(name, p, omega, storage)
         self.estimator = estimator_of(fisher)
         self.constant = 0.0
@@ -142,6 +148,10 @@ class EWC(Strengthened):
         """Omega by parameter name: what is stored, or with ``"compact"`` an expanded copy."""
         return {name: pull.omega() for name, pull in self._pulls.items()}
 
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and parameter of every penalised tensor, in the model's order."""
+        return list(self._parameters.items())
+
     def terms(self) -> list[tuple[Tensor, ...]]:
         """Parameter, anchor and importance of every penalised tensor, in the model's order.
 
@@ -155,6 +165,8 @@ class EWC(Strengthened):
         One differentiable operation, of any order, which keeps only references for the backward
         pass.
         """
+        for name, pull in self._pulls.items():
+            check_unmoved(name, pull.param, pull.anchor)
         return quadratic_value(list(self._pulls.values()), self.strength)
 
     @torch.no_grad()
@@ -163,10 +175,13 @@ class EWC(Strengthened):
     ) -> None:
         r"""Online EWC: :math:`\Omega \leftarrow \gamma \Omega + F`, anchored at the model as it is.
 
-        Tensors keep their addresses: an optimizer that holds this penalty goes on with the new one.
+        A parameter that only one of the two names, such as a new head, has importance 0 in the
+        other. One that the model has no more is dropped. Tensors keep their addresses, and an
+        optimizer that holds this penalty goes on with it; give it new parameters by
+        ``add_param_group`` first.
 
         Args:
-            fisher: F of the task that was learned last, for the same parameters.
+            fisher: F of the task that was learned last.
             decay: gamma in [0, 1], how much of the earlier tasks is kept.
 
         Raises:
@@ -186,11 +201,10 @@ class EWC(Strengthened):
 
         The sum of K quadratic terms is one: :math:`\Omega = \sum_t F_t` around
         :math:`\mu = \sum_t F_t \theta_t / \Omega`. Gradients are those of the sum; its value is
-        ``value() + strength * constant``. Tensors keep their addresses.
+        ``value() + strength * constant``. What is new, or no more, is as for :meth:`consolidate`.
 
         Args:
-            fisher: F of the task that was learned last, for the same parameters; the model as it is
-                is its anchor.
+            fisher: F of the task that was learned last; the model as it is is its anchor.
 
         Raises:
             TypeError: As for the constructor. Nothing has changed then.
@@ -230,7 +244,7 @@ class EWC(Strengthened):
         for name, pull in penalty._pulls.items():
             anchor = self._pulls[name].anchor
             pull.anchor[tuple(slice(n) for n in anchor.shape)] = anchor
-        penalty._factors = dict(self._factors)
+        penalty._factors, penalty._layer_strengths = dict(self._factors), self._layer_strengths
         penalty.estimator, penalty.constant = self.estimator, self.constant
         return penalty
 
@@ -254,6 +268,8 @@ class EWC(Strengthened):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy a state into this penalty's own tensors, whose addresses do not change.
 
+        Parameters of the model that the state holds and this penalty does not are taken in.
+
         Args:
             state: What :meth:`state_dict` returned, on any device, of the same storage.
 
@@ -262,26 +278,72 @@ class EWC(Strengthened):
             ValueError: The state is of another model or holds an invalid value. Nothing has changed
                 then; the message names the first difference.
         """
-        new = checked_ewc_state(state, self._parameters, self.storage)
+        parameters = with_those_of(state, "anchor", self._model, self._parameters)
+        new = checked_ewc_state(state, parameters, self.storage)
+        pulls = self._pulls_of(parameters)
+        self._take(parameters, new.factors, pulls)
         self.strength, self.mode, self.constant = new.strength, new.mode, new.constant
-        self.estimator, self._factors = new.estimator, new.factors
+        self.estimator = new.estimator
         for name, (omega, anchor) in new.tensors.items():
-            self._pulls[name].assign(omega, anchor)
-
-    def _weighted(self, name: str, importance: Mapping[str, Tensor]) -> Tensor:
-        """Return a parameter's importance times its factor, in the dtype of the computation."""
-        return copy_like(self._parameters[name], importance[name]).mul_(self._factors[name])
+            pulls[name].assign(omega, anchor)
 
     def _further(
         self, fisher: DiagonalFisher | Mapping[str, Tensor], decay: float = 1.0
     ) -> Iterator[tuple[Pull, Tensor]]:
-        """Yield a further task's importances, factors included, once all have been checked."""  # noqa: DOC501
+        """Take the parameters of a further task's Fisher in, and drop those that are no more.
+
+        Args:
+            fisher: Of the task.
+            decay: What the earlier importances are multiplied with.
+
+        Yields:
+            Each pull that is left, and the task's importance, factors included: 0 where its Fisher
+            does not name the parameter. That of a parameter that is new here is 0 until now.
+
+        Raises:
+            ValueError: A value does not fit, or a sum overflows. Nothing has changed then.
+        """
         importance = importance_of(fisher)
-        check_importance(importance, self._parameters)
+        live = live_parameters(self._model, self._parameters)
+        check_names(importance, self._model, "fisher")
+        parameters = {n: p for n, p in live.items() if n in importance or n in self._pulls}
+        check_importance(importance, {n: p for n, p in parameters.items() if n in importance})
+        given = self._factors
+        factors = {
+            name: given[name] if name in given else factor_of(self._layer_strengths, name)
+            for name in parameters
+        }
+        pulls = self._pulls_of(parameters)
         for last in (False, True):  # every sum is checked before the first is kept
-            for name, pull in self._pulls.items():
-                new = self._weighted(name, importance)
+            for name, pull in pulls.items():
+                if name in importance:
+                    new = _weighted(name, pull.param, importance[name], factors[name])
+                else:
+                    new = torch.zeros_like(pull.param, dtype=accumulation_dtype(pull.param.dtype))
                 if last:
                     yield pull, new
                 elif not (pull.omega().to(new.dtype) * decay + new).isfinite().all():
                     raise ValueError(f"the sum of the importances of {name!r} overflows")
+            if not last:
+                self._take(parameters, factors, pulls)
+
+    def _pulls_of(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Pull]:
+        """Return the pull of each parameter; a new one's has importance 0, anchored where it is."""
+        return {
+            name: self._pulls.get(name) or Pull(name, p, torch.zeros_like(p), self.storage)
+            for name, p in parameters.items()
+        }
+
+    def _take(
+        self, parameters: dict[str, nn.Parameter], factors: dict[str, float], pulls: dict[str, Pull]
+    ) -> None:
+        """Hold these pulls from now on."""
+        self.version += pulls.keys() != self._pulls.keys()
+        self._parameters, self._factors, self._pulls = parameters, factors, pulls
+
+
+def _weighted(name: str, param: Tensor, importance: Tensor, factor: float) -> Tensor:
+    """Return a parameter's importance times its factor, in the dtype of the computation."""
+    omega = copy_like(param, importance).mul_(factor)
+    check_tensor(f"the importance of {name!r}, times its layer strength,", omega, param)
+    return omega

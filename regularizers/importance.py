@@ -15,6 +15,7 @@ __all__ = [
     "check_importance",
     "embedded",
     "estimator_of",
+    "factor_of",
     "importance_of",
     "layer_factors",
     "merged_estimator",
@@ -72,29 +73,18 @@ def merged_estimator(
 
 
 def check_importance(importance: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse an importance that is not of exactly these parameters, finite and >= 0.
+    """Refuse an importance that is not finite, not >= 0 or not of its parameter's shape.
 
     Warn of one that has collapsed: almost all entries negligible, as of a model that is certain.
 
     Args:
         importance: Omega by parameter name.
-        parameters: The parameters by name.
+        parameters: These parameters by name.
 
     Raises:
-        ValueError: A name is missing or too many, or as :func:`check_tensor` says.
+        ValueError: As :func:`check_tensor` says.
     """
-    for name in importance:
-        if name not in parameters:
-            raise ValueError(
-                f"fisher names {name!r}, which this penalty does not hold; a further task's "
-                "Fisher is of the same parameters as the first"
-            )
     for name, param in parameters.items():
-        if name not in importance:
-            raise ValueError(
-                f"fisher lacks {name!r}, which this penalty holds; a further task's Fisher is of "
-                "the same parameters as the first"
-            )
         check_tensor(f"the importance of {name!r}", importance[name], param, minimum=0.0)
     total = sum(omega.numel() for omega in importance.values())
     small = sum(int((omega < _NEGLIGIBLE).sum()) for omega in importance.values())
@@ -138,13 +128,22 @@ def layer_factors(
             raise ValueError(
                 f"layer_strengths[{key!r}] matches none of the penalised parameters {list(names)}"
             )
-    factors = {}
-    for name in names:
-        key = (
-            name if name in strengths else next((k for k in strengths if fnmatchcase(name, k)), "")
-        )
-        factors[name] = float(strengths.get(key, 1.0))
-    return factors
+    return {name: factor_of(strengths, name) for name in names}
+
+
+def factor_of(strengths: Mapping[str, float], name: str) -> float:
+    """Return the factor of one parameter.
+
+    Args:
+        strengths: Factors by parameter name or shell pattern.
+        name: The parameter's.
+
+    Returns:
+        What is given for the name, else for the first pattern that it matches, else 1.
+    """
+    if name not in strengths:
+        name = next((pattern for pattern in strengths if fnmatchcase(name, pattern)), name)
+    return float(strengths.get(name, 1.0))
 
 
 def embedded(name: str, old: Tensor, grown: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from ars.regularizers.checks import (
     checked_decay,
     checked_module,
     checked_strength,
+    live_parameters,
+    with_those_of,
 )
 from ars.regularizers.covariance import ActivationCovariance
 from ars.regularizers.kronecker import KroneckerFisher
@@ -99,20 +101,9 @@ class KroneckerPenalty(Strengthened):
     mode: Literal["coupled"] = "coupled"
 
     def __init__(self, model: nn.Module, factors: Factors, strength: float | Tensor = 1.0) -> None:
-        parameters = dict(checked_module(model).named_parameters())
-        found = _factors_of(factors)
-        check_names(found, model, "factors")
-        layers = matrix_layers(model)
-        self._pulls = {
-            name: MatrixPull(
-                name, layers[name].bias if name in layers else None, parameters, *found[name]
-            )
-            for name in parameters
-            if name in found
-        }
-        without = [name for name, pull in self._pulls.items() if pull.outputs is None]
-        if 0 < len(without) < len(self._pulls):
-            raise ValueError(f"{without[0]!r} has no G, others have; give all layers one, or none")
+        self._model = checked_module(model)
+        self._pulls: dict[str, MatrixPull] = {}
+        self._pulls = self._pulls_with(_factors_of(factors))
         self.strength = strength
         self.estimator, self.sharing = _source_of(factors)
 
@@ -125,6 +116,10 @@ class KroneckerPenalty(Strengthened):
     def factors(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """A and G by the name of the weight; G is None for the identity."""
         return {name: (pull.inputs, pull.outputs) for name, pull in self._pulls.items()}
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and parameter of every penalised weight and bias."""
+        return [named for pull in self._pulls.values() for named in pull.parameters.items()]
 
     def terms(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """No elementwise term: this penalty mixes the entries of a weight."""
@@ -150,31 +145,70 @@ class KroneckerPenalty(Strengthened):
         :math:`G \otimes A` becomes the Kronecker product that is nearest to
         :math:`\gamma\, G \otimes A + G' \otimes A'` in the Frobenius norm.
 
-        Tensors keep their addresses: an optimizer that holds this penalty goes on with the new one.
+        A layer that only one of the two has, such as a new head, has importance 0 in the other. One
+        that the model has no more is dropped. Tensors keep their addresses, and an optimizer that
+        holds this penalty goes on with it; give it new parameters by ``add_param_group`` first.
 
         Args:
-            factors: A' and G' of the task that was learned last, for the same layers.
+            factors: A' and G' of the task that was learned last.
             decay: gamma in [0, 1], how much of the earlier tasks is kept.
 
         Raises:
             TypeError: As for the constructor. Nothing has changed then.
-            ValueError: As for the constructor, or ``decay`` is out of range, or the layers are not
-                the same. Nothing has changed then.
+            ValueError: As for the constructor, or ``decay`` is out of range. Nothing has changed
+                then.
         """
         decay = checked_decay(decay)
         found = _factors_of(factors)
-        if different := sorted(found.keys() ^ self._pulls.keys()):
-            raise ValueError(
-                f"only one of factors and this penalty has {different[0]!r}; give the same layers"
-            )
-        for name, pull in self._pulls.items():
-            pull.check("", *found[name])
-        for name, pull in self._pulls.items():
-            pull.consolidate(*found[name], decay=decay)
+        pulls = self._pulls_with(found)
+        for name, pull in pulls.items():
+            if name not in self._pulls:  # holds its first factors already
+                continue
+            if name in found:
+                pull.consolidate(*found[name], decay=decay)
+            else:
+                pull.decay_(decay)
+        self._take(pulls)
         source = _source_of(factors)
         if decay and source != (self.estimator, self.sharing):
             source = None, None  # of several
         self.estimator, self.sharing = source
+
+    def _pulls_with(
+        self, found: Mapping[str, tuple[Tensor, Tensor | None]]
+    ) -> dict[str, MatrixPull]:
+        """Return the pulls of the layers that are held or found, as far as the model has them.
+
+        Args:
+            found: Factors by the name of the weight. What is held already is checked against them,
+                and is as it was; what is not gets them, anchored at the model as it is.
+
+        Raises:
+            ValueError: A name or a factor does not fit. Nothing has changed then.
+        """
+        held = {n: p for pull in self._pulls.values() for n, p in pull.parameters.items()}
+        live = live_parameters(self._model, held)
+        check_names(found, self._model, "factors")
+        layers = matrix_layers(self._model)
+        pulls = {}
+        for name in live:
+            pull = self._pulls.get(name)
+            if pull is not None and name in found:
+                pull.check("", *found[name])
+            elif pull is None and name in found:
+                bias = layers[name].bias if name in layers else None
+                pull = MatrixPull(name, bias, live, *found[name])
+            if pull is not None:
+                pulls[name] = pull
+        without = [name for name, pull in pulls.items() if pull.outputs is None]
+        if 0 < len(without) < len(pulls):
+            raise ValueError(f"{without[0]!r} has no G, others have; give all layers one, or none")
+        return pulls
+
+    def _take(self, pulls: dict[str, MatrixPull]) -> None:
+        """Hold these pulls from now on."""
+        self.version += pulls.keys() != self._pulls.keys()
+        self._pulls = pulls
 
     def state_dict(self) -> dict[str, Any]:
         """Options, and references to the anchor [W b], A and G by the name of the weight."""
@@ -192,6 +226,8 @@ class KroneckerPenalty(Strengthened):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy a state into this penalty's own tensors, whose addresses do not change.
 
+        Layers of the model that the state holds and this penalty does not are taken in.
+
         Args:
             state: What :meth:`state_dict` returned, on any device.
 
@@ -202,14 +238,22 @@ class KroneckerPenalty(Strengthened):
         """
         options = {"strength", "estimator", "sharing"}
         parts = set(self.state_dict()) - options
-        check_state("a KroneckerPenalty", state, options | parts, parts, self._pulls)
+        held = {name: pull.parameters[name] for name, pull in self._pulls.items()}
+        named = with_those_of(state, "inputs", self._model, held)
+        check_state("a KroneckerPenalty", state, options | parts, parts, named)
         strength = checked_strength(state["strength"])
         check_label("estimator", state["estimator"])
         check_label("sharing", state["sharing"])
         outputs = state.get("outputs", {})
         for name, pull in self._pulls.items():
             pull.check("the state's ", state["inputs"][name], outputs.get(name))
+        further = {
+            name: (state["inputs"][name], outputs.get(name)) for name in named if name not in held
+        }
+        pulls = self._pulls | self._pulls_with(further)
+        for name, pull in pulls.items():
             check_tensor(f"the state's anchor of {name!r}", state["anchor"][name], pull.anchor)
+        self._take(pulls)
         self.strength = strength
         self.estimator, self.sharing = state["estimator"], state["sharing"]
         for name, pull in self._pulls.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ars.reference import kronecker_gradient, kronecker_value
+from ars.regularizers.checks import check_unmoved
 from ars.regularizers.estimators import accumulation_dtype
 from ars.regularizers.factors import KroneckerFactors
 from ars.regularizers.kronecker_product import nearest_product
@@ -52,7 +53,7 @@ class MatrixPull:
             )
         self.name = name
         rows, columns = len(weight), weight[0].numel()
-        self._parts: dict[str, Tensor] = {name: weight}
+        self._parts: dict[str, nn.Parameter] = {name: weight}
         if isinstance(inputs, Tensor) and inputs.shape == (columns + 1, columns + 1):
             if bias is None:
                 raise ValueError(
@@ -93,6 +94,11 @@ class MatrixPull:
         if outputs is not None:
             _check_factor(f"{source}G of {self.name!r}", outputs, rows)
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The weight, and the bias if it has a part, by name."""
+        return self._parts
+
     def named_anchor(self) -> dict[str, Tensor]:
         """Return the anchor of the weight, and of the bias, by parameter name."""
         return {name: self._cut(self.anchor, name) for name in self._parts}
@@ -103,12 +109,14 @@ class MatrixPull:
 
     def value(self, strength: float | Tensor) -> Tensor:
         """Return the penalty of this layer, differentiable in its parameters."""
+        self._check_unmoved()
         with torch.autocast(device_type=self.anchor.device.type, enabled=False):
             delta = self._matrix() - self.anchor
             return kronecker_value(delta, self.inputs, self.outputs, strength)
 
     def pull_(self, strength: float | Tensor) -> Tensor:
         """Write the gradient to the buffers; return the penalty, 0-d."""
+        self._check_unmoved()
         with torch.autocast(device_type=self.anchor.device.type, enabled=False):
             delta = self._matrix() - self.anchor
             gradient = kronecker_gradient(delta, self.inputs, self.outputs, strength)
@@ -128,6 +136,15 @@ class MatrixPull:
             self.inputs.copy_(nearest.inputs)
             self.outputs.copy_(nearest.outputs)
         self.anchor.copy_(self._matrix())
+
+    def decay_(self, decay: float) -> None:
+        """Multiply the importance with ``decay``, and anchor at the parameters."""
+        (self.inputs if self.outputs is None else self.outputs).mul_(decay)
+        self.anchor.copy_(self._matrix())
+
+    def _check_unmoved(self) -> None:
+        for name, buffer in self._buffers.items():
+            check_unmoved(name, self._parts[name], buffer, same_dtype=True)
 
     def _matrix(self) -> Tensor:
         """Return a copy of [W b] as it is, in the dtype of the computation."""

@@ -9,7 +9,7 @@ proposed; which side and which part of the subspace to penalise is the subspace 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ars.regularizers.checks import check_state
 from ars.regularizers.ewc import EWC
@@ -68,9 +68,18 @@ class ProgressiveInheritance:
         self.ewc.strength = value
 
     @property
+    def version(self) -> tuple[int, int]:
+        """Another one whenever a part has got or lost a tensor."""
+        return self.ewc.version, self.subspace.version
+
+    @property
     def mode(self) -> Literal["coupled", "proximal"]:
         """How the EWC enters the step."""
         return self.ewc.mode
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and parameter of every penalised tensor of both parts."""
+        return [*self.ewc.named_parameters(), *self.subspace.named_parameters()]
 
     def terms(self) -> list[tuple[Tensor, ...]]:
         """The terms of the EWC."""

@@ -109,8 +109,8 @@ class AdaptiveStrength:
         self.total_steps, self.power, self.ratio = total_steps, power, ratio
         self.smoothing, self.bounds = smoothing, (float(low), float(high))
         self.steps = 0
-        self._parameters = _penalised(penalty)
-        self._level = torch.tensor(initial, device=self._parameters[0].device, dtype=torch.float32)
+        device = _penalised(penalty)[0].device
+        self._level = torch.tensor(initial, device=device, dtype=torch.float32)
         self.strength = self._level.clone()
         penalty.strength = self.strength
 
@@ -142,7 +142,7 @@ class AdaptiveStrength:
         self._level.copy_(torch.where(valid, log.exp().clamp(*self.bounds), self._level))
 
     def _grad_norm(self) -> Tensor:
-        return self._norm([p.grad for p in self._parameters if p.grad is not None])
+        return self._norm([p.grad for p in _penalised(self.penalty) if p.grad is not None])
 
     def _unit_norm(self) -> Tensor:
         """Norm of the penalty's gradient at strength 1."""

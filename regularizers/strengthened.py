@@ -1,4 +1,4 @@
-"""The strength of a penalty as an attribute that is checked whenever it is set."""
+"""What the penalties have in common: a strength that is checked whenever it is set, a version."""
 
 from torch import Tensor
 
@@ -8,7 +8,14 @@ __all__ = ["Strengthened"]
 
 
 class Strengthened:
-    """Gives a penalty its ``strength``."""
+    """Gives a penalty its ``strength`` and its ``version``.
+
+    Attributes:
+        version: Another number whenever the penalty has got or lost a tensor: an optimizer that
+            holds it then asks for its terms again.
+    """
+
+    version = 0
 
     @property
     def strength(self) -> float | Tensor:

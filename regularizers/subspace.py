@@ -19,10 +19,13 @@ from ars.regularizers.checks import (
     check_option,
     check_state,
     check_tensor,
+    check_unmoved,
     checked_choice,
     checked_module,
     checked_strength,
     copy_like,
+    live_parameters,
+    with_those_of,
 )
 from ars.regularizers.covariance import ActivationCovariance
 from ars.regularizers.restraint import Restraint
@@ -100,16 +103,14 @@ class SubspacePenalty(Strengthened):
         side: Side = "input",
         protect: Protect = "inside",
     ) -> None:
-        self._parameters = held_by(bases, checked_module(model))
+        self._model = checked_module(model)
+        self._parameters = held_by(bases, model)
         self.side: Side = checked_choice("side", side, get_args(Side))
         self.protect: Protect = checked_choice("protect", protect, get_args(Protect))
         self.strength = strength
         check_bases(bases, self._parameters, side)
-        self.anchor = {name: copy_like(p, p) for name, p in self._parameters.items()}
-        self._restraints = {
-            name: Restraint(p, self.anchor[name], bases[name], side, protect)
-            for name, p in self._parameters.items()
-        }
+        self._restraints: dict[str, Restraint] = {}
+        self._restraints = self._restraints_of(self._parameters, bases)
 
     @classmethod
     def from_weights(
@@ -205,9 +206,18 @@ class SubspacePenalty(Strengthened):
         return cls(model, bases, strength, side=side, protect=protect)
 
     @property
+    def anchor(self) -> dict[str, Tensor]:
+        """The anchor by parameter name."""
+        return {name: r.anchor for name, r in self._restraints.items()}
+
+    @property
     def bases(self) -> dict[str, Tensor]:
         """U by parameter name, in the dtype of the computation, or int64 indices."""
         return {name: r.basis for name, r in self._restraints.items()}
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and parameter of every penalised weight, in the model's order."""
+        return list(self._parameters.items())
 
     def terms(self) -> list[tuple[Tensor, ...]]:
         """No elementwise term: this penalty mixes the entries of a weight."""
@@ -220,11 +230,17 @@ class SubspacePenalty(Strengthened):
     @torch.no_grad()
     def refresh(self) -> Tensor:
         """Fill the buffers with the gradient at the parameters as they are; return the penalty."""
-        return self._total([r.pull_(2 * self.strength) for r in self._restraints.values()])
+        return self._total([r.pull_(2 * self.strength) for r in self._unmoved()])
 
     def value(self) -> Tensor:
         """Return the penalty R, 0-d and differentiable, on the first parameter's device."""
-        return self._total([r.value(1.0) for r in self._restraints.values()])
+        return self._total([r.value(1.0) for r in self._unmoved()])
+
+    def _unmoved(self) -> list[Restraint]:
+        """Return the restraints, each of a parameter that is as it was when it was made."""
+        for name, restraint in self._restraints.items():
+            check_unmoved(name, restraint.param, restraint.buffer, same_dtype=True)
+        return list(self._restraints.values())
 
     def _total(self, squares: list[Tensor]) -> Tensor:
         return self.strength * torch.stack([s.to(squares[0].device) for s in squares]).sum()
@@ -234,13 +250,35 @@ class SubspacePenalty(Strengthened):
         """Protect other bases, of all tasks so far, around the model as it is, in place.
 
         Args:
-            bases: As for the constructor, for the same parameters; another k is fine. Where the
-                constructor would raise, this does, and nothing has changed.
+            bases: As for the constructor; another k is fine, and so are further parameters, such as
+                a new head's. What the penalty holds must have one, unless the model has it no more.
+                Where the constructor would raise, this does, and nothing has changed.
         """
-        check_bases(bases, self._parameters, self.side)
-        for name, restraint in self._restraints.items():
-            restraint.anchor.copy_(restraint.param)
-            restraint.set_basis(bases[name])
+        live = live_parameters(self._model, self._parameters)
+        kept = {name for name in self._parameters if name in live}
+        held = held_by(bases, self._model)
+        parameters = {name: p for name, p in live.items() if name in kept or name in held}
+        check_bases(bases, parameters, self.side)
+        restraints = self._restraints_of(parameters, bases)
+        for name in kept:
+            restraints[name].anchor.copy_(restraints[name].param)
+            restraints[name].set_basis(bases[name])
+        self._take(parameters, restraints)
+
+    def _restraints_of(
+        self, parameters: Mapping[str, nn.Parameter], bases: Mapping[str, Tensor]
+    ) -> dict[str, Restraint]:
+        """Return the restraint of each parameter, anchored where it is if it is new."""
+        return {
+            name: self._restraints.get(name)
+            or Restraint(p, copy_like(p, p), bases[name], self.side, self.protect)
+            for name, p in parameters.items()
+        }
+
+    def _take(self, parameters: dict[str, nn.Parameter], restraints: dict[str, Restraint]) -> None:
+        """Hold these restraints from now on."""
+        self.version += restraints.keys() != self._restraints.keys()
+        self._parameters, self._restraints = parameters, restraints
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -249,7 +287,7 @@ class SubspacePenalty(Strengthened):
         Call it after each ``opt.step()`` of an optimizer without this penalty: projecting gradients
         would not do, as Adam's step leaves their subspace.
         """
-        for restraint in self._restraints.values():
+        for restraint in self._unmoved():
             restraint.pull_(1.0)
             restraint.param.sub_(restraint.buffer)
 
@@ -259,7 +297,7 @@ class SubspacePenalty(Strengthened):
             "strength": float(self.strength),
             "side": self.side,
             "protect": self.protect,
-            "anchor": dict(self.anchor),
+            "anchor": self.anchor,
             "bases": self.bases,
         }
 
@@ -273,19 +311,32 @@ class SubspacePenalty(Strengthened):
             TypeError: An entry has the wrong type.
             ValueError: Another model, side or kind, or a wrong value; names the first difference.
         """
+        self._checked(state)
+
+    def _checked(self, state: Mapping[str, Any]) -> dict[str, nn.Parameter]:
+        """Return the parameters that a state is of, all that this penalty holds among them."""
+        parameters = with_those_of(state, "bases", self._model, self._parameters)
         parts = {"anchor", "bases"}
         expected = {"strength", "side", "protect"} | parts
-        check_state("a SubspacePenalty", state, expected, parts, self._parameters)
+        check_state("a SubspacePenalty", state, expected, parts, parameters)
         checked_strength(state["strength"])
         check_option("side", state["side"], self.side)
         check_option("protect", state["protect"], self.protect)
-        check_bases(state["bases"], self._parameters, self.side)
-        for name, p in self._parameters.items():
+        check_bases(state["bases"], parameters, self.side)
+        for name, p in parameters.items():
             check_tensor(f"the state's anchor of {name!r}", state["anchor"][name], p)
+        return parameters
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a state that passes :meth:`check_state_dict`; anchor and buffers stay in place."""
-        self.check_state_dict(state)
+        """Copy a state that passes :meth:`check_state_dict`; anchor and buffers stay in place.
+
+        Parameters of the model that the state holds and this penalty does not are taken in.
+
+        Args:
+            state: As for :meth:`check_state_dict`.
+        """
+        parameters = self._checked(state)
+        self._take(parameters, self._restraints_of(parameters, state["bases"]))
         self.strength = state["strength"]
         for name, restraint in self._restraints.items():
             restraint.anchor.copy_(state["anchor"][name])

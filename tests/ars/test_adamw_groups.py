@@ -61,7 +61,7 @@ def test_a_group_elsewhere_is_refused_whole():
 def test_a_penalty_may_be_set_for_a_group_that_is_added_later():
     params = parameters(shapes=SHAPES)
     optimizer = ARSAdamW(params[:1])
-    with pytest.raises(ValueError, match="belongs to no parameter of this optimizer"):
+    with pytest.raises(ValueError, match="which is no parameter of this optimizer"):
         optimizer.penalty = Pull(params)
     optimizer.add_param_group({"params": params[1:], "penalty_strength": 2.0})
     optimizer.penalty = Pull(params)

@@ -131,8 +131,10 @@ def test_what_is_refused() -> None:
         fitted.merge(ActivationCovariance(model))
     with pytest.raises(TypeError, match="other must be"):
         fitted.merge(before)
-    with pytest.raises(ValueError, match=r"only one of the two has '2.weight'"):
-        fitted.merge(ActivationCovariance(model[:1]).fit([x]))
+    with pytest.raises(
+        ValueError, match=r"has '2.weight', which is no layer of this one's Sequent"
+    ):
+        ActivationCovariance(model[:1]).fit([x]).merge(fitted)
     wide = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     another = ActivationCovariance(wide).fit([torch.ones(1, 5, dtype=torch.float64)])
     with pytest.raises(ValueError, match=r"'0.weight' has 5 inputs in the other, 4 here"):

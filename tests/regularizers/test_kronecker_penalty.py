@@ -287,7 +287,8 @@ def test_what_is_refused() -> None:
     move(model)
     for factors, decay, says in (
         ({"0.weight": (a, g)}, 1.5, "decay must be a number in [0, 1]"),
-        ({"2.weight": (g, g)}, 1.0, "only one of factors and this penalty has '0.weight'"),
+        ({"2.weight": (g, None)}, 1.0, "'2.weight' has no G, others have"),
+        ({"3.weight": (g, g)}, 1.0, "factors names '3.weight', which is not a parameter"),
         ({"0.weight": (a, None)}, 1.0, "G of '0.weight' is missing"),
         ({"0.weight": (torch.eye(4), g)}, 1.0, "A of '0.weight' has shape (4, 4)"),
     ):

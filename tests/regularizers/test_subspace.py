@@ -264,7 +264,7 @@ def test_consolidate_protects_other_bases_around_the_model_as_it_is():
     value = penalty.value().item()
     for broken, match in [
         ({"2.weight": bases["2.weight"]}, r"bases lacks '0\.weight', which this penalty holds"),
-        (bases | {"2.bias": bases["2.weight"]}, r"bases has '2\.bias', which this penalty does"),
+        (bases | {"2.bias": bases["2.weight"]}, r"basis of '2\.bias' is .* no sides"),
         (bases | {"2.weight": bases["2.weight"] * 2}, r"basis of '2\.weight' is not orthonormal"),
     ]:
         with pytest.raises(ValueError, match=match):
