@@ -54,7 +54,8 @@ def report(request: pytest.FixtureRequest, copy_bandwidth: float):
             path = RESULTS / device_name() / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(
-                json.dumps(environment(copy_bandwidth) | {"rows": rows}, indent=1) + "\n"
+                json.dumps(environment(copy_bandwidth) | {"rows": rows}, indent=1, allow_nan=False)
+                + "\n"
             )
 
     return write

@@ -6,7 +6,8 @@
     python examples/miniseries.py sample --checkpoint FILE --prompt "def "
     python examples/miniseries.py --help
 
-Exit status: 0 done; 2 the command line or the output folder is wrong; 130 or 143 interrupted.
+Exit status: 0 done; 2 the command line or the output folder is wrong; 3 done, and the loss of a
+model is not a number; 130 or 143 interrupted.
 """
 
 import sys
@@ -78,8 +79,22 @@ def _train(words: Sequence[str]) -> int:
                 f"\nResults are in {out}: report.html, table.md, metrics.json, metrics/, "
                 "log_*.csv, checkpoints/."
             )
+        _check_finite(out)
 
     return exit_status(out, work)
+
+
+def _check_finite(out: Path) -> None:
+    """See that every model has a loss; raise `DivergedError` if not."""
+    from trainer.errors import DivergedError
+    from trainer.reading import read_json
+
+    records = read_json(out / "metrics.json", remedy="run the same command again")
+    if names := [record["name"] for record in records if record["diverged"]]:
+        raise DivergedError(
+            f"{', '.join(names)} diverged, the loss is not a number: lower the learning rate or a "
+            "strength, and name another folder with --out"
+        )
 
 
 def _resolved(run: "Run") -> str:

@@ -289,12 +289,15 @@ class GPT(nn.Module):
             raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+        divisor = max(temperature, torch.finfo(torch.float32).tiny)  # what is below it becomes 0
         for _ in range(max_new_tokens):
             logits = self(tokens[:, -self.config.sequence_len :])[:, -1]  # (B, V)
             if temperature == 0.0:
                 following = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
-                probabilities = torch.softmax(logits / temperature, dim=-1)
+                # Below 0 the quotients may overflow: the likeliest token is then taken.
+                below = logits - logits.amax(dim=-1, keepdim=True)
+                probabilities = torch.softmax(below / divisor, dim=-1)
                 following = torch.multinomial(probabilities, 1, generator=generator)
             tokens = torch.cat((tokens, following.to(tokens.dtype)), dim=1)
         return tokens

@@ -65,7 +65,7 @@ def save_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
     library = _safetensors()
     _check_stateful(penalty)
     tensors: dict[str, Tensor] = {}
-    record = json.dumps(_recorded(penalty.state_dict(), "", tensors))
+    record = json.dumps(_recorded(penalty.state_dict(), "", tensors), allow_nan=False)
     metadata = {
         "format": _FORMAT,
         "kind": type(penalty).__name__,

@@ -135,6 +135,17 @@ def import_graph() -> dict[str, set[str]]:
     return graph
 
 
+@pytest.mark.parametrize(
+    "path", python_files(*LINKED, "ars", "examples", "benchmarks"), ids=module_name
+)
+def test_json_is_written_without_nan(path: Path) -> None:
+    """Python writes NaN and Infinity by default, which other readers refuse."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"json.dump", "json.dumps"}:
+            settings = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert settings.get("allow_nan") == "False", f"line {node.lineno}"
+
+
 def test_imports_have_no_cycle() -> None:
     graph = import_graph()
     assert any(graph.values())

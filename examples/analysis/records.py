@@ -158,7 +158,8 @@ def _record(entry: Any, path: Path, index: int) -> Record:
             raise UsageError(f"{where}: {key} is {value!r}, below {low:g} or not finite")
         return value
 
-    bpb = take("val_bpb", float)
+    # Of a model that diverged it is null; in older files NaN.
+    bpb = math.nan if entry.get("diverged") is True else take("val_bpb", float)
     if bpb < 0.0:
         raise UsageError(f"{where}: val_bpb is {bpb!r}, below 0")
     notes = entry.get("warnings", [])

@@ -163,7 +163,8 @@ def _draw_depth(
         # What a model from scratch does at first would flatten everything that matters.
         top = min(top, max(starts, default=0.3 * top + 0.7 * max(ends)))
         bottom = max(bottom, min(ends) - _HEADROOM * (top - min(ends)))
-        axes.set_ylim(bottom, top + _HEADROOM * (top - bottom))
+        if top > bottom:  # else nothing was learnt, and matplotlib's own limits will do
+            axes.set_ylim(bottom, top + _HEADROOM * (top - bottom))
     _polish(axes)
 
 

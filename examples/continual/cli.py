@@ -1,14 +1,13 @@
 """The command line: every mistake is one line that says what to do, before anything is written."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from continual.config import Run, Settings
 from continual.methods import METHODS
-from trainer.arguments import Parser, integer
+from trainer.arguments import OptionError, Parser, integer, number
 
 __all__ = ["Arguments", "parse_arguments"]
 
@@ -70,7 +69,7 @@ def _tasks(text: str) -> tuple[int, ...]:
 def _methods(text: str) -> tuple[tuple[str, float | None], ...]:
     chosen: list[tuple[str, float | None]] = []
     for part in text.split(","):
-        name, equals, number = part.partition("=")
+        name, equals, strength = part.partition("=")
         if name not in METHODS:
             raise argparse.ArgumentTypeError(
                 f"{name!r} is not a method: choose among {', '.join(METHODS)}"
@@ -79,14 +78,11 @@ def _methods(text: str) -> tuple[tuple[str, float | None], ...]:
             chosen.append((name, None))
             continue
         if METHODS[name].strength == 0:
-            raise argparse.ArgumentTypeError(f"{name!r} has no strength: leave out ={number}")
+            raise argparse.ArgumentTypeError(f"{name!r} has no strength: leave out ={strength}")
         try:
-            strength = float(number)
-        except ValueError:
-            strength = math.nan
-        if not 0 <= strength <= 1e30:
-            raise argparse.ArgumentTypeError(f"{part!r}: not a number from 0 to 1e30")
-        chosen.append((name, strength))
+            chosen.append((name, number(0, 1e30)(strength)))
+        except OptionError as error:
+            raise argparse.ArgumentTypeError(f"{name}: {error}") from None
     return tuple(dict.fromkeys(chosen))
 
 

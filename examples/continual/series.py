@@ -113,8 +113,11 @@ def _run_of(record: Record) -> Run:
 
 def _to_json(content: dict[str, Any]) -> str:
     """One line a run, so that the file can be read and compared."""
-    runs = ",\n".join(f"    {json.dumps(_rounded(run))}" for run in content["runs"])
-    return f'{{\n  "settings": {json.dumps(content["settings"])},\n  "runs": [\n{runs}\n  ]\n}}\n'
+    runs = ",\n".join(
+        f"    {json.dumps(_rounded(run), allow_nan=False)}" for run in content["runs"]
+    )
+    settings = json.dumps(content["settings"], allow_nan=False)
+    return f'{{\n  "settings": {settings},\n  "runs": [\n{runs}\n  ]\n}}\n'
 
 
 def _rounded(record: Record) -> Record:

@@ -132,7 +132,7 @@ def _build(
         manifest["sha256"] = _content_digest(manifest)
         tokenizer.save(unfinished / _TOKENIZER)
         with open(unfinished / _MANIFEST, "w", encoding="utf-8") as file:
-            file.write(json.dumps(manifest, indent=2) + "\n")
+            file.write(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, folder)
@@ -234,4 +234,4 @@ def _content_digest(manifest: dict[str, Any]) -> str:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -42,7 +42,7 @@ def identity_of(job: Job, corpus: Corpus) -> dict[str, Any]:
         },
         "torch": str(torch.__version__),
     }  # fmt: skip
-    settings: dict[str, Any] = json.loads(json.dumps(content))
+    settings: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
     return settings
 
 

@@ -149,7 +149,7 @@ def write_summary(
     keys = ("scenario", "arm", "changes", "rate", "seed")
     table.writerow([*keys, *names])
     for job, record in zip(jobs, records, strict=True):
-        changes = json.dumps(dict(job.changes)) if job.changes else ""
+        changes = json.dumps(dict(job.changes), allow_nan=False) if job.changes else ""
         values = (job.scenario, job.arm, changes, job.rate, job.seed)
         table.writerow([*values, *record["metrics"].values()])
     write_atomically(folder / "runs.csv", text.getvalue())
@@ -163,7 +163,7 @@ def write_summary(
         "controllers": controllers,
         "rows": [{name: _finite(value) for name, value in row.items()} for row in rows],
     }
-    write_atomically(folder / "summary.json", json.dumps(content, indent=1) + "\n")
+    write_atomically(folder / "summary.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     return rows
 
 

@@ -63,7 +63,7 @@ def run_jobs(
             path = folder / job.file
             output.check()
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(record) + "\n")
+            write_atomically(path, json.dumps(record, allow_nan=False) + "\n")
             records[job] = record
             bar.set_postfix_str(f"{job.scenario}, {job.arm}, seed {job.seed}", refresh=False)
             bar.update()

@@ -5,7 +5,10 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-__all__ = ["OptionError", "Parser", "integer", "number"]
+__all__ = ["OptionError", "Parser", "integer", "number", "shortened"]
+
+_LEAST = 2.0**-126  # what is closer to 0 loses digits in float32, or becomes 0
+_MOST_SHOWN = 60
 
 
 class OptionError(argparse.ArgumentTypeError, ValueError):
@@ -29,24 +32,36 @@ def integer(low: int, high: int) -> Callable[[Any], int]:
         except ValueError:
             value = low - 1
         if not low <= value <= high:
-            raise OptionError(f"{given!r} is not a whole number from {low} to {high}")
+            raise OptionError(f"{shortened(given)} is not a whole number from {low} to {high}")
         return value
 
     return parse
 
 
 def number(low: float, high: float, *, above: bool = False) -> Callable[[Any], float]:
-    """Return a type for numbers from ``low``, or ``above`` it, to ``high``."""
+    """Return a type for numbers from ``low``, or ``above`` it, to ``high``.
+
+    Numbers other than 0 that float32 cannot hold with all its digits are refused everywhere.
+    """
 
     def parse(given: Any) -> float:
         try:
             value = float(given) if type(given) in (int, float, str) else math.nan
-        except ValueError:
+        except (ValueError, OverflowError):
             value = math.nan
         if not low <= value <= high or (above and value == low):
             kind = f"above {low:g}" if above else f"from {low:g}"
             limit = f" and up to {high:g}" if above else f" to {high:g}"
-            raise OptionError(f"{given!r} is not a number {kind}{limit}")
-        return value
+            raise OptionError(f"{shortened(given)} is not a number {kind}{limit}")
+        if 0 < abs(value) < _LEAST:
+            least = f"use at least {_LEAST:.3g}"
+            raise OptionError(f"{shortened(given)} is closer to 0 than float32 can tell: {least}")
+        return value + 0.0  # of -0.0 it makes 0.0
 
     return parse
+
+
+def shortened(given: Any) -> str:
+    """A value as it was given, or its beginning if it is long."""
+    text = repr(given)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

@@ -10,10 +10,11 @@ on the predictions, each with a strength S of its own or the run's; ``ars`` and 
 package's controller and the proposal's.
 """
 
-import math
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from trainer.arguments import OptionError, number, shortened
 from trainer.errors import UsageError
 
 __all__ = ["Arm", "parse_arm"]
@@ -43,7 +44,9 @@ class Arm:
     def name(self) -> str:
         """Its word, such as ``grown+ewc=0.5+ars``."""
         words = ["grown" if self.grown else "scratch"]
-        words += [part if value is None else f"{part}={value:g}" for part, value in self.parts]
+        words += [
+            part if value is None else f"{part}={_digits(value)}" for part, value in self.parts
+        ]
         return "+".join(words if self.controller is None else [*words, self.controller])
 
     @property
@@ -79,7 +82,7 @@ def parse_arm(word: str) -> Arm:
         >>> parse_arm("grown+ars+subspace+ewc=0.50").name
         'grown+ewc=0.5+subspace+ars'
     """
-    first, *words = word.strip().split("+")
+    first, *words = re.split(r"(?<![\d.][eE])\+", word.strip())  # that of 1e+12 belongs to it
     _check_known(word, first, ("scratch", "grown"))
     allowed = _GROWN if first == "grown" else _SCRATCH
     found: dict[str, float | None] = {}
@@ -106,12 +109,18 @@ def _check_known(word: str, part: str, choices: tuple[str, ...]) -> None:
         raise UsageError(f"--arms {word}: there is no {part!r}; {hint}")
 
 
+def _digits(value: float) -> str:
+    short = f"{value:g}"
+    return (short if float(short) == value else repr(value)).replace("e+", "e")
+
+
 def _strength(word: str, part: str, text: str) -> float:
+    if part not in _GROWN:
+        raise UsageError(f"--arms {word}: {part} takes none, not {shortened(text)}")
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if part not in _GROWN or not 0 <= value <= _STRONGEST:
-        takes = f"takes a strength from 0 to {_STRONGEST:g}" if part in _GROWN else "takes none"
-        raise UsageError(f"--arms {word}: {part} {takes}, not {text!r}")
-    return value
+        return number(0, _STRONGEST)(text)
+    except OptionError:
+        raise UsageError(
+            f"--arms {word}: {part} takes a strength from 0 to {_STRONGEST:g}, not "
+            f"{shortened(text)}"
+        ) from None

@@ -170,7 +170,7 @@ def parse_sample(words: Sequence[str]) -> SampleArguments:
         "(default: none, it has to be named)")  # fmt: skip
     add("--prompt", str, "", "TEXT", "beginning of the text (default: empty)")
     add("--tokens", integer(1, 1_000_000), 200, "N", "tokens to add (default: 200)")
-    add("--temperature", number(0, 100), 0.8, "X",
+    add("--temperature", values.zero_or(number(0.001, 100)), 0.8, "X",
         "below 1 likelier tokens are preferred; 0 takes the likeliest (default: 0.8)")  # fmt: skip
     add("--top-k", values.optional(integer(1, 1_000_000)), None, "K",
         "draw from the K likeliest tokens (default: all)")  # fmt: skip

@@ -1,6 +1,6 @@
 """The ways a run ends early, each reported to the user as one line."""
 
-__all__ = ["DamagedError", "RunInterruptedError", "UsageError"]
+__all__ = ["DamagedError", "DivergedError", "RunInterruptedError", "UsageError"]
 
 
 class UsageError(Exception):
@@ -9,6 +9,10 @@ class UsageError(Exception):
 
 class DamagedError(UsageError):
     """A file is not what was saved."""
+
+
+class DivergedError(UsageError):
+    """The loss of a model is not a number: the run has ended, and its results say so."""
 
 
 class RunInterruptedError(Exception):

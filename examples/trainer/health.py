@@ -1,5 +1,6 @@
 """Warning signs while a model is trained, each said once."""
 
+import math
 import re
 import warnings
 
@@ -23,11 +24,11 @@ def numbers_apart(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 class Health:
-    """Looks at the parts of the loss now and then.
+    """Looks at the loss and its parts now and then.
 
-    A penalty above the task's loss, a subspace part above half of it and a penalty that is
-    identically 0 are warned of; an importance that has collapsed was, when it was made. Each look
-    sees other numbers, so a warning is known by its kind.
+    A loss that is no longer a number, a penalty above the task's loss, a subspace part above half
+    of it and a penalty that is identically 0 are warned of; an importance that has collapsed was,
+    when it was made. Each look sees other numbers, so a warning is known by its kind.
 
     Args:
         state: whose list of warnings grows, and which takes along what has been seen.
@@ -39,13 +40,16 @@ class Health:
             self._monitor.load_state_dict(state.seen)
         self._said = {numbers_apart(text)[0] for text in state.warnings}
 
-    def look(self, state: TrainingState, update: Update) -> list[str]:
+    def look(self, state: TrainingState, update: Update, measured: float) -> list[str]:
         """Compare the parts; return what has not been said of this model before.
 
         Args:
             state: of the model.
             update: of its last step.
+            measured: validation bits per byte after it.
         """
+        if not math.isfinite(measured):
+            return self._new(state, [f"diverged: at step {state.step} its loss is not a number"])
         kept = state.inheritance
         if kept.penalty is None and update.distillation is None:
             return []
@@ -56,7 +60,10 @@ class Health:
                 penalty += float(state.optimizer.shown()["penalty"])
             self._monitor.observe(update.loss, penalty, kept.subspace_value())
         state.seen = self._monitor.state_dict()
-        found = {numbers_apart(text)[0]: text for text in (str(w.message) for w in caught)}
+        return self._new(state, [str(w.message) for w in caught])
+
+    def _new(self, state: TrainingState, texts: list[str]) -> list[str]:
+        found = {numbers_apart(text)[0]: text for text in texts}
         new = [text for kind, text in found.items() if kind not in self._said]
         self._said |= found.keys()
         state.warnings += new

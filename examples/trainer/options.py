@@ -127,7 +127,7 @@ def add_series(parser: OptionParser) -> None:
     group.add("ewc-strength", strength, "S", "weight of ewc; 0 spares its Fisher pass")
     group.add("subspace-strength", strength, "S", "weight of subspace")
     group.add("distill-strength", strength, "S", "weight of distill")
-    group.add("distill-temperature", number(0, 1000, above=True), "T",
+    group.add("distill-temperature", number(0.01, 1000), "T",
               "softens what distill compares")  # fmt: skip
     group.add("fisher-samples", integer(1, 1_000_000), "N",
               "sequences that the Fisher information is averaged over")  # fmt: skip

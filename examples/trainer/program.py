@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from trainer.errors import RunInterruptedError, UsageError
+from trainer.errors import DivergedError, RunInterruptedError, UsageError
 
 __all__ = ["command", "exit_status", "missing_module", "quit_on_signals"]
 
 
+_DIVERGED = 3
 _GONE = "it was removed or replaced meanwhile, run the same command again"
 _CLOSED = "make it writable and run the same command again, or name another folder with --out"
 _FULL = "make room there and run the same command again, or name another folder with --out"
@@ -78,6 +79,8 @@ def exit_status(out: Path | None, work: Callable[[], None]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         work()
+    except DivergedError as error:
+        return _refuse(str(error), _DIVERGED)
     except UsageError as error:
         return _refuse(str(error))
     except OSError as error:
@@ -92,6 +95,6 @@ def exit_status(out: Path | None, work: Callable[[], None]) -> int:
     return 0
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, status: int = 2) -> int:
     print(f"error: {message}".replace("\n", "\\n"), file=sys.stderr)  # also of a name with one
-    return 2
+    return status

@@ -1,6 +1,7 @@
 """The report: a table, the records behind it, and two figures."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from trainer.checkpoint import write_atomically
 from trainer.log import read_log
 from trainer.plan import ModelPlan
 
-__all__ = ["markdown_table", "write_metrics", "write_report"]
+__all__ = ["diverged", "markdown_table", "write_metrics", "write_report"]
 
 Record = dict[str, Any]
 
@@ -22,8 +23,22 @@ _HEADER = (
 
 
 def write_metrics(folder: Path, records: Sequence[Record]) -> None:
-    """Write ``metrics.json``: one record a model, in the order of training."""
-    write_atomically(folder / "metrics.json", json.dumps(list(records), indent=2) + "\n")
+    """Write ``metrics.json``: one record a model, in the order of training.
+
+    JSON has no NaN: of a model that diverged ``val_bpb`` is null, and ``diverged`` true.
+    """
+    content = [
+        {**record, "val_bpb": None if diverged(record) else record["val_bpb"],
+         "diverged": diverged(record)}
+        for record in records
+    ]  # fmt: skip
+    text = json.dumps(content, indent=2, allow_nan=False)
+    write_atomically(folder / "metrics.json", text + "\n")
+
+
+def diverged(record: Record) -> bool:
+    """Whether the loss of a model is not a number."""
+    return not math.isfinite(record["val_bpb"])
 
 
 def write_report(folder: Path, records: Sequence[Record], plans: Sequence[ModelPlan]) -> str:
@@ -61,8 +76,9 @@ def markdown_table(records: Sequence[Record]) -> str:
     for record in records:
         difference = ""
         baseline = found.get((record["depth"], _baseline(record)))
-        if baseline is not None and baseline is not record:
-            difference = f"{record['val_bpb'] - baseline['val_bpb']:+.4f}"
+        pair = [record] if baseline is None or baseline is record else [record, baseline]
+        if len(pair) == 2 and not any(map(diverged, pair)):
+            difference = f"{pair[0]['val_bpb'] - pair[1]['val_bpb']:+.4f}"
         rows.append((
             record["arm"],
             f"d{record['depth']}",
@@ -71,7 +87,7 @@ def markdown_table(records: Sequence[Record]) -> str:
             f"{record['flops']:.3e}",
             f"{record['lineage_flops']:.3e}",
             f"{record['seconds']:.1f}",
-            f"{record['val_bpb']:.4f}",
+            "diverged" if diverged(record) else f"{record['val_bpb']:.4f}",
             difference,
         ))  # fmt: skip
     root = records[0]

@@ -54,4 +54,4 @@ class Run:
     def fingerprint(self, plan: ModelPlan) -> str:
         """Digest of what a state of this model depends on, to tell it from that of another run."""
         facts = [self.config.to_dict(), self.corpus.sha256, plan.name]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(facts, allow_nan=False).encode()).hexdigest()

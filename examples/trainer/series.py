@@ -111,7 +111,9 @@ def run_series(run: Run) -> tuple[str, bool]:
             # The id is what trackers know this folder's models by: a second run with equal settings
             # is another.
             stored = {"id": uuid.uuid4().hex, "settings": run.config.to_dict(), "data": data}
-            write_atomically(run.folder / CONFIG_FILE, json.dumps(stored, indent=2) + "\n")
+            write_atomically(
+                run.folder / CONFIG_FILE, json.dumps(stored, indent=2, allow_nan=False) + "\n"
+            )
         run.corpus.tokenizer.save(run.folder / TOKENIZER_FILE)
         run.checkpoints.mkdir(exist_ok=True)
         drop_unfinished(run.checkpoints)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ars.models import GPT, grow, miniseries_config
 from ars.regularizers import DiagonalFisher
 from corpus import batch
+from trainer.errors import DivergedError
 from trainer.inheritance import Inheritance, inherit_penalties, restore_penalties
 from trainer.optimizers import Optimizer, build_optimizer
 from trainer.overhead import Shape
@@ -110,6 +111,7 @@ def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
 
     Raises:
         RunInterruptedError: a signal arrived during the Fisher pass.
+        DivergedError: the parent has no finite Fisher information.
     """
     importance: dict[str, Tensor] = {}
     with warnings.catch_warnings(record=True) as caught:
@@ -122,7 +124,16 @@ def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
                 generator=signs,
                 chunk_size=_fisher_chunk(run),
             )
-            importance = fisher.fit(_fisher_batches(plan, run)).importance
+            try:
+                importance = fisher.fit(_fisher_batches(plan, run)).importance
+            except ValueError as error:
+                if "not finite" not in str(error):
+                    raise
+                raise DivergedError(
+                    f"{plan.name} cannot inherit from {plan.parent}, which has diverged (no finite "
+                    "Fisher information): lower the learning rate, or leave out arms with ewc, and "
+                    "name another folder with --out"
+                ) from None
         growth = grow(parent.model, _model_config(plan.depth, run), _weights(plan, run))
         kept = inherit_penalties(growth, plan.arm, run.config, importance)
     state = _assemble(growth.model, plan, run, kept)

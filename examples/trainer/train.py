@@ -84,7 +84,7 @@ def train(
             measured = None
             if is_point:
                 measured = measure()
-                progress.say(health.look(state, update))
+                progress.say(health.look(state, update, measured))
             recorder.add(state, update, measured)
             recorder.read(state)
             pace.waited(state)

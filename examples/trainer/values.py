@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trainer.arguments import OptionError, integer, number
+from trainer.arguments import OptionError, integer, number, shortened
 from trainer.arms import parse_arm
 from trainer.config import RULE
 from trainer.errors import UsageError
@@ -17,10 +17,11 @@ from trainer.peak_flops import PEAK_FLOPS
 
 __all__ = [
     "LARGEST_DEPTH", "arms", "betas", "choice", "depths", "nearest", "optional", "parents", "path",
-    "peak_flops", "rule_or", "steps", "text",
+    "peak_flops", "rule_or", "steps", "text", "zero_or",
 ]  # fmt: skip
 
 LARGEST_DEPTH = 20
+_LARGEST_BETA = 0.999999  # those beyond it come too close to 1 for float32
 _NOTHING = ("none", "null")
 
 
@@ -71,6 +72,21 @@ def rule_or(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return parse
 
 
+def zero_or(convert: Callable[[Any], float]) -> Callable[[Any], float]:
+    """Return a type for what another takes, or 0."""
+
+    def parse(given: Any) -> float:
+        try:
+            return convert(given)
+        except OptionError as error:
+            try:
+                return number(0, 0)(given)
+            except OptionError:
+                raise OptionError(f"{error}, nor 0") from None
+
+    return parse
+
+
 def optional(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return a type for what another takes, or "none", so that a file can be overruled."""
 
@@ -87,7 +103,7 @@ def _items(given: Any) -> list[Any]:
 
 
 def _shown(given: Any) -> str:
-    return repr(given if isinstance(given, str) else ",".join(map(str, _items(given))))
+    return shortened(given if isinstance(given, str) else ",".join(map(str, _items(given))))
 
 
 def arms(given: Any) -> tuple[str, ...]:
@@ -149,13 +165,13 @@ def steps(given: Any) -> tuple[int, ...]:
 
 
 def betas(given: Any) -> tuple[float, float]:
-    """The two of Adam, in [0, 1)."""
+    """The two of Adam, below 1."""
     try:
-        first, second = (number(0, 1)(part) for part in _items(given))
+        first, second = (number(0, _LARGEST_BETA)(part) for part in _items(given))
     except ValueError:
-        first = second = 1.0
-    if max(first, second) == 1.0:
-        raise OptionError(f"{_shown(given)} is not a pair of numbers in [0, 1), such as 0.9,0.95")
+        raise OptionError(
+            f"{_shown(given)} is not a pair of numbers from 0 to {_LARGEST_BETA}, such as 0.9,0.95"
+        ) from None
     return first, second
 
 

@@ -79,7 +79,7 @@ def results(folder: Path) -> Any:
         (["extra"], "extra"),
         (["--methods", "ewx"], "'ewx' is not a method: choose among none, ewc"),
         (["--methods", ""], "'' is not a method"),
-        (["--methods", "ewc=strong"], "'ewc=strong': not a number from 0 to 1e30"),
+        (["--methods", "ewc=strong"], "ewc: 'strong' is not a number from 0 to 1e+30"),
         (["--methods", "ewc=nan"], "not a number from 0"),
         (["--methods", "ewc=-1"], "not a number from 0"),
         (["--methods", "none=3"], "'none' has no strength: leave out =3"),

@@ -21,15 +21,15 @@ def update_of(loss: float) -> Any:
 
 def test_a_warning_is_not_said_again_with_other_numbers_after_a_stop() -> None:
     state = state_of([], 5.0)
-    (said,) = Health(state).look(state, update_of(1.0))
+    (said,) = Health(state).look(state, update_of(1.0), 2.0)
     assert "the penalty, 5, exceeds the task loss, 1:" in said
     again = state_of(list(state.warnings), 7.5, state.seen)
-    assert Health(again).look(again, update_of(2.0)) == []
+    assert Health(again).look(again, update_of(2.0), 2.0) == []
     assert again.warnings == [said]
 
 
 def test_another_kind_is_said_after_a_stop() -> None:
     state = state_of(["the penalty was exactly 0 3 times: it protects nothing"], 5.0)
-    (said,) = Health(state).look(state, update_of(1.0))
+    (said,) = Health(state).look(state, update_of(1.0), 2.0)
     assert "exceeds" in said
     assert len(state.warnings) == 2

@@ -108,7 +108,9 @@ def test_the_report_is_written(tmp_path: Path) -> None:
     write_metrics(tmp_path, RECORDS)
     text = write_report(tmp_path, RECORDS, plans)
     assert (tmp_path / "table.md").read_text() == text
-    assert json.loads((tmp_path / "metrics.json").read_text()) == RECORDS
+    assert json.loads((tmp_path / "metrics.json").read_text()) == [
+        {**record, "diverged": False} for record in RECORDS
+    ]
     for figure in ("loss_validation.png", "loss_training.png"):
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / figure).stat().st_size > 5000

@@ -241,6 +241,14 @@ def test_generate_takes_the_most_probable_token_at_temperature_zero():
         assert torch.equal(tokens[:, t], model(context)[:, -1].argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-37, 1e-30])
+def test_generate_takes_the_likeliest_where_the_temperature_vanishes(temperature):
+    model = GPT(GPTConfig(11, 8, 1, 1, 8), torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[1, 2], [3, 4]])
+    found = model.generate(tokens, 5, temperature=temperature)
+    assert torch.equal(found, model.generate(tokens, 5, temperature=0.0))
+
+
 def test_generate_samples_from_the_tempered_softmax():
     model, prompt = randomized(SMALL), tokens_of(SMALL, batch=1)[:, :3]
     many = prompt.expand(20000, 3)
