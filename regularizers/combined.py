@@ -98,8 +98,15 @@ class PenaltyMonitor:
 
         Args:
             state_dict: What was returned.
+
+        Raises:
+            KeyError: Something is missing.
+            TypeError: It is of another type.
         """
-        self._given, self._zeros = set(state_dict["given"]), state_dict["zeros"]
+        given, zeros = state_dict["given"], state_dict["zeros"]
+        if not isinstance(given, list) or not isinstance(zeros, int):
+            raise TypeError(f"given is {given!r} and zeros {zeros!r}, not a list and a number")
+        self._given, self._zeros = set(given), zeros
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._given:

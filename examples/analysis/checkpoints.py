@@ -7,17 +7,16 @@ from tqdm import tqdm
 from analysis.bundle import Task
 from analysis.core import CoreResult, evaluate
 from analysis.training_log import run_settings
-from ars.models import GPT, miniseries_config
+from ars.models import GPT
 from corpus.choice import load_tokenizer
 from corpus.tokenizer import ByteTokenizer, Tokenizer
 from trainer.bars import QUIET_SECONDS, drawing_interval
-from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint import load_checkpoint, model_of
 from trainer.errors import UsageError
 from trainer.run import CONFIG_FILE, TOKENIZER_FILE
 
 __all__ = ["beginning_token", "evaluate_checkpoint", "load_model"]
 
-_BLOCK = "blocks."
 _LEVELS = 3  # from checkpoints/d4-scratch/00000120.pt up to the folder of the run
 
 
@@ -37,19 +36,9 @@ def load_model(path: Path, sequence_len: int | None) -> tuple[GPT, Tokenizer]:
             or another, or the training's length is not known.
     """
     content = load_checkpoint(path, remedy="name a checkpoint of a finished run")
-    weights = content.get("model")
-    if not isinstance(weights, dict) or "wte.weight" not in weights:
-        raise UsageError(f"{path} holds no model: name a file of a run's checkpoints folder")
-    vocab_size = weights["wte.weight"].shape[0]
-    tokenizer = _tokenizer(path, vocab_size)
-    depth = len({name.split(".")[1] for name in weights if name.startswith(_BLOCK)})
     length = _trained_len(path) if sequence_len is None else sequence_len
-    model = GPT(miniseries_config(max(1, depth), vocab_size=vocab_size, sequence_len=length))
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError:
-        raise UsageError(f"{path} holds another kind of model than the miniseries'") from None
-    return model, tokenizer
+    model = model_of(content, str(path), length)
+    return model, _tokenizer(path, model.config.vocab_size)
 
 
 def beginning_token(tokenizer: Tokenizer) -> int:

@@ -14,9 +14,12 @@ from typing import Any
 
 from ars.replacing import drop_unfinished
 from trainer.checkpoint import DamagedError, load_checkpoint, save_checkpoint
+from trainer.errors import UsageError
 from trainer.folder import put_aside
 from trainer.log import check_log
 from trainer.plan import ModelPlan
+from trainer.reading import understanding
+from trainer.report import markdown_table
 from trainer.run import Run
 from trainer.state import TrainingState
 
@@ -34,9 +37,11 @@ class Keeper:
     def __init__(self, plan: ModelPlan, run: Run) -> None:
         self.run = run
         self._name = plan.name
+        self._model = plan.name, plan.depth, plan.arm.name
         self._fingerprint = run.fingerprint(plan)
         self._states = run.checkpoints / plan.name
         self._trunk = run.checkpoints / f"{plan.name}-trunk.pt"
+        self._used: Path | None = None
         self._final = run.checkpoints / f"{plan.name}.pt"
 
     def save(self, state: TrainingState, *, at_trunk_end: bool) -> None:
@@ -92,7 +97,29 @@ class Keeper:
         if content is None:
             return None
         check_log(self.run.folder / f"log_{self._name}.csv", content.get("log"))
-        return dict(content["record"])
+        return self._checked(content.get("record"))
+
+    def _checked(self, record: Any) -> dict[str, Any] | None:
+        """The record, if a report can be made of it."""
+        try:
+            with understanding(f"the record in {self._final}", "it is put aside"):
+                if (record["name"], record["depth"], record["arm"]) != self._model:
+                    raise ValueError(f"it is of another model than {self._name}")
+                markdown_table([record])
+        except UsageError as error:
+            self.reject(error)
+            return None
+        return dict(record)
+
+    def reject(self, error: UsageError) -> None:
+        """Put the file aside that was used last, because nothing can be made of its content.
+
+        Args:
+            error: says why.
+        """
+        assert self._used is not None, "only what was read can be rejected"
+        aside = put_aside(self._used)
+        print(f"warning: {error} as {aside.name}, and what was before it is used", file=sys.stderr)
 
     def trunk(self) -> dict[str, Any] | None:
         """The state that children grow out of, if it has been reached."""
@@ -118,13 +145,12 @@ class Keeper:
     def _usable(self, path: Path) -> dict[str, Any] | None:
         if not path.exists():
             return None
+        self._used = path
         try:
             content = load_checkpoint(path, remedy="it is put aside")
             if content.get("run") != self._fingerprint:
                 raise DamagedError(f"{path} belongs to another run: it is put aside")
         except DamagedError as error:
-            aside = put_aside(path)
-            print(f"warning: {error} as {aside.name}, and what was before it is used",
-                  file=sys.stderr)  # fmt: skip
+            self.reject(error)
             return None
         return content

@@ -1,16 +1,17 @@
 """Text from a trained model: the beginning that is given, continued token by token."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ars.models import GPT, miniseries_config
+from ars.models import GPT
 from corpus.choice import load_tokenizer
 from corpus.tokenizer import Tokenizer
-from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint import load_checkpoint, model_of
 from trainer.cli import SampleArguments
 from trainer.errors import UsageError
 from trainer.parallel import use_device
@@ -100,10 +101,16 @@ def continue_tokens(
     model.eval()
     for _ in range(tokens):
         logits = model(text[:, -model.config.sequence_len :])[:, -1].float().cpu()  # (count, V)
+        if not logits.isfinite().all():
+            raise UsageError(
+                "the model gives no numbers, it diverged: name another with --checkpoint"
+            )
         if temperature == 0:
             chosen = logits.argmax(-1, keepdim=True)
         else:
-            chosen = _draw(logits / temperature, top_k, draws)
+            # From the largest on, in double: dividing by any temperature overflows to -inf alone.
+            scaled = (logits.double() - logits.amax(-1, keepdim=True)) / temperature
+            chosen = _draw(scaled.float(), top_k, draws)
         text = torch.cat((text, chosen.to(device)), 1)
     return text[:, len(prompt) :].cpu()
 
@@ -124,30 +131,20 @@ def _draw(logits: Tensor, top_k: int | None, draws: Sequence[torch.Generator]) -
 
 
 def _load(path: Path) -> tuple[GPT, Tokenizer]:
-    if not path.is_file():
-        raise UsageError(f"--checkpoint {path} does not exist: name a file of a run's checkpoints")
+    if not os.path.isfile(path):
+        raise UsageError(
+            f"--checkpoint {path} does not exist or is no file: name a file of a run's checkpoints"
+        )
     content = load_checkpoint(path, remedy="name another with --checkpoint")
-    weights = content.get("model")
-    if not isinstance(weights, dict) or "wte.weight" not in weights:
-        raise UsageError(f"--checkpoint {path} holds no model: name a file of a run's checkpoints")
     folder = _folder_of(path)
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-    vocab_size = weights["wte.weight"].shape[0]
-    if vocab_size != tokenizer.vocab_size:
+    model = model_of(content, f"--checkpoint {path}", _sequence_len(folder / CONFIG_FILE))
+    if model.config.vocab_size != tokenizer.vocab_size:
         raise UsageError(
-            f"--checkpoint {path} has {vocab_size} tokens, but the tokenizer of {folder} has "
-            f"{tokenizer.vocab_size}: put the checkpoint back into its own run's folder"
+            f"--checkpoint {path} has {model.config.vocab_size} tokens, but the tokenizer of "
+            f"{folder} has {tokenizer.vocab_size}: put the checkpoint back into its own run's "
+            "folder"
         )
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    sequence_len = _sequence_len(folder / CONFIG_FILE)
-    try:
-        shape = miniseries_config(depth, vocab_size=vocab_size, sequence_len=sequence_len)
-        model = GPT(shape)
-        model.load_state_dict(weights)
-    except (RuntimeError, ValueError):
-        raise UsageError(
-            f"--checkpoint {path} holds another kind of model than the miniseries': name another"
-        ) from None
     return model, tokenizer
 
 

@@ -19,7 +19,7 @@ from corpus import Corpus, validation_windows
 from trainer import report
 from trainer.checkpoint import write_atomically
 from trainer.config import SeriesConfig
-from trainer.errors import UsageError
+from trainer.errors import DamagedError, UsageError
 from trainer.folder import LOCK_FILE
 from trainer.keep import Keeper
 from trainer.plan import ModelPlan, plan_series
@@ -181,22 +181,43 @@ class Series:
 
     def _train(self, plan: ModelPlan) -> dict[str, Any]:
         run = self.run
-        content, trunk = run.parallel.from_first(partial(self._begin, plan))
-        if content is not None:
-            state = restore(plan, run, content)
-        elif plan.parent is None:
-            state = build_from_scratch(plan, run)
-        else:
-            assert trunk is not None, "models are trained in order, parents first"
-            started = time.perf_counter()
-            parent = next(p for p in self.plans if p.name == plan.parent)
-            state = inherit(plan, run, restore(parent, run, trunk))
-            state.seconds = time.perf_counter() - started
         keeper = self._keepers[plan.name]
-        bpb = train(state, plan, run, keeper, resumed=content is not None)
+        content, trunk = run.parallel.from_first(partial(self._begin, plan))
+        state = None
+        while content is not None and state is None:
+            try:
+                state = restore(plan, run, content)
+            except DamagedError as error:
+                run.parallel.from_first(partial(keeper.reject, error))
+                content, trunk = run.parallel.from_first(partial(self._begin, plan))
+        resumed = state is not None
+        if state is None:
+            state = self._new(plan, trunk)
+        bpb = train(state, plan, run, keeper, resumed=resumed)
         record = self._record(plan, state, bpb)
         run.parallel.from_first(partial(keeper.finish, state, record))
         return record
+
+    def _new(self, plan: ModelPlan, trunk: dict[str, Any] | None) -> TrainingState:
+        """A model that begins: from random weights, or grown out of its parent's trunk."""
+        run = self.run
+        if plan.parent is None:
+            return build_from_scratch(plan, run)
+        started = time.perf_counter()
+        parent = next(p for p in self.plans if p.name == plan.parent)
+        try:
+            if trunk is None:  # it was there when the parent's turn came
+                raise DamagedError(f"the trunk of {plan.parent} is gone")
+            grown = inherit(plan, run, restore(parent, run, trunk))
+        except DamagedError as error:
+            if trunk is not None:
+                run.parallel.from_first(partial(self._keepers[plan.parent].reject, error))
+            raise UsageError(
+                f"{plan.name} cannot grow, because {error}: run the same command again, which "
+                f"trains {plan.parent} once more"
+            ) from None
+        grown.seconds = time.perf_counter() - started
+        return grown
 
     def _record(self, plan: ModelPlan, state: TrainingState, bpb: float) -> dict[str, Any]:
         config = self.run.config

@@ -8,6 +8,7 @@ subspace penalty, or the parent itself as a teacher.
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ars.models import GPT, grow, miniseries_config
-from ars.regularizers import DiagonalFisher
+from ars.regularizers import DiagonalFisher, PenaltyMonitor
 from corpus import batch
 from trainer.errors import DivergedError
 from trainer.inheritance import Inheritance, inherit_penalties, restore_penalties
 from trainer.optimizers import Optimizer, build_optimizer
 from trainer.overhead import Shape
 from trainer.plan import ModelPlan
+from trainer.reading import understanding
 from trainer.run import Run
 
 __all__ = ["TrainingState", "build_from_scratch", "inherit", "restore", "shape_of"]
@@ -146,7 +148,16 @@ def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
 
 
 def restore(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingState:
-    """Build the state that `TrainingState.to_dict` described."""
+    """Build the state that `TrainingState.to_dict` described.
+
+    Raises:
+        DamagedError: it is not such a state, though it may be what was saved.
+    """
+    with understanding(f"a state of {plan.name}", "it is put aside"):
+        return _restored(plan, run, content)
+
+
+def _restored(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingState:
     model = _empty(plan.depth, run)
     model.load_state_dict(content["model"])
     teacher = None
@@ -158,12 +169,24 @@ def restore(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingState
     state.optimizer.load_state_dict(content["optimizer"])
     if state.scaler is not None:
         state.scaler.load_state_dict(content["scaler"])
+    elif content["scaler"] is not None:
+        raise ValueError("it has a scale of the loss, which its precision has not")
     torch.set_rng_state(content["rng"])
     if content["cuda_rng"] is not None and run.parallel.device.type == "cuda":
         torch.cuda.set_rng_state(content["cuda_rng"], run.parallel.device)
     state.step, state.seconds = content["step"], content["seconds"]
     state.warnings, state.seen = list(content["warnings"]), content["seen"]
+    if not isinstance(content["warnings"], list):
+        raise ValueError("its warnings are no list")
     state.log = content.get("log")  # states of earlier versions have none
+    if not (type(state.step) is int and 0 <= state.step <= plan.steps):
+        raise ValueError(f"its step is {state.step!r}")
+    if not (isinstance(state.seconds, float) and 0 <= state.seconds < math.inf):
+        raise ValueError(f"its seconds are {state.seconds!r}")
+    if not all(isinstance(text, str) for text in state.warnings):
+        raise ValueError("its warnings are no texts")
+    if state.seen is not None:
+        PenaltyMonitor().load_state_dict(state.seen)
     return state
 
 

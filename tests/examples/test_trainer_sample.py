@@ -1,8 +1,11 @@
 """Samples: which tokens are drawn, from which model, and what is wrong with a checkpoint."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import miniseries
 from ars.models import GPT, miniseries_config
 from corpus import prepare_corpus
 from trainer.checkpoint import save_checkpoint
+from trainer.errors import UsageError
 from trainer.sample import continue_tokens
 
 
@@ -158,7 +162,31 @@ def damaged(trained: Path, checkpoint: Path, tmp_path: Path) -> Path:
     save_checkpoint(tmp_path / "run/checkpoints/shape.pt", {"model": weights})
     weights = {"wte.weight": torch.zeros(256, 64)}
     save_checkpoint(tmp_path / "run/checkpoints/nothing.pt", {"model": weights})
+    weights = model_weights()
+    weights["wte.weight"][0, 0] = float("nan")
+    save_checkpoint(tmp_path / "run/checkpoints/diverged.pt", {"model": weights})
+    for name, change in WRONG.items():
+        weights = model_weights()
+        change(weights)
+        save_checkpoint(tmp_path / f"run/checkpoints/{name}.pt", {"model": weights})
+    os.mkfifo(tmp_path / "run/checkpoints/pipe.pt")
     return tmp_path
+
+
+def model_weights() -> dict[Any, Any]:
+    return GPT(miniseries_config(1, vocab_size=256, sequence_len=8)).state_dict()
+
+
+WRONG: dict[str, Callable[[dict[Any, Any]], object]] = {
+    "no-tensor": lambda w: w.update({"wte.weight": [[1.0]]}),
+    "number": lambda w: w.update({"wte.weight": torch.tensor(1.0)}),
+    "integers": lambda w: w.update({"lm_head.weight": w["lm_head.weight"].long()}),
+    "text": lambda w: w.update({"lm_head.weight": "x"}),
+    "key": lambda w: w.update({7: torch.zeros(1)}),
+    "missing": lambda w: w.pop("lm_head.weight"),
+    "more": lambda w: w.update({"x": torch.zeros(1)}),
+    "deeper": lambda w: w.update({"blocks.9.x": torch.zeros(1)}),
+}
 
 
 @pytest.mark.parametrize(
@@ -172,6 +200,11 @@ def damaged(trained: Path, checkpoint: Path, tmp_path: Path) -> Path:
         ("run/checkpoints/vocabulary.pt", [], "has 300 tokens, but the tokenizer"),
         ("run/checkpoints/shape.pt", [], "another kind of model"),
         ("run/checkpoints/nothing.pt", [], "another kind of model"),
+        ("run/checkpoints/diverged.pt", [], "holds a model that diverged"),
+        ("run/checkpoints/pipe.pt", [], "is no file"),
+        *((f"run/checkpoints/{name}.pt", [], "model") for name in WRONG),
+        ("run/checkpoints/model.pt\0", [], "does not exist"),
+        ("x" * 300, [], "does not exist"),
         ("no-config/checkpoints/model.pt", [], "is not in the folder of a run"),
         ("bad-config/checkpoints/model.pt", [], "config.json is damaged"),
         ("run/checkpoints/model.pt", ["--device", "cuda:99"], "use --device cpu"),
@@ -194,6 +227,20 @@ def test_a_mistake_is_one_line(
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert says in captured.err
+
+
+def test_any_temperature_gives_tokens(model: GPT) -> None:
+    for temperature in (1e-320, 1e-45, 1e-12, 100.0):
+        found = continue_tokens(model, [1], tokens=3, temperature=temperature)
+        likeliest = continue_tokens(model, [1], tokens=3, temperature=0)
+        assert temperature == 100.0 or torch.equal(found, likeliest)
+
+
+def test_a_model_that_gives_no_numbers(model: GPT) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    with pytest.raises(UsageError, match="gives no numbers, it diverged"):
+        continue_tokens(model, [1], tokens=1, temperature=1.0)
 
 
 def test_a_checkpoint_has_to_be_named(capsys: pytest.CaptureFixture[str]) -> None:
