@@ -286,3 +286,30 @@ def test_the_gradients_of_zero_take_one_memory():
     zeros = optimizer._collector._kept.zeros.values()
     assert len({zero.untyped_storage().data_ptr() for zero in zeros}) == 1
     assert all(param.grad is None for param in params[1:])
+
+
+def test_numbers_written_between_steps_reach_what_has_no_gradient():
+    params = parameters(shapes=SHAPES)
+    optimizer = make("triton", params, lr=0.1, penalty=Pull(params), weight_decay=0.1)
+    gradients(params, 0)
+    params[0].grad = None
+    optimizer.step(loss=1.0)
+    memory = optimizer._kept.device._hyper
+    optimizer.param_groups[0]["lr"] = 0.05
+    optimizer.write_hyperparameters()
+    assert optimizer._kept.device._hyper is memory  # where a captured graph reads
+    assert memory[:, 0].tolist() == [0.05, 0.05]
+    assert memory[:, 4].tolist() == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_misfit_that_only_the_penalty_moves_is_refused(implementation):
+    params = parameters(shapes=SHAPES)
+    optimizer = make(implementation, params, lr=0.1, penalty=Pull(params, mode="proximal"))
+    gradients(params, 0)
+    optimizer.step(loss=1.0)
+    params[1].grad, params[1].data = None, torch.ones(90, 16)
+    before = copy.deepcopy(params)
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 has shape \(9, 16\)"):
+        optimizer.step(loss=1.0)
+    assert all(map(torch.equal, params, before))
