@@ -13,6 +13,7 @@ from ars.checkpoint import CheckpointedAdam
 from ars.collect import Collector
 from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
+from ars.counters import CounterPool
 from ars.groups import check_max_grad_norm, has_gradient, is_trial
 from ars.penalty import (
     Penalty,
@@ -105,7 +106,9 @@ class ARSAdam(CheckpointedAdam):
         """Make what is kept from step to step anew."""
         self._kept = functional.Kept()
         self._collector = Collector()
+        self._pool = CounterPool()
         self._traced = compiled.TracedOptimizer(self)
+        self._save_controller()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`__getstate__` returned, or what another version did."""
@@ -335,9 +338,7 @@ class ARSAdam(CheckpointedAdam):
         """Complete a parameter's state and add it to the batch."""
         group, state = self.param_groups[index], self.state[param]
         kind, precision = self._step_kind(group, param), self._precision
-        both = {"amsgrad": group["amsgrad"], "gated": self._controller is not None}
-        complete_state(
-            state, param, betas=group["betas"], step_kind=kind, precision=precision, **both
-        )
+        both = {"amsgrad": group["amsgrad"], "products": self._keeps_products}
+        complete_state(state, param, step_kind=kind, precision=precision, pool=self._pool, **both)
         term = self._terms.get(param, Term())
         batch.append(param, index, number, state, master=precision.master, term=term, **both)

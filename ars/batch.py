@@ -31,8 +31,10 @@ class Batch:
             bfloat16 ones that are rounded stochastically.
         exp_avg_sqs: Second moments, likewise.
         max_exp_avg_sqs: Running maxima of the second moments, None where amsgrad is off.
-        steps: Steps taken, 0-d float32.
-        products: Products of the betas of all steps, (2,) float64; empty without a controller.
+        steps: Steps taken, one element, float32 unless the user made them.
+        products: Products of the betas of all steps, (2,) float64; empty unless a gate makes the
+            betas vary.
+        products_steps: How many steps these are of, 0-d; likewise.
         groups: Index of the parameter's row in the list of :class:`Hyper`, see :func:`rows`.
         anchors: Where the penalty pulls, None where it does not.
         importances: How hard, None where it does not; float or uint8.
@@ -53,6 +55,7 @@ class Batch:
     max_exp_avg_sqs: list[Tensor | None] = dataclasses.field(default_factory=list)
     steps: list[Tensor] = dataclasses.field(default_factory=list)
     products: list[Tensor] = dataclasses.field(default_factory=list)
+    products_steps: list[Tensor] = dataclasses.field(default_factory=list)
     groups: list[int] = dataclasses.field(default_factory=list)
     anchors: list[Tensor | None] = dataclasses.field(default_factory=list)
     importances: list[Tensor | None] = dataclasses.field(default_factory=list)
@@ -72,7 +75,7 @@ class Batch:
         state: dict[str, Any],
         *,
         amsgrad: bool,
-        gated: bool,
+        products: bool,
         master: bool,
         term: Term,
     ) -> None:
@@ -84,7 +87,7 @@ class Batch:
             number: Its own index in the optimizer.
             state: Its optimizer state, complete.
             amsgrad: Whether the running maximum of the second moment is used.
-            gated: Whether a controller makes the betas vary.
+            products: Whether a gate makes the betas vary.
             master: Whether bfloat16 parameters are master weights with their remainder.
             term: Its penalty.
         """
@@ -94,8 +97,9 @@ class Batch:
         self.exp_avg_sqs.append(view(state["exp_avg_sq"]))
         self.max_exp_avg_sqs.append(view(state["max_exp_avg_sq"]) if amsgrad else None)
         self.steps.append(state["step"])
-        if gated:
+        if products:
             self.products.append(state["beta_products"])
+            self.products_steps.append(state["beta_products_step"])
         self.groups.append(group)
         self.anchors.append(term.anchor)
         self.importances.append(term.importance)
@@ -126,6 +130,7 @@ class Hyper(NamedTuple):
     maximize: bool
     strength: Scalar  # of the penalty
     factor: Scalar = 1.0  # of the task's gradient, after clipping
+    beta_factor: Scalar = 1.0  # of the betas, besides the gate of this step; for the kernels alone
 
 
 class Options(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ars.controller import ARSController
 from ars.placement import PlacedAdam
-from ars.state import PRODUCTS, PRODUCTS_STEP, check_shapes, restore_dtypes, step_kind
+from ars.state import check_shapes, restore_dtypes, step_kind
 
 __all__ = ["CheckpointedAdam"]
 
@@ -21,27 +21,13 @@ class CheckpointedAdam(PlacedAdam):
         """Return the device and dtype of the parameter's step counter."""
         return step_kind(group, param, triton=self._implementation == "triton")
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict; with a controller, its tensors under ``"controller"`` too.
+    def _save_controller(self) -> None:
+        """Have ``state_dict()`` return the controller too, before the user's hooks see it.
 
-        Beside the products of the betas stands the step that they are of, which is read from the
-        device: another Adam carries both along, and advances neither.
+        The hook stays: one that comes and goes would be in the way of another thread's call.
         """
-
-        def add(_: Any, state_dict: dict[str, Any]) -> None:
-            state = state_dict["state"]
-            for key, entry in state.items():  # the user may have put there what is no parameter's
-                if isinstance(entry, dict) and PRODUCTS in entry and not entry["step"].is_meta:
-                    state[key] = {**entry, PRODUCTS_STEP: int(entry["step"])}
-            if self._controller is not None:
-                memory = self._controller.state_dict()
-                state_dict["controller"] = {**memory, "watches": self._watches}
-
-        handle = self.register_state_dict_post_hook(add, prepend=True)  # the user's see it whole
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
+        if _add_controller not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(_add_controller, prepend=True)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -86,8 +72,9 @@ class CheckpointedAdam(PlacedAdam):
                 if key in loaded["state"]:
                     kind = self._step_kind(group, param)
                     own, old_state = self.state[param], loaded["state"][key]
-                    gated = self._controller is not None
-                    restore_dtypes(own, param, old_state, kind, self._precision, gated=gated)
+                    restore_dtypes(
+                        own, param, old_state, kind, self._precision, products=self._keeps_products
+                    )
         if self._controller is not None:
             saved = loaded.get("controller")
             fresh = ARSController(self._controller.config).state_dict()
@@ -103,3 +90,11 @@ class CheckpointedAdam(PlacedAdam):
         ):  # fmt: skip
             state[name] = self.__dict__[name]
         return state
+
+
+def _add_controller(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Put the controller's tensors under ``"controller"`` in a state dict."""
+    assert isinstance(optimizer, CheckpointedAdam)
+    if optimizer._controller is not None:
+        memory = optimizer._controller.state_dict()
+        state_dict["controller"] = {**memory, "watches": optimizer._watches}

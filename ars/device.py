@@ -84,7 +84,7 @@ class DeviceStep:
         rows, live = [], []
         for index, hyper in enumerate(hypers):
             columns = {Column.LR: hyper.lr, Column.BETA1: hyper.beta1, Column.BETA2: hyper.beta2}
-            columns[Column.STRENGTH] = hyper.strength
+            columns |= {Column.STRENGTH: hyper.strength, Column.BETA_FACTOR: hyper.beta_factor}
             columns[Column.SIGN] = -hyper.factor if hyper.maximize else hyper.factor
             row = [0.0] * len(Column)
             for column, value in columns.items():
@@ -131,6 +131,7 @@ class DeviceStep:
                 hyper=hyper,
                 decoupled=options.decoupled,
                 controller=_on_device(options.controller),
+                products_steps=batch.products_steps or None,
                 anchors=batch.anchors,
                 importances=batch.importances,
                 proximal=options.proximal,

@@ -1,7 +1,7 @@
-r"""The step on a CPU: torch's own fused Adam under gated betas, and the penalty in blocks.
+r"""The step on a CPU: torch's own fused Adam, and the penalty in blocks.
 
-torch's kernel corrects the bias by powers of constant betas. For betas that change it is given a
-step so large that its own corrections are 1, and the right ones by a change of variables:
+torch's kernel corrects the bias by powers of constant betas. For betas that a gate changes it is
+given a step so large that its own corrections are 1, and the right ones by a change of variables:
 
 .. math::
     \eta \frac{m / c_1}{\sqrt{v / c_2} + \epsilon}
@@ -24,8 +24,9 @@ from torch.optim.adam import adam
 from ars import reference
 from ars.batch import Batch, Hyper, Options, gated, write_diagnostics
 from ars.blocks import Piece, Run, Scratch, gathered
+from ars.counters import Counters
 from ars.penalty import Scalar
-from ars.plan import Plan
+from ars.plan import Direct, Plan
 
 __all__ = ["HostStep"]
 
@@ -38,6 +39,7 @@ class HostStep:
 
     def __init__(self) -> None:
         self._scratch = Scratch()
+        self._counters: Counters | None = None
         self._plan: Plan | None = None
 
     def step_(self, batch: Batch, hypers: list[Hyper], options: Options, *, foreach: bool) -> None:
@@ -51,7 +53,7 @@ class HostStep:
         """
         if options.found_inf is not None and options.found_inf.item() != 0:
             return
-        hypers = [_numbers(hyper) for hyper in hypers]
+        hypers = given = [_numbers(hyper) for hyper in hypers]
         factor = 1.0 if options.grad_scale is None else 1 / options.grad_scale.item()
         norm = grad_norm(batch.grads) * factor if options.needs_norm else math.nan
         values: dict[str, Scalar] = {"surprise": math.nan, "rho": 0.0, "psi": 1.0, "phi": 1.0}
@@ -68,16 +70,21 @@ class HostStep:
             number = torch.tensor(norm, dtype=torch.float64, device="cpu")
             factor *= float(reference.clip_coefficient(number, options.max_norm))
 
+        counters = self._counters
+        if counters is None or not counters.hold(batch):
+            counters = self._counters = Counters(batch)
+        kinds, products = counters.multiply_(given, hypers)
         plan, scaled = self._plan, factor * float(hypers[0].factor) != 1.0
-        if plan is None or not plan.holds(batch, scaled=scaled):
-            plan = self._plan = Plan(batch, self._scratch, scaled=scaled)
-        plan.count_(hypers)
+        if plan is None or not plan.holds(batch, kinds, scaled=scaled):
+            plan = self._plan = Plan(batch, kinds, self._scratch, scaled=scaled)
+        counters.count_()
         stretches = plan.stretches(batch.grads)
         for alike in plan.classes:
-            products = plan.products_of(alike)
-            update = _Update(hypers[alike.group], products, options, factor, foreach)
-            if alike.direct:
-                update.tensors(batch, alike.direct)
+            hyper = hypers[batch.groups[alike.first]]
+            pair = None if products is None else products[alike.first].tolist()
+            update = _Update(hyper, pair, options, factor, foreach)
+            if alike.direct.indices:
+                update.tensors(alike.direct, batch.grads)
             for run in alike.runs:
                 values["penalty"] += update.run(run, stretches)
             for run, gradients in plan.strided(alike, self._scratch):
@@ -118,7 +125,7 @@ class _Update:
     def __init__(
         self,
         hyper: Hyper,
-        products: tuple[float, float] | None,
+        products: list[float] | None,  # of its betas, if a gate makes these vary
         options: Options,
         factor: float,  # of the gradients: unscaling and clipping
         foreach: bool,
@@ -140,12 +147,15 @@ class _Update:
             if options.decoupled:  # torch decays by lr' w'; L2 decay does not meet the lr
                 self.arguments["weight_decay"] = hyper.weight_decay * correction1 / root2
 
-    def tensors(self, batch: Batch, members: list[int]) -> None:
-        """Update whole tensors, all in one call."""
-        lists = (batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs)
-        largest = [t for i in members if (t := batch.max_exp_avg_sqs[i]) is not None]
-        steps = [batch.steps[i] for i in members]
-        params, grads, exp_avgs, exp_avg_sqs = ([tensors[i] for i in members] for tensors in lists)
+    def tensors(self, direct: Direct, gradients: list[Tensor]) -> None:
+        """Update whole tensors, all in one call.
+
+        Args:
+            direct: The tensors.
+            gradients: Those of the batch.
+        """
+        indices, params, exp_avgs, exp_avg_sqs, largest, steps = direct
+        grads = [gradients[i] for i in indices]
         maximize = self.hyper.maximize
         self._adam(params, grads, exp_avgs, exp_avg_sqs, largest, steps, maximize=maximize)
 
@@ -237,7 +247,7 @@ class _Update:
             steps = [FOREVER] * len(params)
         arguments = self.arguments | {"amsgrad": bool(largest), "maximize": maximize}
         if self.foreach:  # torch advances the steps it is given
-            steps = [step - 1 for step in steps]
+            steps = list(torch._foreach_sub(steps, 1))
             arguments |= {"foreach": True, "decoupled_weight_decay": self.options.decoupled}
             adam(params, grads, exp_avgs, exp_avg_sqs, largest, steps, **arguments)
         else:

@@ -32,7 +32,7 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
         norm = reference.grad_norm(batch.grads) * unscale
     values: dict[str, Scalar] = {"surprise": math.nan, "rho": 0.0, "psi": 1.0, "phi": 1.0}
     values |= {"chi": 0.0, "grad_norm": norm, "penalty": 0.0}
-    controller = options.controller
+    controller, given = options.controller, hypers
     if controller is not None:
         surprise = norm if options.surprise is None else options.surprise
         signals = controller.observe(surprise)
@@ -51,8 +51,8 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
             _on(param, value) for value in (hyper.lr, hyper.beta1, hyper.beta2, hyper.strength)
         )
         hyper = hyper._replace(lr=lr, beta1=beta1, beta2=beta2, strength=strength)
-        batch.steps[i] += 1
-        value = _update(batch, i, hyper, options, _on(param, clip * hyper.factor))
+        corrections = _advance_(batch, i, given[batch.groups[i]], hyper)
+        value = _update(batch, i, hyper, corrections, options, _on(param, clip * hyper.factor))
         if value is not None:
             penalty.append(value.to(device).double())
 
@@ -63,10 +63,14 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
 
 
 def _update(
-    batch: Batch, i: int, hyper: Hyper, options: Options, clip: Scalar
+    batch: Batch,
+    i: int,
+    hyper: Hyper,
+    corrections: tuple[Scalar, Scalar],
+    options: Options,
+    clip: Scalar,
 ) -> torch.Tensor | None:
     """Update tensor i, and return its penalty before the step."""
-    correction1, correction2 = _corrections(batch, i, hyper)
     param, remainder = batch.params[i], batch.remainders[i]
     anchor, importance, scale = batch.anchors[i], batch.importances[i], batch.scales[i]
     if importance is not None and scale is not None:
@@ -94,8 +98,8 @@ def _update(
         lr=hyper.lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
-        correction1=correction1,
-        correction2=correction2,
+        correction1=corrections[0],
+        correction2=corrections[1],
         eps=hyper.eps,
         weight_decay=hyper.weight_decay,
         decoupled=options.decoupled,
@@ -232,13 +236,30 @@ def _on(param: torch.Tensor, value: Scalar) -> Scalar:
     return value.to(param.device).reshape(()) if isinstance(value, torch.Tensor) else value
 
 
-def _corrections(batch: Batch, i: int, hyper: Hyper) -> tuple[Scalar, Scalar]:
-    """Return the bias corrections of tensor i: from the products of its betas, or the powers."""
-    if batch.products:
-        for product, beta in zip(
-            batch.products[i].unbind(), (hyper.beta1, hyper.beta2), strict=True
-        ):
-            product.mul_(beta.detach() if isinstance(beta, torch.Tensor) else beta)
-        return 1 - batch.products[i][0], 1 - batch.products[i][1]
-    step = batch.steps[i].double()
-    return 1 - hyper.beta1**step, 1 - hyper.beta2**step
+def _advance_(batch: Batch, i: int, given: Hyper, hyper: Hyper) -> tuple[Scalar, Scalar]:
+    """Count a step of tensor i, and return its bias corrections.
+
+    Args:
+        batch: The batch.
+        i: The tensor.
+        given: Its group's hyperparameters, without the gate.
+        hyper: With it.
+    """
+    step = batch.steps[i]
+    if not batch.products:
+        step += 1
+        count = step.double().reshape(())
+        return 1 - hyper.beta1**count, 1 - hyper.beta2**count
+    product, current = batch.products[i], batch.products_steps[i]
+    taken = step.detach().to(current, non_blocking=True).reshape(())
+    pairs = ((given.beta1, hyper.beta1), (given.beta2, hyper.beta2))
+    for entry, pair in zip(product.unbind(), pairs, strict=True):
+        base, beta = (_detached(_on(product, value)) for value in pair)
+        entry.copy_(reference.next_product(entry, current, taken, base, beta))
+    current.copy_(taken + 1)
+    step += 1
+    return 1 - product[0], 1 - product[1]
+
+
+def _detached(value: Scalar) -> Scalar:
+    return value.detach() if isinstance(value, torch.Tensor) else value

@@ -205,5 +205,6 @@ def _gated_there(hyper: Hyper, diagnostics: Tensor, gate: tuple[str, ...]) -> Hy
         return torch.as_tensor(number, dtype=torch.float64, device=diagnostics.device)
 
     signals = reference.Signals(*diagnostics[:SIGNALS].clone().unbind())
-    hyper = hyper._replace(lr=there(hyper.lr), beta1=there(hyper.beta1), beta2=there(hyper.beta2))
-    return gated(hyper, signals, gate)
+    hyper = gated(hyper._replace(lr=there(hyper.lr)), signals, tuple({*gate} - {"betas"}))
+    # The kernel needs the betas as they are, too.
+    return hyper._replace(beta_factor=signals.phi) if "betas" in gate else hyper

@@ -35,6 +35,11 @@ class PlacedAdam(torch.optim.Adam):
         """Return the parameters of all groups, in order."""
         return [param for group in self.param_groups for param in group["params"]]
 
+    @property
+    def _keeps_products(self) -> bool:
+        """Whether the betas vary, so that their products are not powers of the step."""
+        return self._controller is not None and "betas" in self._controller.config.gate
+
     def _start(self) -> None:
         """Place the optimizer for the first time, here or where a copy of it is made."""
         self._implementation = "loop"

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ars.counters import CounterPool
 from ars.penalty import Term, parameter_names
 
 __all__ = [
@@ -12,7 +13,7 @@ __all__ = [
     "complete_state", "moment_dtype", "restore_dtypes", "step_kind",
 ]  # fmt: skip
 
-# The products of the betas; and in what is saved, the number of the step that they are of.
+# The products of betas that a gate makes vary, and the number of the step that they are of.
 PRODUCTS = "beta_products"
 PRODUCTS_STEP = "beta_products_step"
 # What has the parameter's shape here.
@@ -106,35 +107,39 @@ def complete_state(
     state: dict[str, Any],
     param: Tensor,
     *,
-    betas: tuple[float | Tensor, float | Tensor],
     amsgrad: bool,
     step_kind: dict[str, Any],
-    gated: bool,
+    products: bool,
     precision: Precision,
+    pool: CounterPool,
 ) -> None:
     """Start what is missing in a parameter's state: all of it, or what plain AdamW does not keep.
 
     Args:
         state: The parameter's state, completed in place.
         param: The parameter.
-        betas: Its group's betas; those of the steps already taken, if any.
         amsgrad: Keep the running maximum of the second moment.
         step_kind: Device and dtype of the step counter.
-        gated: Keep the products of the betas (eq. 6), which a controller makes vary.
+        products: Keep the products of the betas (eq. 6), which a gate makes vary. Otherwise they
+            are powers of the step, and the state is torch's.
         precision: What becomes of bfloat16 parameters.
+        pool: Makes the counters.
     """
-    if "step" not in state:
-        state["step"] = torch.zeros((), **step_kind)
+    if not isinstance(state.get("step"), Tensor):
+        state["step"] = pool.zeros("step", **step_kind).fill_(state.get("step", 0))
     for name in ("exp_avg", "exp_avg_sq") + ("max_exp_avg_sq",) * amsgrad:
         if name not in state:
             state[name] = torch.zeros_like(param, dtype=moment_dtype(param, precision))
     if precision.master and param.dtype == torch.bfloat16 and "param_remainder" not in state:
         state["param_remainder"] = torch.zeros_like(param, dtype=torch.int16)
-    if gated and PRODUCTS not in state:
-        numbers = [float(beta) for beta in betas]
-        constant = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        products = constant ** state["step"].double().cpu()
-        state[PRODUCTS] = products.to(param.device)
+    if not products:
+        state.pop(PRODUCTS, None)
+        state.pop(PRODUCTS_STEP, None)
+    elif not (PRODUCTS in state and PRODUCTS_STEP in state):
+        # Those of no step: where some have been taken, the powers of the betas take their place.
+        device = param.device
+        state[PRODUCTS] = pool.zeros(PRODUCTS, 2, dtype=torch.float64, device=device).fill_(1.0)
+        state[PRODUCTS_STEP] = pool.zeros(PRODUCTS_STEP, dtype=step_kind["dtype"], device=device)
 
 
 def restore_dtypes(
@@ -144,9 +149,9 @@ def restore_dtypes(
     step_kind: dict[str, Any],
     precision: Precision,
     *,
-    gated: bool,
+    products: bool,
 ) -> None:
-    """Undo torch's cast of a loaded state to the parameter's dtype, and drop what is out of date.
+    """Undo torch's cast of a loaded state to the parameter's dtype, and drop what is not kept.
 
     Args:
         state: The parameter's state as torch has loaded it, corrected in place.
@@ -154,20 +159,22 @@ def restore_dtypes(
         saved: The parameter's state as it was saved.
         step_kind: Device and dtype of the step counter.
         precision: What becomes of bfloat16 parameters.
-        gated: Whether the products of the betas will be advanced.
+        products: Whether the products of the betas are kept.
     """
     for name, value in saved.items():
         if name == "step":  # a number in old states, which torch has made a tensor
             state[name] = state[name].to(**step_kind)
-        elif name == PRODUCTS_STEP:
-            del state[name]
-        elif not isinstance(value, Tensor):
+        elif name == PRODUCTS_STEP or not isinstance(value, Tensor):
             continue
         elif name == PRODUCTS:
-            if gated and _are_current(saved):
+            # Another Adam casts what it carries along to the parameter's dtype.
+            if products and value.dtype in (torch.float32, torch.float64):
                 state[name] = value.to(param.device, torch.float64)
+                of = torch.as_tensor(saved.get(PRODUCTS_STEP, saved["step"]))
+                state[PRODUCTS_STEP] = of.to(param.device, step_kind["dtype"]).clone()
             else:
-                del state[name]
+                state.pop(PRODUCTS)
+                state.pop(PRODUCTS_STEP, None)
         elif name == "param_remainder":
             if precision.master and param.dtype == torch.bfloat16:
                 state[name] = value.to(param.device, torch.int16)
@@ -175,15 +182,6 @@ def restore_dtypes(
                 del state[name]
         elif value.is_floating_point() or value.is_complex():
             state[name] = value.to(param.device, moment_dtype(param, precision))
-
-
-def _are_current(saved: dict[str, Any]) -> bool:
-    """Whether saved products are of the last step, and not what another Adam has carried along.
-
-    That one knows neither them nor their step; and it casts them to the parameter's dtype.
-    """
-    is_exact = saved[PRODUCTS].dtype in (torch.float32, torch.float64)
-    return is_exact and int(saved["step"]) == saved.get(PRODUCTS_STEP, int(saved["step"]))
 
 
 def check_shapes(groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
@@ -258,9 +256,11 @@ def check_operands(
             problem = f"is {state[key].dtype}, a {param.dtype} parameter needs {dtype}"
             remedy = "optimizer.load_state_dict(optimizer.state_dict()) converts it"
             refuse(key, problem, remedy)
-    steps = state.get("step")
-    if isinstance(steps, Tensor) and steps.numel() != 1:
-        refuse("step", f"has shape {tuple(steps.shape)}", "set it to a 0-d tensor")
+    for key, size in (("step", 1), (PRODUCTS, 2), (PRODUCTS_STEP, 1)):
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.numel() != size:
+            remedy = "set it to a 0-d tensor" if size == 1 else "delete it"
+            refuse(key, f"has shape {tuple(value.shape)}", remedy)
     for key, tensor in term._asdict().items():
         if tensor is not None and key != "scale":
             problem = _misfit(tensor, param)

@@ -61,6 +61,7 @@ def _write_scalars(
     NUMBER: tl.constexpr = scalars.dtype.element_ty
 
     lr = tl.load(source + HYPER.value.LR, mask=mask, other=0.0) * lr_factor
+    beta_factor *= tl.load(source + HYPER.value.BETA_FACTOR, mask=mask, other=1.0)
     beta1 = tl.load(source + HYPER.value.BETA1, mask=mask, other=0.0) * beta_factor
     beta2 = tl.load(source + HYPER.value.BETA2, mask=mask, other=0.0) * beta_factor
     decay = tl.load(source + HYPER.value.WEIGHT_DECAY, mask=mask, other=0.0)
@@ -95,18 +96,45 @@ def _write_scalars(
 
 @triton.jit
 def _power(beta, step):
-    """Return ``beta ** step`` in float64, for beta in [0, 1) and step >= 1."""
+    """Return ``beta ** step`` in float64, for beta in [0, 1) and step >= 0."""
     positive = beta > 0
-    return tl.where(positive, tl.exp(step * tl.log(tl.where(positive, beta, 1.0))), 0.0)
+    power = tl.exp(step * tl.log(tl.where(positive, beta, 1.0)))
+    return tl.where(positive | (step == 0), power, 0.0)
+
+
+@triton.jit
+def _renew_products(table, hyper, tensor_count, BLOCK: tl.constexpr):
+    """Put powers of the betas in the place of products that are not of the steps taken."""
+    start = 0
+    while start < tensor_count:
+        tensor = start + tl.arange(0, BLOCK)
+        mask = tensor < tensor_count
+        row = table + tensor.to(tl.int64) * TABLE.value.WIDTH
+        steps = tl.load(row + TABLE.value.STEP, mask=mask, other=0)
+        taken = tl.load(steps.to(tl.pointer_type(tl.float32)), mask=mask, other=0.0)
+        current = tl.load(row + TABLE.value.PRODUCTS_STEP, mask=mask, other=0)
+        current = tl.load(current.to(tl.pointer_type(tl.float32)), mask=mask, other=0.0)
+        stale = mask & (current != taken)
+        if tl.max(stale.to(tl.int32)) > 0:  # hardly ever, and the powers take the most time
+            source = tl.load(row + TABLE.value.GROUP, mask=mask, other=0) * HYPER.value.WIDTH
+            products = tl.load(row + TABLE.value.PRODUCTS, mask=mask, other=0)
+            products = products.to(tl.pointer_type(tl.float64))
+            for i in tl.static_range(2):
+                beta = tl.load(hyper + source + HYPER.value.BETA1 + i, mask=mask, other=0.0)
+                tl.store(products + i, _power(beta, taken.to(tl.float64)), mask=stale)
+        start += BLOCK
+    tl.debug_barrier()  # before other threads read them
 
 
 @triton.jit
 def _write_corrections(
     table, hyper, corrections, lr_factor, beta_factor, tensor_count,
-    GATED: tl.constexpr, BLOCK: tl.constexpr,
+    GATE_BETAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Advance every tensor's step, and the products if gated; form its bias corrections."""
+    """Advance every tensor's step, and the products of betas that vary; form its corrections."""
     NUMBER: tl.constexpr = corrections.dtype.element_ty
+    if GATE_BETAS:
+        _renew_products(table, hyper, tensor_count, BLOCK)
     start = 0
     while start < tensor_count:
         tensor = start + tl.arange(0, BLOCK)
@@ -114,24 +142,27 @@ def _write_corrections(
         row = table + tensor.to(tl.int64) * TABLE.value.WIDTH
         source = hyper + tl.load(row + TABLE.value.GROUP, mask=mask, other=0) * HYPER.value.WIDTH
         lr = tl.load(source + HYPER.value.LR, mask=mask, other=0.0) * lr_factor
-        beta1 = tl.load(source + HYPER.value.BETA1, mask=mask, other=0.0) * beta_factor
-        beta2 = tl.load(source + HYPER.value.BETA2, mask=mask, other=0.0) * beta_factor
+        beta1 = tl.load(source + HYPER.value.BETA1, mask=mask, other=0.0)
+        beta2 = tl.load(source + HYPER.value.BETA2, mask=mask, other=0.0)
         steps = tl.load(row + TABLE.value.STEP, mask=mask, other=0)
         steps = steps.to(tl.pointer_type(tl.float32))
         step = tl.load(steps, mask=mask, other=0.0) + 1
-        if GATED:
+        if GATE_BETAS:
+            factor = tl.load(source + HYPER.value.BETA_FACTOR, mask=mask, other=1.0) * beta_factor
             products = tl.load(row + TABLE.value.PRODUCTS, mask=mask, other=0)
             products = products.to(tl.pointer_type(tl.float64))
-            product1 = tl.load(products, mask=mask, other=0.0) * beta1  # eq. 6
-            product2 = tl.load(products + 1, mask=mask, other=0.0) * beta2
+            product1 = tl.load(products, mask=mask, other=0.0) * (beta1 * factor)  # eq. 6
+            product2 = tl.load(products + 1, mask=mask, other=0.0) * (beta2 * factor)
         else:
             product1 = _power(beta1, step.to(tl.float64))
             product2 = _power(beta2, step.to(tl.float64))
         tl.debug_barrier()  # a small block is replicated: every thread has read what is replaced
         tl.store(steps, step, mask=mask)
-        if GATED:
+        if GATE_BETAS:
             tl.store(products, product1, mask=mask)
             tl.store(products + 1, product2, mask=mask)
+            products_step = tl.load(row + TABLE.value.PRODUCTS_STEP, mask=mask, other=0)
+            tl.store(products_step.to(tl.pointer_type(tl.float32)), step, mask=mask)
         target = corrections + tensor * CORRECTION.value.WIDTH
         step_size = lr / (1 - product1)
         tl.store(target + CORRECTION.value.STEP_SIZE, step_size.to(NUMBER), mask=mask)
@@ -181,7 +212,7 @@ def _control(
     )  # fmt: skip
     tl.store(diagnostics + DIAGNOSTIC.value.GRAD_NORM, norm)
     _write_corrections(
-        table, hyper, corrections, lr_factor, beta_factor, tensor_count, GATED, TENSOR_BLOCK
+        table, hyper, corrections, lr_factor, beta_factor, tensor_count, GATE_BETAS, TENSOR_BLOCK
     )
 
 
@@ -217,7 +248,7 @@ def _control_unless_inf(
 )
 def control_kernel(
     table, grad_table, tiles,  # see tiles.py
-    hyper, scalars, corrections,  # (G, 8) float64; (G, 10) and (T, 2), see layout.py
+    hyper, scalars, corrections,  # (G, 9) float64; (G, 10) and (T, 2), see layout.py
     window, counts, gate_state, config,  # (W,) float64, (2,) int64, (5,), (10,) float64; or None
     seed,  # (1,) int64
     loss,  # 0-d, floating; None: the surprise is the gradient norm

@@ -43,7 +43,7 @@ class Launches:
     Args:
         parts: The launches of the update, see :func:`~ars.csrc_triton.plan.plan_launches`.
         table: Addresses, see :class:`~ars.csrc_triton.layout.Table`.
-        hyper: Hyperparameters, (G, 8) float64.
+        hyper: Hyperparameters, (G, 9) float64.
         controller: The controller, or None for constant betas.
         decoupled: AdamW's weight decay rather than Adam's.
         proximal: EWC as the proximal step (9) rather than as a gradient (8).

@@ -14,6 +14,7 @@ class Hyper(IntEnum):
     STRENGTH = 5  # EWC's lambda
     MAX_NORM = 6  # of all gradients together; infinity does not clip
     SIGN = 7  # of the gradient, +1 to minimise, -1 to maximise, times any further factor
+    BETA_FACTOR = 8  # of the betas, besides the controller's: 1, or a gate that is known already
 
 
 class Config(IntEnum):
@@ -95,3 +96,4 @@ class Table(IntEnum):
     REMAINDER = 11  # of a master weight
     SCALE = 12  # of a uint8 importance
     NUMBER = 13  # of the parameter in its optimizer
+    PRODUCTS_STEP = 14  # how many steps the products are of

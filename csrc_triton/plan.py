@@ -39,6 +39,7 @@ class Operands(NamedTuple):
     remainders: Sequence[Tensor | None] | None = None
     pulls: Sequence[Tensor | None] | None = None
     scales: Sequence[Tensor | None] | None = None
+    products_steps: list[Tensor] | None = None
 
     def addresses(self) -> dict[Table, list[int]]:
         """Where all of them are."""
@@ -51,6 +52,7 @@ class Operands(NamedTuple):
             Table.IMPORTANCE: self.importances,
             Table.STEP: self.steps,
             Table.PRODUCTS: self.products,
+            Table.PRODUCTS_STEP: self.products_steps,
             Table.REMAINDER: self.remainders,
             Table.PULL: self.pulls,
             Table.SCALE: self.scales,

@@ -45,9 +45,10 @@ class FusedAdam:
         exp_avg_sqs: Second moments, likewise.
         max_exp_avg_sqs: Running maxima of the second moments, likewise, None without amsgrad.
         steps: Steps taken, 0-d float32 tensors.
-        products: Products of the betas so far, (2,) float64, or None without a controller.
+        products: Products of the betas so far, (2,) float64, or None unless the controller gates
+            the betas.
         groups: Row of ``hyper`` of each parameter.
-        hyper: Hyperparameters, (G, 8) float64, see :class:`~ars.csrc_triton.layout.Hyper`.
+        hyper: Hyperparameters, (G, 9) float64, see :class:`~ars.csrc_triton.layout.Hyper`.
         decoupled: AdamW's weight decay; otherwise it joins the gradient (Adam).
         controller: The controller, or None for constant betas.
         anchors: EWC anchors, of any float dtype, None for a parameter without a penalty.
@@ -66,6 +67,8 @@ class FusedAdam:
             :func:`ars.reference.rounding_bits`.
         seed: Key of that rounding, 64 bits.
         numbers: Index of each parameter for that rounding; by default its place in ``params``.
+        products_steps: How many steps the products are of, 0-d float32; likewise. Where that is
+            not the steps taken, the powers of the betas take the products' place.
         diagnostics: Where steps report to, (10,) float64; None makes it.
 
     Attributes:
@@ -106,15 +109,17 @@ class FusedAdam:
         stochastic: bool = False,
         seed: int = 0,
         numbers: list[int] | None = None,
+        products_steps: list[Tensor] | None = None,
         diagnostics: Tensor | None = None,
     ) -> None:
         check_params(params, launches.DEVICE_TYPE)
         check_hyper(hyper, groups, params)
         operands = Operands(
             params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, products, anchors, importances,
-            remainders, pulls, scales,
+            remainders, pulls, scales, products_steps,
         )  # fmt: skip
-        check_operands(operands, gated=controller is not None, stochastic=stochastic)
+        gates_betas = controller is not None and "betas" in controller.gate
+        check_operands(operands, gates_betas=gates_betas, stochastic=stochastic)
         numbers = list(range(len(params))) if numbers is None else numbers
         check_numbers(numbers, params)
         if controller is not None:

@@ -152,7 +152,7 @@ def check_numbers(numbers: list[int], params: list[Tensor]) -> None:
             raise ValueError(f"number {index} is {number}; pass one in [0, 2^32)")
 
 
-def check_operands(operands: Operands, *, gated: bool, stochastic: bool) -> None:
+def check_operands(operands: Operands, *, gates_betas: bool, stochastic: bool) -> None:
     """Raise unless everything that belongs to a parameter fits it.
 
     Raises:
@@ -160,14 +160,21 @@ def check_operands(operands: Operands, *, gated: bool, stochastic: bool) -> None
         ValueError: If one is missing, elsewhere, or of another shape or memory order.
     """
     params = operands.params
-    if gated and operands.products is None:
-        raise ValueError("a controller changes the betas; pass products, one (2,) float64 each")
+    if gates_betas and (operands.products is None or operands.products_steps is None):
+        raise ValueError(
+            "the controller changes the betas; pass products, one (2,) float64 each, and "
+            "products_steps"
+        )
     if (operands.anchors is None) != (operands.importances is None):
         raise ValueError("pass both anchors and importances, or neither")
     for name, tensors in operands._asdict().items():
         if tensors is not None and len(tensors) != len(params):
             raise ValueError(f"{len(tensors)} {name} for {len(params)} parameters; pass one each")
 
+    products = (
+        ("beta_products", operands.products or [], torch.float64, (2,)),
+        ("beta_products_step", operands.products_steps or [], torch.float32, ()),
+    )[: 2 * gates_betas]
     absent: list[Tensor | None] = [None] * len(params)
     for index, param in enumerate(params):
         double = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -178,10 +185,11 @@ def check_operands(operands: Operands, *, gated: bool, stochastic: bool) -> None
         largest = (operands.max_exp_avg_sqs or absent)[index]
         if largest is not None:
             check_same("max_exp_avg_sq", index, largest, param, moment)
-        check_counter("step", index, operands.steps[index], param, torch.float32, ())
-        if operands.products is not None:
-            products = operands.products[index]
-            check_counter("beta_products", index, products, param, torch.float64, (2,))
+        step = operands.steps[index]  # users who share counters make them of shape (1,)
+        step = step.detach().reshape(()) if step.numel() == 1 else step
+        check_counter("step", index, step, param, torch.float32, ())
+        for name, counters, dtype, shape in products:
+            check_counter(name, index, counters[index], param, dtype, shape)
         pull = (operands.pulls or absent)[index]
         if pull is not None:
             check_same("pull", index, pull, param, double)

@@ -9,7 +9,14 @@ Adam (5) moments, (6) bias-correction product, (7) update; penalties (8) EWC cou
 proximal, (10) subspace, (12) Kronecker-factored; Fisher (11) per-sample squares.
 """
 
-from ars.reference.adam import AdamResult, adam_denominator, adam_step, clip_coefficient, grad_norm
+from ars.reference.adam import (
+    AdamResult,
+    adam_denominator,
+    adam_step,
+    clip_coefficient,
+    grad_norm,
+    next_product,
+)
 from ars.reference.backoff import GateState, back_off, slow_release
 from ars.reference.controller import (
     Signals,
@@ -52,6 +59,7 @@ __all__ = [
     "join_master",
     "kronecker_gradient",
     "kronecker_value",
+    "next_product",
     "philox",
     "philox_uniform",
     "rounding_bits",

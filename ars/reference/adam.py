@@ -56,6 +56,31 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+def next_product(
+    product: Tensor, product_step: Tensor, step: Tensor, base: Scalar, beta: Scalar
+) -> Tensor:
+    r"""Advance the product of a beta that changes by one step (6), :math:`B \leftarrow B \beta`.
+
+    A product that is not of the steps taken is out of date: whoever sets a step counter back, or
+    lets another Adam go on, advances no product. It is then that of constant betas, a power.
+
+    Args:
+        product: B, float64.
+        product_step: How many steps it is of, of the same shape.
+        step: How many steps have been taken, likewise.
+        base: The beta that is neither gated nor changed, in [0, 1).
+        beta: This step's beta, in [0, 1).
+
+    Example:
+        >>> taken = torch.tensor(2.0)
+        >>> next_product(torch.tensor(0.25), taken, taken, base=0.5, beta=0.1)
+        tensor(0.0250)
+        >>> next_product(torch.tensor(0.25), taken, torch.tensor(0.0), base=0.5, beta=0.1)
+        tensor(0.1000)
+    """
+    return torch.where(product_step == step, product, base ** step.double()) * beta
+
+
 def adam_denominator(exp_avg_sq: Tensor, correction2: Scalar, eps: float) -> Tensor:
     r"""Return :math:`\sqrt{v / c_2} + \epsilon`, the metric of Adam (7) and proximal EWC (9).
 

@@ -38,8 +38,7 @@ def test_a_trial_step_makes_the_state_and_moves_nothing(implementation, lr):
     assert all(map(torch.equal, params, before))
     for param in params:
         state = optimizer.state[param]
-        assert set(state) == {"step", "exp_avg", "exp_avg_sq", "beta_products"}
-        assert state["beta_products"].tolist() == [1.0, 1.0]
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
         assert not any(state[name].any() for name in ("step", "exp_avg", "exp_avg_sq"))
     assert not optimizer.controller.counts.any()
     assert not optimizer.controller.window.any()

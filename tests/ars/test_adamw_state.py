@@ -60,81 +60,103 @@ def test_checkpoints_go_both_ways_with_torch(implementation):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_a_controller_may_take_over_from_plain_adamw():
+@pytest.mark.parametrize("config", [ARSConfig(), ARSConfig(gate=("betas",))])
+def test_a_controller_may_take_over_from_plain_adamw(config):
     """The products of the betas start from the powers of the steps already taken."""
     params, plain = parameters(shapes=((6,),)), parameters(shapes=((6,),))
     first = torch.optim.AdamW(plain)
     train(first, plain, 8)
     for param, value in zip(params, plain, strict=True):
         param.data.copy_(value.data)
-    second = ARSAdamW(params)
+    second = ARSAdamW(params, ars=config)
     second.load_state_dict(saved(first))
     result = train(second, params, 3, first=8)  # too little history to gate
     for a, b in zip(result, train(first, plain, 3, first=8), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-PLAIN = {"torch": torch.optim.AdamW, "ours": lambda params: ARSAdamW(params, ars=None)}
+PLAIN = {"torch": torch.optim.AdamW, "ours": ARSAdamW}
+BETAS = ARSConfig(gate=("betas",))  # which gates the betas, so that their products are not powers
+TORCHS = {"step", "exp_avg", "exp_avg_sq"}
+PRODUCTS = {"beta_products", "beta_products_step"}
 
 
 @pytest.mark.parametrize("between", PLAIN.values(), ids=PLAIN.keys())
-def test_products_do_not_outlive_steps_without_a_controller(between):
+def test_products_do_not_outlive_steps_without_a_gate_on_the_betas(between):
     """Such an optimizer cannot advance them: they would be those of 4 steps after 40."""
     params = parameters(shapes=((5,),))
-    first, second, third = ARSAdamW(params), between(params), ARSAdamW(params)
+    first, second = ARSAdamW(params, ars=BETAS), between(params)
+    third = ARSAdamW(params, ars=BETAS)
     train(first, params, 4)
     second.load_state_dict(saved(first))
     train(second, params, 36, first=4)
-    assert set(saved(second)["state"][0]) >= {"step", "exp_avg", "exp_avg_sq"}
+    assert set(saved(second)["state"][0]) >= TORCHS
     third.load_state_dict(saved(second))
     train(third, params, 1, first=40)
     state = third.state[params[0]]
-    assert set(state) == {"step", "exp_avg", "exp_avg_sq", "beta_products"}
+    assert set(state) == TORCHS | PRODUCTS
     assert state["beta_products"].tolist() == pytest.approx([0.9**41, 0.999**41])
 
 
-def test_a_plain_optimizer_does_not_carry_products_along():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("config", [None, ARSConfig(), ARSConfig(gate=("lr", "grad"))])
+def test_a_state_without_a_gate_on_the_betas_is_torchs(implementation, config):
+    """Also where the products of an earlier version, or of another gate, come in a checkpoint."""
     params = parameters(shapes=((5,),))
-    first, second = ARSAdamW(params), ARSAdamW(params, ars=None)
+    first, second = ARSAdamW(params, ars=BETAS), make(implementation, params, ars=config)
+    train(second, params, 1)
+    assert set(second.state[params[0]]) == TORCHS
     train(first, params, 2)
-    second.load_state_dict(saved(first))
-    assert set(second.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+    old = saved(first)
+    assert set(old["state"][0]) == TORCHS | PRODUCTS
+    old["state"][0]["beta_products_step"] = 2  # as earlier versions saved it
+    del old["controller"]
+    second.load_state_dict(old)
+    assert set(second.state[params[0]]) == TORCHS
+    second.state[params[0]]["beta_products"] = torch.ones(2)  # as in an earlier version's pickle
+    train(second, params, 1)
+    assert set(second.state[params[0]]) == TORCHS
 
 
 @pytest.mark.parametrize(("dtype", "is_kept"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_torch_may_hand_products_back_that_are_current_and_exact(dtype, is_kept):
     """It casts them to the parameter's dtype."""
     params = parameters(dtype, shapes=((5,),))
-    first, second = ARSAdamW(params), torch.optim.AdamW(params)
-    third = ARSAdamW(params)
-    train(first, params, 3)
+    first, second = ARSAdamW(params, ars=BETAS), torch.optim.AdamW(params)
+    third = ARSAdamW(params, ars=BETAS)
+    train(first, params, 3, loss=0.0)
     first.state[params[0]]["beta_products"].fill_(0.25)  # as no powers would be
     second.load_state_dict(saved(first))
     third.load_state_dict(saved(second))
     assert ("beta_products" in third.state[params[0]]) == is_kept
-    train(third, params, 1)
+    train(third, params, 1, loss=0.0)
     expected = [0.9 * 0.25, 0.999 * 0.25] if is_kept else [0.9**4, 0.999**4]
     assert third.state[params[0]]["beta_products"].tolist() == pytest.approx(expected)
 
 
-def test_products_saved_without_their_step_are_taken():
-    """As earlier versions saved them."""
+@pytest.mark.parametrize("step", [None, 3])
+def test_products_of_earlier_versions_are_taken(step):
+    """They saved no step beside them, or a number."""
     params = parameters(shapes=((5,),))
-    first, second = ARSAdamW(params), ARSAdamW(params)
-    train(first, params, 3)
+    first, second = ARSAdamW(params, ars=BETAS), ARSAdamW(params, ars=BETAS)
+    train(first, params, 3, loss=0.0)
     first.state[params[0]]["beta_products"].fill_(0.25)
     older = saved(first)
     assert older["state"][0].pop("beta_products_step") == 3
+    if step is not None:
+        older["state"][0]["beta_products_step"] = step
     second.load_state_dict(older)
     assert second.state[params[0]]["beta_products"].tolist() == [0.25, 0.25]
+    train(second, params, 1, loss=0.0)
+    assert second.state[params[0]]["beta_products"].tolist() == [0.9 * 0.25, 0.999 * 0.25]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_loading_keeps_the_moments_dtype(dtype):
     params = parameters(dtype)
-    first = ARSAdamW(params, amsgrad=True)
+    first = ARSAdamW(params, amsgrad=True, ars=BETAS)
     train(first, params, 2)
-    second = ARSAdamW(params, amsgrad=True)
+    second = ARSAdamW(params, amsgrad=True, ars=BETAS)
     second.load_state_dict(saved(first))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for param in params:
@@ -246,7 +268,7 @@ def test_penalty_may_be_replaced_between_steps():
 
 def test_added_group_is_trained():
     params = parameters(shapes=((5,), (3,)))
-    optimizer = ARSAdamW(params[:1])
+    optimizer = ARSAdamW(params[:1], ars=BETAS)
     train(optimizer, params, 2)
     optimizer.add_param_group({"params": params[1:], "lr": 0.5})
     before = params[1].detach().clone()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from optimizers import Pull, gradients, make, parameters
 
-from ars import ARSAdamW
+from ars import ARSAdamW, ARSConfig
 
 SHAPES = ((5,), (2, 3), (4,))
 
@@ -143,7 +143,7 @@ def test_what_changes_between_steps_is_noticed(change, implementation):
 @pytest.mark.parametrize("implementation", ["fused", "triton"])
 @pytest.mark.parametrize("what", ["param", "exp_avg", "step", "beta_products"])
 def test_memory_that_moves_under_a_tensor_is_followed(what, implementation):
-    optimizer, params = trained(implementation)
+    optimizer, params = trained(implementation, ars=ARSConfig.paper())
     tensor = params[1] if what == "param" else optimizer.state[params[1]][what]
     stale = tensor.data
     tensor.data = tensor.data.clone()

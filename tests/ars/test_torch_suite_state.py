@@ -226,5 +226,4 @@ def test_non_empty_state(case):
     assert optimizer.state.keys() == set(params)
     names = {"step", "exp_avg", "exp_avg_sq"}
     names |= {"max_exp_avg_sq"} if case.given.get("amsgrad") else set()
-    names |= {"beta_products"} if case.ars else set()
     assert all(state.keys() == names for state in optimizer.state.values())

@@ -40,6 +40,7 @@ class Problem:
     stochastic: bool = False
     seed: int = 0
     numbers: list[int] | None = None
+    products_steps: list[Tensor] | None = None
 
     def entry(self, name: str, i: int) -> Tensor | None:
         """Parameter i's entry of an optional list."""
@@ -126,13 +127,19 @@ class Problem:
         for i, param in enumerate(self.params):
             row = self.hyper[self.groups[i]].tolist()
             lr, beta1, beta2 = row[Hyper.LR] * lr_factor, row[Hyper.BETA1], row[Hyper.BETA2]
-            beta1, beta2 = beta1 * beta_factor, beta2 * beta_factor
+            bases = (beta1, beta2)
+            factor = beta_factor * row[Hyper.BETA_FACTOR]
+            beta1, beta2 = beta1 * factor, beta2 * factor
+            taken = self.steps[i].clone()
             self.steps[i] += 1
-            if self.products is None:
+            if self.products is None or self.products_steps is None:
                 product1, product2 = (beta ** float(self.steps[i]) for beta in (beta1, beta2))
             else:
-                self.products[i] *= self.products[i].new_tensor([beta1, beta2])
-                product1, product2 = self.products[i].tolist()
+                product, count = self.products[i], self.products_steps[i]
+                for entry, base, beta in zip(product.unbind(), bases, (beta1, beta2), strict=True):
+                    entry.copy_(reference.next_product(entry, count, taken, base, beta))
+                product1, product2 = product.tolist()
+                count.copy_(self.steps[i])
             anchor, importance = self.entry("anchors", i), self.importance(i)
             strength = row[Hyper.STRENGTH]
             if anchor is not None and importance is not None:
@@ -206,6 +213,8 @@ def make_problem(
         p if stochastic and p.dtype == torch.bfloat16 else e
         for p, e in zip(params, exact, strict=True)
     ]
+    held = None if controller is None else make_controller(controller, window, device, history)
+    varies = held is not None and "betas" in held.gate
     rows = []
     for group in range(group_count):
         row = [0.0] * len(Hyper)
@@ -213,6 +222,7 @@ def make_problem(
             row[Hyper[name.upper()]] = value / (1 + 0.25 * group)
         row[Hyper.MAX_NORM] = max_norm * (1 + group)
         row[Hyper.SIGN] = -1.0 if maximize else 1.0
+        row[Hyper.BETA_FACTOR] = 1.0 - 0.25 * group * varies
         rows.append(row)
     anchors, importances, scales = None, None, None
     if penalty is not None:
@@ -248,24 +258,23 @@ def make_problem(
             else None
             for p in params
         ]
+    steps = [torch.tensor(float(i % 3), device=device) for i in range(count)]
     return Problem(
         params=params,
         exp_avgs=[0.5 * torch.randn_like(m) for m in moment],
         exp_avg_sqs=[0.5 * torch.rand_like(m) for m in moment],
         max_exp_avg_sqs=[0.5 * torch.rand_like(m) for m in moment] if amsgrad else None,
-        steps=[torch.tensor(float(i % 3), device=device) for i in range(count)],
-        products=None
-        if controller is None
-        else [
+        steps=steps,
+        products=[
             torch.tensor([0.9, 0.8], dtype=torch.float64, device=device) / (1 + i)
             for i in range(count)
-        ],
+        ]
+        if varies
+        else None,
         groups=[i % group_count for i in range(count)],
         hyper=torch.tensor(rows, dtype=torch.float64, device=device),
         decoupled=decoupled,
-        controller=None
-        if controller is None
-        else make_controller(controller, window, device, history),
+        controller=held,
         anchors=anchors,
         importances=importances,
         proximal=penalty == "proximal",
@@ -277,6 +286,8 @@ def make_problem(
         stochastic=stochastic,
         seed=-(2**50) - 3,
         numbers=[3 * i + 1 for i in range(count)],
+        # Every third is out of date, and not used.
+        products_steps=[s + (i % 3 == 1) for i, s in enumerate(steps)] if varies else None,
     )
 
 

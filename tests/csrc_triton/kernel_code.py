@@ -69,8 +69,12 @@ CONTROL: dict[str, dict[str, Any]] = {
     "control-paper": {"STANDARDIZE": False, "DETREND": False, "GATE_LR": False, "GATE_GRAD": False},
     "control-residuals": {"STANDARDIZE": False},
     "control-mean": {"DETREND": False},
+    "control-rate": {"GATE_BETAS": False, "GATE_GRAD": False},  # the default
     "control-constant-betas": {
         "GATED": False,
+        "GATE_BETAS": False,
+        "GATE_LR": False,
+        "GATE_GRAD": False,
         "window": None,
         "counts": None,
         "gate_state": None,

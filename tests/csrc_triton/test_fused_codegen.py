@@ -71,6 +71,7 @@ REGISTERS = {
     "control-paper": 80,
     "control-residuals": 80,
     "control-mean": 80,
+    "control-rate": 80,
     "control-constant-betas": 80,
 }
 

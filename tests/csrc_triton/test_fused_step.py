@@ -186,6 +186,7 @@ def test_products_are_the_power_for_betas_that_do_not_change(device: str) -> Non
     constant.steps = [torch.tensor(0.0, device=device)]
     gated = constant.clone()
     gated.products = [torch.ones(2, dtype=torch.float64, device=device)]
+    gated.products_steps = [torch.zeros((), device=device)]
     gated.controller = make_problem(device, controller="paper").controller
     assert gated.controller is not None
     gated.controller.config[0] = 0.0  # alpha: no surprise closes the gate

@@ -16,7 +16,10 @@ def test_adam_is_its_corrected_second_moment(ours):
     torch.manual_seed(0)
     model = nn.Linear(3, 2).bfloat16() if ours else nn.Linear(3, 2)
     beta = 0.9
-    opt = (ARSAdamW if ours else torch.optim.AdamW)(model.parameters(), betas=(0.8, beta))
+    if ours:
+        opt = ARSAdamW(model.parameters(), betas=(0.8, beta), ars=ARSConfig.paper())
+    else:
+        opt = torch.optim.AdamW(model.parameters(), betas=(0.8, beta))
     average = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
     weight = 0.0
     for _ in range(5):
@@ -25,9 +28,8 @@ def test_adam_is_its_corrected_second_moment(ours):
         loss.backward()
         opt.step(loss=loss) if ours else opt.step()
         effective = beta
-        if ours:  # the controller moves the betas; the product tells what it was
-            product = opt.state[model.weight]["beta_products"][1].item()
-            effective = product / (1 - weight)
+        if ours:  # the controller moves the betas
+            effective = float(opt.diagnostics["beta2"])
         weight = 1 - (1 - weight) * effective
         for n, p in model.named_parameters():
             average[n] = effective * average[n] + (1 - effective) * p.grad.float() ** 2
