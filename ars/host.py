@@ -247,7 +247,7 @@ class _Update:
             steps = [FOREVER] * len(params)
         arguments = self.arguments | {"amsgrad": bool(largest), "maximize": maximize}
         if self.foreach:  # torch advances the steps it is given
-            steps = list(torch._foreach_sub(steps, 1))
+            steps = [step.float() for step in torch._foreach_sub(steps, 1)]
             arguments |= {"foreach": True, "decoupled_weight_decay": self.options.decoupled}
             adam(params, grads, exp_avgs, exp_avg_sqs, largest, steps, **arguments)
         else:

@@ -73,10 +73,10 @@ def next_product(
 
     Example:
         >>> taken = torch.tensor(2.0)
-        >>> next_product(torch.tensor(0.25), taken, taken, base=0.5, beta=0.1)
-        tensor(0.0250)
-        >>> next_product(torch.tensor(0.25), taken, torch.tensor(0.0), base=0.5, beta=0.1)
-        tensor(0.1000)
+        >>> float(next_product(torch.tensor(0.25), taken, taken, base=0.5, beta=0.5))
+        0.125
+        >>> float(next_product(torch.tensor(0.25), taken, torch.tensor(0.0), base=0.5, beta=0.5))
+        0.5
     """
     return torch.where(product_step == step, product, base ** step.double()) * beta
 
