@@ -10,7 +10,8 @@ from torch import Tensor
 from ars.reference.penalties import SCALED
 
 __all__ = [
-    "Penalty", "Term", "check_group_strengths", "check_strength", "parameter_names",
+    "Penalty", "Term", "check_group_strengths", "check_strength", "instead_of",
+    "parameter_names",
     "read_settings", "read_terms", "refresh_",
 ]  # fmt: skip
 
@@ -151,7 +152,7 @@ def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]
     for member in ("strength", "mode", "terms"):
         if isinstance(penalty, type) or not hasattr(penalty, member):
             kind = penalty.__name__ if isinstance(penalty, type) else type(penalty).__name__
-            raise TypeError(f"penalty {kind} has no {member!r}: {_instead_of(penalty)}")
+            raise TypeError(f"penalty {kind} has no {member!r}: {instead_of(penalty)}")
     read_settings(penalty)
     rows = list(penalty.terms())
     buffers = list(penalty.gradients()) if hasattr(penalty, "gradients") else []
@@ -186,9 +187,14 @@ def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]
     return terms
 
 
-def _instead_of(penalty: Any) -> str:
-    """Say what to pass instead of something that is not a penalty, by what it has."""
-    kind = type(penalty).__name__
+def instead_of(penalty: Any) -> str:
+    """Say what to do with something that is not a penalty, by what it has.
+
+    Args:
+        penalty: What was passed for one.
+    """
+    cls = type(penalty)  # of which is asked, as a Fisher that is not fitted has no importance
+    kind = cls.__name__
     if isinstance(penalty, type):
         return f"that is the class, so build one: {penalty.__name__}(...)"
     if isinstance(penalty, (list, tuple, set)):
@@ -197,9 +203,9 @@ def _instead_of(penalty: Any) -> str:
             "ars.regularizers.CombinedLoss(...); an EWC and a SubspacePenalty together are a "
             "ProgressiveInheritance"
         )
-    if hasattr(penalty, "factors") or hasattr(penalty, "covariance"):
+    if hasattr(cls, "factors") or hasattr(cls, "covariance"):
         return f"pass KroneckerPenalty(model, ...) of this {kind}"
-    if hasattr(penalty, "importance") or isinstance(penalty, Mapping):
+    if hasattr(cls, "importance") or isinstance(penalty, Mapping):
         return f"pass EWC(model, ...) of this {kind}"
     if hasattr(penalty, "penalty") and hasattr(penalty, "strength"):
         return "pass the penalty that it adapts, its .penalty"
@@ -227,7 +233,8 @@ def _check_are_optimized(penalty: Any, held: list[Tensor], names: dict[Tensor, s
     if len(absent) == len(set(held)):
         raise ValueError(
             f"the penalty pulls at {name} and belongs to no parameter of this optimizer: build it "
-            "from the model that is optimized, not from a copy, after the model is where it stays"
+            "from the model that is optimized, not from a copy, after the model is where it stays; "
+            "where all that it holds was frozen, leave it out"
         )
     if moving.requires_grad:
         raise ValueError(

@@ -85,7 +85,8 @@ def held_by(bases: object, model: nn.Module) -> dict[str, nn.Parameter]:
     """
     if not isinstance(bases, Mapping):
         got = type(bases).__name__
-        raise TypeError(f"bases must be a mapping from parameter name to tensor, got {got}")
+        way = "; from_activations takes that" if hasattr(type(bases), "covariance") else ""
+        raise TypeError(f"bases must be a mapping from parameter name to tensor, got {got}{way}")
     if not bases:
         raise ValueError("bases is empty: there is nothing to penalise")
     check_names(bases, model, "bases")

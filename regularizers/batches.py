@@ -14,7 +14,9 @@ __all__ = ["check_cost", "check_logits", "check_targets", "checked_batch", "take
 MAX_BACKWARDS = 4096
 
 
-def checked_batch(batch: object, index: int, *, segments: bool) -> tuple[Tensor, ...]:
+def checked_batch(
+    batch: object, index: int, *, segments: bool, differentiated: bool = True
+) -> tuple[Tensor, ...]:
     """Return ``batch`` as (inputs, targets), or (inputs, targets, segments).
 
     Args:
@@ -22,6 +24,7 @@ def checked_batch(batch: object, index: int, *, segments: bool) -> tuple[Tensor,
             segments of the targets' shape and dtype.
         index: Its number, for messages.
         segments: Whether it holds segments.
+        differentiated: Whether what is computed of it will be.
 
     Returns:
         The tensors.
@@ -42,8 +45,15 @@ def checked_batch(batch: object, index: int, *, segments: bool) -> tuple[Tensor,
             f"batch as [({', '.join(names)})], and segments with unit='segment' only"
         )
     inputs, targets = batch[:2]
+    if differentiated and inputs.is_inference():
+        raise ValueError(
+            f"inputs of batch {index} were made inside torch.inference_mode(), and nothing that "
+            "depends on them can be differentiated; clone them outside"
+        )
     if targets.dtype != torch.int64:
-        raise TypeError(f"targets of batch {index} must be int64, got {targets.dtype}")
+        raise TypeError(
+            f"targets of batch {index} must be int64, the numbers of classes, got {targets.dtype}"
+        )
     if targets.ndim not in {1, 2}:
         raise ValueError(
             f"targets of batch {index} must have shape (B,) or (B, T), got {tuple(targets.shape)}"

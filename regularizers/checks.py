@@ -1,7 +1,7 @@
 """Checks that the penalties share. Messages name the offending thing and the remedy."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -12,6 +12,7 @@ from ars.penalty import check_strength
 from ars.regularizers.estimators import accumulation_dtype
 
 __all__ = [
+    "check_can_differentiate",
     "check_draws",
     "check_generator",
     "check_label",
@@ -21,6 +22,7 @@ __all__ = [
     "check_state",
     "check_tensor",
     "check_unmoved",
+    "checked_batches",
     "checked_choice",
     "checked_decay",
     "checked_module",
@@ -31,11 +33,39 @@ __all__ = [
 ]
 
 
-def checked_module(model: object) -> nn.Module:
+# What wrappers put before the names of parameters.
+WRAPPERS = ("module.", "_orig_mod.")
+
+
+def checked_module(model: object, what: str = "model") -> nn.Module:
     """Return ``model``, or raise TypeError if it is not a module."""  # noqa: DOC501
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return model
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, type):
+        raise TypeError(f"{what} must be a torch.nn.Module, got the class {model.__name__}")
+    raise TypeError(
+        f"{what} must be a torch.nn.Module, got {type(model).__name__}; pass the module itself, "
+        "neither its parameters nor its state dict, and a function in a module that calls it"
+    )
+
+
+def check_can_differentiate(what: str) -> None:
+    """Raise RuntimeError in inference mode, whose tensors are never differentiated or changed."""  # noqa: DOC501
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what} is not possible inside torch.inference_mode(): what is computed there can be "
+            "neither differentiated nor changed; do it outside (torch.no_grad() does no harm)"
+        )
+
+
+def checked_batches(batches: Any) -> Iterable[Any]:
+    """Return ``batches``, or raise TypeError if that is no iterable of batches."""  # noqa: DOC501
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(
+            "batches must be an iterable of pairs (inputs, targets), got "
+            f"{type(batches).__name__}; pass a DataLoader, or a single batch as [(inputs, targets)]"
+        )
+    return batches
 
 
 def check_generator(generator: object) -> None:
@@ -49,6 +79,11 @@ def check_generator(generator: object) -> None:
 
 def check_positive_int(name: str, value: object) -> None:
     """Raise ValueError unless ``value`` is an integer >= 1."""  # noqa: DOC501
+    if callable(value):
+        raise ValueError(
+            f"{name} must be a positive integer, got {getattr(value, '__name__', value)}; a loss "
+            "function is not needed, as the targets of a Fisher are the model's own classes"
+        )
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
@@ -88,9 +123,14 @@ def check_names(names: Mapping[str, Any], model: nn.Module, source: str) -> None
             raise ValueError(
                 f"{name!r} is tied to {first!r}; give the importance of both uses as {first!r}"
             )
+        remedy = "use the names of model.named_parameters()"
+        if any(wrapper in name or f"{wrapper}{name}" in aliases for wrapper in WRAPPERS):
+            remedy = (
+                "measure and penalise one and the same module: the wrapped one, or the .module of "
+                "DistributedDataParallel and the ._orig_mod of torch.compile everywhere"
+            )
         raise ValueError(
-            f"{source} names {name!r}, which is not a parameter of {type(model).__name__}; "
-            "use the names of model.named_parameters()"
+            f"{source} names {name!r}, which is not a parameter of {type(model).__name__}; {remedy}"
         )
 
 
@@ -151,7 +191,9 @@ def _check_shape(what: str, tensor: Tensor, shape: torch.Size) -> None:
         ValueError: Another shape.
     """
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{what} must be a tensor, got {type(tensor).__name__}")
+        kind = type(tensor).__name__
+        ways = {"Quantized": "; expand it by dequantize(*it)", "ndarray": "; torch.from_numpy(it)"}
+        raise TypeError(f"{what} must be a tensor, got {kind}{ways.get(kind, '')}")
     if not tensor.is_floating_point():
         raise TypeError(
             f"{what} must be floating point, got {tensor.dtype}; convert it with .float()"
@@ -159,7 +201,7 @@ def _check_shape(what: str, tensor: Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
         raise ValueError(
             f"{what} has shape {tuple(tensor.shape)}, but the parameter has {tuple(shape)}; "
-            "compute it on the model as it is now"
+            "compute it on this model, as it is now"
         )
 
 

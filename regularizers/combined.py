@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ars.penalty import check_strength
+from ars.penalty import check_strength, instead_of
+from ars.regularizers.checks import checked_module
 from ars.regularizers.distillation import Distillation
 from ars.regularizers.evaluation import trainable
 from ars.regularizers.ewc import EWC
@@ -161,8 +162,10 @@ class CombinedLoss:
                     "a Distillation needs the inputs and logits of the step; add its "
                     "value(inputs, logits) to the task's loss"
                 )
-            if not callable(getattr(penalty, "value", None)):
-                raise TypeError(f"penalty {type(penalty).__name__} has no method value()")
+            if isinstance(penalty, type) or not callable(getattr(penalty, "value", None)):
+                several = isinstance(penalty, (list, tuple, set))
+                remedy = "pass them one by one, by a *" if several else instead_of(penalty)
+                raise TypeError(f"penalty {type(penalty).__name__} has no method value(): {remedy}")
         check_strength("l2", l2)
         if l2 and model is None:
             raise ValueError(f"l2={l2} needs to know the parameters; pass model")
@@ -172,7 +175,7 @@ class CombinedLoss:
             raise ValueError(f"check_every must be an integer >= 1, got {check_every!r}")
         self.penalties, self.l2, self.check_every = penalties, l2, check_every
         self.parts: dict[str, Tensor] = {}
-        self._parameters = [] if model is None else list(trainable(model).values())
+        self._parameters = [] if model is None else list(trainable(checked_module(model)).values())
         self._monitor = PenaltyMonitor()
         self._calls = 0
 
@@ -189,8 +192,14 @@ class CombinedLoss:
             ValueError: ``task`` is not 0-d.
         """
         if not isinstance(task, Tensor) or task.ndim:
-            got = tuple(task.shape) if isinstance(task, Tensor) else type(task).__name__
-            raise ValueError(f"task must be a 0-d tensor, got {got}; reduce it by .mean()")
+            if not isinstance(task, Tensor):
+                raise ValueError(
+                    f"task must be a 0-d tensor, got {type(task).__name__}; pass the loss itself, "
+                    "not its .item()"
+                )
+            raise ValueError(
+                f"task must be a 0-d tensor, got {tuple(task.shape)}; reduce it by .mean()"
+            )
         parts: dict[str, Tensor] = {}
         for penalty in self.penalties:
             for name, value in _values(penalty).items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ars.regularizers.batches import checked_batch, take_samples
-from ars.regularizers.checks import checked_module
+from ars.regularizers.checks import checked_batches, checked_module
 from ars.regularizers.estimators import IGNORE_INDEX
 from ars.regularizers.factors import outer_products
 from ars.regularizers.layer_checks import check_counts, check_order, check_used, warn_of_others
@@ -101,6 +101,7 @@ class ActivationCovariance:
         """Samples (sequences) seen, 0 before :meth:`fit`."""
         return self._n_samples
 
+    @torch.inference_mode(False)  # whose tensors could not be changed afterwards
     def fit(
         self,
         batches: Iterable[Tensor | tuple[Tensor, Tensor]],
@@ -129,7 +130,13 @@ class ActivationCovariance:
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         seen, passes, orders = 0, Passes(self.model), Passes(self.model)
-        pairs = (_labelled(batch, index) for index, batch in enumerate(batches))
+        if _is_one_pair(batches):
+            raise TypeError(
+                "batches is a pair of inputs and targets, not a list of batches; pass it as "
+                "[(inputs, targets)]"
+            )
+        given = checked_batches(batches)
+        pairs = (_labelled(batch, index) for index, batch in enumerate(given))
         with recorded_uses(self.model, layers) as uses, torch.no_grad():
             for inputs, targets in take_samples(pairs, n_samples):
                 uses.clear()
@@ -215,6 +222,16 @@ class _Moment(NamedTuple):
     positions: int
 
 
+def _is_one_pair(batches: object) -> bool:
+    """Whether these are not two batches of inputs, as far as their dtypes tell."""
+    return (
+        isinstance(batches, (tuple, list))
+        and len(batches) == 2
+        and all(isinstance(part, Tensor) for part in batches)
+        and batches[1].dtype == torch.int64 != batches[0].dtype
+    )
+
+
 def _labelled(batch: object, index: int) -> tuple[Tensor, ...]:
     """Return inputs and targets; for inputs alone, targets that mask nothing.
 
@@ -222,7 +239,7 @@ def _labelled(batch: object, index: int) -> tuple[Tensor, ...]:
         ValueError: There are no inputs.
     """
     if not isinstance(batch, Tensor):
-        return checked_batch(batch, index, segments=False)
+        return checked_batch(batch, index, segments=False, differentiated=False)
     if batch.ndim == 0 or len(batch) == 0:
         raise ValueError(f"batch {index} is empty: inputs have shape {tuple(batch.shape)}")
     return batch, torch.zeros(len(batch), dtype=torch.int64, device=batch.device)

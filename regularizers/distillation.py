@@ -108,7 +108,7 @@ class Distillation(Strengthened):
     def __init__(
         self, teacher: nn.Module, strength: float | Tensor = 1.0, temperature: float = 2.0
     ) -> None:
-        self.teacher = checked_module(teacher)
+        self.teacher = checked_module(teacher, "teacher")
         self.strength = strength
         self.temperature = _check_temperature(temperature)
 

@@ -1,12 +1,12 @@
 """The states a model is differentiated in, and the parameters it is differentiated by."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["computed_in", "evaluation_mode", "in_float32", "trainable"]
+__all__ = ["check_trainable", "computed_in", "evaluation_mode", "in_float32", "trainable"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -23,12 +23,33 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         TypeError: One is complex.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("the model has no parameter with requires_grad=True")
+    check_trainable(parameters)
     for name, p in parameters.items():
         if p.is_complex():
             raise TypeError(f"parameter {name!r} is complex; only real parameters are supported")
     return parameters
+
+
+def check_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters that cannot be differentiated by.
+
+    Args:
+        parameters: Those with ``requires_grad``, by name.
+
+    Raises:
+        ValueError: There is none, or one was made in inference mode.
+    """
+    if not parameters:
+        raise ValueError(
+            "the model has no parameter with requires_grad=True; call requires_grad_() on those "
+            "that are to be measured"
+        )
+    for name, p in parameters.items():
+        if p.is_inference():
+            raise ValueError(
+                f"parameter {name!r} was made inside torch.inference_mode() and can never be "
+                "differentiated; make the model outside"
+            )
 
 
 @contextmanager

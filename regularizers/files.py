@@ -13,7 +13,8 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ars.replacing import replacing
 
@@ -97,6 +98,8 @@ def load_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
     _check_stateful(penalty)
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
+    if not os.path.isfile(path):  # a named pipe would be waited for
+        raise ValueError(f"{path} is no regular file: name a file of save_penalty")
     try:
         with library.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -123,6 +126,8 @@ def load_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
         penalty.load_state_dict(state)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: {error}") from error
+    except (KeyError, RecursionError) as error:  # a record of another form, with the right checksum
+        raise ValueError(f"{path} is damaged: {type(error).__name__} in its record") from error
 
 
 def _safetensors() -> Any:
@@ -137,8 +142,15 @@ def _safetensors() -> Any:
 
 
 def _check_stateful(penalty: object) -> None:
+    if isinstance(penalty, type):
+        raise TypeError(f"{penalty.__name__} is the class: build a penalty of it first")
+    if isinstance(penalty, (nn.Module, Optimizer)) and not hasattr(penalty, "terms"):
+        raise TypeError(f"{type(penalty).__name__} is no penalty: torch.save its state_dict()")
     if not hasattr(penalty, "state_dict") or not hasattr(penalty, "load_state_dict"):
-        raise TypeError(f"{type(penalty).__name__} has no state_dict and load_state_dict")
+        remedy = "the penalty comes first, then the path"
+        if hasattr(type(penalty), "importance") or hasattr(type(penalty), "factors"):
+            remedy = "save the penalty that is made of it"
+        raise TypeError(f"{type(penalty).__name__} has no state_dict and load_state_dict; {remedy}")
 
 
 def _recorded(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

@@ -13,6 +13,7 @@ from ars.regularizers.batches import (
     checked_batch,
     take_samples,
 )
+from ars.regularizers.checks import check_can_differentiate, checked_batches
 from ars.regularizers.cotangents import Chunk, Unit, count_units, units_of
 from ars.regularizers.estimators import ESTIMATORS, draw_nothing
 from ars.regularizers.evaluation import evaluation_mode, trainable
@@ -53,12 +54,13 @@ def sum_squares(
     Raises:
         ValueError: No samples, fewer than ``n_samples``, or all positions masked.
     """
+    check_can_differentiate("fit")
     parameters = trainable(model)
     total = zero_sums(parameters)
     way = Differentiator(model, parameters, settings.method, settings.chunk_size)
     checked = (
         checked_batch(batch, index, segments=settings.unit == "segment")
-        for index, batch in enumerate(batches)
+        for index, batch in enumerate(checked_batches(batches))
     )
     seen = units = classes = 0
     with evaluation_mode(model), torch.enable_grad():

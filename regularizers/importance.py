@@ -44,9 +44,12 @@ def importance_of(fisher: DiagonalFisher | Mapping[str, Tensor]) -> Mapping[str,
             raise ValueError("the DiagonalFisher is not fitted; call fit(batches) first")
         return fisher.importance
     if not isinstance(fisher, Mapping):
+        remedy = "fit one: DiagonalFisher(model).fit(batches)"
+        if hasattr(type(fisher), "factors") or hasattr(type(fisher), "covariance"):
+            remedy = "a KroneckerPenalty takes that"
         raise TypeError(
             "fisher must be a DiagonalFisher or a mapping from parameter name to tensor, "
-            f"got {type(fisher).__name__}"
+            f"got {type(fisher).__name__}; {remedy}"
         )
     if not fisher:
         raise ValueError("fisher is empty: there is nothing to penalise")

@@ -27,14 +27,16 @@ from ars.regularizers.batches import (
     take_samples,
 )
 from ars.regularizers.checks import (
+    check_can_differentiate,
     check_draws,
     check_generator,
+    checked_batches,
     checked_choice,
     checked_module,
 )
 from ars.regularizers.cotangents import Chunk, cotangents
 from ars.regularizers.estimators import ESTIMATORS, IGNORE_INDEX
-from ars.regularizers.evaluation import computed_in
+from ars.regularizers.evaluation import check_trainable, computed_in
 from ars.regularizers.factors import FactorSums, KroneckerFactors
 from ars.regularizers.layer_checks import (
     check_counts,
@@ -183,10 +185,15 @@ class KroneckerFisher:
                 or samples that are mixed in one; a factor that is not finite.
             RuntimeError: A layer ran outside autograd.
         """
+        check_can_differentiate("fit")
+        check_trainable({n: p for n, p in self.model.named_parameters() if p.requires_grad})
         layers = matrix_layers(self.model)
         sums: dict[str, FactorSums] = {}
         seen, passes, orders = 0, Passes(self.model), Passes(self.model)
-        pairs = (checked_batch(batch, i, segments=False) for i, batch in enumerate(batches))
+        pairs = (
+            checked_batch(batch, i, segments=False)
+            for i, batch in enumerate(checked_batches(batches))
+        )
         with recorded_uses(self.model, layers) as uses, torch.enable_grad():
             for index, (inputs, targets) in enumerate(take_samples(pairs, n_samples)):
                 uses.clear()

@@ -282,13 +282,20 @@ def _factors_of(factors: Factors) -> Mapping[str, tuple[Tensor, Tensor | None]]:
     if not isinstance(factors, Mapping):
         raise TypeError(
             "factors must be a KroneckerFisher, an ActivationCovariance or a mapping from the "
-            f"name of a weight to (A, G), got {type(factors).__name__}"
+            f"name of a weight to (A, G), got {type(factors).__name__}; "
+            + (
+                "an EWC takes that"
+                if hasattr(type(factors), "importance")
+                else "fit one of the two"
+            )
         )
     if not factors:
         raise ValueError("factors is empty: there is nothing to penalise")
     for name, pair in factors.items():
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TypeError(f"the factors of {name!r} must be a pair (A, G), got {pair!r:.80}")
+            raise TypeError(
+                f"the factors of {name!r} must be a pair (A, G), got {type(pair).__name__}"
+            )
     return factors
 
 

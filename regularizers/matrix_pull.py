@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ars.reference import kronecker_gradient, kronecker_value
-from ars.regularizers.checks import check_unmoved
+from ars.regularizers.checks import check_can_differentiate, check_unmoved
 from ars.regularizers.estimators import accumulation_dtype
 from ars.regularizers.factors import KroneckerFactors
 from ars.regularizers.kronecker_product import nearest_product
@@ -45,6 +45,7 @@ class MatrixPull:
         inputs: Tensor,
         outputs: Tensor | None,
     ) -> None:
+        check_can_differentiate("building a penalty")
         weight = parameters[name]
         if weight.ndim < 2:
             raise ValueError(

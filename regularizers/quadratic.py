@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ars.reference import ewc_gradient
-from ars.regularizers.checks import copy_like
+from ars.regularizers.checks import check_can_differentiate, copy_like
 from ars.regularizers.estimators import accumulation_dtype
 from ars.regularizers.storage import Quantized, dequantize, quantize
 
@@ -42,6 +42,7 @@ class Pull:
     """
 
     def __init__(self, name: str, param: Tensor, importance: Tensor, storage: str) -> None:
+        check_can_differentiate("building a penalty")
         self.param = param
         self.anchor = copy_like(param, param)
         self.importance: Tensor | Quantized = copy_like(param, importance)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ars.reference import subspace_value
 from ars.reference.penalties import Protect, Side
+from ars.regularizers.checks import check_can_differentiate
 
 __all__ = ["Restraint"]
 
@@ -26,6 +27,7 @@ class Restraint:
     def __init__(
         self, param: Tensor, anchor: Tensor, basis: Tensor, side: Side, protect: Protect
     ) -> None:
+        check_can_differentiate("building a penalty")
         self.param, self.anchor, self.side, self.protect = param, anchor, side, protect
         self.buffer = torch.zeros_like(anchor)
         rows = param.shape[0]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ars.penalty import LARGEST_STRENGTH
+from ars.penalty import LARGEST_STRENGTH, instead_of
 from ars.regularizers.checks import check_state, checked_strength
 from ars.regularizers.estimators import accumulation_dtype
 from ars.regularizers.fisher import DiagonalFisher
@@ -82,8 +82,13 @@ class AdaptiveStrength:
         smoothing: float = 0.95,
         bounds: tuple[float, float] = (1e-3, 1e6),
     ) -> None:
-        if not hasattr(penalty, "strength") or not hasattr(penalty, "terms"):
-            raise TypeError(f"penalty {type(penalty).__name__} has no strength or no terms()")
+        has_both = hasattr(penalty, "strength") and hasattr(penalty, "terms")
+        if isinstance(penalty, type) or not has_both:
+            several = isinstance(penalty, (list, tuple, set))
+            remedy = "make one for each penalty" if several else instead_of(penalty)
+            raise TypeError(
+                f"penalty {type(penalty).__name__} has no strength or no terms(): {remedy}"
+            )
         if hasattr(penalty, "subspace"):
             raise TypeError(
                 f"penalty {type(penalty).__name__} has two strengths; adapt its .ewc, its "
