@@ -32,7 +32,7 @@ __all__ = [
     "reach", "trunk_of",
 ]  # fmt: skip
 
-_Four = tuple[float, float, float, float]  # of one seed, in the order of `Ratios`
+_Ratios = tuple[float, float, float, float, bool]  # of one seed, in the order of `Ratios`
 
 
 @dataclass(frozen=True)
@@ -322,11 +322,7 @@ class _Pair:
     """An arm's model and the baseline's of one seed, with their logs."""
 
     def __init__(
-        self,
-        ours: Record,
-        theirs: Record,
-        by_name: Mapping[tuple[str, int], Record],
-        logs: Logs,
+        self, ours: Record, theirs: Record, by_name: Mapping[tuple[str, int], Record], logs: Logs
     ) -> None:
         self.ours, self.theirs = ours, theirs
         self.log = logs.get((ours.name, ours.seed), [])
@@ -335,9 +331,8 @@ class _Pair:
         logged = measured_rows(self.log) and measured_rows(self.reference)
         self.is_known = self.diverged or (bool(logged) and ours.lineage_tokens is not None)
         self.ancestors, self.before = _ancestors(ours, by_name, logs)
-        self.final: _Four | None = None
-        self.trunk: _Four | None = None
-        self.final_is_bound = self.trunk_is_bound = False
+        self.final: _Ratios | None = None
+        self.trunk: _Ratios | None = None
         self.efficiency: float | None = None
         if self.is_known and not self.diverged:
             self._find()
@@ -346,7 +341,7 @@ class _Pair:
         point = reach([*self.before, *self.log], measured_rows(self.reference)[-1]["val_bpb"])
         if point is not None:
             whole = Point(self.theirs.lineage_flops, self.theirs.tokens)
-            self.final, self.final_is_bound = self._ratios(point, whole), point.is_bound
+            self.final = self._ratios(point, whole)
         own, others = (measured_rows(trunk_of(log)) for log in (self.log, self.reference))
         if not own or not others:
             return
@@ -354,7 +349,7 @@ class _Pair:
         point, other = reach([*self.before, *own], level), reach(others, level)
         if point is None or other is None or other.is_bound:
             return
-        self.trunk, self.trunk_is_bound = self._ratios(point, other), point.is_bound
+        self.trunk = self._ratios(point, other)
         if self._inherited_tokens and not point.is_bound:
             inherited = min(point.tokens, self._inherited_tokens)
             self.efficiency = (other.tokens - (point.tokens - inherited)) / inherited
@@ -364,7 +359,7 @@ class _Pair:
         whole = self.ours.lineage_tokens
         return 0 if whole is None else whole - self.ours.tokens
 
-    def _ratios(self, point: Point, other: Point) -> _Four:
+    def _ratios(self, point: Point, other: Point) -> _Ratios:
         # What was there before the arm's Fisher pass and growth belongs to the parents.
         own = max(0.0, point.flops - (self.ours.lineage_flops - self.ours.own_flops))
         own_tokens = max(0.0, point.tokens - self._inherited_tokens)
@@ -373,13 +368,12 @@ class _Pair:
             own / other.flops,
             point.tokens / other.tokens,
             own_tokens / other.tokens,
+            point.is_bound,
         )
 
 
 def _ancestors(
-    record: Record,
-    by_name: Mapping[tuple[str, int], Record],
-    logs: Logs,
+    record: Record, by_name: Mapping[tuple[str, int], Record], logs: Logs
 ) -> tuple[int, Log]:
     """Number of ancestors, and what their trunks measured, from the oldest on.
 
@@ -409,14 +403,13 @@ def measured_rows(log: Log) -> Log:
 
 
 def _summary(depth: int, pairing: Pairing, pairs: Sequence[_Pair]) -> Saving:
-    def ratios(found: Sequence[_Four | None], is_bound: bool) -> Ratios | None:
-        whole = [values for values in found if values is not None]
-        if len(whole) < len(found):
+    def ratios(found: Sequence[_Ratios | None]) -> Ratios | None:
+        known = [values for values in found if values is not None]
+        if len(known) < len(found):
             return None
-        flops, own_flops, tokens, own_tokens = (
-            Estimate.of(column) for column in zip(*whole, strict=True)
-        )
-        return Ratios(flops, own_flops, tokens, own_tokens, is_bound)
+        *columns, bounds = zip(*known, strict=True)
+        flops, own_flops, tokens, own_tokens = map(Estimate.of, columns)
+        return Ratios(flops, own_flops, tokens, own_tokens, any(bounds))
 
     worth = [pair.efficiency for pair in pairs if pair.efficiency is not None]
     return Saving(
@@ -425,8 +418,8 @@ def _summary(depth: int, pairing: Pairing, pairs: Sequence[_Pair]) -> Saving:
         baseline=pairing.baseline,
         seeds=len(pairs),
         reached=sum(pair.final is not None for pair in pairs),
-        final=ratios([p.final for p in pairs], any(p.final_is_bound for p in pairs)),
-        trunk=ratios([p.trunk for p in pairs], any(p.trunk_is_bound for p in pairs)),
+        final=ratios([p.final for p in pairs]),
+        trunk=ratios([p.trunk for p in pairs]),
         efficiency=Estimate.of(worth) if len(worth) == len(pairs) else None,
         ancestors=max(pair.ancestors for pair in pairs),
         diverged=sum(pair.diverged for pair in pairs),

@@ -1,7 +1,7 @@
 r"""A series before it is trained: sizes, tokens and operations of its models, hours and money.
 
     params         P = 12 L D^2 + 2 V D             scaling params  P_s = 12 L D^2 + V D
-    tokens         T = ratio x P or ratio x P_s
+    tokens         T = ratio x P
     operations     C = T (6 P_s + 12 L D S)         V vocabulary, S sequence length
 
 These are the trainer's own models. The doubling series is given by its parameters alone, so its
@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 from common.tables import aligned
 from trainer.cli import PlanArguments
@@ -29,6 +29,10 @@ __all__ = [
 ]  # fmt: skip
 
 _WIDTH_PER_DEPTH = 64
+_VOCABULARY = 32768
+_SEQUENCE_LEN = 2048
+_DEPTHS_RATIO = 8  # tokens a parameter
+_DOUBLING_RATIO = 20
 
 
 @dataclass(frozen=True)
@@ -50,70 +54,40 @@ class PlannedModel:
     flops: int
 
 
-def plan_depths(
-    depths: Iterable[int] = range(10, 21),
-    *,
-    ratio: float = 8.0,
-    count: Literal["all", "scaling"] = "all",
-    vocab_size: int = 32768,
-    sequence_len: int = 2048,
-) -> tuple[PlannedModel, ...]:
-    """Plan models of width 64 depth; the defaults are nanochat's first miniseries.
+def plan_depths(depths: Iterable[int] = range(10, 21)) -> tuple[PlannedModel, ...]:
+    """Models of width 64 depth as nanochat's first miniseries has them.
 
     Args:
         depths: L of each model, >= 1.
-        ratio: tokens a parameter, > 0.
-        count: which parameters the ratio counts.
-        vocab_size: V.
-        sequence_len: S.
-
-    Raises:
-        ValueError: an argument is outside its range.
 
     Example:
         >>> d10 = plan_depths([10])[0]
         >>> d10.params, f"{d10.flops:.2e}"
         (91095040, '4.21e+17')
     """
-    if count not in ("all", "scaling"):
-        raise ValueError(f"count must be 'all' or 'scaling', got {count!r}")
-    _check_positive(ratio=ratio, vocab_size=vocab_size, sequence_len=sequence_len)
     plan = []
     for depth in depths:
-        _check_positive(depth=depth)
         width = _WIDTH_PER_DEPTH * depth
-        scaling = 12 * depth * width**2 + vocab_size * width
-        params = scaling + vocab_size * width
-        tokens = round(ratio * (params if count == "all" else scaling))
-        flops = tokens * (6 * scaling + 12 * depth * width * sequence_len)
+        scaling = 12 * depth * width**2 + _VOCABULARY * width
+        params = scaling + _VOCABULARY * width
+        tokens = _DEPTHS_RATIO * params
+        flops = tokens * (6 * scaling + 12 * depth * width * _SEQUENCE_LEN)
         plan.append(PlannedModel(f"d{depth}", params, scaling, tokens, flops))
     return tuple(plan)
 
 
-def plan_doubling(
-    first: int = 7_000_000, models: int = 11, *, ratio: float = 20.0
-) -> tuple[PlannedModel, ...]:
-    """Plan models whose parameters double; the defaults go from 7M to 7.2B.
-
-    Args:
-        first: parameters of the smallest model, >= 1.
-        models: how many, >= 1.
-        ratio: tokens a parameter, > 0.
-
-    Raises:
-        ValueError: an argument is outside its range.
+def plan_doubling() -> tuple[PlannedModel, ...]:
+    """Eleven models whose parameters double.
 
     Example:
         >>> [model.name for model in plan_doubling()][::5]
         ['7.0M', '224.0M', '7.2B']
     """
-    _check_positive(first=first, models=models, ratio=ratio)
     plan = []
-    for k in range(models):
-        params = first * 2**k
-        tokens = round(ratio * params)
-        unit, letter = (1e9, "B") if params >= 1e9 else (1e6, "M")
-        name = f"{params / unit:.1f}{letter}"
+    for k in range(11):
+        params = 7_000_000 * 2**k
+        tokens = _DOUBLING_RATIO * params
+        name = f"{params / 1e9:.1f}B" if params >= 1e9 else f"{params / 1e6:.1f}M"
         plan.append(PlannedModel(name, params, params, tokens, 6 * params * tokens))
     return tuple(plan)
 
@@ -143,7 +117,9 @@ def plan_cost(
         >>> f"{cost['flops']:.3g} FLOPs, {cost['hours']:.2f} h"
         '4.64e+19 FLOPs, 4.07 h'
     """
-    _check_positive(peak_flops=peak_flops, devices=devices, mfu=mfu)
+    for name, value in (("peak_flops", peak_flops), ("devices", devices), ("mfu", mfu)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
     if mfu > 1:
         raise ValueError(f"mfu must be at most 1, got {mfu}")
     rows: list[dict[str, Any]] = []
@@ -174,12 +150,6 @@ def plan_cost(
         "hours": rows[-1]["cumulative_hours"] if rows else 0.0,
         "price": rows[-1]["cumulative_price"] if rows else 0.0,
     }
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def chain_saving(

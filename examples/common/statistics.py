@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 __all__ = ["MIN_SEEDS", "Array", "Estimate", "Interval", "bootstrap_interval", "share_interval"]
 
@@ -43,7 +43,7 @@ class Estimate:
         mean = float(np.mean(values))
         if len(values) < 2:
             return cls(mean, None, tuple(values))
-        half = float(stats.t.ppf(0.5 + _CONFIDENCE / 2, len(values) - 1)) * _error(values)
+        half = float(stdtrit(len(values) - 1, 0.5 + _CONFIDENCE / 2)) * _error(values)
         return cls(mean, (mean - half, mean + half), tuple(values))
 
     @property
@@ -92,7 +92,9 @@ def share_interval(successes: int, count: int) -> Interval:
     References:
         Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
-    found = stats.binomtest(successes, count).proportion_ci(_CONFIDENCE, method="wilson")
+    from scipy.stats import binomtest  # not above: importing it takes half a second
+
+    found = binomtest(successes, count).proportion_ci(_CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)
 
 
