@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from analysis.bundle import Task
 from analysis.core import CoreResult, evaluate
-from analysis.training_log import run_settings
+from analysis.records import run_settings
 from ars.models import GPT
 from corpus.choice import load_tokenizer
 from corpus.tokenizer import ByteTokenizer, Tokenizer

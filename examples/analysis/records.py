@@ -1,4 +1,4 @@
-"""The records of a trained series, checked on reading, and the logs beside them."""
+"""What runs left, checked on reading: records of their models, logs of their steps, settings."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,14 +9,22 @@ from typing import Any
 from trainer.errors import UsageError
 from trainer.log import read_log
 from trainer.overhead import GROWTH_OPERATIONS
-from trainer.reading import read_json
+from trainer.reading import printable, read_json
+from trainer.run import CONFIG_FILE
 
-__all__ = ["Log", "Logs", "Record", "chain", "read_logs", "read_metrics"]
+__all__ = [
+    "Log", "Logs", "Record", "chain", "read_logs", "read_metrics", "rounded", "run_settings",
+    "thinned_curve", "training_log",
+]  # fmt: skip
 
 Log = list[dict[str, Any]]
 Logs = Mapping[tuple[str, int], Log]  # by name and seed
 
 _REMEDY = "name a metrics.json of a run"
+_DIGITS = 6
+_COLUMNS = ("step", "tokens", "flops", "seconds", "lr", "val_bpb")
+# Means over the steps since the last point.
+_MEANS = ("loss", "phi", "psi", "grad_norm", "penalty", "tokens_per_second", "mfu")
 
 
 @dataclass(frozen=True)
@@ -192,3 +200,93 @@ def _record(entry: Any, path: Path, index: int) -> Record:
         warnings=tuple(notes),
         devices=number("devices", int, 1, 1),
     )
+
+
+def run_settings(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Settings and data of the runs whose ``metrics.json`` are given, where ``config.json`` says.
+
+    Args:
+        paths: files of metrics.
+    """
+    found = []
+    for path in paths:
+        try:
+            content = read_json(path.parent / CONFIG_FILE, remedy="")
+        except UsageError:
+            continue  # metrics alone can be analysed too
+        if isinstance(content, dict):
+            found.append({"run": printable(path.parent.name), **_without_paths(content)})
+    return found
+
+
+def training_log(
+    settings: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
+    logs: Logs,
+) -> dict[str, Any]:
+    """What ``training_log.json`` keeps: what was set and warned of, and how training went.
+
+    Args:
+        settings: of `run_settings`.
+        records: of the trained models.
+        logs: of their steps, as far as there are any.
+    """
+    return {
+        "runs": list(settings),
+        "models": [
+            {
+                "name": record.name,
+                "seed": record.seed,
+                "val_bpb": rounded(record.val_bpb),
+                "warnings": list(record.warnings),
+                "curve": thinned_curve(logs.get((record.name, record.seed), [])),
+            }
+            for record in records
+        ],
+    }
+
+
+def thinned_curve(log: Log, columns: Sequence[str] = (*_COLUMNS, *_MEANS)) -> dict[str, list[Any]]:
+    """The steps at which validation was measured, as columns; empty ones are left out.
+
+    What is noisy (loss, gates, norms, speed) is the mean over the steps since the point before.
+
+    Args:
+        log: rows of a log.
+        columns: wanted.
+    """
+    curve: dict[str, list[Any]] = {column: [] for column in columns}
+    since: Log = []
+    for row in log:
+        since.append(row)
+        if row["val_bpb"] is None:
+            continue
+        for column in columns:
+            values = [r[column] for r in since if r.get(column) is not None]
+            value = row.get(column)
+            if column in _MEANS:
+                value = sum(values) / len(values) if values else None
+            curve[column].append(rounded(value))
+        since = []
+    return {c: values for c, values in curve.items() if any(v is not None for v in values)}
+
+
+def rounded(value: float | int | None) -> float | int | None:
+    """Six digits of a number; ``None`` for one that is not finite, which JSON has no word for.
+
+    Example:
+        >>> rounded(0.123456789), rounded(10**12), rounded(float("nan"))
+        (0.123457, 1000000000000, None)
+    """
+    if value is None or isinstance(value, int):
+        return value
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+
+
+def _without_paths(value: Any) -> Any:
+    """The last part of whatever is a path of the machine."""
+    if isinstance(value, dict):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

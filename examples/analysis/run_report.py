@@ -18,10 +18,9 @@ from analysis.comparisons import QUESTIONS, Comparison, compare_arms, headlines,
 from analysis.costs import CostAnalyzer, ModelCost, Saving, find_savings
 from analysis.planned_series import plan_cost, plan_depths, plan_doubling
 from analysis.power_laws import ChinchillaLaw, ComputeLaw
-from analysis.records import Logs, Record, read_logs, read_metrics
+from analysis.records import Logs, Record, read_logs, read_metrics, run_settings, training_log
 from analysis.scaling_laws import ArmLaws, ScalingLawValidator, fit_series
 from analysis.sweeps import Grid, Sweep, find_grid
-from analysis.training_log import run_settings, training_log
 from trainer.checkpoint import write_atomically
 from trainer.errors import UsageError
 from trainer.health import numbers_apart

@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 
 import ars
-from analysis.records import Logs, Record, read_logs, read_metrics
+from analysis.records import Logs, Record, read_logs, read_metrics, run_settings, thinned_curve
 from analysis.report_figures import bpb_against_depth, grid_map, loss_against_flops
 from analysis.run_report import Analysis, analyze_runs, write_report
 from analysis.sweeps import Grid, Sweep, find_grid
-from analysis.training_log import run_settings, thinned_curve
 from experiment.design import STAGES
 from experiment.sizes import SizeRow, find_sizes, sentence_of
 from experiment.table import results_table

@@ -1,13 +1,21 @@
 """Reading metrics: what is taken, and the one line that bad input gets."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_records import DEMO, chain_of, entry, two_arms, write
+from analysis_records import DEMO, chain_of, curve, entry, two_arms, write, write_run
 
-from analysis.records import chain, read_logs, read_metrics
+from analysis.records import (
+    chain,
+    read_logs,
+    read_metrics,
+    rounded,
+    run_settings,
+    thinned_curve,
+)
 from trainer.errors import UsageError
 from trainer.log import StepLog
 
@@ -122,3 +130,35 @@ def test_logs_beside_the_metrics_are_found(tmp_path: Path) -> None:
     logs = read_logs([path], read_metrics([path]))
     assert list(logs) == [("d2-scratch", 0)]
     assert logs["d2-scratch", 0][0]["flops"] == 100
+
+
+def test_curves_are_thinned_to_where_validation_was_measured() -> None:
+    record = entry("d2-scratch", 3.0)
+    rows = curve(record, 8.0, 3.2)
+    for row in rows:
+        row["phi"] = None
+        row["loss"] = None if row["step"] == 0 else float(row["step"])
+        if row["step"] not in (0, 3, 8):
+            row["val_bpb"] = None
+    thin = thinned_curve(rows)
+    assert thin["step"] == [0, 3, 8]
+    assert thin["flops"] == [row["flops"] for row in rows if row["step"] in (0, 3, 8)]
+    assert thin["loss"] == [None, 2.0, 6.0], "means of 1, 2, 3 and of 4 ... 8"
+    assert thin["lr"][0] is None
+    assert thin["lr"][2] == rounded(rows[8]["lr"]), "not a mean"
+    assert "phi" not in thin
+    assert thinned_curve(rows, ("flops",)) == {"flops": thin["flops"]}
+    assert thinned_curve([]) == {}
+
+
+def test_settings_hold_no_paths_of_the_machine(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    path = write_run(folder, two_arms(), data=str(tmp_path / "text.txt"), words=["a/b", "/c/d"])
+    (run,) = run_settings([path, tmp_path / "absent" / "metrics.json"])
+    assert run["settings"]["data"] == "text.txt"
+    assert run["settings"]["words"] == ["a/b", "d"]
+    assert run["settings"]["depths"] == [2, 3, 4]
+
+
+def test_json_has_no_word_for_what_is_no_number() -> None:
+    assert [rounded(v) for v in (None, 5, 1.23456789, math.inf)] == [None, 5, 1.23457, None]

@@ -1,6 +1,7 @@
-"""The HTML report: whole, self-contained, and saying what is true."""
+"""The report: whole, self-contained, saying what is true; and what a run leaves in its folder."""
 
 import base64
+import json
 import math
 import re
 from dataclasses import replace
@@ -16,9 +17,16 @@ from analysis import report_figures, run_report
 from analysis.bundle import MINI_BUNDLE, load_bundle
 from analysis.core import CORE_TASKS, CoreResult, TaskResult, evaluate
 from analysis.records import Log, read_metrics
-from analysis.run_report import Analysis, analyze_runs, gate_rows, render_report
+from analysis.run_report import (
+    Analysis,
+    analyze_runs,
+    gate_rows,
+    render_report,
+    write_run_analysis,
+)
 from analysis.sweeps import Sweep
 from ars.models import GPT, miniseries_config
+from trainer.errors import UsageError
 
 VOID = {"meta", "img", "br"}
 
@@ -267,3 +275,92 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     page = render(analyze(write(tmp_path / "m.json", [record])))
     assert "<b>&d2" in page.text
     assert "There is nothing to compare" in page.text
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_report, "_figures", lambda *_: {})
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_files_of_a_run_lie_in_its_folder(tmp_path: Path) -> None:
+    records = two_arms()
+    records[3]["warnings"] = ["penalty above the task loss"]
+    write_run(tmp_path, records, lr=3e-3)
+    names = write_run_analysis(tmp_path, peak_flops=1e12, price_per_hour=2.0)
+    assert names == [
+        "metrics/training_log.json", "metrics/scaling_laws.json", "metrics/cost_analysis.json",
+        "report.html",
+    ]  # fmt: skip
+    assert all((tmp_path / name).is_file() for name in names)
+    log = json.loads((tmp_path / "metrics" / "training_log.json").read_text())
+    (run,) = log["runs"]
+    assert (run["run"], run["settings"]["lr"]) == (tmp_path.name, 3e-3)
+    models = {model["name"]: model for model in log["models"]}
+    assert list(models) == [record["name"] for record in records]
+    assert models["d4-grown"]["warnings"] == ["penalty above the task loss"]
+    assert models["d4-grown"]["curve"]["val_bpb"][-1] == pytest.approx(2.1)
+    assert models["d3-grown"]["curve"]["step"] == list(range(9))
+    cost = json.loads((tmp_path / "metrics" / "cost_analysis.json").read_text())
+    assert (cost["peak_flops"], cost["price_per_hour"], cost["devices"]) == (1e12, 2.0, None)
+    assert "penalty above the task loss" in (tmp_path / "report.html").read_text()
+    # Again, over what is there.
+    assert write_run_analysis(tmp_path) == names
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_number_of_devices_is_the_recorded_one(tmp_path: Path) -> None:
+    records = [{**record, "devices": 4} for record in two_arms()]
+    write_run(tmp_path, records)
+    write_run_analysis(tmp_path, price_per_hour=3600.0)
+    cost = json.loads((tmp_path / "metrics" / "cost_analysis.json").read_text())
+    assert cost["models"][0]["devices"] == 4
+    assert cost["models"][0]["price"] == pytest.approx(20.0 * 4)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_that_diverged_is_reported_all_the_same(tmp_path: Path) -> None:
+    records = two_arms()
+    for record in records[1:]:
+        record["val_bpb"] = math.nan
+    write_run(tmp_path, records)
+    write_run_analysis(tmp_path)
+    laws = json.loads((tmp_path / "metrics" / "scaling_laws.json").read_text())
+    assert laws["claims"][3]["verdict"] == "does not hold"
+    assert {c["conclusion"] for c in laws["comparisons"]} == {
+        "diverged in 1 of 1 seed, scratch diverged in 1 of 1 seed"
+    }
+    log = json.loads((tmp_path / "metrics" / "training_log.json").read_text())
+    assert log["models"][1]["val_bpb"] is None
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_that_is_not_finished_is_reported_as_far_as_it_is(tmp_path: Path) -> None:
+    write_run(tmp_path, two_arms())
+    write(tmp_path / "metrics.json", two_arms()[:2])
+    write_run_analysis(tmp_path)
+    assert "There is nothing to compare" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_peak_that_cannot_be_true_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    write_run(tmp_path, two_arms())
+    with pytest.raises(UsageError, match="true peak"):
+        write_run_analysis(tmp_path, peak_flops=10.0)
+    assert not (tmp_path / "metrics").exists()
+    with pytest.raises(UsageError, match="cannot be read"):
+        write_run_analysis(tmp_path / "absent")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_takes_few_resamples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def analyze_runs(paths: list[Path], **settings: object) -> None:
+        seen.update(settings)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(run_report, "analyze_runs", analyze_runs)
+    with pytest.raises(UsageError, match="enough"):
+        write_run_analysis(tmp_path)
+    assert seen["bootstraps"] == 50
