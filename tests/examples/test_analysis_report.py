@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from analysis_records import DEMO, byte_tokens, chain_of, entry, two_arms, write, write_run
+from matplotlib.axes import Axes
 
 from analysis import report_figures, run_report
 from analysis.bundle import MINI_BUNDLE, load_bundle
 from analysis.core import CORE_TASKS, CoreResult, TaskResult, evaluate
+from analysis.costs import CostAnalyzer
 from analysis.records import Log, read_metrics
 from analysis.run_report import (
     Analysis,
@@ -221,6 +223,34 @@ def test_gates_of_controllers_and_penalties(tmp_path: Path) -> None:
     assert "d3-grown 0 400 0.9988 0.2% 0.7500" in page.text
     assert report_figures.gates(logs, records) is not None
     assert report_figures.gates({("d3-scratch", 0): silent}, records) is None
+
+
+def test_the_shares_of_the_operations_are_those_of_the_first_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, list[float]] = {}
+
+    def barh(_: Axes, arms: list[str], values: Any, *, label: str, **look: Any) -> None:
+        assert arms == ["scratch", "grown"]
+        drawn[label] = list(values)
+
+    runs = [two_arms(seed) for seed in (0, 1)]
+    for record in runs[1]:
+        record["flops"] *= 3
+        record["lineage_flops"] *= 3
+    records = read_metrics([write(tmp_path / f"{i}.json", run) for i, run in enumerate(runs)])
+    monkeypatch.setattr(Axes, "barh", barh)
+    monkeypatch.setattr(Axes, "legend", lambda *_, **__: None)
+    monkeypatch.setattr(Axes, "set_xlim", lambda *_, **__: None)
+    report_figures.costs(CostAnalyzer().analyze(records), records)
+    fisher, growth = 10**8, 4 * 4000
+    assert drawn == {
+        "parents' trunks": [4e9, 4e9 - fisher - growth],
+        "own training": [4e9, 4e9],
+        "what the arm adds to its steps": [0, 0],
+        "Fisher pass": [0, fisher],
+        "growing": [0, growth],
+    }
 
 
 def test_tuning_and_strengths_have_their_sections(tmp_path: Path) -> None:

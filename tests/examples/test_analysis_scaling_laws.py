@@ -185,7 +185,7 @@ def test_too_few_budgets_are_refused() -> None:
 def test_losses_that_do_not_fall_as_a_power_are_flagged() -> None:
     c = np.geomspace(1e17, 1e20, 8)
     rising = ScalingLawValidator(bootstraps=0).fit_compute(c, 2 + 0.1 * np.log(c / 1e17))
-    assert rising.flaws
+    assert "the exponent of C ran to the bound 0.001" in rising.flaws
     straight = ScalingLawValidator(bootstraps=0).fit_compute(c, 1e3 * c**-0.15)
     assert straight.flaws == ("E vanished",)
     assert straight.gamma == pytest.approx(0.15, rel=1e-3)
