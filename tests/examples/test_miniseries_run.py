@@ -157,7 +157,7 @@ def test_the_reported_number_is_that_of_the_saved_model(quick: dict[str, Any]) -
     assert bits_per_byte(model, windows, corpus.token_bytes) == pytest.approx(
         record["val_bpb"], abs=1e-6
     )
-    assert content["record"] == record
+    assert content["record"] | {"diverged": False} == record
 
 
 def test_every_checkpoint_loads_safely(quick: dict[str, Any]) -> None:

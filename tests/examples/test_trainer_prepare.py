@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,20 @@ from trainer import prepare as preparing
 from trainer import series as running
 from trainer.cli import parse_arguments
 from trainer.errors import RunInterruptedError, UsageError
+from trainer.folder import OutputFolder
 from trainer.parallel import Parallel, use_device
 from trainer.prepare import prepare
 from trainer.program import exit_status
+from trainer.run import Run
 from trainer.signals import StopRequest
 
 EXAMPLES = Path(miniseries.__file__).parent
+
+
+def prepared(words: Sequence[str]) -> Run:
+    arguments = parse_arguments(words)
+    with OutputFolder(arguments.out) as output:
+        return prepare(arguments, StopRequest(), output)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +51,7 @@ def test_what_is_known_without_the_text_is_refused_before_it_is_read(
     Path("taken/mine").mkdir(parents=True)
     monkeypatch.setattr(preparing, "prepare_corpus", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(UsageError, match=says):
-        prepare(parse_arguments(words), StopRequest())
+        prepared(words)
 
 
 def test_a_run_goes_on_with_the_commit_it_was_begun_with(
@@ -68,7 +77,7 @@ def test_a_run_goes_on_with_the_commit_it_was_begun_with(
     # The first process says which commit it has read; the others read that one.
     monkeypatch.setattr(_Second, "from_first", lambda *_: "c" * 40)
     monkeypatch.setattr(preparing, "Parallel", _Second)
-    prepare(parse_arguments([*words, "--out", str(tmp_path / "new")]), StopRequest())
+    prepared([*words, "--out", str(tmp_path / "new")])
     assert asked[2:] == [f"hf:owner/name@{'c' * 40}"]
 
 
@@ -90,9 +99,9 @@ def test_only_the_first_process_looks_at_the_folder_that_it_writes(
     (tmp_path / "out/checkpoints").mkdir(parents=True)
     words = ["--data", str(text), "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "t")]
     with pytest.raises(UsageError, match="not a run of this program"):
-        prepare(parse_arguments(words), StopRequest())
+        prepared(words)
     monkeypatch.setattr(preparing, "Parallel", _Second)
-    assert not prepare(parse_arguments(words), StopRequest()).parallel.is_first
+    assert not prepared(words).parallel.is_first
 
 
 def test_a_run_killed_at_its_first_file_begins_again(
