@@ -23,7 +23,7 @@ from torch.optim.adam import adam
 
 from ars import reference
 from ars.batch import Batch, Hyper, Options, gated, write_diagnostics
-from ars.blocks import Piece, Run, Scratch, gathered
+from ars.blocks import Run, Scratch, gathered
 from ars.counters import Counters
 from ars.penalty import Scalar
 from ars.plan import Direct, Plan
@@ -199,37 +199,48 @@ class _Update:
         largest = columns.max_exp_avg_sq if run.amsgrad else []
         self._adam(thetas, gradients, columns.exp_avg, columns.exp_avg_sq, largest, run.steps)
         if run.penalized and self.options.proximal:
-            free = [row.split(run.sizes) for row in (run.gradient, run.delta, run.pull)]
-            for theta, piece, *rows in zip(thetas, run.pieces, *free, strict=True):
-                self._proximal(theta, piece, rows)
+            if len(thetas) > 1 and thetas[0] is columns.param[0]:
+                torch.cat(thetas, out=run.theta)
+                thetas = list(run.thetas)
+            self._proximal(run, run.theta if len(thetas) > 1 else thetas[0])
         for param, theta in zip(columns.param, thetas, strict=True):
             if theta is not param:
                 param.copy_(theta)
         return penalty
 
-    def _proximal(self, theta: Tensor, piece: Piece, rows: Sequence[Tensor]) -> None:
+    def _proximal(self, run: Run, theta: Tensor) -> None:
         """Take the proximal step (9), as :func:`ars.reference.ewc_proximal`, after Adam's.
 
         Args:
-            theta: The piece's parameters, overwritten.
-            piece: The piece.
-            rows: Scratch, three rows of its length.
+            run: The pieces.
+            theta: Their parameters in one row, overwritten.
         """
-        _, _, exp_avg_sq, largest, anchor, _, _ = piece.operands
-        assert anchor is not None
-        beta2 = float(self.hyper.beta2)
-        product2 = beta2 ** float(piece.step) if self.products is None else self.products[1]
-        second = exp_avg_sq if largest is None else largest
-        bound = torch.finfo(theta.dtype).max
-        denominator, q, part = rows
-        torch.sqrt(second, out=denominator).div_(math.sqrt(1 - product2)).add_(self.hyper.eps)
-        denominator.clamp_(max=bound)
-        q.copy_(piece.importance())
-        q.mul_(min(float(self.hyper.lr) * float(self.hyper.strength), bound))
+        columns, bound = run.columns, torch.finfo(run.dtype).max
+        denominator, q, part = run.gradient, run.delta, run.pull  # scratch that is free by now
+        seconds = columns.max_exp_avg_sq if run.amsgrad else columns.exp_avg_sq
+        torch.sqrt(gathered(seconds, denominator), out=denominator)
+        roots = self._roots(run)
+        if len(set(roots)) == 1:
+            denominator.div_(roots[0])
+        else:
+            for stretch, root in zip(denominator.split(run.sizes), roots, strict=True):
+                stretch.div_(root)
+        denominator.add_(self.hyper.eps).clamp_(max=bound)
+        metric = min(float(self.hyper.lr) * float(self.hyper.strength), bound)
+        torch.mul(gathered([piece.importance() for piece in run.pieces], q), metric, out=q)
         held = q > denominator
         torch.minimum(q, denominator, out=part).div_(denominator.add_(q))
+        anchor = gathered(columns.anchor, q)
         part.mul_(torch.sub(theta, anchor, out=denominator))
-        torch.where(held, torch.add(anchor, part, out=q), theta.sub_(part), out=theta)
+        torch.where(held, torch.add(anchor, part, out=denominator), theta.sub_(part), out=theta)
+
+    def _roots(self, run: Run) -> list[float]:
+        """Return the root of the second moment's bias correction of each piece."""
+        if self.products is not None:
+            return [math.sqrt(1 - self.products[1])]
+        beta2 = float(self.hyper.beta2)
+        steps = [float(step) for step in run.steps]
+        return [math.sqrt(1 - beta2**step) for step in steps]
 
     def _adam(
         self,
