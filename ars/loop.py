@@ -150,7 +150,11 @@ def hold_(
         on_cpu = report.device.type == "cpu"
         signals = reference.Signals(*(observed.tolist() if on_cpu else observed.unbind()))
         gate = options.controller.config.gate
-        hypers = [gated(hyper, signals, gate) for hyper in hypers]
+        # Not the betas: the moments stand, and what is left of them is of the steps before.
+        hypers = [
+            gated(hyper, signals, gate)._replace(beta1=hyper.beta1, beta2=hyper.beta2)
+            for hyper in hypers
+        ]
     there, total = moves(options), torch.zeros_like(report[0])
     for i, group in enumerate(held.groups):
         value = _hold(held, i, hypers[group], options, there, count)
@@ -188,10 +192,12 @@ def _hold(
     second, largest = held.exp_avg_sqs[i].to(dtype), held.max_exp_avg_sqs[i]
     if largest is not None:
         second = torch.maximum(second, largest.to(dtype))
+    steps = held.steps[i].detach().to(param.device, torch.float64).reshape(())
+    product = beta2**steps
     if held.products:
-        correction = 1 - held.products[i][1]
-    else:
-        correction = 1 - beta2 ** held.steps[i].to(param.device, torch.float64)
+        current = held.products_steps[i].to(steps).reshape(())
+        product = reference.next_product(held.products[i][1], current, steps, beta2, 1.0)
+    correction = 1 - product
     correction = torch.where(correction > 0, correction, 1.0)  # before the first step
     # With eps = 0 and no gradient yet, 0 / 0 would be NaN.
     denominator = reference.adam_denominator(second, correction, hyper.eps)

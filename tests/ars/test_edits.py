@@ -6,7 +6,7 @@ import pytest
 import torch
 from optimizers import IMPLEMENTATIONS, Pull, gradients, make, parameters
 
-from ars import ARSAdam, ARSAdamW, GradientRelease, reference
+from ars import ARSAdam, ARSAdamW, ARSConfig, GradientRelease, reference
 from ars import collect as collecting
 
 SHAPES = ((6, 4), (5,))
@@ -224,7 +224,7 @@ def test_the_check_without_what_torch_has_for_compiled_code(monkeypatch):
 def edit(draw, optimizer, params):
     """Change something of one parameter, the same for both optimizers if ``draw`` is the same."""
     index = draw.randrange(len(params))
-    param, kind = params[index], draw.randrange(9)
+    param, kind = params[index], draw.randrange(10)
     state, rows = optimizer.state[param], draw.choice([2, 3, 5, 300])
     values = torch.Generator().manual_seed(draw.randrange(1000))
     key = draw.choice(["exp_avg", "exp_avg_sq"])
@@ -252,15 +252,19 @@ def edit(draw, optimizer, params):
         optimizer.state[new] = optimizer.state.pop(param)
     elif kind == 7:
         param.data = param.data.T.contiguous().T
+    elif kind == 8:
+        state["step"].fill_(draw.choice([0.0, 1.0, 50.0]))
     else:
         param.grad.data = torch.randn(rows, 4, generator=values)
 
 
+@pytest.mark.parametrize("config", [None, ARSConfig(), ARSConfig(gate=("betas",), threshold=1e9)])
 @pytest.mark.parametrize("implementation", ["loop", "foreach", "fused"])
 @pytest.mark.parametrize("seed", range(25))
-def test_random_edits_do_what_they_do_to_torchs_adamw_or_both_refuse(implementation, seed):
+def test_random_edits_do_what_they_do_to_torchs_adamw_or_both_refuse(implementation, seed, config):
+    """With a controller too, whose gate stays open under a loss that does not move."""
     ours, theirs = parameters(shapes=((6, 4), (3, 4))), parameters(shapes=((6, 4), (3, 4)))
-    optimizer = make(implementation, ours, lr=0.1, ars=None)
+    optimizer = make(implementation, ours, lr=0.1, ars=config)
     expected = torch.optim.AdamW(theirs, lr=0.1, foreach=False)
     draws = random.Random(seed), random.Random(seed)
     for step in range(12):
@@ -270,9 +274,9 @@ def test_random_edits_do_what_they_do_to_torchs_adamw_or_both_refuse(implementat
             edit(draws[0], optimizer, ours)
             edit(draws[1], expected, theirs)
         before, failures = everything(optimizer), []
-        for stepped in (expected, optimizer):
+        for step_ in (expected.step, lambda: optimizer.step(loss=1.0)):
             try:
-                stepped.step()
+                step_()
             except RuntimeError as error:
                 failures.append(error)
         if failures:

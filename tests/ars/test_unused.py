@@ -313,3 +313,22 @@ def test_a_misfit_that_only_the_penalty_moves_is_refused(implementation):
     with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 has shape \(9, 16\)"):
         optimizer.step(loss=1.0)
     assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_proximal_pull_follows_a_step_count_that_was_edited(implementation):
+    """Products of gated betas are of the old count then: powers of the new one take their place."""
+    params = parameters(shapes=SHAPES)
+    penalty = Pull(params, mode="proximal")
+    config = ARSConfig(gate=("betas",), threshold=1e9)
+    optimizer = make(implementation, params, lr=0.01, penalty=penalty, ars=config)
+    for step in range(3):
+        gradients(params, step)
+        optimizer.step(loss=1.0)
+    optimizer.state[params[0]]["step"].fill_(1.0)
+    params[0].grad = None
+    state, group = optimizer.state[params[0]], optimizer.param_groups[0]
+    expected = proximal_by_hand(params[0], penalty.rows[0], state, group, 0.01)
+    optimizer.step(loss=1.0)
+    # Float32 against float64.
+    torch.testing.assert_close(params[0].detach().double(), expected, rtol=1e-5, atol=1e-6)
