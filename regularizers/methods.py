@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -104,7 +105,7 @@ class Differentiator:
         self._compared = min(2, len(chunk.targets))
         try:
             taps = Taps(self._model, self._parameters, _two(chunk.inputs))
-            self._verify(taps.add_squares, total, chunk)
+            self._verify(partial(taps.add_squares, prove=False), total, chunk)
         except UnsupportedModelError:
             raise
         except Exception as error:  # whatever the expanded outputs do to the model

@@ -15,12 +15,15 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["HostReads", "Operators", "Passes"]
+__all__ = ["HostReads", "Operators", "Passes", "values_decide"]
 
 # Reads that torch's dispatcher does not see; item(), bool() and the like it does.
 _HOST_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 # What looks rows up: still if the table is a parameter or a buffer, as rows follow the index then.
-_LOOKUPS = {"embedding", "gather", "index", "index_select"}
+_LOOKUPS = {
+    torch.ops.aten.embedding.default, torch.ops.aten.gather.default, torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_select.default,
+}  # fmt: skip
 _SORTS = {"kthvalue", "median", "mode", "nanmedian", "sort", "topk"}
 # Still with integers and Booleans too: they are what is moved, or compared, not where to.
 _STILL = {
@@ -36,44 +39,61 @@ class Operators(TorchDispatchMode):
     """Records the operators that run within its context.
 
     Args:
-        model: Its parameters and buffers are the same for all samples.
+        constants: Storages of what is the same for all samples, by address.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, constants: set[int]) -> None:
         super().__init__()
-        self._constants = {
-            t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
-        }
+        self._constants = constants
+        self.host_reads = False
         self._record: list[tuple[Any, ...]] = []
-        self.by_value = False  # whether values may have decided where rows went
 
     @property
-    def record(self) -> tuple[tuple[Any, ...], ...]:
-        """Each operator with its arguments, a tensor's shape in its place."""
-        return tuple(self._record)
+    def record(self) -> tuple[Any, ...]:
+        """Each operator with its arguments, a tensor's shape and dtype in its place."""
+        return self.host_reads, *self._record
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one operator."""
-        kwargs = kwargs or {}
-        self._record.append((func, *map(_key, args), *map(_key, kwargs.items())))
-        if not self.by_value:
-            self.by_value = self._reads_places(func, (*args, *kwargs.values()))
-        return func(*args, **kwargs)
+        call = [func]  # every microsecond counts, so without a function call each
+        for value in args:
+            if isinstance(value, Tensor):
+                call += (value.shape, value.dtype)
+            else:
+                call.append(_key(value) if isinstance(value, (list, tuple)) else value)
+        if func in _LOOKUPS:
+            call.append(args[0].untyped_storage().data_ptr() in self._constants)
+        if kwargs:
+            call += map(_key, kwargs.items())
+        self._record.append(tuple(call))
+        return func(*args, **(kwargs or {}))
 
-    def _reads_places(self, func: Any, args: tuple[Any, ...]) -> bool:
-        if func.namespace != "aten":
-            return True  # anyone's own
-        name, tags = func.overloadpacket.__name__, func.tags
-        if func.is_view or name in _STILL or torch.Tag.pointwise in tags:
-            return False
-        places = [t for t in _tensors(args) if not t.is_floating_point() and not t.is_complex()]
-        if name in _LOOKUPS and args[0].untyped_storage().data_ptr() in self._constants:
-            return any(t.dtype == torch.bool for t in places)
-        if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
-            return True
-        return name in _SORTS or (bool(places) and not name.startswith("_scaled_dot_product"))
+
+def values_decide(record: tuple[Any, ...]) -> bool:
+    """Whether values may have decided where rows went.
+
+    Args:
+        record: Of :class:`Operators`.
+    """
+    host_reads, *calls = record
+    return host_reads or any(_reads_places(*call) for call in calls)
+
+
+def _reads_places(func: Any, *arguments: Any) -> bool:
+    if func.namespace != "aten":
+        return True  # anyone's own
+    name, tags = func.overloadpacket.__name__, func.tags
+    if func.is_view or name in _STILL or torch.Tag.pointwise in tags:
+        return False
+    dtypes = _dtypes(arguments)
+    if func in _LOOKUPS and arguments[-1]:
+        return torch.bool in dtypes
+    if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
+        return True
+    places = any(not (dtype.is_floating_point or dtype.is_complex) for dtype in dtypes)
+    return name in _SORTS or (places and not name.startswith("_scaled_dot_product"))
 
 
 class HostReads(TorchFunctionMode):
@@ -92,7 +112,7 @@ class HostReads(TorchFunctionMode):
     ) -> Any:
         """Run one function."""
         if func in _HOST_READS:
-            self._operators.by_value = True
+            self._operators.host_reads = True
         return func(*args, **(kwargs or {}))
 
 
@@ -105,16 +125,19 @@ class Passes:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        tensors = (*model.parameters(), *model.buffers())
+        self._constants = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         self._seen: dict[object, Tensor] = {}
         self._key: object = None
         self._by_value = False
 
     def run(self, inputs: Tensor) -> Any:
         """Return what the model makes of ``inputs``, and look at how it does so."""
-        with Operators(self._model) as operators, HostReads(operators):
+        with Operators(self._constants) as operators, HostReads(operators):
             outputs = self._model(inputs)
-        self._key = inputs.shape, inputs.dtype, operators.record
-        self._by_value = operators.by_value
+        record = operators.record
+        self._key = inputs.shape, inputs.dtype, record
+        self._by_value = self._key not in self._seen and values_decide(record)
         return outputs
 
     @property
@@ -152,15 +175,20 @@ def _has_functions(outputs: Tensor, ours: type | None) -> bool:
 
 def _key(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.shape
+        return value.shape, value.dtype
     return tuple(map(_key, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
+def _dtypes(arguments: Any) -> set[torch.dtype]:
+    """Return the tensors' dtypes; that of what is to be made is told by its keyword."""
+    found: set[torch.dtype] = set()
+    for value in arguments:
+        if isinstance(value, torch.dtype):
+            found.add(value)
+        elif (
+            isinstance(value, tuple)
+            and not isinstance(value, torch.Size)
+            and value[:1] != ("dtype",)
+        ):
+            found |= _dtypes(value)
     return found
