@@ -123,11 +123,17 @@ def load_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
         )
     try:
         state = _restored(json.loads(metadata["state"]), tensors)
+    except (ValueError, KeyError, RecursionError) as error:
+        lacking = "it lacks " if isinstance(error, KeyError) else ""
+        raise ValueError(f"{path}: its record is no state ({lacking}{error})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: its record is no state, but {type(state).__name__}")
+    try:
         penalty.load_state_dict(state)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from error
-    except (KeyError, RecursionError) as error:  # a record of another form, with the right checksum
-        raise ValueError(f"{path} is damaged: {type(error).__name__} in its record") from error
+    except TypeError as error:
+        raise TypeError(f"{path}: {error}") from error
+    except (ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _safetensors() -> Any:

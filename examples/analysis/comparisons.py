@@ -17,8 +17,8 @@ from trainer.arms import Arm, parse_arm
 from trainer.errors import UsageError
 
 __all__ = [
-    "QUESTIONS", "Comparison", "Pairing", "compare_arms", "count_seeds", "headlines", "is_sweep",
-    "paired_records", "pairings", "read_arm", "single_arms", "without_strengths",
+    "QUESTIONS", "Comparison", "Pairing", "compare_arms", "count_seeds", "drawn_word", "headlines",
+    "is_sweep", "paired_records", "pairings", "read_arm", "single_arms", "without_strengths",
 ]  # fmt: skip
 
 # Question -> its words, in the order of the report.
@@ -65,6 +65,11 @@ def read_arm(word: str) -> Arm | None:
         return parse_arm(word)
     except UsageError:
         return None
+
+
+def drawn_word(arm: str) -> str:
+    """The word of an arm, in which matplotlib sees no formula and nothing to hide."""
+    return arm.replace("$", r"\$").replace("_", "\u200b_", arm.startswith("_"))
 
 
 def without_strengths(word: str) -> str:

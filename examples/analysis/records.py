@@ -20,6 +20,9 @@ __all__ = [
 Log = list[dict[str, Any]]
 Logs = Mapping[tuple[str, int], Log]  # by name and seed
 
+_MOST = 1e30  # of operations, tokens and seconds: more than any computer has done
+_DEEPEST = 10_000
+_LONGEST = 200  # characters: a figure has to hold them
 _REMEDY = "name a metrics.json of a run"
 _DIGITS = 6
 _COLUMNS = ("step", "tokens", "flops", "seconds", "lr", "val_bpb")
@@ -147,8 +150,8 @@ def _record(entry: Any, path: Path, index: int) -> Record:
     where = f"{path}: record {index}"
     if not isinstance(entry, dict):
         raise UsageError(f"{where} is not an object: {_REMEDY}")
-    if isinstance(entry.get("name"), str):
-        where = f"{path}: {entry['name']}"
+    if isinstance(entry.get("name"), str) and entry["name"].isprintable():
+        where = f"{path}: {entry['name'][:_LONGEST]}"
 
     def take(key: str, kind: type, default: Any = None) -> Any:
         if key not in entry and default is None:
@@ -160,11 +163,21 @@ def _record(entry: Any, path: Path, index: int) -> Record:
             raise UsageError(f"{where}: {key} is {value!r}, not of type {kind.__name__}")
         return value
 
-    def number(key: str, kind: type, low: float, default: Any = None) -> Any:
+    def number(key: str, kind: type, low: float, default: Any = None, most: float = _MOST) -> Any:
         value = take(key, kind, default)
-        if not (low <= value < math.inf):
-            raise UsageError(f"{where}: {key} is {value!r}, below {low:g} or not finite")
+        if not (low <= value <= most):
+            raise UsageError(f"{where}: {key} is {value!r}, not from {low:g} to {most:g}")
         return value
+
+    def word(key: str) -> str:
+        text: str = take(key, str)
+        if not (0 < len(text) <= _LONGEST and text.isprintable() and "/" not in text):
+            shown = repr(text[:_LONGEST])
+            raise UsageError(
+                f"{where}: {key} is {shown}, not a printable word without a slash of up to "
+                f"{_LONGEST} characters: {_REMEDY}"
+            )
+        return text
 
     # Of a model that diverged it is null; in older files NaN.
     bpb = math.nan if entry.get("diverged") is True else take("val_bpb", float)
@@ -173,7 +186,7 @@ def _record(entry: Any, path: Path, index: int) -> Record:
     notes = entry.get("warnings", [])
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise UsageError(f"{where}: warnings is {notes!r}, not a list of texts")
-    parent = None if entry.get("parent") is None else take("parent", str)
+    parent = None if entry.get("parent") is None else word("parent")
     params = number("params", int, 1)
     tokens = number("tokens", int, 1)
     lineage_tokens = tokens if parent is None else None
@@ -183,9 +196,9 @@ def _record(entry: Any, path: Path, index: int) -> Record:
     fisher = number("fisher_flops", int, 0, 0)
     growth = number("growth_flops", int, 0, 0 if parent is None else GROWTH_OPERATIONS * params)
     return Record(
-        name=take("name", str),
-        depth=number("depth", int, 1),
-        arm=take("arm", str),
+        name=word("name"),
+        depth=number("depth", int, 1, most=_DEEPEST),
+        arm=word("arm"),
         parent=parent,
         params=params,
         tokens=tokens,
@@ -194,9 +207,9 @@ def _record(entry: Any, path: Path, index: int) -> Record:
         fisher_flops=fisher,
         growth_flops=growth,
         lineage_flops=number("lineage_flops", int, 1, flops + fisher if parent is None else None),
-        seconds=number("seconds", float, 0.0),
+        seconds=round(number("seconds", float, 0.0), 9),  # which tokens are divided by
         val_bpb=bpb,
-        seed=take("seed", int),
+        seed=number("seed", int, -_MOST),
         warnings=tuple(notes),
         devices=number("devices", int, 1, 1),
     )

@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from analysis.comparisons import (
     Comparison,
     count_seeds,
+    drawn_word,
     is_sweep,
     read_arm,
     single_arms,
@@ -106,7 +107,7 @@ def styles_of(arms: Sequence[str]) -> dict[str, Style]:
         else:
             colour, marker = others.setdefault(method, _OTHERS[len(others) % len(_OTHERS)])
         line = _LINES[controller]
-        styles[word] = Style(colour, marker, line, controller is None, label)
+        styles[word] = Style(colour, marker, line, controller is None, drawn_word(label))
     return styles
 
 
@@ -204,7 +205,7 @@ def bpb_against_depth(records: Sequence[Record], comparisons: Sequence[Compariso
         means = [np.mean([r.val_bpb for r in series if r.depth == d]) for d in depths]
         places = np.array(depths) + 0.015 * (i - (len(arms) - 1) / 2)  # so that no marks overlap
         look = {**styles[arm].marks, "markersize": 5, "linewidth": 1.2}
-        left.plot(places, means, styles[arm].line, label=arm, **look)
+        left.plot(places, means, styles[arm].line, label=drawn_word(arm), **look)
     left.set_xticks(sorted({r.depth for r in records}))
     left.set_xlabel("depth (layers; width 64 x depth)")
     left.set_ylabel("validation bits per byte")
@@ -232,7 +233,7 @@ def _draw_differences(
     for k, depth in enumerate(depths):
         axes.plot([], [], markers[k % len(markers)], color="#555555", label=f"d{depth}")
     axes.axvline(0.0, color="#000000", linewidth=0.9)
-    axes.set_yticks(range(len(arms)), arms, fontsize=8)
+    axes.set_yticks(range(len(arms)), map(drawn_word, arms), fontsize=8)
     axes.invert_yaxis()
     if all(c.interval is None for c in rows):
         words = "one seed, so no intervals"
@@ -259,7 +260,7 @@ def scaling(laws: Sequence[ArmLaws]) -> bytes:
         style = styles[arm.arm]
         flops = np.array([r.lineage_flops for r in arm.models], dtype=np.float64)
         losses = [r.val_bpb for r in arm.models]
-        label = arm.arm
+        label = drawn_word(arm.arm)
         if isinstance(arm.compute, ComputeLaw):
             label += f": {arm.compute.E:.3g} + K C^-{arm.compute.gamma:.3f}"
             inside = np.geomspace(flops.min(), flops.max(), 100)
@@ -309,7 +310,7 @@ def costs(found: Sequence[ModelCost], records: Sequence[Record]) -> bytes:
     )
     for label, colour, share in kinds:
         values = np.array([share(deepest[arm]) for arm in arms], dtype=np.float64)
-        left.barh(arms, values, left=base, color=colour, label=label)
+        left.barh([drawn_word(arm) for arm in arms], values, left=base, color=colour, label=label)
         base += values
     left.invert_yaxis()
     left.tick_params(axis="y", labelsize=8)

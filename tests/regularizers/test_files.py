@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import zlib
 
 import pytest
 import torch
@@ -228,3 +229,68 @@ def snapshot(penalty):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(OSError, match=r"cannot write .*missing"):
         save_penalty(ewc(torch.nn.Linear(2, 1)), tmp_path / "missing" / "ewc.safetensors")
+
+
+def written(path, library, state, tensors):
+    """A file as save_penalty writes it, around a record that it would not write."""
+    record = state if isinstance(state, str) else json.dumps(state)
+    checksum = str(zlib.crc32(record.encode()))
+    metadata = {"format": "ars-triton penalty 1", "kind": "EWC", "state": record, "crc32": checksum}
+    library.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "",
+        "[" * 20_000 + "]" * 20_000,
+        '{"a": ' * 20_000 + "1" + "}" * 20_000,
+        f'{{"strength": {"9" * 5_000}}}',
+        '{"strength": 1e400}',
+        "[]",
+        "3",
+        "{}",
+        '{"anchor": {"tensor": "x"}}',
+        '{"anchor": {"tensor": "anchor/0.weight"}}',
+        '{"anchor": 3, "importance": "x"}',
+    ],
+    ids=lambda record: record[:12],
+)
+def test_a_record_that_is_no_state(tmp_path, library, record):
+    penalty = ewc(small_model())
+    before = {name: value.clone() for name, value in penalty.importance.items()}
+    path = tmp_path / "x.safetensors"
+    written(path, library, record, {"anchor/0.weight": torch.zeros(1)})
+    with pytest.raises((TypeError, ValueError), match=r"x.safetensors: ") as refused:
+        load_penalty(penalty, path)
+    assert len(str(refused.value)) < 500 + len(str(path))
+    assert unchanged(penalty, before)
+
+
+def test_no_part_of_a_record_is_taken_for_another(file, tmp_path, library):
+    """Every entry removed, and every one replaced by a text."""
+    with importlib.import_module("safetensors").safe_open(file, framework="pt") as whole:
+        state = json.loads(whole.metadata()["state"])
+        tensors = {name: whole.get_tensor(name) for name in whole.keys()}  # noqa: SIM118
+
+    def places(value, place=()):
+        for key, part in value.items() if isinstance(value, dict) else ():
+            yield (*place, key)
+            yield from places(part, (*place, key))
+
+    def changed(place, change):
+        copied = json.loads(json.dumps(state))
+        parent = copied
+        for key in place[:-1]:
+            parent = parent[key]
+        change(parent, place[-1])
+        return copied
+
+    penalty = ewc(small_model())
+    for place in places(state):
+        if place[0] == "estimator":  # any word says where the importance comes from
+            continue
+        for change in (dict.pop, lambda parent, key: parent.__setitem__(key, "x")):
+            written(tmp_path / "x", library, changed(place, change), tensors)
+            with pytest.raises((TypeError, ValueError), match="x: "):
+                load_penalty(penalty, tmp_path / "x")
