@@ -266,7 +266,9 @@ def test_an_optimizer_goes_on_with_what_its_penalty_has_taken_in(kind, implement
         step(other, twin)
         for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
             assert torch.equal(p, q), (n, (p - q).abs().max(), opt.diagnostics, other.diagnostics)
-        assert float(opt.diagnostics["penalty"]) == float(other.diagnostics["penalty"]) > 0
+        # Added up in another order, in float32: one has two groups.
+        value = float(other.diagnostics["penalty"])
+        assert float(opt.diagnostics["penalty"]) == pytest.approx(value, rel=1e-6) > 0
 
 
 @pytest.mark.parametrize("storage", STORAGES)
