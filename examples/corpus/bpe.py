@@ -7,15 +7,17 @@ that cannot do that, because they normalise text or know only some bytes, are re
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from corpus.files import go_on
 from corpus.pieces import Source
 from corpus.tokenizer import TokenArray, token_dtype
 from trainer.errors import UsageError
@@ -30,6 +32,7 @@ SMALLEST_VOCABULARY = 257  # every byte and the separator
 LARGEST_VOCABULARY = 1 << 20  # four times the largest in use; far beyond, tables take all memory
 _SEPARATORS = (SEPARATOR, "<|begin_of_text|>", "<|end_of_text|>", "<s>", "</s>")
 _SAMPLE_BYTES = 64 << 20
+_POLL_SECONDS = 0.2
 # What normalizers and pre-tokenizers change: case, compositions, widths, spaces, line ends.
 _PROBES = (
     " \u00c4 A\u0308 \ufb01 \uff21 It's 123 \t\r\n\n  x",
@@ -148,11 +151,14 @@ def byte_level(model: models.BPE) -> Tokenizer:
     return inner
 
 
-def train_bpe(source: Source, vocab_size: int) -> BPETokenizer:
+def train_bpe(
+    source: Source, between: Callable[[], None] = go_on, *, vocab_size: int
+) -> BPETokenizer:
     """Train a BPE on a sample of the training documents, at most 64 MB that depend on them alone.
 
     Args:
         source: the text.
+        between: called again and again meanwhile; may raise to stop.
         vocab_size: V, every byte and ``<|endoftext|>`` (token 0) included.
 
     Raises:
@@ -167,13 +173,32 @@ def train_bpe(source: Source, vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(_sample(source), trainer)
+    _in_thread(lambda: inner.train_from_iterator(_sample(source), trainer), between)
     if inner.get_vocab_size() < vocab_size:
         raise UsageError(
             f"--tokenizer bpe:{vocab_size} is too large for {source.label}, which gives "
             f"{inner.get_vocab_size()} tokens: choose at most that many, or give more text"
         )
     return BPETokenizer(inner)
+
+
+def _in_thread(work: Callable[[], None], between: Callable[[], None]) -> None:
+    """Do what the library does in one call, which hears no signal, while this thread hears them."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+        between()
+    if failed:
+        raise failed[0]
 
 
 def _sample(source: Source) -> Iterator[str]:

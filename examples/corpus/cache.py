@@ -81,7 +81,7 @@ def open_cache(
             cache.mkdir(parents=True, exist_ok=True)
             with _alone(cache / f".{folder.name}.lock", between):
                 if not folder.exists():
-                    _build(source, choice, folder, key, shard_tokens, progress)
+                    _build(source, choice, folder, key, shard_tokens, progress, between)
         except OSError as error:
             raise UsageError(
                 f"the token cache {cache} cannot be written ({error.strerror or error}): "
@@ -112,6 +112,7 @@ def _build(
     key: str,
     shard_tokens: int,
     progress: Callable[[int, int | None], None],
+    between: Callable[[], None],
 ) -> None:
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     if unfinished.exists():  # of a run that was killed: whoever holds the lock is alone here
@@ -119,7 +120,9 @@ def _build(
     unfinished.mkdir()
     try:
         before = _state(source)
-        tokenizer = choice.make(replace(source, pieces=partial(_watched, source, progress)))
+        tokenizer = choice.make(
+            replace(source, pieces=partial(_watched, source, progress)), between
+        )
         manifest = {
             "format": _FORMAT,
             "key": key,

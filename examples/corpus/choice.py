@@ -11,7 +11,6 @@ from tokenizers import models
 
 from corpus.bpe import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, BPETokenizer, byte_level, train_bpe
 from corpus.files import reading
-from corpus.pieces import Source
 from corpus.tokenizer import BYTES, ByteTokenizer, Tokenizer
 from trainer.errors import UsageError
 from trainer.reading import read_text
@@ -27,11 +26,11 @@ class TokenizerChoice:
 
     Args:
         identity: JSON value that, with the source, decides which tokenizer it is.
-        make: makes it, given the source.
+        make: makes it, given the source and, if that may be stopped, what to call meanwhile.
     """
 
     identity: Any
-    make: Callable[[Source], Tokenizer]
+    make: Callable[..., Tokenizer]
 
 
 def choose_tokenizer(name: str) -> TokenizerChoice:
@@ -46,12 +45,12 @@ def choose_tokenizer(name: str) -> TokenizerChoice:
         UsageError: there is no such tokenizer, or it cannot be used.
     """
     if name == "bytes":
-        return TokenizerChoice("bytes", lambda _: ByteTokenizer())
+        return TokenizerChoice("bytes", lambda *_: ByteTokenizer())
     if name == "bpe" or name.startswith("bpe:"):
         size = _vocabulary_size(name)
         return TokenizerChoice({"bpe": size}, partial(train_bpe, vocab_size=size))
     tokenizer = _read(Path(name), f"--tokenizer {name}")
-    return TokenizerChoice({"file": tokenizer.sha256}, lambda _: tokenizer)
+    return TokenizerChoice({"file": tokenizer.sha256}, lambda *_: tokenizer)
 
 
 def _vocabulary_size(name: str) -> int:

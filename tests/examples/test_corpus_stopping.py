@@ -2,14 +2,17 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
+from corpus import bpe, files, prepare_corpus
 from corpus import cache as token_cache
-from corpus import files, prepare_corpus
+from corpus.pieces import Piece, Source
 from corpus.sources import open_source
 from trainer.errors import RunInterruptedError, UsageError
 from trainer.signals import StopRequest
@@ -142,3 +145,33 @@ def test_tokenizers_that_are_no_files(tmp_path: Path) -> None:
                 cache=tmp_path / "cache",
                 sequence_len=16,
             )
+
+
+def test_training_a_tokenizer_may_be_stopped_after_the_text_was_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bpe, "_POLL_SECONDS", 0.01)
+    read = Event()
+
+    def pieces() -> Iterator[Piece]:
+        generator = np.random.default_rng(0)
+        for _ in range(200):
+            words = generator.integers(97, 123, (1000, 5), dtype=np.uint8)
+            yield Piece("train", True, b" ".join(map(bytes, words)))
+        read.set()
+
+    def between() -> None:
+        if read.is_set():
+            raise RunInterruptedError(2)
+
+    with pytest.raises(RunInterruptedError):
+        bpe.train_bpe(Source("text", {}, {}, pieces), between, vocab_size=4096)
+
+
+def test_what_goes_wrong_in_the_thread_is_raised(tmp_path: Path) -> None:
+    def pieces() -> Iterator[Piece]:
+        yield Piece("train", True, b"words")
+        raise UsageError("the source is gone")
+
+    with pytest.raises(UsageError, match="the source is gone"):
+        bpe.train_bpe(Source("text", {}, {}, pieces), vocab_size=4096)
