@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ars.batch import is_decoupled
 from ars.controller import ARSController
+from ars.loading import check_state_dict, unchanged_on_error
 from ars.placement import PlacedAdam
-from ars.state import check_shapes, restore_dtypes, step_kind
+from ars.state import restore_dtypes, step_kind
 
 __all__ = ["CheckpointedAdam"]
 
@@ -40,10 +42,14 @@ class CheckpointedAdam(PlacedAdam):
             state_dict: What ``state_dict()`` returned.
 
         Raises:
-            ValueError: The state is of other parameters or of another controller; nothing has
-                been changed then. Or the penalty is not where the parameters now are.
-            RuntimeError: ``foreach`` or ``fused`` was forced where the parameters now are.
+            TypeError: Something in it has another type.
+            ValueError: The state is of other parameters or of another controller, something in it
+                is missing or out of its range, or the penalty is not where the parameters now are.
+            RuntimeError: ``foreach`` or ``fused`` was forced where the parameters now are. Whatever
+                is raised, nothing has been changed then.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"a state dict must be a dict, got {type(state_dict).__name__}")
         loaded: dict[str, Any] = {}
 
         def check(_: Any, state_dict: dict[str, Any]) -> None:
@@ -51,7 +57,7 @@ class CheckpointedAdam(PlacedAdam):
             saved = state_dict.get("controller")
             if self._controller is not None and saved is not None:
                 self._controller.check_state_dict(saved)
-            check_shapes(self.param_groups, state_dict)
+            check_state_dict(self, state_dict, products=self._keeps_products)
             loaded.update(state_dict)
 
         # Hooks of the user's may replace the state before, and change what was loaded after.
@@ -60,13 +66,19 @@ class CheckpointedAdam(PlacedAdam):
             self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True),
         )
         try:
-            super().load_state_dict(state_dict)
+            with unchanged_on_error(self, self._controller):
+                super().load_state_dict(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
 
     def _restore(self, loaded: dict[str, Any]) -> None:
-        """Bring back what torch has cast or does not know of a state that it has loaded."""
+        """Bring back what torch has cast or does not know of a state that it has loaded.
+
+        Raises:
+            ValueError: The groups differ in ``decoupled_weight_decay``.
+        """
+        is_decoupled(self.param_groups)
         for group, old in zip(self.param_groups, loaded["param_groups"], strict=True):
             for param, key in zip(group["params"], old["params"], strict=True):
                 if key in loaded["state"]:

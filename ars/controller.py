@@ -3,6 +3,7 @@
 import inspect
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -103,25 +104,30 @@ class ARSController:
         """Return the window (W,), the counts (2,) and the gate's memory (5,), as references."""
         return {"window": self.window, "counts": self.counts, "gate_state": self.gate_state}
 
-    def check_state_dict(self, state: dict[str, Tensor]) -> None:
+    def check_state_dict(self, state: Any) -> None:
         """Check that a saved state fits this controller, changing nothing.
 
         Args:
             state: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: An entry is missing or was saved with another window.
+            TypeError: Something in it has another type.
+            ValueError: An entry is missing, was saved with another window, or holds numbers that no
+                controller has had.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the controller's state must be a dict, got {type(state).__name__}")
         for name, mine in self.state_dict().items():
             if name == "gate_state" and name not in state:
                 continue  # as in version 0.1.0, or with last_phi in its place
             if name not in state:
                 raise ValueError(f"the controller's state lacks {name!r}; was it saved by ARS?")
-            if state[name].shape != mine.shape:
-                raise ValueError(
-                    f"the controller's {name!r} was saved with shape {tuple(state[name].shape)}, "
-                    f"this one has {tuple(mine.shape)}: use the same ARSConfig(window=...)"
-                )
+            _check_numbers(name, state[name], mine)
+        if "last_phi" in state:
+            _check_numbers("last_phi", state["last_phi"], self.gate_state[0])
+        watches = state.get("watches")
+        if watches not in (None, "loss", "grad_norm", "entropy", "callable"):
+            raise ValueError(f"the controller has watched {watches!r}, which it cannot")
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy a state saved by :meth:`state_dict` into this controller's tensors.
@@ -229,3 +235,42 @@ def _to_host(window: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(window.device))
     return copy, event
+
+
+def _check_numbers(name: str, saved: Any, mine: Tensor) -> None:
+    """Raise unless what was saved of a controller fits its own, and is possible.
+
+    Raises:
+        TypeError: It is no tensor of such numbers.
+        ValueError: It has another shape, or numbers that no controller has had.
+    """
+    exact = not mine.is_floating_point()
+    if (
+        not isinstance(saved, Tensor)
+        or saved.layout != torch.strided
+        or saved.is_complex()
+        or saved.is_floating_point() == exact
+    ):
+        kind = saved.dtype if isinstance(saved, Tensor) else type(saved).__name__
+        raise TypeError(f"the controller's {name!r} must be a {mine.dtype} tensor, got {kind}")
+    if saved.shape != mine.shape:
+        raise ValueError(
+            f"the controller's {name!r} was saved with shape {tuple(saved.shape)}, this one has "
+            f"{tuple(mine.shape)}: use the same ARSConfig(window=...)"
+        )
+    if saved.is_meta:
+        if not mine.is_meta:
+            raise ValueError(f"the controller's {name!r} was saved on the meta device, empty")
+        return
+    right = not bool(saved.isnan().any())
+    if name == "counts":  # of surprises, of steps
+        right = 0 <= int(saved[0]) <= int(saved[1])
+    elif name == "window":
+        right = bool(saved.isfinite().all())
+    elif right:  # the gate, and whether it opens over the longer time
+        right = bool(((saved.flatten()[:2] >= 0) & (saved.flatten()[:2] <= 1)).all())
+    if not right:
+        raise ValueError(
+            f"the controller's {name!r} was saved as {saved.tolist()}, which it cannot have been: "
+            "the file is damaged, or of something else"
+        )

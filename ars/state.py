@@ -9,8 +9,8 @@ from ars.counters import CounterPool
 from ars.penalty import Term, parameter_names
 
 __all__ = [
-    "PRODUCTS", "PRODUCTS_STEP", "SHAPED_STATE", "Precision", "check_operands", "check_shapes",
-    "complete_state", "moment_dtype", "restore_dtypes", "step_kind",
+    "PRODUCTS", "PRODUCTS_STEP", "SHAPED_STATE", "Precision", "check_operands", "complete_state",
+    "moment_dtype", "restore_dtypes", "step_kind",
 ]  # fmt: skip
 
 # The products of betas that a gate makes vary, and the number of the step that they are of.
@@ -176,34 +176,13 @@ def restore_dtypes(
                 state.pop(PRODUCTS)
                 state.pop(PRODUCTS_STEP, None)
         elif name == "param_remainder":
-            if precision.master and param.dtype == torch.bfloat16:
+            # Another optimizer casts it, and does not let it follow the parameter.
+            if precision.master and param.dtype == torch.bfloat16 and value.dtype == torch.int16:
                 state[name] = value.to(param.device, torch.int16)
-            else:  # it would not follow the parameter
+            else:
                 del state[name]
         elif value.is_floating_point() or value.is_complex():
             state[name] = value.to(param.device, moment_dtype(param, precision))
-
-
-def check_shapes(groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
-    """Raise unless saved moments have their parameters' shapes; torch compares the numbers of both.
-
-    Args:
-        groups: The optimizer's parameter groups.
-        saved: The state dict to be loaded.
-
-    Raises:
-        ValueError: One has not; names the parameter.
-    """
-    names = parameter_names(groups)
-    for group, old in zip(groups, saved["param_groups"], strict=False):
-        for param, key in zip(group["params"], old["params"], strict=False):
-            for name, value in saved["state"].get(key, {}).items():
-                if name in SHAPED and isinstance(value, Tensor) and value.shape != param.shape:
-                    raise ValueError(
-                        f"{name} of {names[param]} was saved with shape {tuple(value.shape)}, the "
-                        f"parameter has {tuple(param.shape)}: load the state of the same model, or "
-                        "leave this parameter's entry out of it to start it afresh"
-                    )
 
 
 def check_operands(
@@ -246,7 +225,8 @@ def check_operands(
     for key in SHAPED_STATE:
         if key not in state:
             continue
-        problem = _misfit(state[key], param)
+        tensor = state[key]
+        problem = _misfit(tensor, param) if isinstance(tensor, Tensor) else f"is {tensor!r}"
         if problem is not None:
             remedy = "change rows with optimizer.change_rows(), or start it afresh by `del "
             refuse(key, problem, remedy + "optimizer.state[parameter]`")

@@ -19,7 +19,7 @@ from ars.effective import (
     gated_groups,
 )
 from ars.groups import has_gradient, is_trial
-from ars.state import check_shapes
+from ars.loading import check_state_dict, unchanged_on_error
 from ars.surprise import Group, Replicas, check_watched, choose_surprise
 
 __all__ = ["ARSOptimizer"]
@@ -300,23 +300,35 @@ class ARSOptimizer(torch.optim.Optimizer):
             state_dict: What ``state_dict()`` returned.
 
         Raises:
+            TypeError: Something in it has another type.
             ValueError: The state is of another controller, of groups of other sizes or with values
-                that cannot be gated or, as far as torch's own optimizers keep it, of parameters of
-                other shapes; nothing has been changed then.
+                that cannot be gated; something in it is missing or out of its range; or, as far as
+                torch's own optimizers keep it, it is of parameters of other shapes. Whatever is
+                raised, nothing has been changed then.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"a state dict must be a dict, got {type(state_dict).__name__}")
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
         saved = state_dict.pop("controller", None)
+        with unchanged_on_error(self, self._controller), unchanged_on_error(self.base, None):
+            self._load(state_dict, saved)
+
+    def _load(self, state_dict: dict[str, Any], saved: Any) -> None:
+        """Load the base's state, and what was saved of the controller."""
         self._place()
         if saved is not None:
             self._controller.check_state_dict(saved)
 
         # The base's own hooks may still replace the state.
         def check(base: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            check_groups(base, state_dict["param_groups"], self._controller.config)
-            _check_state(base, state_dict)
+            groups = state_dict.get("param_groups")
+            if isinstance(groups, list) and all(isinstance(group, dict) for group in groups):
+                check_groups(base, groups, self._controller.config)
+            known = type(base).__module__.startswith("torch.optim.")
+            check_state_dict(base, state_dict, entries=known)
 
         handle = self.base.register_load_state_dict_pre_hook(check)
         try:
@@ -333,12 +345,3 @@ class ARSOptimizer(torch.optim.Optimizer):
         """Pickle the base optimizer and the controller; hooks stay behind, as in torch."""
         names = ("base", "defaults", "_controller", "_watches", "_replicas", "_buffer")
         return {name: self.__dict__[name] for name in names}
-
-
-def _check_state(base: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Refuse a state of parameters of other shapes.
-
-    Others than torch's own may keep moments of another shape than the parameter's, as GaLore does.
-    """
-    if type(base).__module__.startswith("torch.optim."):
-        check_shapes(base.param_groups, state_dict)
