@@ -15,19 +15,22 @@ strengths; :func:`save_penalty` and :func:`load_penalty` keep files; :func:`quan
 importance into a byte a parameter. ``docs/regularizers.md`` has formulas, costs and traps.
 """
 
-from ars.regularizers.combined import CombinedLoss, PenaltyMonitor
 from ars.regularizers.covariance import ActivationCovariance
-from ars.regularizers.distillation import Distillation, distillation_loss
-from ars.regularizers.ewc import EWC
 from ars.regularizers.factors import KroneckerFactors
 from ars.regularizers.files import load_penalty, save_penalty
 from ars.regularizers.fisher import DiagonalFisher
 from ars.regularizers.kronecker import KroneckerFisher
-from ars.regularizers.kronecker_penalty import KroneckerPenalty
-from ars.regularizers.progressive import ProgressiveInheritance
+from ars.regularizers.penalties.combined import (
+    CombinedLoss,
+    PenaltyMonitor,
+    ProgressiveInheritance,
+)
+from ars.regularizers.penalties.distillation import Distillation, distillation_loss
+from ars.regularizers.penalties.ewc import EWC
+from ars.regularizers.penalties.kronecker_penalty import KroneckerPenalty
+from ars.regularizers.penalties.strength import AdaptiveStrength, trace_strengths
+from ars.regularizers.penalties.subspace import SubspacePenalty
 from ars.regularizers.storage import Quantized, dequantize, quantize
-from ars.regularizers.strength import AdaptiveStrength, trace_strengths
-from ars.regularizers.subspace import SubspacePenalty
 
 __all__ = [
     "EWC",

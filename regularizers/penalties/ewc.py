@@ -10,42 +10,47 @@ tasks the pull is towards the newest model (:meth:`EWC.consolidate`), or towards
     Omega = sum_t F_t,   mu = sum_t F_t theta_t / Omega
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.checks import (
+from ars.regularizers.checks import checked_choice, checked_module
+from ars.regularizers.estimators import accumulation_dtype
+from ars.regularizers.fisher import DiagonalFisher
+from ars.regularizers.penalties.penalty_base import (
+    PenaltyBase,
+    check_label,
     check_names,
+    check_option,
+    check_state,
     check_tensor,
     check_unmoved,
-    checked_choice,
     checked_decay,
-    checked_module,
+    checked_strength,
     copy_like,
+    estimator_of,
+    importance_of,
     live_parameters,
     with_those_of,
 )
-from ars.regularizers.estimators import accumulation_dtype
-from ars.regularizers.ewc_state import Mode, Storage, checked_ewc_state
-from ars.regularizers.fisher import DiagonalFisher
-from ars.regularizers.importance import (
-    check_importance,
-    embedded,
-    estimator_of,
-    factor_of,
-    importance_of,
-    layer_factors,
-    merged_estimator,
-)
-from ars.regularizers.quadratic import Pull, quadratic_value
-from ars.regularizers.strengthened import Strengthened
+from ars.regularizers.penalties.quadratic import Pull, quadratic_value
+from ars.regularizers.penalties.strength import factor_of, layer_factors
+from ars.regularizers.storage import dequantize
 
 __all__ = ["EWC"]
 
+Mode: TypeAlias = Literal["coupled", "proximal"]
+Storage: TypeAlias = Literal["full", "bfloat16", "compact"]
 
-class EWC(Strengthened):
+# Below it an importance does nothing at any usable strength; above this share of such entries the
+# penalty is one of a few parameters. Inputs that are always 0 leave fewer.
+_NEGLIGIBLE, _COLLAPSED = 1e-12, 0.99
+
+
+class EWC(PenaltyBase):
     r"""Elastic weight consolidation (EWC) penalty.
 
     .. math:: E(\theta) = \tfrac12 \lambda \sum_i \Omega_i (\theta_i - \theta^*_i)^2
@@ -125,7 +130,7 @@ class EWC(Strengthened):
         importance = importance_of(fisher)
         check_names(importance, model, "fisher")
         self._parameters = {name: p for name, p in parameters.items() if name in importance}
-        check_importance(importance, self._parameters)
+        _check_importance(importance, self._parameters)
         self.strength = strength
         self.mode: Mode = checked_choice("mode", mode, get_args(Mode))
         self.storage: Storage = checked_choice("storage", storage, get_args(Storage))
@@ -192,7 +197,7 @@ class EWC(Strengthened):
         decay = checked_decay(decay)
         for pull, new in self._further(fisher, decay):
             pull.assign(pull.omega().to(new.dtype) * decay + new, pull.param)
-        self.estimator = merged_estimator(self.estimator, fisher, decay)
+        self._merge_estimator(fisher, decay)
         self.constant = 0.0
 
     @torch.no_grad()
@@ -218,7 +223,7 @@ class EWC(Strengthened):
             delta = pull.param - anchor
             self.constant += 0.5 * float((old * share * delta * delta).sum(dtype=torch.float64))
             pull.assign(total, anchor + share * delta)
-        self.estimator = merged_estimator(self.estimator, fisher)
+        self._merge_estimator(fisher)
 
     @torch.no_grad()
     def grown(self, model: nn.Module) -> "EWC":
@@ -239,7 +244,7 @@ class EWC(Strengthened):
         parameters = dict(checked_module(model).named_parameters())
         check_names(self._pulls, model, "this penalty")
         old = self.importance
-        importance = {name: embedded(name, old[name], parameters[name]) for name in old}
+        importance = {name: _embedded(name, old[name], parameters[name]) for name in old}
         penalty = EWC(model, importance, self.strength, self.mode, storage=self.storage)
         for name, pull in penalty._pulls.items():
             anchor = self._pulls[name].anchor
@@ -279,13 +284,27 @@ class EWC(Strengthened):
                 then; the message names the first difference.
         """
         parameters = with_those_of(state, "anchor", self._model, self._parameters)
-        new = checked_ewc_state(state, parameters, self.storage)
+        if isinstance(state, Mapping) and "storage" in state:  # on it depends what else there is
+            check_option("storage", state["storage"], self.storage)
+        parts = set(self.state_dict()) - {"strength", "mode", "estimator", "constant", "storage"}
+        check_state("an EWC", state, set(self.state_dict()), parts, parameters)
+        check_label("estimator", state["estimator"])
+        importance = dict(state["importance"])
+        for name, p in parameters.items():
+            if self.storage == "compact":
+                importance[name] = dequantize(importance[name], state["scale"][name])
+            check_tensor(f"the state's anchor of {name!r}", state["anchor"][name], p)
+            check_tensor(f"the state's importance of {name!r}", importance[name], p, minimum=0.0)
+        strength = checked_strength(state["strength"])
+        mode = checked_choice("mode", state["mode"], get_args(Mode))
+        constant = checked_strength(state["constant"], "the state's constant")
+        factors = layer_factors(state["layer_strengths"], parameters)
         pulls = self._pulls_of(parameters)
-        self._take(parameters, new.factors, pulls)
-        self.strength, self.mode, self.constant = new.strength, new.mode, new.constant
-        self.estimator = new.estimator
-        for name, (omega, anchor) in new.tensors.items():
-            pulls[name].assign(omega, anchor)
+        self._take(parameters, factors, pulls)
+        self.strength, self.mode, self.constant = strength, mode, float(constant)
+        self.estimator = state["estimator"]
+        for name, pull in pulls.items():
+            pull.assign(importance[name], state["anchor"][name])
 
     def _further(
         self, fisher: DiagonalFisher | Mapping[str, Tensor], decay: float = 1.0
@@ -307,7 +326,7 @@ class EWC(Strengthened):
         live = live_parameters(self._model, self._parameters)
         check_names(importance, self._model, "fisher")
         parameters = {n: p for n, p in live.items() if n in importance or n in self._pulls}
-        check_importance(importance, {n: p for n, p in parameters.items() if n in importance})
+        _check_importance(importance, {n: p for n, p in parameters.items() if n in importance})
         given = self._factors
         factors = {
             name: given[name] if name in given else factor_of(self._layer_strengths, name)
@@ -341,9 +360,66 @@ class EWC(Strengthened):
         self.version += pulls.keys() != self._pulls.keys()
         self._parameters, self._factors, self._pulls = parameters, factors, pulls
 
+    def _merge_estimator(
+        self, fisher: DiagonalFisher | Mapping[str, Tensor], decay: float = 1.0
+    ) -> None:
+        """Note whose importances the sum holds, None for several estimators."""
+        new = estimator_of(fisher)
+        self.estimator = new if decay == 0 or new == self.estimator else None
+
 
 def _weighted(name: str, param: Tensor, importance: Tensor, factor: float) -> Tensor:
     """Return a parameter's importance times its factor, in the dtype of the computation."""
     omega = copy_like(param, importance).mul_(factor)
     check_tensor(f"the importance of {name!r}, times its layer strength,", omega, param)
     return omega
+
+
+def _check_importance(importance: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse an importance that is not finite, not >= 0 or not of its parameter's shape.
+
+    Warn of one that has collapsed: almost all entries negligible, as of a model that is certain.
+
+    Args:
+        importance: Omega by parameter name.
+        parameters: These parameters by name.
+
+    Raises:
+        ValueError: As :func:`check_tensor` says.
+    """
+    for name, param in parameters.items():
+        check_tensor(f"the importance of {name!r}", importance[name], param, minimum=0.0)
+    total = sum(omega.numel() for omega in importance.values())
+    small = sum(int((omega < _NEGLIGIBLE).sum()) for omega in importance.values())
+    if small >= _COLLAPSED * total > 0:
+        warnings.warn(
+            f"the importance has collapsed: {small} of {total} entries are below {_NEGLIGIBLE}, so "
+            "the penalty holds next to nothing. The empirical Fisher vanishes where the model is "
+            "right: use estimator='sketch' or 'logit_reversal', or fit before the loss reaches 0",
+            stacklevel=3,
+        )
+
+
+def _embedded(name: str, old: Tensor, grown: Tensor) -> Tensor:
+    """Return zeros of the shape of ``grown`` with ``old`` as their leading block.
+
+    Args:
+        name: Of the parameter, for messages.
+        old: Any tensor.
+        grown: Of at least its size in every dimension.
+
+    Returns:
+        A tensor of the dtype of ``old`` on the device of ``grown``.
+
+    Raises:
+        ValueError: ``grown`` does not hold ``old``.
+    """
+    same = old.ndim == grown.ndim
+    if not same or any(n > m for n, m in zip(old.shape, grown.shape, strict=True)):
+        raise ValueError(
+            f"{name!r} has shape {tuple(grown.shape)}, which does not hold its old "
+            f"{tuple(old.shape)}; leave the parameter out, or compute its Fisher again"
+        )
+    result = torch.zeros_like(grown, dtype=old.dtype)
+    result[tuple(slice(n) for n in old.shape)] = old
+    return result

@@ -12,31 +12,201 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.checks import (
+from ars.reference import kronecker_gradient, kronecker_value
+from ars.regularizers.checks import check_can_differentiate, checked_module
+from ars.regularizers.covariance import ActivationCovariance
+from ars.regularizers.estimators import accumulation_dtype
+from ars.regularizers.factors import KroneckerFactors, nearest_product
+from ars.regularizers.kronecker import KroneckerFisher
+from ars.regularizers.layers import matrix_layers
+from ars.regularizers.penalties.penalty_base import (
+    PenaltyBase,
     check_label,
     check_names,
     check_state,
     check_tensor,
+    check_unmoved,
     checked_decay,
-    checked_module,
     checked_strength,
     live_parameters,
     with_those_of,
 )
-from ars.regularizers.covariance import ActivationCovariance
-from ars.regularizers.kronecker import KroneckerFisher
-from ars.regularizers.layers import matrix_layers
-from ars.regularizers.matrix_pull import MatrixPull
-from ars.regularizers.strengthened import Strengthened
 
 __all__ = ["KroneckerPenalty"]
+
+# How far a factor may be from its transpose, relative to its largest entry. Sums of outer products
+# in float32 are off by about 1e-7; a factor stored in bfloat16 is symmetric as well.
+ASYMMETRY = 1e-4
 
 Factors: TypeAlias = (
     KroneckerFisher | ActivationCovariance | Mapping[str, tuple[Tensor, Tensor | None]]
 )
 
 
-class KroneckerPenalty(Strengthened):
+class MatrixPull:
+    """Anchor, factors and buffers of one weight and its bias.
+
+    Args:
+        name: Of the weight.
+        bias: Name of the bias that belongs to it, or None.
+        parameters: Both, by name.
+        inputs: A, (d, d), or (d + 1, d + 1) with the bias.
+        outputs: G, (p, p), or None for the identity.
+
+    Raises:
+        TypeError: A factor is not a floating-point tensor.
+        ValueError: The weight is no matrix, A asks for a bias that there is not, or a factor has
+            the wrong shape, or is not finite or not symmetric or has a negative diagonal.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        bias: str | None,
+        parameters: Mapping[str, nn.Parameter],
+        inputs: Tensor,
+        outputs: Tensor | None,
+    ) -> None:
+        check_can_differentiate("building a penalty")
+        weight = parameters[name]
+        if weight.ndim < 2:
+            raise ValueError(
+                f"{name!r} has shape {tuple(weight.shape)} and is no matrix; leave it out, and "
+                "restrain it with an EWC"
+            )
+        self.name = name
+        rows, columns = len(weight), weight[0].numel()
+        self._parts: dict[str, nn.Parameter] = {name: weight}
+        if isinstance(inputs, Tensor) and inputs.shape == (columns + 1, columns + 1):
+            if bias is None:
+                raise ValueError(
+                    f"A of {name!r} has {columns + 1} rows for {columns} columns and a bias, but "
+                    "the weight's layer trains no bias; leave out the last row and column"
+                )
+            self._parts[bias] = parameters[bias]
+        dtype = accumulation_dtype(weight.dtype)
+        self._size = rows, columns + (len(self._parts) == 2)
+        self._has_outputs = outputs is not None
+        self.check("", inputs, outputs)
+        self.anchor = self._matrix().detach()
+        self.inputs = inputs.detach().to(weight.device, dtype, copy=True)
+        self.outputs = (
+            None if outputs is None else outputs.detach().to(weight.device, dtype, copy=True)
+        )
+        self._buffers = {n: torch.zeros_like(p, dtype=dtype) for n, p in self._parts.items()}
+
+    def check(self, source: str, inputs: Tensor, outputs: Tensor | None) -> None:
+        """Refuse factors that are not those of this layer.
+
+        Args:
+            source: Begins the messages, such as ``"the state's "``.
+            inputs: A.
+            outputs: G or None.
+
+        Raises:
+            ValueError: G is missing, or there is one too many; or see the constructor.
+        """
+        if (outputs is not None) != self._has_outputs:
+            raise ValueError(
+                f"{source}G of {self.name!r} is {'missing' if self._has_outputs else 'too much'}: "
+                "this penalty was built "
+                f"{'with' if self._has_outputs else 'from activations, without'} output factors"
+            )
+        rows, columns = self._size
+        _check_factor(f"{source}A of {self.name!r}", inputs, columns)
+        if outputs is not None:
+            _check_factor(f"{source}G of {self.name!r}", outputs, rows)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The weight, and the bias if it has a part, by name."""
+        return self._parts
+
+    def named_anchor(self) -> dict[str, Tensor]:
+        """Return the anchor of the weight, and of the bias, by parameter name."""
+        return {name: self._cut(self.anchor, name) for name in self._parts}
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return each parameter with its buffer."""
+        return [(p, self._buffers[name]) for name, p in self._parts.items()]
+
+    def value(self, strength: float | Tensor) -> Tensor:
+        """Return the penalty of this layer, differentiable in its parameters."""
+        self._check_unmoved()
+        with torch.autocast(device_type=self.anchor.device.type, enabled=False):
+            delta = self._matrix() - self.anchor
+            return kronecker_value(delta, self.inputs, self.outputs, strength)
+
+    def pull_(self, strength: float | Tensor) -> Tensor:
+        """Write the gradient to the buffers; return the penalty, 0-d."""
+        self._check_unmoved()
+        with torch.autocast(device_type=self.anchor.device.type, enabled=False):
+            delta = self._matrix() - self.anchor
+            gradient = kronecker_gradient(delta, self.inputs, self.outputs, strength)
+            for name, buffer in self._buffers.items():
+                buffer.copy_(self._cut(gradient, name))
+            return 0.5 * torch.dot(delta.flatten(), gradient.flatten())
+
+    def consolidate(self, inputs: Tensor, outputs: Tensor | None, decay: float) -> None:
+        """Add checked factors to ``decay`` times the old ones, and anchor at the parameters."""
+        inputs = inputs.detach().to(self.inputs)
+        if self.outputs is None or outputs is None:
+            self.inputs.mul_(decay).add_(inputs)
+        else:
+            old = KroneckerFactors(self.inputs, decay * self.outputs)
+            new = KroneckerFactors(inputs, outputs.detach().to(self.outputs))
+            nearest = nearest_product(old, new)
+            self.inputs.copy_(nearest.inputs)
+            self.outputs.copy_(nearest.outputs)
+        self.anchor.copy_(self._matrix())
+
+    def decay_(self, decay: float) -> None:
+        """Multiply the importance with ``decay``, and anchor at the parameters."""
+        (self.inputs if self.outputs is None else self.outputs).mul_(decay)
+        self.anchor.copy_(self._matrix())
+
+    def _check_unmoved(self) -> None:
+        for name, buffer in self._buffers.items():
+            check_unmoved(name, self._parts[name], buffer, same_dtype=True)
+
+    def _matrix(self) -> Tensor:
+        """Return a copy of [W b] as it is, in the dtype of the computation."""
+        weight, *bias = self._parts.values()
+        columns = [weight.flatten(1), *(b[:, None] for b in bias)]
+        return torch.cat(columns, 1).to(accumulation_dtype(weight.dtype))
+
+    def _cut(self, matrix: Tensor, name: str) -> Tensor:
+        """Return the part of a matrix like [W b] that belongs to one of the two."""
+        part = self._parts[name]
+        return matrix[:, -1] if part.ndim == 1 else matrix[:, : part[0].numel()].view_as(part)
+
+
+def _check_factor(what: str, factor: object, size: int) -> None:
+    """Refuse what cannot be a second moment of ``size`` numbers.
+
+    Raises:
+        TypeError: Not a floating-point tensor.
+        ValueError: A wrong shape, a value that is not finite, or no second moment.
+    """
+    if not isinstance(factor, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(factor).__name__}")
+    if not factor.is_floating_point():
+        raise TypeError(f"{what} must be floating point, got {factor.dtype}")
+    if factor.shape != (size, size):
+        raise ValueError(
+            f"{what} has shape {tuple(factor.shape)}, expected ({size}, {size}); "
+            "fit it on the model as it is now"
+        )
+    if not factor.isfinite().all():
+        raise ValueError(f"{what} is not finite; look for an overflow where it was computed")
+    largest = factor.abs().max()
+    if (factor - factor.T).abs().max() > ASYMMETRY * largest:
+        raise ValueError(f"{what} is not symmetric; it must be a second moment")
+    if (factor.diagonal() < 0).any():
+        raise ValueError(f"{what} has a negative diagonal; mean squares are >= 0")
+
+
+class KroneckerPenalty(PenaltyBase):
     r"""Elastic weight consolidation with a Kronecker-factored importance.
 
     .. math:: E = \tfrac12 \lambda \sum_l \operatorname{tr}(G_l\, D_l\, A_l\, D_l^T), \quad

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ars.reference import ewc_gradient
-from ars.regularizers.checks import check_can_differentiate, copy_like
+from ars.regularizers.checks import check_can_differentiate
 from ars.regularizers.estimators import accumulation_dtype
+from ars.regularizers.penalties.penalty_base import copy_like
 from ars.regularizers.storage import Quantized, dequantize, quantize
 
 __all__ = ["Pull", "quadratic_value"]

@@ -13,7 +13,7 @@ from torch.nn import functional
 from ars.regularizers.checks import checked_module
 from ars.regularizers.estimators import IGNORE_INDEX
 from ars.regularizers.evaluation import evaluation_mode
-from ars.regularizers.strengthened import Strengthened
+from ars.regularizers.penalties.penalty_base import PenaltyBase
 
 __all__ = ["Distillation", "distillation_loss"]
 
@@ -75,7 +75,7 @@ def distillation_loss(
     return temperature**2 * kept.sum() / mask.sum().clamp(min=1)
 
 
-class Distillation(Strengthened):
+class Distillation(PenaltyBase):
     r"""Penalty on predictions that differ from a predecessor's.
 
     .. math:: R = \lambda T^2 \operatorname{mean}_n

@@ -10,20 +10,21 @@ upwards and then downwards leaves it where it was.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ars.penalty import LARGEST_STRENGTH, instead_of
-from ars.regularizers.checks import check_state, checked_strength
 from ars.regularizers.estimators import accumulation_dtype
 from ars.regularizers.fisher import DiagonalFisher
-from ars.regularizers.importance import importance_of
+from ars.regularizers.penalties.penalty_base import check_state, checked_strength, importance_of
 from ars.regularizers.storage import dequantize
 
-__all__ = ["AdaptiveStrength", "trace_strengths"]
+__all__ = ["AdaptiveStrength", "factor_of", "layer_factors", "trace_strengths"]
 
 
 class AdaptiveStrength:
@@ -245,3 +246,52 @@ def trace_strengths(
         name: min(max(mean / trace, low), high) if trace > 0 else 1.0
         for name, trace in traces.items()
     }
+
+
+def layer_factors(
+    strengths: Mapping[str, float] | None, names: Collection[str]
+) -> dict[str, float]:
+    """Resolve factors given by name or pattern to one for each parameter.
+
+    Args:
+        strengths: Finite factors >= 0 by parameter name or shell pattern.
+        names: The parameters.
+
+    Returns:
+        For each name the factor given for it, else that of the first pattern it matches, else 1.
+
+    Raises:
+        TypeError: Not a mapping, or a factor is not a number.
+        ValueError: A factor is negative or not finite, or a key matches nothing.
+    """
+    if strengths is None:
+        strengths = {}
+    if not isinstance(strengths, Mapping):
+        raise TypeError(
+            "layer_strengths must be a mapping from name or pattern to number, "
+            f"got {type(strengths).__name__}"
+        )
+    for key, factor in strengths.items():
+        if isinstance(factor, bool) or not isinstance(factor, Real):
+            raise TypeError(f"layer_strengths[{key!r}] must be a number, got {factor!r}")
+        checked_strength(factor, f"layer_strengths[{key!r}]")
+        if key not in names and not any(fnmatchcase(name, key) for name in names):
+            raise ValueError(
+                f"layer_strengths[{key!r}] matches none of the penalised parameters {list(names)}"
+            )
+    return {name: factor_of(strengths, name) for name in names}
+
+
+def factor_of(strengths: Mapping[str, float], name: str) -> float:
+    """Return the factor of one parameter.
+
+    Args:
+        strengths: Factors by parameter name or shell pattern.
+        name: The parameter's.
+
+    Returns:
+        What is given for the name, else for the first pattern that it matches, else 1.
+    """
+    if name not in strengths:
+        name = next((pattern for pattern in strengths if fnmatchcase(name, pattern)), name)
+    return float(strengths.get(name, 1.0))

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ars.regularizers.factors import KroneckerFactors
-from ars.regularizers.kronecker_product import nearest_product
+from ars.regularizers.factors import KroneckerFactors, nearest_product
 
 
 def moment(size: int, rank: int) -> Tensor:

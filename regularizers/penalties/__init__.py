@@ -1,0 +1,1 @@
+"""Penalties that keep a model near what it has learned."""
