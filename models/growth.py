@@ -35,12 +35,14 @@ from torch import Tensor
 
 from ars.models.config import GPTConfig
 from ars.models.gpt import GPT
-from ars.models.moments import MOMENTS, embed, grow_master, grow_moment
+from ars.reference import join_master, split_master
 
 __all__ = ["Growth", "grow"]
 
 _PACKED = ("state", "param_groups")  # the entries of every optimizer's state_dict
 _REMAINDER = "param_remainder"  # what ARSAdamW(master_weights=True) keeps of a bfloat16 weight
+# Power of 1/c by which each optimizer state of a parameter's shape transforms, after g' = g / c.
+_MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
 
 def _scale(name: str, stretch: float) -> float:
@@ -107,7 +109,7 @@ class Growth:
         for name, weight in self.initial.items():
             if name in importance:
                 old = importance[name].detach()
-                mapped[name] = embed(old / self.scales[name] ** 2, old.new_zeros(weight.shape))
+                mapped[name] = _embed(old / self.scales[name] ** 2, old.new_zeros(weight.shape))
             elif name not in self.scales:
                 mapped[name] = torch.zeros_like(weight, dtype=torch.float32)
         return mapped
@@ -132,7 +134,7 @@ class Growth:
         for name, weight in self.initial.items():
             if name in anchor:
                 old = anchor[name].detach()
-                mapped[name] = embed(self.scales[name] * old, weight.to(old))
+                mapped[name] = _embed(self.scales[name] * old, weight.to(old))
             elif name not in self.scales:
                 mapped[name] = weight.clone()
         return mapped
@@ -213,13 +215,13 @@ class Growth:
     def _map_entry(self, name: str, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim <= 1:
             return deepcopy(value)
-        if key not in MOMENTS:
+        if key not in _MOMENTS:
             raise ValueError(
                 f"optimizer state {key!r} of {name!r} has shape {tuple(value.shape)} and no known "
-                f"rule of growth; only {sorted(MOMENTS)} can be mapped"
+                f"rule of growth; only {sorted(_MOMENTS)} can be mapped"
             )
         self._check_shape(name, value)
-        return grow_moment(key, value, self.scales[name], self.initial[name].shape)
+        return _grow_moment(key, value, self.scales[name], self.initial[name].shape)
 
     def _grow_master(self, name: str, remainder: Tensor) -> tuple[Tensor, Tensor]:
         """The grown weight and its remainder.
@@ -229,9 +231,9 @@ class Growth:
         """
         self._check_shape(name, remainder)
         old, initial, scale = self.parent.get_parameter(name), self.initial[name], self.scales[name]
-        weight, lower = grow_master(old.detach(), remainder, scale, initial)
+        weight, lower = _grow_master(old.detach(), remainder, scale, initial)
         current = self.model.get_parameter(name).detach()
-        left = (embed(scale * old.detach(), initial), weight)  # by grow, or by an earlier call
+        left = (_embed(scale * old.detach(), initial), weight)  # by grow, or by an earlier call
         if not any(_same_bits(current, expected) for expected in left):
             raise ValueError(
                 f"{name!r} of the parent or of the grown model was changed after growth, so its "
@@ -277,6 +279,69 @@ def _parameter_names(
                 )
             indices[index] = names[id(weight)]
     return indices
+
+
+def _embed(old: Tensor, rest: Tensor) -> Tensor:
+    """Return a copy of ``rest`` (R', C') with its leading block replaced by ``old`` (R, C)."""
+    grown = rest.clone()
+    grown[: old.size(0), : old.size(1)] = old
+    return grown
+
+
+def _grow_moment(key: str, value: Tensor, scale: float, shape: torch.Size) -> Tensor:
+    """Map a moment of a weight that is multiplied by c.
+
+    On the old block exp_avg / c and exp_avg_sq / c^2. On new coordinates exp_avg is 0 and
+    exp_avg_sq the largest of the mapped means of the tensor and of the coordinate's old row or
+    column: rows of a frequent token have far larger gradients than the mean of the table.
+
+    Args:
+        key: a name in ``_MOMENTS``.
+        value: (R, C).
+        scale: c.
+        shape: (R', C').
+
+    Returns:
+        (R', C'), in the dtype and on the device of ``value``.
+
+    Example:
+        >>> value = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
+        >>> _grow_moment("exp_avg_sq", value, 2.0, torch.Size((3, 3))).tolist()
+        [[1.0, 0.0, 0.5], [0.0, 0.0, 0.25], [0.5, 0.25, 0.25]]
+    """
+    old = value / scale ** _MOMENTS[key]
+    if _MOMENTS[key] == 1:
+        return _embed(old, old.new_zeros(shape))
+    wide = old.double()  # a sum of many small squares loses them in bf16
+    expected = wide.mean().expand(shape).clone()
+    rows, columns = old.shape
+    expected[:rows] = expected[:rows].maximum(wide.mean(1, keepdim=True))
+    expected[:, :columns] = expected[:, :columns].maximum(wide.mean(0, keepdim=True))
+    return _embed(old, expected.to(old.dtype))
+
+
+def _grow_master(
+    old: Tensor, remainder: Tensor, scale: float, rest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Multiply a master weight by c in float32, and split it again.
+
+    Args:
+        old: (R, C) bfloat16, the upper half of the master weight.
+        remainder: (R, C) int16, the lower half.
+        scale: c.
+        rest: (R', C') bfloat16, whose new coordinates are kept: they have no lower half.
+
+    Returns:
+        (R', C') bfloat16 and (R', C') int16.
+
+    Example:
+        >>> old, remainder = torch.ones(1, 1, dtype=torch.bfloat16), torch.full((1, 1), 3).short()
+        >>> rest = torch.zeros(1, 2, dtype=torch.bfloat16)
+        >>> _grow_master(old, remainder, 2.0, rest)
+        (tensor([[2., 0.]], dtype=torch.bfloat16), tensor([[3, 0]], dtype=torch.int16))
+    """
+    upper, lower = split_master(scale * join_master(old, remainder))
+    return _embed(upper, rest), _embed(lower, lower.new_zeros(rest.shape))
 
 
 @torch.no_grad()
@@ -325,7 +390,7 @@ def grow(model: GPT, config: GPTConfig, generator: torch.Generator | None = None
     scales = {name: _scale(name, stretch) for name, _ in model.named_parameters()}
     for name, old in model.named_parameters():
         weight = grown.get_parameter(name)
-        weight.copy_(embed(scales[name] * old, weight))
+        weight.copy_(_embed(scales[name] * old, weight))
         weight.requires_grad_(old.requires_grad)
     initial = {name: weight.detach().clone() for name, weight in grown.named_parameters()}
     return Growth(parent=model, model=grown, scales=scales, initial=initial)

@@ -15,21 +15,25 @@ strengths; :func:`save_penalty` and :func:`load_penalty` keep files; :func:`quan
 importance into a byte a parameter. ``docs/regularizers.md`` has formulas, costs and traps.
 """
 
+import sys
+
 from ars.regularizers.covariance import ActivationCovariance
 from ars.regularizers.factors import KroneckerFactors
 from ars.regularizers.files import load_penalty, save_penalty
 from ars.regularizers.fisher import DiagonalFisher
 from ars.regularizers.kronecker import KroneckerFisher
-from ars.regularizers.penalties.combined import (
+from ars.regularizers.penalties import (
+    EWC,
+    AdaptiveStrength,
     CombinedLoss,
+    Distillation,
+    KroneckerPenalty,
     PenaltyMonitor,
     ProgressiveInheritance,
+    SubspacePenalty,
+    distillation_loss,
+    trace_strengths,
 )
-from ars.regularizers.penalties.distillation import Distillation, distillation_loss
-from ars.regularizers.penalties.ewc import EWC
-from ars.regularizers.penalties.kronecker_penalty import KroneckerPenalty
-from ars.regularizers.penalties.strength import AdaptiveStrength, trace_strengths
-from ars.regularizers.penalties.subspace import SubspacePenalty
 from ars.regularizers.storage import Quantized, dequantize, quantize
 
 __all__ = [
@@ -53,3 +57,19 @@ __all__ = [
     "save_penalty",
     "trace_strengths",
 ]
+
+# A pickle names the modules of its classes: where those of version 0.1.0 are now.
+_MOVED = {
+    "combined": "penalties.combined",
+    "distillation": "penalties.distillation",
+    "ewc": "penalties.ewc",
+    "kronecker_penalty": "penalties.kronecker_penalty",
+    "matrix_pull": "penalties.kronecker_penalty",
+    "progressive": "penalties.combined",
+    "quadratic": "penalties.quadratic",
+    "restraint": "penalties.subspace",
+    "strength": "penalties.strength",
+    "subspace": "penalties.subspace",
+}
+for _old, _new in _MOVED.items():
+    sys.modules[f"{__name__}.{_old}"] = sys.modules[f"{__name__}.{_new}"]

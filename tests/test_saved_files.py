@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from ars.regularizers import (
     KroneckerFactors,
     KroneckerPenalty,
     SubspacePenalty,
+    dequantize,
     load_penalty,
 )
 from trainer.cli import parse_arguments
@@ -106,6 +108,22 @@ def test_penalty_has_its_value(kind: str) -> None:
             param += 0.5
     expected = json.loads((SAVED / "penalty_values.json").read_text())[kind]
     assert float(penalty.value().detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_pickled_penalties_and_fishers_are_read() -> None:
+    objects, values = pickle.loads(lzma.decompress((SAVED / "objects.pickle.xz").read_bytes()))
+    assert {name: float(objects[name].value().detach()) for name in values} == pytest.approx(values)
+    importance = objects["diagonal"].importance
+    for name, stored in objects["quantized"].items():
+        assert torch.equal(dequantize(*stored), importance[name])
+    for name, factors in objects["factors"].items():
+        assert torch.equal(factors.inputs, objects["kronecker"].factors[name].inputs)
+    assert objects["covariance"].covariance["0.weight"].shape == (4, 4)
+    objects["adaptive"].step()
+    assert float(objects["combined"](torch.ones(())).detach()) > 1.0
+    growth = objects["growth"]
+    grown = growth.importance({n: torch.ones_like(p) for n, p in growth.parent.named_parameters()})
+    assert grown.keys() == dict(growth.model.named_parameters()).keys()
 
 
 def test_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The GPT against a naive float64 implementation, closed-form counts and its own contract."""
 
 import dataclasses
-import doctest
 import math
 
 import pytest
@@ -11,7 +10,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ars.models import GPT, GPTConfig, gpt
+from ars.models import GPT, GPTConfig
 
 SMALL = GPTConfig(vocab_size=17, sequence_len=8, n_layer=2, n_head=3, n_embd=24)
 
@@ -293,9 +292,3 @@ def test_generate_and_constructor_reject():
             model.generate(prompt, 1, temperature=temperature)
     with pytest.raises(TypeError, match="GPTConfig"):
         GPT({"n_layer": 1})
-
-
-def test_docstring_examples():
-    result = doctest.testmod(gpt)
-    assert result.attempted > 0
-    assert result.failed == 0
