@@ -1,5 +1,7 @@
 """Readers of files: whatever a file holds, they give its value or one line that says what to do."""
 
+import contextlib
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -8,8 +10,19 @@ from typing import Any
 
 import pytest
 
+from analysis.bundle import load_bundle
+from analysis.records import read_metrics
+from continual.config import Settings
+from continual.series import check_folder as check_digits_folder
+from corpus.choice import choose_tokenizer, load_tokenizer
+from corpus.sources import open_source
+from trainer.checkpoint import load_checkpoint
+from trainer.config import SeriesConfig
 from trainer.errors import DamagedError, UsageError
+from trainer.log import read_log
+from trainer.parser import OptionParser
 from trainer.reading import open_file, read_csv, read_json, read_text, read_yaml
+from trainer.series import check_folder as check_series_folder
 
 _DEEP = 20_000
 _DIGITS = "9" * 5_000
@@ -151,3 +164,82 @@ def test_a_name_that_stands_twice_in_json_is_refused(text: str, tmp_path: Path) 
     path.write_text(text)
     with pytest.raises(DamagedError, match=r"is not JSON \(a stands there twice\): remove one"):
         read_json(path, remedy="remove one")
+
+
+# Who reads files of each kind for the programs; each refuses a damaged one, or does without it.
+
+
+def _options(path: Path) -> None:
+    parser = OptionParser("x", "")
+    parser.add_settings_file()
+    parser.add_command_option("--a", str, "", "A", "")
+    try:
+        parser.parse_words(["--config", str(path)])
+    except SystemExit:  # the mistake was said
+        raise UsageError from None
+
+
+def _config(path: Path) -> None:
+    check_series_folder(path.parent, SeriesConfig(), None)
+
+
+def _bundle(path: Path) -> None:
+    (path.parent / "eval_meta_data.csv").write_text("Eval Task,Random baseline\na,0\n")
+    load_bundle(path.parent)
+
+
+def _items(path: Path) -> None:
+    entry = {"label": "a", "dataset_uri": "../file", "num_fewshot": [0]}
+    content = {"icl_tasks": [{**entry, "icl_task_type": "language_modeling"}]}
+    (path.parent / "core.yaml").write_text(json.dumps(content))
+    (path.parent / "eval_data").mkdir(exist_ok=True)
+    (path.parent / "eval_meta_data.csv").write_text("Eval Task,Random baseline\na,0\n")
+    load_bundle(path.parent)
+
+
+def _baselines(path: Path) -> None:
+    (path.parent / "core.yaml").write_text("icl_tasks: []")
+    load_bundle(path.parent)
+
+
+def _rows(path: Path) -> None:
+    list(open_source(str(path), "a").pieces())
+
+
+PROGRAMS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "--config": ("file.yaml", _options),
+    "config.json": ("config.json", _config),
+    "metrics.json": ("metrics.json", lambda path: read_metrics([path])),
+    "results.json": ("results.json", lambda path: check_digits_folder(path.parent, Settings())),
+    "core.yaml": ("core.yaml", _bundle),
+    "eval_meta_data.csv": ("eval_meta_data.csv", _baselines),
+    "items": ("file", _items),
+    "rows.jsonl": ("rows.jsonl", _rows),
+    "rows.csv": ("rows.csv", _rows),
+    "rows.parquet": ("rows.parquet", _rows),
+    "tokenizer": ("tokenizer.json", load_tokenizer),
+    "--tokenizer": ("tokenizer.json", lambda path: choose_tokenizer(str(path))),
+    "checkpoint": ("a.pt", lambda path: load_checkpoint(path, remedy="name another")),
+    "log": ("log.csv", read_log),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_program_meets_more_than_one_line(
+    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, read = PROGRAMS[program]
+    for damage, (content, _) in DAMAGES.items():
+        folder = tmp_path / damage
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        with contextlib.suppress(UsageError):
+            read(folder / name)
+    for kind in ("a folder", "a pipe", "a link to a device", "a link to itself"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        unreadable(kind, folder).rename(folder / name)
+        with contextlib.suppress(UsageError):
+            read(folder / name)
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith(("error: ", "warning: "))
