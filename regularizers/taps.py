@@ -122,7 +122,10 @@ class Taps:
         self._several = {p for p, n in uses.items() if n > 1}
         self._pending: dict[nn.Parameter, list[Contribution]] = {}
         self._generator = torch.Generator(inputs.device).manual_seed(0)
-        self._proof: RowProof | None = None  # while one is made, taps add to it
+        # What taps add to: a proof, while one is made, or else the sums, but not in the backward
+        # pass that looks for other uses, as it runs through the layers behind such a use.
+        self._proof: RowProof | None = None
+        self._squaring = False
         self._passes = Passes(model)
         self._by_itself = False  # whether the model runs without taps for a moment
 
@@ -267,7 +270,7 @@ class Taps:
                     gradient = to_samples(gradient, dim, samples)
                     if self._proof is not None:
                         self._proof.add(me, gradient)
-                    else:
+                    elif self._squaring:
                         self._record(total, module, to_samples(x, dim, samples), gradient)
 
             return _Tap.apply(output, x, root, record)
@@ -278,7 +281,7 @@ class Taps:
             def record(_: Tensor, gradient: Tensor) -> None:
                 if self._proof is not None:
                     self._proof.add(me, gradient)
-                else:
+                elif self._squaring:
                     self._add(total, p, Sums(gradient.unsqueeze(1)))
 
             return record
@@ -297,11 +300,17 @@ class Taps:
             except Exception as error:  # whatever the taps do to the model
                 raise UnsupportedModelError(f"{type(error).__name__}: {error}") from error
             found = cotangents(estimator, logits.detach(), chunk)
-            for cotangent, more in and_whether_more(found):
-                torch.autograd.grad(logits, root, cotangent, retain_graph=more, allow_unused=True)
-                for p, uses in self._pending.items():
-                    add_squares_of_uses_(total[self._names[p]], uses, samples)
-                self._pending.clear()
+            self._squaring = True
+            try:
+                for cotangent, more in and_whether_more(found):
+                    torch.autograd.grad(
+                        logits, root, cotangent, retain_graph=more, allow_unused=True
+                    )
+                    for p, uses in self._pending.items():
+                        add_squares_of_uses_(total[self._names[p]], uses, samples)
+                    self._pending.clear()
+            finally:
+                self._squaring = False
 
     def _check_calls(self, calls: Counter[nn.Module]) -> None:
         for module, known in self._calls.items():

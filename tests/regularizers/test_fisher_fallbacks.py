@@ -21,6 +21,31 @@ def rows(n=6, width=4):
     return torch.randn(n, width, dtype=torch.float64), torch.arange(n) % 3
 
 
+class LateUse(nn.Module):
+    """Uses a weight outside of its layer, below other layers, in long sequences only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.first(x).tanh()
+        if x.shape[1] > 2:
+            y = y + x @ self.first.weight
+        return self.head(y).mean(1)
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "exact"])
+def test_a_use_that_comes_with_a_later_batch_leaves_nothing_behind(estimator, relative_error):
+    model = randomised(LateUse())
+    batches = [
+        (torch.randn(5, length, 4, dtype=torch.float64), torch.arange(5) % 3) for length in (2, 3)
+    ]
+    with pytest.warns(UserWarning, match="uses 'first.weight' outside of the layer"):
+        found = fitted(model, batches, estimator)
+    assert relative_error(found, fitted(model, batches, estimator, method="loop")) < TOLERANCE
+
+
 @pytest.mark.parametrize("method", ["auto", "loop", "hooks"])
 @pytest.mark.parametrize("estimator", ["empirical", "batched"])
 def test_sparse_embeddings_give_the_dense_value(method, estimator, relative_error):
