@@ -24,29 +24,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     from trainer.program import exit_status, missing_module, quit_on_signals
 
     quit_on_signals()
-    from continual.cli import parse_arguments
-
-    arguments = parse_arguments(argv)
-    out = arguments.out
     try:
-        import torch
-
-        from continual.report import write_report
-        from continual.series import check_folder, run_all
+        from continual.cli import parse_arguments
+        from continual.digits_results import check_folder, run_all, write_report
         from trainer.folder import OutputFolder
         from trainer.signals import StopRequest
     except ModuleNotFoundError as error:
         return missing_module(error, "continual")
-    torch.set_num_threads(arguments.threads)
+    arguments = parse_arguments(argv)
+    out, settings = arguments.out, arguments.settings
 
     def work() -> None:
-        check_folder(out, arguments.settings)
+        check_folder(out, settings)
         with OutputFolder(out) as output:
             output.hold()
-            done = check_folder(out, arguments.settings)  # once more: nobody changes it now
+            done = check_folder(out, settings)  # once more: nobody changes it now
             with StopRequest() as stop:
-                records = run_all(output, arguments.settings, arguments.runs, done, stop)
-            table = write_report(out, arguments.settings, records, sweep=arguments.sweep)
+                records = run_all(output, settings, arguments.runs, done, arguments.threads, stop)
+            table = write_report(out, settings, records, sweep=arguments.sweep)
             output.check()
         print(table, end="")
         print(f"\nResults are in {out}: results.json, table.md and figures.")

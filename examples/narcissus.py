@@ -30,11 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import torch
 
         from stress.cli import SENSITIVITY_PAIRS, parse_arguments
-        from stress.figures import draw_scenarios, draw_sensitivity
         from stress.oscillation import write_oscillations
-        from stress.summary import tables, write_summary
-        from stress.sweep import run_jobs
-        from stress.text import load_file, load_standard_library
+        from stress.scenarios import load_file, load_standard_library
+        from stress.stress_report import draw_scenarios, draw_sensitivity, tables, write_summary
+        from stress.stress_run import run_all
         from trainer.errors import UsageError
         from trainer.folder import OutputFolder
         from trainer.signals import StopRequest
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             length = arguments.size.sequence_len
             corpus = load_standard_library() if data is None else load_file(data, length)
             with StopRequest() as stop:
-                records = run_jobs(output, jobs, corpus, arguments.workers, stop)
+                records = run_all(output, jobs, corpus, arguments.workers, stop)
                 rows = write_summary(out, jobs, records, corpus, command())
                 if arguments.sensitivity:
                     draw_sensitivity(out / "sensitivity.png", rows, SENSITIVITY_PAIRS)

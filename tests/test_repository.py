@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("analysis", "ars", "common", "continual", "corpus", "experiment", "stress", "trainer"),
         ("ars.csrc_triton",),
     ),
-    "common": (("common",), ()),
+    "common": (("common", "trainer.bars", "trainer.errors", "trainer.signals"), ()),
     "corpus": (("corpus", "trainer.errors", "trainer.reading"), ()),
     "trainer": (("ars", "common", "corpus", "trainer"), ("ars.csrc_triton",)),
 }

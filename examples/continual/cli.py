@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from continual.config import Run, Settings
-from continual.methods import METHODS
+from continual.memory_methods import METHODS
+from continual.permuted_digits import Run, Settings
 from trainer.arguments import OptionError, Parser, integer, number
 
 __all__ = ["Arguments", "parse_arguments"]

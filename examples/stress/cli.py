@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stress.arms import ARMS
-from stress.jobs import SIZES, Job, Size
-from stress.scenarios import SCENARIOS
+from stress.compared_optimizers import ARMS
+from stress.scenarios import SCENARIOS, SIZES, Size
+from stress.stress_run import Job
 from trainer.arguments import Parser, integer
 
 __all__ = ["SENSITIVITY_PAIRS", "Arguments", "parse_arguments"]

@@ -14,13 +14,12 @@ References:
     improves optimization efficiency", COLT 2024, arXiv:2402.15926.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -136,12 +135,9 @@ def write_oscillations(folder: Path, seeds: Sequence[int]) -> str:
         The table.
     """
     runs = [oscillate(arm, rate, seed) for rate in RATES for arm in ARMS for seed in seeds]
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["arm", "rate", "seed", *runs[0].metrics])
-    for run in runs:
-        rows.writerow([run.arm, run.rate, run.seed, *run.metrics.values()])
-    write_atomically(folder / "oscillation.csv", text.getvalue())
+    rows = [{"arm": r.arm, "rate": r.rate, "seed": r.seed, **r.metrics} for r in runs]
+    frame = pd.DataFrame(rows).astype({"braked": "Int64"})  # whole numbers, and runs without one
+    write_atomically(folder / "oscillation.csv", frame.to_csv(index=False, lineterminator="\n"))
     table = _table(runs)
     write_atomically(folder / "tables.md", table)
     draw_oscillations(folder / "oscillation.png", runs)

@@ -15,7 +15,7 @@ import torch
 
 import continual_digits
 from continual.cli import parse_arguments
-from continual.methods import METHODS
+from continual.memory_methods import METHODS
 
 SCRIPT = Path(continual_digits.__file__)
 TINY = ["--methods", "none,ewc,joint", "--tasks", "2", "--epochs", "1", "--seeds", "1"]

@@ -19,7 +19,7 @@ from corpus_helpers import content, prepare
 
 from corpus import kinds
 from corpus.sources import open_source
-from stress.text import load_file
+from stress.scenarios import load_file
 from trainer.errors import UsageError
 
 TEXT = b"some words of ordinary text, and a few more\n" * 99

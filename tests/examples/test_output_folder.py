@@ -20,7 +20,7 @@ from small_series import TINY, Series, Stop
 
 import analysis.run_report
 import analyze
-import continual.series
+import continual.digits_results
 import continual_digits
 import inheritance
 import miniseries
@@ -169,7 +169,7 @@ def after(
     [
         ("miniseries", trainer.report, "write_metrics"),
         ("miniseries", trainer.report, "write_report"),
-        ("continual_digits", continual.series, "run_tasks"),
+        ("continual_digits", continual.digits_results, "run_tasks"),
         ("narcissus", stress.oscillation, "write_atomically"),
         ("analyze", analysis.run_report, "write_json"),
         ("stability", matplotlib.figure.Figure, "savefig"),

@@ -12,8 +12,8 @@ import pytest
 
 from analysis.bundle import load_bundle
 from analysis.records import read_metrics
-from continual.config import Settings
-from continual.series import check_folder as check_digits_folder
+from continual.digits_results import check_folder as check_digits_folder
+from continual.permuted_digits import Settings
 from corpus.choice import choose_tokenizer, load_tokenizer
 from corpus.sources import open_source
 from trainer.checkpoint import load_checkpoint

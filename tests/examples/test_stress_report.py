@@ -9,12 +9,17 @@ import matplotlib.axes
 import matplotlib.pyplot as plt
 import pytest
 
-from stress import summary
+from corpus import Corpus
 from stress.cli import SENSITIVITY_PAIRS, parse_arguments
-from stress.figures import draw_scenarios, draw_sensitivity
-from stress.jobs import Job, Size
-from stress.summary import summarize, tables, write_summary
-from stress.text import Corpus, load_file
+from stress.scenarios import Size, load_file
+from stress.stress_report import (
+    draw_scenarios,
+    draw_sensitivity,
+    summarize,
+    tables,
+    write_summary,
+)
+from stress.stress_run import Job
 
 SIZE = Size(1, 32, 24, 2, 20)
 METRICS = {
@@ -119,7 +124,7 @@ def test_figures_show_every_arm(
     jobs: list[Job], records: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr("stress.figures.plt.close", drawn.append)
+    monkeypatch.setattr("stress.stress_report.plt.close", drawn.append)
     more = [Job("edge", "sgd", 1.0, 0, SIZE), Job("edge", "adamw", 3.0, 0, SIZE)]
     everything = [*records, *(record(job) for job in more)]
     files = draw_scenarios(tmp_path, [*jobs, *more], everything)
@@ -144,7 +149,7 @@ def test_heat_map_of_the_whole_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return original(self, x, y, s, *rest, **more)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "text", spy)
-    rows = summary.summarize(arguments.jobs, records)
+    rows = summarize(arguments.jobs, records)
     draw_sensitivity(tmp_path / "map.png", rows, SENSITIVITY_PAIRS)
     assert sorted(float(s) for s in written if "." in s) == numbers
     assert (tmp_path / "map.png").stat().st_size > 1000

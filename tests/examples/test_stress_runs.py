@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from ars.models import GPT
-from stress.arms import ARMS, BASE_RATES, Step, arm_settings
-from stress.jobs import SIZES, Job, Size
-from stress.run import _recovery, _wasted, identity_of, run_job
-from stress.scenarios import EDGE_FACTOR, SCENARIOS, Stream
-from stress.sweep import run_jobs
-from stress.text import Corpus, load_file
+from corpus import Corpus
+from stress import compared_optimizers, scenarios, stress_run
+from stress.compared_optimizers import ARMS, BASE_RATES, Step, arm_settings
+from stress.scenarios import EDGE_FACTOR, SCENARIOS, SIZES, Size, Stream, load_file
+from stress.stress_run import Job, _recovery, _wasted, identity_of, run_all, run_job
 from trainer.errors import RunInterruptedError, UsageError
 from trainer.folder import OutputFolder
 from trainer.signals import StopRequest
@@ -41,13 +40,13 @@ def corpus(text: Path) -> Corpus:
 def run(corpus: Corpus, scenario: str, arm: str, **changes: Any) -> dict[str, Any]:
     torch.manual_seed(time.monotonic_ns())  # nothing may depend on the global state
     job = Job(scenario, arm, 1.0, 0, SIZE, tuple(changes.items()))
-    return run_job(job, corpus, lambda: None)
+    return run_job(job, StopRequest(), corpus)
 
 
 def test_beyond_the_edge_the_default_holds_what_adamw_loses(corpus: Corpus) -> None:
     longer = replace(SIZE, steps=120)  # with the history to know a relapse by
     lost, clipped, saved = (
-        run_job(Job("edge", arm, 1.0, 0, longer), corpus, lambda: None)
+        run_job(Job("edge", arm, 1.0, 0, longer), StopRequest(), corpus)
         for arm in ("adamw", "adamw-clip", "default")
     )
     assert lost["metrics"]["diverged"]
@@ -121,7 +120,7 @@ def test_a_record_repeats_bit_by_bit_and_is_json(corpus: Corpus) -> None:
 
 def test_a_run_that_blows_up_is_diverged_and_still_json(corpus: Corpus) -> None:
     job = Job("ordinary", "sgd", 1e30, 0, SIZE)
-    record = run_job(job, corpus, lambda: None)
+    record = run_job(job, StopRequest(), corpus)
     assert record["metrics"]["diverged"]
     assert record["metrics"]["final"] is None
     assert record["metrics"]["peak_norm"] is None
@@ -147,34 +146,38 @@ def test_the_ablations_are_what_they_are_called() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("module", "name", "value"),
     [
-        ("stress.arms.BASE_RATES", BASE_RATES | {"adamw": 0.02}),
-        ("stress.arms._WEIGHT_DECAY", 0.2),
-        ("stress.arms._MOMENTUM", 0.8),
-        ("stress.arms.ARMS", ARMS | {"adamw": replace(ARMS["adamw"], clip=2.0)}),
-        ("stress.arms.ARMS", ARMS | {"adamw": replace(ARMS["adamw"], factor=2.0)}),
-        ("stress.arms.ARMS", ARMS | {"adamw": replace(ARMS["adamw"], betas=(0.5, 0.5))}),
-        ("stress.scenarios.EDGE_FACTOR", 50.0),
-        ("stress.scenarios._WARMUP", 0.2),
-        ("stress.scenarios._PROMPT", 4),
-        ("stress.scenarios._POOL", 4),
-        ("stress.scenarios._POOL_STEPS", 10),
-        ("stress.run._POINTS", 10),
-        ("stress.run._WINDOWS", 32),
-        ("stress.run._CURVE_WINDOWS", 8),
-        ("stress.run.DIVERGED_BY", 2.0),
-        ("stress.run.RECOVERED_WITHIN", 0.5),
-        ("torch.__version__", "0.0"),
+        (compared_optimizers, "BASE_RATES", BASE_RATES | {"adamw": 0.02}),
+        (compared_optimizers, "_WEIGHT_DECAY", 0.2),
+        (compared_optimizers, "_MOMENTUM", 0.8),
+        (compared_optimizers, "ARMS", ARMS | {"adamw": replace(ARMS["adamw"], clip=2.0)}),
+        (compared_optimizers, "ARMS", ARMS | {"adamw": replace(ARMS["adamw"], factor=2.0)}),
+        (
+            compared_optimizers,
+            "ARMS",
+            ARMS | {"adamw": replace(ARMS["adamw"], betas=(0.5, 0.5))},
+        ),
+        (scenarios, "EDGE_FACTOR", 50.0),
+        (scenarios, "_WARMUP", 0.2),
+        (scenarios, "_PROMPT", 4),
+        (scenarios, "_POOL", 4),
+        (scenarios, "_POOL_STEPS", 10),
+        (stress_run, "_POINTS", 10),
+        (stress_run, "_WINDOWS", 32),
+        (stress_run, "_CURVE_WINDOWS", 8),
+        (stress_run, "DIVERGED_BY", 2.0),
+        (stress_run, "RECOVERED_WITHIN", 0.5),
+        (torch, "__version__", "0.0"),
     ],
 )
 def test_a_record_is_known_by_every_constant(
-    name: str, value: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    module: Any, name: str, value: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job("edge", "adamw", 1.0, 0, SIZE)
     before = identity_of(job, corpus)
     assert identity_of(job, corpus) == before
-    monkeypatch.setattr(name, value)
+    monkeypatch.setattr(module, name, value)
     assert identity_of(job, corpus) != before
 
 
@@ -221,7 +224,7 @@ def test_a_pool_of_samples_begins_with_the_text_and_is_kept(corpus: Corpus) -> N
     for step in range(40, 80):
         inputs, _ = stream.training(step, model)
         pools.append({bytes(row.tolist()) for row in inputs})
-    text = bytes(corpus.train.tolist())
+    text = bytes(corpus.train.windows(torch.tensor([0]), len(corpus.train))[0].tolist())
     assert all(row[:8] in text for pool in pools for row in pool)
     assert texts
     assert len(set.union(*pools[:20])) <= 8
@@ -245,23 +248,23 @@ def test_finished_runs_are_not_run_again(
 ) -> None:
     short = Size(layers=1, width=32, sequence_len=24, batch_size=2, steps=4)
     jobs = [Job("ordinary", "default", 1.0, seed, short) for seed in range(3)]
-    first = run_jobs(OutputFolder(tmp_path), jobs, corpus, 1, StopRequest())
+    first = run_all(OutputFolder(tmp_path), jobs, corpus, 1, StopRequest())
     assert [record["identity"]["seed"] for record in first] == [0, 1, 2]
     (tmp_path / "runs" / jobs[1].file).write_text('{"identity": {"seed')  # as a full disk leaves it
     ran: list[int] = []
 
-    def counted(job: Job, *rest: Any) -> dict[str, Any]:
+    def counted(job: Job, *rest: Any, **named: Any) -> dict[str, Any]:
         ran.append(job.seed)
-        return run_job(job, *rest)
+        return run_job(job, *rest, **named)
 
-    monkeypatch.setattr("stress.sweep.run_job", counted)
-    assert run_jobs(OutputFolder(tmp_path), jobs, corpus, 1, StopRequest()) == first
+    monkeypatch.setattr(stress_run, "run_job", counted)
+    assert run_all(OutputFolder(tmp_path), jobs, corpus, 1, StopRequest()) == first
     assert ran == [1]
     changed = [Job("ordinary", "default", 1.0, 0, Size(1, 32, 24, 2, 6))]  # in the same file
     assert changed[0].file == jobs[0].file
     kept = (tmp_path / "runs" / jobs[0].file).read_bytes()
     with pytest.raises(UsageError, match=r"of other settings: size.steps 4 \(now 6\); repeat"):
-        run_jobs(OutputFolder(tmp_path), changed, corpus, 1, StopRequest())
+        run_all(OutputFolder(tmp_path), changed, corpus, 1, StopRequest())
     assert ran == [1]
     assert (tmp_path / "runs" / jobs[0].file).read_bytes() == kept
     assert not list(tmp_path.rglob("*.tmp"))
@@ -270,8 +273,8 @@ def test_finished_runs_are_not_run_again(
 def test_processes_leave_the_same_records(corpus: Corpus, tmp_path: Path) -> None:
     short = Size(layers=1, width=32, sequence_len=24, batch_size=2, steps=6)
     jobs = [Job("loop", arm, 1.0, 0, short) for arm in ("default", "sgd-default")]
-    inline = run_jobs(OutputFolder(tmp_path / "a"), jobs, corpus, 1, StopRequest())
-    assert run_jobs(OutputFolder(tmp_path / "b"), jobs, corpus, 2, StopRequest()) == inline
+    inline = run_all(OutputFolder(tmp_path / "a"), jobs, corpus, 1, StopRequest())
+    assert run_all(OutputFolder(tmp_path / "b"), jobs, corpus, 2, StopRequest()) == inline
 
 
 def test_a_signal_keeps_the_finished_runs(corpus: Corpus, tmp_path: Path) -> None:
@@ -286,7 +289,7 @@ def test_a_signal_keeps_the_finished_runs(corpus: Corpus, tmp_path: Path) -> Non
     short = Size(layers=1, width=32, sequence_len=24, batch_size=2, steps=4)
     jobs = [Job("ordinary", "adamw", 1.0, seed, short) for seed in range(3)]
     with pytest.raises(RunInterruptedError):
-        run_jobs(OutputFolder(tmp_path), jobs, corpus, 1, After())
+        run_all(OutputFolder(tmp_path), jobs, corpus, 1, After())
     assert [path.name for path in tmp_path.rglob("*.*")] == ["adamw-x1-0.json"]
 
 

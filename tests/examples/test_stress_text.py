@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from stress.text import batch, load_file, load_standard_library, validation_windows
+from corpus import Tokens, validation_windows
+from stress.scenarios import load_file, load_standard_library, random_windows
 from trainer.errors import UsageError
+
+
+def text_of(tokens: Tokens) -> bytes:
+    return bytes(tokens.windows(torch.tensor([0]), len(tokens))[0].tolist())
 
 
 @pytest.fixture
@@ -32,8 +38,7 @@ def library(tmp_path: Path) -> Path:
 
 def test_the_library_is_split_by_file(library: Path) -> None:
     corpus = load_standard_library(library)
-    train = bytes(corpus.train.tolist()).decode()
-    validation = bytes(corpus.validation.tolist()).decode()
+    train, validation = text_of(corpus.train).decode(), text_of(corpus.validation).decode()
     names = {f"module_{i}.py" for i in range(60)}
     held_out = set(corpus.facts["validation_files"])
     assert held_out < names
@@ -44,8 +49,8 @@ def test_the_library_is_split_by_file(library: Path) -> None:
         assert (line in validation) == (name in held_out)
         assert (line in train) == (name not in held_out)
     assert corpus.facts["train_files"] == 60 - len(held_out)
-    assert corpus.facts["train_bytes"] == len(train) == corpus.train.numel()
-    assert corpus.facts["validation_bytes"] == len(validation) == corpus.validation.numel()
+    assert corpus.facts["train_bytes"] == len(train) == len(corpus.train)
+    assert corpus.facts["validation_bytes"] == len(validation) == len(corpus.validation)
 
 
 def test_a_new_file_moves_no_other(library: Path) -> None:
@@ -73,8 +78,8 @@ def test_a_library_without_source_names_the_remedy(tmp_path: Path) -> None:
 
 def test_the_installed_library_is_large_and_plain() -> None:
     corpus = load_standard_library()
-    assert corpus.train.numel() > 2_000_000
-    assert corpus.validation.numel() > 50_000
+    assert len(corpus.train) > 2_000_000
+    assert len(corpus.validation) > 50_000
     assert not any(name.startswith("test/") for name in corpus.facts["validation_files"])
     assert not any(str(value).startswith("/") for value in corpus.facts.values())
 
@@ -84,8 +89,8 @@ def test_a_file_keeps_its_last_tenth_for_validation(tmp_path: Path) -> None:
     content = bytes(range(1, 256)) * 4
     path.write_bytes(content)
     corpus = load_file(path, 32)
-    assert bytes(corpus.train.tolist()) + bytes(corpus.validation.tolist()) == content
-    assert corpus.validation.numel() == 102
+    assert text_of(corpus.train) + text_of(corpus.validation) == content
+    assert len(corpus.validation) == 102
     assert corpus.facts["source"] == "text.bin"
 
 
@@ -98,15 +103,14 @@ def test_the_shortest_accepted_file_gives_a_batch_and_a_window(tmp_path: Path, l
     path.write_bytes(b"x" * (10 * (length + 1)))
     corpus = load_file(path, length)
     assert validation_windows(corpus.validation, length, 5).shape == (1, length + 1)
-    inputs, _ = batch(corpus.train, stream="s", step=0, batch_size=2, sequence_len=length)
-    assert inputs.shape == (2, length)
+    assert random_windows(corpus.train, "s", 0, 2, length + 1).shape == (2, length + 1)
 
 
-def test_a_batch_depends_on_stream_and_step_alone() -> None:
-    data = torch.randint(0, 256, (5000,), dtype=torch.uint8)
+def test_windows_depend_on_stream_and_step_alone() -> None:
+    data = Tokens([np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)])
 
     def at(stream: str, step: int) -> torch.Tensor:
-        return batch(data, stream=stream, step=step, batch_size=4, sequence_len=16)[0]
+        return random_windows(data, stream, step, 4, 17)
 
     first = at("train 0", 3)
     torch.manual_seed(99)
@@ -116,23 +120,12 @@ def test_a_batch_depends_on_stream_and_step_alone() -> None:
     assert not torch.equal(at("train 1", 3), first)
 
 
-def test_targets_are_the_next_bytes_and_every_start_is_reached() -> None:
-    data = torch.arange(10, dtype=torch.uint8)
+def test_windows_are_of_the_text_and_every_start_is_reached() -> None:
+    data = Tokens([np.arange(10, dtype=np.uint8)])
     starts = set()
     for step in range(100):
-        inputs, targets = batch(data, stream="s", step=step, batch_size=4, sequence_len=7)
-        assert inputs.dtype == targets.dtype == torch.int64
-        assert torch.equal(targets, inputs + 1)
-        assert torch.equal(inputs[:, 1:], targets[:, :-1])
-        starts.update(inputs[:, 0].tolist())
-    assert starts == {0, 1, 2}  # the last start has its last target at the last byte
-
-
-def test_windows_are_spread_and_share_no_target() -> None:
-    data = torch.arange(101, dtype=torch.uint8)
-    every = validation_windows(data, 10, 1000)
-    assert every.shape == (10, 11)
-    assert torch.equal(every[:, 1:].flatten(), torch.arange(1, 101))
-    some = validation_windows(data, 10, 4)
-    assert some[:, 0].tolist() == [0, 20, 50, 70]
-    assert torch.equal(some[:, 1:], some[:, :-1] + 1)
+        windows = random_windows(data, "s", step, 4, 8)
+        assert windows.dtype == torch.int64
+        assert torch.equal(windows, windows[:, :1] + torch.arange(8))
+        starts.update(windows[:, 0].tolist())
+    assert starts == {0, 1, 2}  # the last start has its last byte at the last of the text

@@ -117,7 +117,7 @@ def test_ctrl_c_ends_with_one_line(text: Path) -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     start = ""
-    while "run/s" not in start:  # the bar: training is about to start
+    while "to go" not in start:  # the bar: training is about to start
         start += process.stderr.read(1)
     time.sleep(1.0)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does

@@ -1,28 +1,72 @@
-"""One run: train an arm through a scenario and measure it."""
+"""The runs: each trains an arm through a scenario, and is measured and kept in a file."""
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ars.models import GPT
-from stress.arms import Step, arm_settings
-from stress.jobs import Job
-from stress.scenarios import Stream, scenario_settings
-from stress.text import Corpus, validation_windows
+from common.jobs import changed_settings, run_jobs
+from corpus import Corpus, validation_windows
+from stress.compared_optimizers import Step, arm_settings
+from stress.scenarios import Size, Stream, scenario_settings
+from trainer.checkpoint import write_atomically
+from trainer.errors import DamagedError, UsageError
 from trainer.evaluate import bits_per_byte
+from trainer.folder import OutputFolder
+from trainer.reading import read_json, understanding
+from trainer.signals import StopRequest
 
-__all__ = ["DIVERGED_BY", "RECOVERED_WITHIN", "identity_of", "run_job"]
+__all__ = ["DIVERGED_BY", "RECOVERED_WITHIN", "Job", "Record", "identity_of", "run_all", "run_job"]
+
+Record = dict[str, Any]
 
 DIVERGED_BY = 1.0  # bits per byte worse at the end than half-way; or worse than untrained
 RECOVERED_WITHIN = 0.25  # bits per byte above half-way
 _POINTS = 20  # measurements on the way
 _WINDOWS, _CURVE_WINDOWS = 64, 16  # of the validation text: half-way and at the end; on the way
-_TOKEN_BYTES = torch.ones(256, dtype=torch.int64)  # a token is a byte
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Args:
+        scenario: a name of `SCENARIOS`.
+        arm: a name of `ARMS`.
+        rate: learning rate, as a multiple of the one that is best for the arm's optimizer.
+        seed: of weights, batches and samples.
+        size: of the model and the run.
+        changes: settings of the controller that differ from the arm's.
+    """
+
+    scenario: str
+    arm: str
+    rate: float
+    seed: int
+    size: Size
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What the progress bar calls it."""
+        return f"{self.scenario}, {self.arm}, seed {self.seed}"
+
+    @property
+    def file(self) -> str:
+        """Where its record lies in the folder of the runs."""
+        changed = "".join(f"-{name}={_plain(value)}" for name, value in self.changes)
+        return f"{self.scenario}/{self.arm}{changed}-x{self.rate:g}-{self.seed}.json"
+
+
+def _plain(value: Any) -> str:
+    return "+".join(value) if isinstance(value, tuple) else str(value)
 
 
 def identity_of(job: Job, corpus: Corpus) -> dict[str, Any]:
@@ -46,13 +90,67 @@ def identity_of(job: Job, corpus: Corpus) -> dict[str, Any]:
     return settings
 
 
-def run_job(job: Job, corpus: Corpus, between: Callable[[], None]) -> dict[str, Any]:
+def run_all(
+    output: OutputFolder, jobs: Sequence[Job], corpus: Corpus, workers: int, stop: StopRequest
+) -> list[Record]:
+    """Run what has no record yet, and return all records in the order of the jobs.
+
+    Args:
+        output: folder, held; its ``runs`` get one JSON file a run, whole or absent.
+        jobs: what to run.
+        corpus: the text.
+        workers: processes; 1 runs everything in this one. Each computes on one thread.
+        stop: asked before every step.
+
+    Raises:
+        RunInterruptedError: a signal arrived; finished runs are on the disk.
+        UsageError: the folder holds runs of other settings, all of which are left as they are; or
+            a run failed.
+    """
+    folder = output.path / "runs"
+    records = {job: _read(folder / job.file, job, corpus) for job in jobs}
+    waiting = [job for job in jobs if records[job] is None]
+
+    def keep(job: Job, record: Record) -> None:
+        path = folder / job.file
+        output.check()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(record, allow_nan=False) + "\n")
+        records[job] = record
+
+    work = partial(run_job, corpus=corpus)
+    done = len(jobs) - len(waiting)
+    run_jobs(waiting, work, keep, stop, workers=workers if workers > 1 else 0, done=done)
+    return [record for record in records.values() if record is not None]
+
+
+def _read(path: Path, job: Job, corpus: Corpus) -> Record | None:
+    """The record of this very run; ``None`` if it is missing or damaged."""
+    if not path.exists():
+        return None
+    try:
+        remedy = "make it readable, or name another folder with --out"
+        record: Record = read_json(path, remedy=remedy)
+        with understanding(str(path), remedy):
+            found = dict(record["identity"])
+    except DamagedError:
+        return None
+    changes = changed_settings(found, identity_of(job, corpus))
+    if changes:
+        raise UsageError(
+            f"{path} is of other settings: {', '.join(changes)}; repeat them, name another folder "
+            "with --out, or delete this one"
+        )
+    return record
+
+
+def run_job(job: Job, stop: StopRequest, corpus: Corpus) -> Record:
     """Train and measure.
 
     Args:
         job: what to run.
+        stop: asked before every step.
         corpus: the text.
-        between: called before every step; may raise to stop.
 
     Returns:
         The record, JSON values only: ``identity``, ``metrics`` and ``curves``.
@@ -63,16 +161,17 @@ def run_job(job: Job, corpus: Corpus, between: Callable[[], None]) -> dict[str, 
     step = Step(job.arm, model, job.rate, dict(job.changes))
     windows = validation_windows(corpus.validation, size.sequence_len, _WINDOWS)
     few = validation_windows(corpus.validation, size.sequence_len, _CURVE_WINDOWS)
+    bits = partial(bits_per_byte, model, token_bytes=corpus.token_bytes)
     every = max(1, size.steps // _POINTS)
 
     start = _norm(model)
     norms, losses, gates, guards = [1.0], [], [], []
-    validation = [_bits(model, few)]
+    validation = [bits(few)]
     half = few_half = math.inf
     for index in range(size.steps):
-        between()
+        stop.check()
         if index == stream.half:
-            half, few_half = _bits(model, windows), _bits(model, few)
+            half, few_half = bits(windows), bits(few)
         inputs, targets = stream.training(index, model)
         loss = nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         shown = step(loss, stream.rate(index))
@@ -81,8 +180,8 @@ def run_job(job: Job, corpus: Corpus, between: Callable[[], None]) -> dict[str, 
         guards.append(shown["psi"])
         norms.append(_norm(model) / start)
         if (index + 1) % every == 0:
-            validation.append(_bits(model, stream.shifted(few, index)))
-    last = _bits(model, stream.shifted(windows, size.steps - 1))
+            validation.append(bits(stream.shifted(few, index)))
+    last = bits(stream.shifted(windows, size.steps - 1))
     times = [i * every for i in range(len(validation))]
     metrics = {
         "final": last,
@@ -110,10 +209,6 @@ def run_job(job: Job, corpus: Corpus, between: Callable[[], None]) -> dict[str, 
             name: [_json(_short(value)) for value in values] for name, values in curves.items()
         },
     }
-
-
-def _bits(model: nn.Module, windows: Tensor) -> float:
-    return bits_per_byte(model, windows, _TOKEN_BYTES)
 
 
 def _norm(model: nn.Module) -> float:

@@ -1,10 +1,11 @@
-"""What each method keeps of the tasks it has learned, as a penalty for the optimizer.
+"""The methods that are compared: what each keeps of the tasks it has learned, as a penalty.
 
 A memory is made from a strength. It is called with the model and its training batches once a task
 has been learned, and returns the penalty to learn the next one under.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -20,7 +21,9 @@ from ars.regularizers import (
     SubspacePenalty,
 )
 
-__all__ = ["MEMORIES", "Memory"]
+__all__ = ["JOINT", "METHODS", "Memory", "Method"]
+
+JOINT = "joint"
 
 Batches: TypeAlias = list[tuple[Tensor, Tensor]]
 Memory: TypeAlias = Callable[[nn.Module, Batches], Any]
@@ -93,14 +96,43 @@ def _output_subspace(strength: float) -> Memory:
     return learned
 
 
-MEMORIES: dict[str, Callable[[float], Memory]] = {
-    "ewc": _ewc,
-    "ewc-proximal": partial(_ewc, mode="proximal"),
-    "ewc-online": partial(_ewc, online=True),
-    "ewc-compact": partial(_ewc, storage="compact"),
-    "kfac": partial(_kronecker, labels=True),
-    "activations": partial(_kronecker, labels=False),
-    "subspace": partial(_input_subspace, protect="inside"),
-    "subspace-outside": partial(_input_subspace, protect="outside"),
-    "subspace-output": _output_subspace,
+@dataclass(frozen=True)
+class Method:
+    """One way not to forget.
+
+    Args:
+        label: what the figures call it.
+        memory: makes its memory from the strength of the penalty; ``None`` for no penalty.
+        strength: of the penalty; 0 where there is none.
+        grid: strengths that ``--sweep`` tries; empty where there is no penalty, and where the
+            strength is that of another method on purpose.
+    """
+
+    label: str
+    memory: Callable[[float], Memory] | None = None
+    strength: float = 0.0
+    grid: tuple[float, ...] = ()
+
+
+METHODS = {
+    "none": Method("nothing"),
+    "ewc": Method("EWC", _ewc, 100.0, (10.0, 30.0, 100.0, 300.0, 1000.0)),
+    "ewc-proximal": Method("EWC, proximal", partial(_ewc, mode="proximal"), 100.0),
+    "ewc-online": Method("EWC, online", partial(_ewc, online=True), 100.0),
+    "ewc-compact": Method("EWC, 3.06 bytes a parameter", partial(_ewc, storage="compact"), 100.0),
+    "kfac": Method("KFAC", partial(_kronecker, labels=True), 30.0, (3.0, 10.0, 30.0, 100.0)),
+    "activations": Method(
+        "activation covariance", partial(_kronecker, labels=False), 0.3, (0.1, 0.3, 1.0)
+    ),
+    "subspace": Method(
+        "inside the input subspace",
+        partial(_input_subspace, protect="inside"),
+        5.0,
+        (0.5, 1.5, 5.0),
+    ),
+    "subspace-outside": Method(
+        "outside the input subspace", partial(_input_subspace, protect="outside"), 0.05
+    ),
+    "subspace-output": Method("inside the output subspace", _output_subspace, 0.05),
+    JOINT: Method("all tasks at once"),
 }
