@@ -1,6 +1,6 @@
 """The tensors of a step, kept from one step to the next: only the gradients are read anew."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain, compress, repeat
 from operator import attrgetter, is_, is_not, itemgetter, not_
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ try:
 except ImportError:  # torch's own, and for compiled code: it may take it away
     TensorGuards = None  # type: ignore[assignment, misc]
 
-__all__ = ["Collector"]
+__all__ = ["Collector", "check_terms"]
 
 _GRAD, _IS_SPARSE = attrgetter("grad"), attrgetter("is_sparse")
 _LAYOUT: tuple[Callable[[Tensor], Any], ...] = (
@@ -117,6 +117,7 @@ class Collector:
         check: Check,
         *,
         proximal: bool = False,
+        whole: bool = True,
     ) -> Batch:
         """Return the batch of all parameters that have a gradient, or that the penalty pulls at.
 
@@ -134,6 +135,8 @@ class Collector:
             check: Called first for each of them that may not be as it was, with its gradient:
                 raises if what belongs to it does not fit it.
             proximal: Whether the penalty is.
+            whole: Whether these are all groups, so that the penalty holds none but their
+                parameters.
 
         Returns:
             The batch, the same object until something but the gradients changes. Forget its
@@ -141,7 +144,8 @@ class Collector:
 
         Raises:
             RuntimeError: A gradient is sparse; or it, a moment or a part of the penalty has another
-                shape, dtype or device than its parameter. Nothing has been changed then.
+                shape, dtype or device than its parameter; or the penalty's parameter has left the
+                groups. Nothing has been changed then.
         """
         params = list(chain.from_iterable(map(_PARAMS, groups)))
         grads = list(map(_GRAD, params))
@@ -155,6 +159,8 @@ class Collector:
         kept = self._kept
         if kept is None or not kept.holds(params, present, unused, groups, state, terms):
             self._kept = None  # lest it stay when making the new one fails
+            if whole:
+                check_terms(terms, params)
             included = list(present)
             for number in unused:
                 included[number] = True
@@ -180,6 +186,25 @@ class Collector:
     def has_unused(self) -> bool:
         """Whether the last batch has parameters without a gradient."""
         return self._kept is not None and self._kept.batch.unused
+
+
+def check_terms(terms: dict[Tensor, Term], params: Iterable[Tensor]) -> None:
+    """Raise if a parameter that the penalty pulls at has been taken out of the optimizer.
+
+    Args:
+        terms: The penalty.
+        params: The optimizer's parameters.
+
+    Raises:
+        RuntimeError: One has; a frozen one may have, as it stays where it is.
+    """
+    for param in terms.keys() - set(params) if terms else ():
+        if param.requires_grad:
+            raise RuntimeError(
+                f"the penalty pulls at a parameter of shape {tuple(param.shape)} that is in this "
+                "optimizer no more: where another has taken its place, build the penalty anew and "
+                "set optimizer.penalty; otherwise freeze it by requires_grad_(False)"
+            )
 
 
 def _without_gradient(

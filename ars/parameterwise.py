@@ -9,7 +9,7 @@ from torch import Tensor
 from ars import functional, reference
 from ars.adam import ARSAdam
 from ars.batch import DIAGNOSTICS, Batch, Hyper, Options, gated
-from ars.collect import Collector
+from ars.collect import Collector, check_terms
 from ars.config import ARSConfig
 from ars.controller import ARSController
 from ars.penalty import parameter_names
@@ -51,6 +51,9 @@ class ParameterwiseStep:
         for index, group in enumerate(self._optimizer.param_groups):
             for param in group["params"]:
                 self._places[param] = index, len(self._places)
+        check_terms(self._optimizer._terms, self._places)
+        # Parameters that have been replaced do not stay for the tables that were made of them.
+        self._parts = {p: part for p, part in self._parts.items() if p in self._places}
         self._stepped: set[Tensor] = set()
         self._penalties: list[Tensor] = []
         self._hypers: list[list[Hyper]] = []  # for the parameters of each group, after the first
@@ -138,7 +141,9 @@ class ParameterwiseStep:
             optimizer._append(batch, *place, param)
 
         state = {param: optimizer.state[param]}
-        return part.collector.collect([group], state, optimizer._terms, append, optimizer._check)
+        return part.collector.collect(
+            [group], state, optimizer._terms, append, optimizer._check, whole=False
+        )
 
     def _step(self, batch: Batch, hypers: list[Hyper], options: Options, part: "_Part") -> None:
         implementation = self._optimizer._implementation

@@ -123,7 +123,10 @@ class GradientRelease:
         self.remove()
 
     def _add_hooks(self) -> None:
-        """Watch the parameters that are not watched yet: new ones, and ones no longer frozen."""
+        """Watch the parameters that are not watched yet: new ones, and ones no longer frozen.
+
+        Those that have left the optimizer are let go.
+        """
         released = weakref.ref(self)
 
         def hook(param: Tensor) -> None:
@@ -131,7 +134,10 @@ class GradientRelease:
             if release is not None:
                 release._release(param)
 
-        for param in self._optimizer._parameters():
+        params = self._optimizer._parameters()
+        for gone in self._handles.keys() - {None, *params}:
+            self._handles.pop(gone).remove()
+        for param in params:
             if param.requires_grad and param not in self._handles:
                 self._handles[param] = param.register_post_accumulate_grad_hook(hook)
 

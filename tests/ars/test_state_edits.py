@@ -1,12 +1,14 @@
 """Edits of ``opt.state`` between steps, drawn at random: what torch's AdamW does for the same."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
-from optimizers import IMPLEMENTATIONS, make
+from optimizers import IMPLEMENTATIONS, Pull, make
 
-from ars import ARSConfig, GradientRelease
+from ars import ARSAdamW, ARSConfig, GradientRelease
 
 SETTINGS = {"lr": 0.1, "weight_decay": 0.05}
 CONFIGS = {
@@ -162,6 +164,52 @@ def test_edits_at_random_are_torchs(implementation, config, dtype):
                 mine.data.copy_(its.data)  # so that roundings do not add up
                 for name in ("exp_avg", "exp_avg_sq") if states[1] else ():
                     states[0][name].copy_(states[1][name])
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_replaced_parameter_does_not_lose_its_penalty_without_a_word(released):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = ARSAdamW([param], penalty=Pull([param]))
+    release = GradientRelease(optimizer) if released else None
+
+    def step(param):
+        if release is not None:
+            release.backward(param.sum())
+        else:
+            param.grad = torch.ones(3)
+            optimizer.step(loss=1.0)
+
+    step(param)
+    new = torch.nn.Parameter(param.detach().clone())
+    optimizer.state[new] = optimizer.state.pop(param)
+    optimizer.param_groups[0]["params"] = [new]
+    before = new.detach().clone()
+    with pytest.raises(RuntimeError, match=r"shape \(3,\) that is in this optimizer no more.*anew"):
+        step(new)
+    assert torch.equal(new, before)
+    assert float(optimizer.state[new]["step"]) == 1
+    new.grad = None
+    optimizer.penalty = Pull([new])
+    step(new)
+    assert float(optimizer.diagnostics["penalty"]) > 0
+
+
+def test_replaced_parameters_do_not_stay_in_memory():
+    optimizer = ARSAdamW([torch.nn.Parameter(torch.ones(3)) for _ in range(2)])
+    with GradientRelease(optimizer) as release:
+        gone = []
+        for _ in range(4):
+            params = optimizer.param_groups[0]["params"]
+            release.backward(sum(param.sum() for param in params))
+            new = [torch.nn.Parameter(param.detach().clone()) for param in params]
+            for old, other in zip(params, new, strict=True):
+                optimizer.state[other] = optimizer.state.pop(old)
+            gone += map(weakref.ref, params)
+            optimizer.param_groups[0]["params"] = new
+        release.backward(sum(param.sum() for param in new))
+        del params, old, other
+        gc.collect()
+        assert [one() for one in gone] == [None] * len(gone)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
