@@ -68,10 +68,11 @@ class DiagonalFisher:
     linear, embedding, 1d and 2d convolution, layer, RMS, group and batch norm, their biases, tied
     and broadcast weights. This way is taken only where it is proven: for every batch, that no
     parameter has a use outside of such a layer; for every batch of new shapes or operators, and for
-    every batch if values decide where rows go (indices, masks, sorting), that each row of each
-    layer belongs to the sample it is taken for, which costs two further backward passes. The rules
-    are besides compared with plain autograd on two samples, in float32 whatever the model's
-    precision; a model that casts by itself, and so runs in half precision only, as it is.
+    every batch if values decide where rows go (indices, masks, sorting, products of two computed
+    matrices), that each row of each layer belongs to the sample it is taken for, which costs two
+    further backward passes. The rules are besides compared with plain autograd on two samples, in
+    float32 whatever the model's precision; a model that casts by itself, and so runs in half
+    precision only, as it is.
 
     Args:
         model: Maps a batch of inputs, (B, ...), to logits, (B, C), or (B, T, C) for sequences; no

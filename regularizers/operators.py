@@ -3,8 +3,9 @@ r"""What a forward pass does, operator by operator, and whether values decide wh
 A layer's rows may be shared out among the samples by their place only if a row's place does not
 depend on the data. Shapes and the numbers among the arguments fix where every operator puts its
 rows, but for those that read places out of a tensor: an index, a mask, a sort, a number that is
-read back into Python. Two passes of equal records without any of these put all rows in the same
-places, whatever the data; of the others each pass has to be checked by itself.
+read back into Python; and for the product of two computed matrices, of which one may hold places.
+Two passes of equal records without any of these put all rows in the same places, whatever the data;
+of the others each pass has to be checked by itself.
 """
 
 from typing import Any
@@ -24,6 +25,12 @@ _LOOKUPS = {
     torch.ops.aten.embedding.default, torch.ops.aten.gather.default, torch.ops.aten.index.Tensor,
     torch.ops.aten.index_select.default,
 }  # fmt: skip
+# What moves rows if both factors were computed, such as experts' rows by a matrix of 0 and 1.
+_PRODUCTS = {
+    getattr(torch.ops.aten, name).default
+    for name in ("_addmm_activation", "addbmm", "addmm", "addmv", "baddbmm", "bmm", "mm", "mv")
+}
+_CAST = torch.ops.aten._to_copy.default
 _SORTS = {"kthvalue", "median", "mode", "nanmedian", "sort", "topk"}
 # Still with integers and Booleans too: they are what is moved, or compared, not where to.
 _STILL = {
@@ -44,7 +51,8 @@ class Operators(TorchDispatchMode):
 
     def __init__(self, constants: set[int]) -> None:
         super().__init__()
-        self._constants = constants
+        self._constants = set(constants)
+        self._casts: list[Tensor] = []  # keeps the addresses of constants in other dtypes theirs
         self.host_reads = False
         self._record: list[tuple[Any, ...]] = []
 
@@ -64,11 +72,21 @@ class Operators(TorchDispatchMode):
             else:
                 call.append(_key(value) if isinstance(value, (list, tuple)) else value)
         if func in _LOOKUPS:
-            call.append(args[0].untyped_storage().data_ptr() in self._constants)
+            call.append(self._is_constant(args[0]))
+        elif func in _PRODUCTS:
+            factors = [value for value in args if isinstance(value, Tensor)][-2:]
+            call.insert(1, any(map(self._is_constant, factors)))
         if kwargs:
             call += map(_key, kwargs.items())
         self._record.append(tuple(call))
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if func is _CAST and self._is_constant(args[0]):
+            self._constants.add(output.untyped_storage().data_ptr())
+            self._casts.append(output)
+        return output
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._constants
 
 
 def values_decide(record: tuple[Any, ...]) -> bool:
@@ -87,6 +105,8 @@ def _reads_places(func: Any, *arguments: Any) -> bool:
     name, tags = func.overloadpacket.__name__, func.tags
     if func.is_view or name in _STILL or torch.Tag.pointwise in tags:
         return False
+    if func in _PRODUCTS:
+        return not arguments[0]
     dtypes = _dtypes(arguments)
     if func in _LOOKUPS and arguments[-1]:
         return torch.bool in dtypes

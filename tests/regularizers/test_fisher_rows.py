@@ -99,6 +99,10 @@ class Sorted(nn.Module):
             order = x[:, :1].sort(0).indices.expand(-1, 4)
             h = self.layer(x.gather(0, order)).tanh()
             return self.head(torch.zeros_like(h).scatter(0, order, h))
+        if self.how == "product":  # as experts' rows are dispatched by matrices of 0 and 1
+            rank = (key[:, None] > key).sum(1)
+            places = (rank == torch.arange(len(x))[:, None]).to(x.dtype)
+            return self.head(places.T @ self.layer(places @ x).tanh())
         values = key.tolist() if self.how == "tolist" else key.numpy().copy()
         order = sorted(range(len(x)), key=values.__getitem__)
         parts = x.split(1)
@@ -106,7 +110,7 @@ class Sorted(nn.Module):
         return self.head(torch.cat([h[order.index(i)] for i in range(len(x))]))
 
 
-@pytest.mark.parametrize("how", ["argsort", "sort", "tolist", "numpy"])
+@pytest.mark.parametrize("how", ["argsort", "sort", "product", "tolist", "numpy"])
 def test_rows_that_are_shuffled_in_a_later_batch(how, relative_error):
     """The first two batches are in order; shapes and counts are those of the third."""
     model = randomised(Sorted(how))
@@ -327,6 +331,16 @@ def test_the_proof_is_made_once_for_equal_passes(monkeypatch):
     x[:, 0] = torch.arange(6)
     fitted(randomised(Sorted("argsort")), [(x, y)] * 5)
     assert len(made) == 5  # where values decide, for every batch
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_product_with_a_weight_moves_no_rows(autocast, monkeypatch):
+    made = counting_proofs(monkeypatch)
+    model = randomised(Reused()).float()
+    batches = [(x.float(), y) for x, y in (sequences(n=4) for _ in range(3))]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        fitted(model, batches)
+    assert len(made) == 1
 
 
 def test_the_proof_is_made_until_every_sample_has_reached_every_layer(monkeypatch):
