@@ -27,11 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     quit_on_signals()
     try:
-        from experiment.cli import parse_arguments, run
+        from experiment.cli import parse_arguments
+        from experiment.experiment_run import run_experiment
     except ModuleNotFoundError as error:
         return missing_module(error, "experiment", "analysis", "corpus")
-    arguments = parse_arguments(argv)
-    return exit_status(arguments.out, lambda: print(run(arguments), end=""))
+    given = parse_arguments(argv)
+
+    def work() -> None:
+        print(
+            run_experiment(
+                given.out, given.size, given.data, given.stage, given.workers, given.minutes
+            ),
+            end="",
+        )
+
+    return exit_status(given.out, work)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,13 @@
 
 import argparse
 import math
-import time
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
-import torch
-
-from experiment.design import SIZES, STAGES, jobs_of
-from experiment.jobs import open_corpus, run_jobs
-from experiment.summary import write_summary
+from experiment.experiment_design import SIZES, STAGES
 from trainer.arguments import Parser, integer, number
-from trainer.errors import UsageError
-from trainer.folder import OutputFolder
-from trainer.program import command, quit_on_signals
-from trainer.series import check_folder
-from trainer.signals import StopRequest
 
-__all__ = ["parse_arguments", "run"]
+__all__ = ["parse_arguments"]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,51 +36,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what to do (default: all)")  # fmt: skip
     add("--workers", type=integer(1, 256), default=1, metavar="N",
         help="series trained at a time, each on one thread (default: %(default)s)")  # fmt: skip
-    add("--minutes", type=number(0, 1e6, above=True), metavar="M",
+    add("--minutes", type=number(0, 1e6, above=True), default=math.inf, metavar="M",
         help="stop in good order after so long, to be continued (default: never)")  # fmt: skip
     arguments = parser.parse_args(argv)
     if arguments.out is None:
         arguments.out = Path(f"out/inheritance-{arguments.size}")
     return arguments
-
-
-def run(arguments: argparse.Namespace) -> str:
-    """Train what is not yet trained and sum it up.
-
-    Args:
-        arguments: of `parse_arguments`.
-
-    Returns:
-        What to tell the user.
-
-    Raises:
-        RunInterruptedError: a signal arrived, or the minutes are over.
-        UsageError: the device, the text or the folder cannot be used, or a series failed.
-    """
-    minutes = math.inf if arguments.minutes is None else arguments.minutes
-    deadline = time.monotonic() + 60 * minutes
-    out, size, data = arguments.out, arguments.size, arguments.data
-    stages = {stage: jobs_of(stage, size) for stage in STAGES}
-    every = list(chain.from_iterable(stages.values()))
-    asked = [job for stage in dict.fromkeys(arguments.stage) for job in stages[stage]]
-    if size == "gpu" and not torch.cuda.is_available():
-        raise UsageError("--size gpu needs a CUDA device and torch finds none: use --size cpu")
-    with StopRequest() as stop, OutputFolder(out) as output:
-        output.hold()
-
-        def check() -> None:
-            stop.check()
-            output.check()
-            if time.monotonic() >= deadline:
-                stop.leave()
-
-        corpus = open_corpus(out, data, SIZES[size], check)
-        for job in every:  # all stages: they are summed up together, of one text and one design
-            check_folder(out / job.name, job.config, corpus)
-        run_jobs(out, data, asked, arguments.workers, check)
-        stop.check()
-        # All is trained, so that nothing has to be saved: a signal ends the program at once.
-        quit_on_signals(f"interrupted while summing up: run `{command()}` again")
-        summary = write_summary(out, {job.name for job in every})
-        output.check()
-        return summary

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from experiment.design import SIZES, STAGES, jobs_of
+from experiment.experiment_design import SIZES, STAGES, jobs_of
 
 ARMS = (
     "scratch", "scratch+muon", "grown", "grown+ewc=1", "grown+ewc=1+subspace=0.1",

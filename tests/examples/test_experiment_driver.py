@@ -1,6 +1,7 @@
 """The driver of the experiment on series of seconds: stopped in every way, it ends the same."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ import torch
 
 import inheritance
 from analysis import run_report
-from experiment import cli, summary
-from experiment.cli import parse_arguments, run
-from experiment.design import SIZES, Job, jobs_of
-from experiment.jobs import run_jobs
+from experiment import experiment_report, experiment_run
+from experiment.experiment_design import SIZES, Job, jobs_of
+from experiment.experiment_run import run_experiment, train_series
 from trainer.config import SeriesConfig
 from trainer.errors import UsageError
 from trainer.machine import Machine
 from trainer.program import exit_status
+from trainer.signals import StopRequest
 
 pytestmark = pytest.mark.slow
 
@@ -34,9 +35,9 @@ SMALL = SeriesConfig(
 )
 PROGRAM = f"""
 import sys, time, signal, inheritance
-from experiment import cli
+from experiment import experiment_run
 from trainer.config import SeriesConfig
-cli.SIZES["quick"] = {SMALL!r}
+experiment_run.SIZES["quick"] = {SMALL!r}
 {{patch}}
 if __name__ == "__main__":
     sys.exit(inheritance.main())
@@ -49,13 +50,13 @@ def small() -> Iterator[None]:
         patch.setitem(SIZES, "quick", SMALL)
         # The figures are tested elsewhere, and drawing them takes longer than training here.
         patch.setattr(run_report, "_figures", lambda *_: {})
-        patch.setattr(summary, "_figures", lambda *_: {})
+        patch.setattr(experiment_report, "_figures", lambda *_: {})
         yield
 
 
-def experiment(out: Path, text: Path, *words: str) -> dict[str, Any]:
+def experiment(out: Path, text: Path, workers: int = 1) -> dict[str, Any]:
     """Run the arms in this process; their summary without the times."""
-    run(parse_arguments(words_of(out, text, *words)))
+    run_experiment(out, "quick", str(text), ["arms"], workers, math.inf)
     found: dict[str, Any] = json.loads((out / "summary.json").read_text())
     for model in found["models"]:
         model.pop("seconds")
@@ -114,10 +115,10 @@ def test_a_series_that_is_finished_is_not_started_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, found = straight
-    monkeypatch.setattr(SpawnProcess, "start", lambda _: pytest.fail("a process is started"))
+    monkeypatch.setattr(ForkServerProcess, "start", lambda _: pytest.fail("a process is started"))
     assert experiment(out, text) == found
-    models = len(found["models"])
-    assert f"{models} of {models} models" in capsys.readouterr().err
+    assert "100%" in (shown := capsys.readouterr().err)
+    assert "2 of 2 done" in shown
     figure = out / "arms/seed-0/loss_training.png"
     content = figure.read_bytes()
     figure.unlink()
@@ -160,7 +161,7 @@ def test_stopped_in_every_way_and_resumed_with_more_workers(
             assert list(out.glob("arms/seed-0/checkpoints/**/*.pt")), "it has saved"
             assert errors.splitlines()[-1].endswith("` again to resume")
         assert not (out / "arms/seed-0/table.md").exists(), "in the middle"
-    assert experiment(out, text, "--workers", "2") == straight[1]
+    assert experiment(out, text, workers=2) == straight[1]
 
 
 def test_interrupting_a_series_is_left_to_the_driver(text: Path, tmp_path: Path) -> None:
@@ -168,12 +169,15 @@ def test_interrupting_a_series_is_left_to_the_driver(text: Path, tmp_path: Path)
     # signal that a series gets. In a program of its own: the first process it starts is special.
     patch = (
         "import multiprocessing, os\n"
-        "true_run = cli.run_jobs\n"
-        "def interrupt():\n"
-        "    for child in multiprocessing.active_children():\n"
-        "        os.kill(child.pid, signal.SIGINT)\n"
-        "cli.run_jobs = lambda out, data, jobs, *_: true_run(out, data, jobs[:1], 1, interrupt)\n"
-        "cli.write_summary = lambda *_: 'table\\n'\n"
+        "from trainer.signals import StopRequest\n"
+        "class Interrupt(StopRequest):\n"
+        "    def check(self):\n"
+        "        for child in multiprocessing.active_children():\n"
+        "            os.kill(child.pid, signal.SIGINT)\n"
+        "true_run = experiment_run.train_series\n"
+        "experiment_run.train_series = lambda out, data, jobs, *_: true_run(\n"
+        "    out, data, jobs[:1], 1, Interrupt())\n"
+        "experiment_run.write_summary = lambda *_: 'table\\n'\n"
     )
     with start(tmp_path, words_of(tmp_path / "out", text, "--stage", "tune"), patch) as process:
         output, errors = process.communicate()
@@ -187,12 +191,12 @@ def test_a_series_that_fails_is_named_and_stops_the_others(
     good = jobs_of("tune", "quick")[0]
     long = Job("good", replace(good.config, steps=(100_000,)), good.machine)
     bad = Job("bad", good.config, Machine(device="cuda:99"))
-    work = lambda: run_jobs(tmp_path, str(text), [long, bad], 2, lambda: None)  # noqa: E731
+    work = lambda: train_series(tmp_path, str(text), [long, bad], 2, StopRequest())  # noqa: E731
     assert exit_status(tmp_path, work) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     log = tmp_path / "bad.log"
     words = log.read_text().strip().splitlines()[-1]
-    assert last.startswith(f"error: the series bad failed (exit status 1): {words}; more is in ")
+    assert last.startswith(f"error: bad failed: {words}; more is in ")
     assert f"{log}. " in last
     assert multiprocessing.active_children() == []
     assert not (tmp_path / "good/metrics.json").exists()
@@ -204,12 +208,12 @@ def test_another_text_or_design_is_refused_before_training(
     out, _ = straight
     other = text.with_name("other.txt")
     other.write_bytes(text.read_bytes()[::-1])
-    monkeypatch.setattr(cli, "run_jobs", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(experiment_run, "train_series", lambda *_: pytest.fail("it trains"))
     with pytest.raises(UsageError, match=f"{out}/arms/seed-0 holds a run with other training data"):
-        run(parse_arguments(words_of(out, other, "--stage", "tune")))
+        run_experiment(out, "quick", str(other), ["tune"], 1, math.inf)
     monkeypatch.setitem(SIZES, "quick", replace(SMALL, lr=0.5))
     with pytest.raises(UsageError, match=r"/arms/seed-0 holds a run with lr 0.003 \(now 0.5\): "):
-        run(parse_arguments(words_of(out, text, "--stage", "tune")))
+        run_experiment(out, "quick", str(text), ["tune"], 1, math.inf)
 
 
 def test_a_missing_device_is_said_before_anything_is_written(
@@ -217,7 +221,7 @@ def test_a_missing_device_is_said_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=r"--size gpu needs a CUDA device .* use --size cpu"):
-        run(parse_arguments(words_of(tmp_path / "out", text, "--size", "gpu")))
+        run_experiment(tmp_path / "out", "gpu", str(text), ["arms"], 1, math.inf)
     assert not (tmp_path / "out").exists()
 
 
@@ -233,12 +237,12 @@ def test_the_summary_is_no_part_of_training(
     summing: str, status: int, words: str, text: Path, tmp_path: Path
 ) -> None:
     patch = (
-        "cli.run_jobs = lambda *_: None\n"
+        "experiment_run.train_series = lambda *_: None\n"
         "def summed(*_):\n"
         f"    {summing}\n"
         "    return 'table\\n'\n"
-        "cli.open_corpus = lambda *_: None\n"
-        "cli.write_summary = summed\n"
+        "experiment_run.open_corpus = lambda *_: None\n"
+        "experiment_run.write_summary = summed\n"
     )
     with start(
         tmp_path, [*words_of(tmp_path / "out", text), "--minutes", "5e-3"], patch

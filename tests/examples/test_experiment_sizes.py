@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from analysis.records import Record
-from experiment.design import SIZES, jobs_of
-from experiment.sizes import find_sizes, sentence_of
+from experiment.experiment_design import SIZES, jobs_of
+from experiment.findings import find_sizes, sentence_of
 
 
 def record(depth: int, arm: str, bpb: float, seed: int, tokens: int = 100) -> Record:

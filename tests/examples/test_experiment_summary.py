@@ -10,9 +10,9 @@ from analysis_records import chain_of, entry, two_arms, write, write_run
 
 from analysis import report_figures, run_report
 from analysis.records import Record, read_metrics
-from experiment import summary
-from experiment.summary import write_summary
-from experiment.tuning import find_sweeps
+from experiment import experiment_report
+from experiment.experiment_report import write_summary
+from experiment.findings import find_sweeps
 from trainer.errors import UsageError
 
 
@@ -40,9 +40,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         seen["grid"] = [f"{c.ewc} {c.subspace}" for c in grid.cells]
         return PNG
 
-    monkeypatch.setattr(summary, "loss_against_flops", of_arms("flops"))
-    monkeypatch.setattr(summary, "bpb_against_depth", of_arms("depth"))
-    monkeypatch.setattr(summary, "grid_map", of_grid)
+    monkeypatch.setattr(experiment_report, "loss_against_flops", of_arms("flops"))
+    monkeypatch.setattr(experiment_report, "bpb_against_depth", of_arms("depth"))
+    monkeypatch.setattr(experiment_report, "grid_map", of_grid)
     return seen
 
 

@@ -74,6 +74,11 @@ class Job:
     machine: Machine
 
     @property
+    def title(self) -> str:
+        """What the progress bar and messages call it."""
+        return self.name
+
+    @property
     def plans(self) -> tuple[ModelPlan, ...]:
         """Its models, in the order they are trained."""
         return plans_of(self.config, _BYTES)
