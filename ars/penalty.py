@@ -318,12 +318,13 @@ def _check_scale(name: str, param: Tensor, importance: Tensor, scale: Tensor) ->
 
 
 def _check_pull(name: str, param: Tensor, buffer: Tensor) -> None:
-    _check_place("gradient", name, param, buffer)
+    _check_place("the penalty's pull", name, param, buffer)
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     if buffer.dtype != dtype or param.is_complex():
         raise ValueError(
-            f"gradient of {name} must be {dtype} and the parameter real: is {buffer.dtype}, the "
-            f"parameter {param.dtype}; convert the model first, then build the penalty"
+            f"the penalty's pull of {name} must be {dtype} and the parameter real: is "
+            f"{buffer.dtype}, the parameter {param.dtype}; convert the model first, then build the "
+            "penalty"
         )
 
 

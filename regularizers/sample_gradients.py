@@ -9,6 +9,7 @@ is most of the time of a small model, and needs a gradient's memory for each of 
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from ars.regularizers.estimators import accumulation_dtype
 __all__ = [
     "add_squared_batch_gradient", "add_squares_by_vmap", "add_squares_one_by_one", "zero_sums",
 ]  # fmt: skip
+
+LONGEST = 300  # characters of another's error in one of ours
 
 
 def zero_sums(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -83,9 +86,11 @@ def add_squares_by_vmap(
         with attention:
             _add_by_vmap(total, model, parameters, estimator, chunk)
     except Exception as error:  # of the model's own too: values are not there to look at
+        # A missing kernel's message goes on with all there are, 50 lines; the cause has it whole.
+        reason = shorten(str(error), LONGEST, placeholder=" ...").rstrip(".")
         raise RuntimeError(
             f"torch.func.vmap could not differentiate {type(model).__name__} in chunks of "
-            f"{len(chunk.targets)}: {type(error).__name__}: {error}\nUse method='loop': plain "
+            f"{len(chunk.targets)}: {type(error).__name__}: {reason}. Use method='loop': plain "
             "autograd, one sample at a time"
         ) from error
 

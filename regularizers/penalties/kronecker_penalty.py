@@ -81,7 +81,8 @@ class MatrixPull:
             if bias is None:
                 raise ValueError(
                     f"A of {name!r} has {columns + 1} rows for {columns} columns and a bias, but "
-                    "the weight's layer trains no bias; leave out the last row and column"
+                    "the weight's layer trains no bias; freeze a layer after its penalty is built, "
+                    "or leave out the last row and column"
                 )
             self._parts[bias] = parameters[bias]
         dtype = accumulation_dtype(weight.dtype)

@@ -185,9 +185,9 @@ def test_the_reference_decodes_by_hand():
 @pytest.mark.parametrize(
     ("buffer", "match"),
     [
-        (torch.zeros(4), r"gradient of b has shape \(4,\)"),
-        (torch.zeros(5).double(), "gradient of b must be torch.float32 .* is torch.float64"),
-        (torch.zeros(5, device="meta"), "gradient of b is on meta"),
+        (torch.zeros(4), r"pull of b has shape \(4,\)"),
+        (torch.zeros(5).double(), "pull of b must be torch.float32 .* is torch.float64"),
+        (torch.zeros(5, device="meta"), "pull of b is on meta"),
     ],
     ids=["shape", "dtype", "device"],
 )

@@ -59,6 +59,15 @@ def test_sparse_embeddings_give_the_dense_value(method, estimator, relative_erro
     assert (results[0]["0.weight"][3] == 0).all()
 
 
+def test_sparse_embeddings_are_refused_by_vmap_in_one_line():
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3))
+    x = torch.tensor([[0, 1, 1], [4, 4, 4], [2, 0, 2]])
+    with pytest.raises(RuntimeError, match="Use method='loop'") as caught:
+        fitted(model, [(x, x % 3)], method="vmap")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500  # of which torch has 300
+
+
 def test_sparse_embeddings_where_vmap_cannot_go(relative_error):
     class Tagger(nn.Module):
         def __init__(self, sparse):
