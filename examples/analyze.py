@@ -6,13 +6,22 @@
 Exit status: 0 done; 2 the command line, the input or the output folder is wrong; 130 interrupted.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from common.command_line import CommandLine, choice, integer, number, option, path, text
+from common.program import exit_status, missing_module
+from trainer.settings import PEAK_FLOPS
 
 # The checkout this file lies in, so that it runs without installing the package.
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+_DESCRIPTION = """\
+Compare the arms of a trained series, decide the proposal's claims, fit scaling laws, count costs,
+and write report.html and, in metrics/, training_log.json, scaling_laws.json and
+cost_analysis.json."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,13 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
-    from trainer.program import exit_status, missing_module
-
     try:  # all that `run` takes, so that a missing package is reported before anything else
         import analysis.checkpoints  # noqa: F401
         import analysis.run_report  # noqa: F401
     except ModuleNotFoundError as error:
-        return missing_module(error, "analysis")
+        return missing_module(error)
     arguments = parse_arguments(argv)
     try:
         return exit_status(arguments.out, lambda: print(run(arguments)))
@@ -36,59 +43,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Arguments:
+    """What the user asked for.
+
+    Args:
+        metrics: metrics.json of a run of miniseries.py, has to be named; several for several seeds,
+            or further arms of the same seed. Logs beside it are read too.
+        out: output folder.
+        device: device it was trained on, for its peak bfloat16 FLOP/s; ``None``: unknown, no MFU.
+        peak_flops: instead of --device, the peak of one device itself.
+        devices: devices that worked at once; ``None``: as recorded.
+        price: price of a device hour; ``None``: unknown, no prices.
+        bootstraps: resamples behind the intervals of the laws.
+        eval_bundle: evaluation bundle to score --checkpoint on; examples/analysis/mini_bundle is a
+            tiny one.
+        checkpoint: models to evaluate, each with its run's tokenizer.
+        sequence_len: longest prompt in tokens, the beginning of longer ones is dropped; ``None``:
+            as trained, by the run's config.json.
+        eval_device: evaluates the checkpoints: cpu, cuda or cuda:N.
+        max_per_task: items of each task at most; ``None``: all.
+    """
+
+    metrics: tuple[Path, ...] = option((), path, many=True)
+    out: Path = option(Path("out/analysis"), path)
+    device: str | None = option(None, choice(*sorted(PEAK_FLOPS)))
+    peak_flops: float | None = option(None, number(1, 1e18))
+    devices: int | None = option(None, integer(1, 1_000_000))
+    price: float | None = option(None, number(0, 1e6))
+    bootstraps: int = option(1000, integer(0, 100_000))
+    eval_bundle: Path | None = option(None, path)
+    checkpoint: tuple[Path, ...] = option((), path, many=True)
+    sequence_len: int | None = option(None, integer(8, 65536))
+    eval_device: str = option("cpu", text)
+    max_per_task: int | None = option(None, integer(1, 10**9))
+
+
+def parse_arguments(words: Sequence[str] | None) -> Arguments:
     """Read the command line; a mistake ends the program with status 2.
 
     Args:
-        argv: the words after the program's name; ``None`` for those of this process.
+        words: after the program's name; ``None`` for those of this process.
     """
-    from trainer.arguments import Parser, integer, number
-    from trainer.peak_flops import PEAK_FLOPS
-
-    parser = Parser(
-        prog="analyze.py",
-        description="Compare the arms of a trained series, decide the proposal's claims, fit "
-        "scaling laws, count costs, and write report.html and, in metrics/, training_log.json, "
-        "scaling_laws.json and cost_analysis.json.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--metrics", type=Path, nargs="+", required=True, metavar="FILE",
-        help="metrics.json of a run of miniseries.py; several for several seeds, or further arms "
-        "of the same seed. Logs beside it are read too")  # fmt: skip
-    add("--out", type=Path, default=Path("out/analysis"), metavar="DIR",
-        help="output folder (default: %(default)s)")  # fmt: skip
-    peak = parser.add_mutually_exclusive_group()
-    peak.add_argument("--device", choices=sorted(PEAK_FLOPS),
-                      help="device it was trained on, for its peak bfloat16 FLOP/s "
-                      "(default: unknown, no MFU)")  # fmt: skip
-    peak.add_argument("--peak-flops", type=number(1, 1e18), metavar="X",
-                      help="the peak itself, of one device (default: not used)")  # fmt: skip
-    add("--devices", type=integer(1, 1_000_000), metavar="N",
-        help="devices that worked at once (default: as recorded)")  # fmt: skip
-    add("--price", type=number(0, 1e6), metavar="P",
-        help="price of a device hour (default: unknown, no prices)")  # fmt: skip
-    add("--bootstraps", type=integer(0, 100_000), default=1000, metavar="N",
-        help="resamples behind the intervals of the laws (default: %(default)s)")  # fmt: skip
-    add("--eval-bundle", type=Path, metavar="DIR",
-        help="evaluation bundle to score --checkpoint on; examples/analysis/mini_bundle is a tiny "
-        "one (default: none)")  # fmt: skip
-    add("--checkpoint", type=Path, nargs="+", default=[], metavar="FILE",
-        help="models to evaluate, each with its run's tokenizer (default: none)")  # fmt: skip
-    add("--sequence-len", type=integer(8, 65536), metavar="T",
-        help="longest prompt in tokens, the beginning of longer ones is dropped "
-        "(default: as trained, by the run's config.json)")  # fmt: skip
-    add("--eval-device", default="cpu", metavar="D",
-        help="evaluates the checkpoints: cpu, cuda or cuda:N (default: %(default)s)")  # fmt: skip
-    add("--max-per-task", type=integer(1, 10**9), metavar="N",
-        help="items of each task at most (default: all)")  # fmt: skip
-    arguments = parser.parse_args(argv)
+    line = CommandLine("analyze.py", _DESCRIPTION, rivals=("device", "peak_flops"))
+    line.add_settings("options", Arguments, in_files=False)
+    arguments: Arguments = line.build(Arguments, line.parse(words))
+    if not arguments.metrics:
+        line.error("--metrics is missing: name the metrics.json of a run")
     if bool(arguments.eval_bundle) != bool(arguments.checkpoint):
-        parser.error("--eval-bundle and --checkpoint need each other")
+        line.error("--eval-bundle and --checkpoint need each other")
     return arguments
 
 
-def run(arguments: argparse.Namespace) -> str:
+def run(arguments: Arguments) -> str:
     """Analyse and write; nothing is written before everything is known.
 
     Args:
@@ -104,10 +111,9 @@ def run(arguments: argparse.Namespace) -> str:
     from analysis.checkpoints import evaluate_checkpoint
     from analysis.comparisons import headlines
     from analysis.run_report import REPORT_FILE, analyze_runs, render_report, write_json
-    from trainer.checkpoint import write_atomically
-    from trainer.folder import OutputFolder, check_writable
+    from common.output_folder import OutputFolder, check_writable
+    from common.plain_files import write_atomically
     from trainer.parallel import use_device
-    from trainer.peak_flops import PEAK_FLOPS
 
     out: Path = arguments.out
     check_writable(out)

@@ -21,16 +21,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
-    from trainer.program import exit_status, missing_module, quit_on_signals
+    from common.program import exit_status, missing_module, quit_on_signals
 
     quit_on_signals()
     try:
+        from common.output_folder import OutputFolder
+        from common.program import StopRequest
         from continual.cli import parse_arguments
         from continual.digits_results import check_folder, run_all, write_report
-        from trainer.folder import OutputFolder
-        from trainer.signals import StopRequest
     except ModuleNotFoundError as error:
-        return missing_module(error, "continual")
+        return missing_module(error)
     arguments = parse_arguments(argv)
     out, settings = arguments.out, arguments.settings
 

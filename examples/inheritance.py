@@ -23,14 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
-    from trainer.program import exit_status, missing_module, quit_on_signals
+    from common.program import exit_status, missing_module, quit_on_signals
 
     quit_on_signals()
     try:
         from experiment.cli import parse_arguments
         from experiment.experiment_run import run_experiment
     except ModuleNotFoundError as error:
-        return missing_module(error, "experiment", "analysis", "corpus")
+        return missing_module(error)
     given = parse_arguments(argv)
 
     def work() -> None:

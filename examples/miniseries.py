@@ -28,31 +28,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
-    from trainer.program import missing_module, quit_on_signals
+    from common.program import missing_module, quit_on_signals
 
     words = list(sys.argv[1:] if argv is None else argv)
     mode = words.pop(0) if words and not words[0].startswith("-") else "train"
     quit_on_signals() if mode == "train" else quit_on_signals("interrupted")
     try:
         if mode not in _MODES:
-            from trainer.values import nearest
+            from common.command_line import nearest
 
             print(f"error: there is no mode {mode}; {nearest(mode, _MODES)}", file=sys.stderr)
             return 2
         return _MODES[mode](words)
     except ModuleNotFoundError as error:
-        return missing_module(error, "analysis")
+        return missing_module(error)
 
 
 def _train(words: Sequence[str]) -> int:
-    from trainer.cli import parse_arguments
+    from trainer.arguments import parse_arguments
 
     arguments = parse_arguments(words)
-    from trainer.folder import OutputFolder
+    from common.output_folder import OutputFolder
+    from common.program import StopRequest, exit_status
     from trainer.prepare import prepare
-    from trainer.program import exit_status
     from trainer.series import run_series
-    from trainer.signals import StopRequest
 
     out = arguments.out
 
@@ -86,8 +85,8 @@ def _train(words: Sequence[str]) -> int:
 
 def _check_finite(out: Path) -> None:
     """See that every model has a loss; raise `DivergedError` if not."""
-    from trainer.errors import DivergedError
-    from trainer.reading import read_json
+    from common.errors import DivergedError
+    from common.plain_files import read_json
 
     records = read_json(out / "metrics.json", remedy="run the same command again")
     if names := [record["name"] for record in records if record["diverged"]]:
@@ -108,7 +107,7 @@ def _resolved(run: "Run") -> str:
 
 def _write_analysis(run: "Run") -> None:
     from analysis.run_report import write_run_analysis
-    from trainer.errors import UsageError
+    from common.errors import UsageError
 
     try:
         write_run_analysis(run.folder, peak_flops=run.machine.peak_flops)
@@ -121,7 +120,7 @@ def _write_analysis(run: "Run") -> None:
 
 
 def _plan(words: Sequence[str]) -> int:
-    from trainer.cli import parse_plan
+    from trainer.arguments import parse_plan
 
     asked = parse_plan(words)
     from analysis.planned_series import describe_plan
@@ -130,7 +129,7 @@ def _plan(words: Sequence[str]) -> int:
 
 
 def _sample(words: Sequence[str]) -> int:
-    from trainer.cli import parse_sample
+    from trainer.arguments import parse_sample
 
     asked = parse_sample(words)
     from trainer.sample import describe_samples
@@ -139,7 +138,7 @@ def _sample(words: Sequence[str]) -> int:
 
 
 def _print(make: Callable[[], str]) -> int:
-    from trainer.program import exit_status
+    from common.program import exit_status
 
     return exit_status(None, lambda: print(make(), end=""))
 

@@ -23,22 +23,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
-    from trainer.program import command, exit_status, missing_module, quit_on_signals
+    from common.program import command, exit_status, missing_module, quit_on_signals
 
     quit_on_signals()
     try:
         import torch
 
+        from common.errors import UsageError
+        from common.output_folder import OutputFolder
+        from common.program import StopRequest
         from stress.cli import SENSITIVITY_PAIRS, parse_arguments
         from stress.oscillation import write_oscillations
         from stress.scenarios import load_file, load_standard_library
         from stress.stress_report import draw_scenarios, draw_sensitivity, tables, write_summary
         from stress.stress_run import run_all
-        from trainer.errors import UsageError
-        from trainer.folder import OutputFolder
-        from trainer.signals import StopRequest
     except ModuleNotFoundError as error:
-        return missing_module(error, "stress")
+        return missing_module(error)
     arguments = parse_arguments(argv)
     out, jobs, data = arguments.out, arguments.jobs, arguments.data
 

@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.arguments import Parser
-from trainer.program import exit_status, missing_module
+from common.command_line import CommandLine
+from common.program import exit_status, missing_module
 
 __all__ = ["descend", "eigenvalues", "growth_rate", "main", "stable_rate", "update_matrix"]
 
@@ -200,13 +200,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
-    parser = Parser(description="Draw where AdamW is stable on a quadratic.", allow_abbrev=False)
+    parser = CommandLine("stability.py", "Draw where AdamW is stable on a quadratic.")
     parser.add_argument(
         "--out", type=Path, default=Path("out/stability"), help="folder (default: %(default)s)"
     )
     out: Path = parser.parse_args(argv).out
     try:
-        from trainer.folder import OutputFolder
+        from common.output_folder import OutputFolder
 
         figure = _draw()
     except ModuleNotFoundError as error:

@@ -31,8 +31,8 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("analysis", "ars", "common", "continual", "corpus", "experiment", "stress", "trainer"),
         ("ars.csrc_triton",),
     ),
-    "common": (("common", "trainer.bars", "trainer.errors", "trainer.signals"), ()),
-    "corpus": (("corpus", "trainer.errors", "trainer.reading"), ()),
+    "common": (("ars.replacing", "common"), ()),
+    "corpus": (("common", "corpus"), ()),
     "trainer": (("ars", "common", "corpus", "trainer"), ("ars.csrc_triton",)),
 }
 

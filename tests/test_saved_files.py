@@ -21,10 +21,11 @@ from ars.regularizers import (
     dequantize,
     load_penalty,
 )
-from trainer.cli import parse_arguments
+from common.output_folder import OutputFolder
+from common.program import StopRequest
+from trainer.arguments import parse_arguments
 from trainer.prepare import prepare
 from trainer.series import run_series
-from trainer.signals import StopRequest
 
 SAVED = Path(__file__).parent / "saved"
 
@@ -146,7 +147,8 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
             "--ewc-strength", "1", "--threads", "1", "--steps", "8", "--arms", "scratch+ars",
             "--data", str(text), "--out", str(out),
         ]  # fmt: skip
-        run_series(prepare(parse_arguments(options), StopRequest()))
+        with OutputFolder(out) as output:
+            run_series(prepare(parse_arguments(options), StopRequest(), output))
         model = torch.load(out / "checkpoints" / "d1-scratch+ars.pt", weights_only=True)["model"]
         log = (out / "log_d1-scratch+ars.csv").read_text().splitlines()
         ends.append((model, len(log), json.loads((out / "metrics.json").read_text())[0]))

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UsageError
-from trainer.reading import parse_json, read_csv, read_text, read_yaml, understanding
+from common.errors import UsageError, understanding
+from common.plain_files import parse_json, read_csv, read_text, read_yaml
 
 __all__ = [
     "LANGUAGE_MODELING", "MINI_BUNDLE", "MULTIPLE_CHOICE", "SCHEMA", "Prompt", "Task", "Tokenize",

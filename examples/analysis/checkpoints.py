@@ -8,12 +8,13 @@ from analysis.bundle import Task
 from analysis.core import CoreResult, evaluate
 from analysis.records import run_settings
 from ars.models import GPT
+from common.checkpoint_file import load_checkpoint
+from common.errors import UsageError
+from common.program import QUIET_SECONDS, drawing_interval
 from corpus.choice import load_tokenizer
 from corpus.tokenizer import ByteTokenizer, Tokenizer
-from trainer.bars import QUIET_SECONDS, drawing_interval
-from trainer.checkpoint import load_checkpoint, model_of
-from trainer.errors import UsageError
 from trainer.run import CONFIG_FILE, TOKENIZER_FILE
+from trainer.state import model_of
 
 __all__ = ["beginning_token", "evaluate_checkpoint", "load_model"]
 

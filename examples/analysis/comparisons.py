@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from analysis.records import Record
+from common.errors import UsageError
 from common.statistics import MIN_SEEDS, Estimate, Interval
 from trainer.arms import Arm, parse_arm
-from trainer.errors import UsageError
 
 __all__ = [
     "QUESTIONS", "Comparison", "Pairing", "compare_arms", "count_seeds", "drawn_word", "headlines",

@@ -86,8 +86,8 @@ class CostAnalyzer:
     attention), of Fisher passes and of growing; evaluation is not counted.
 
     Args:
-        peak_flops: operations a second of one device, such as one of `trainer.peak_flops`; ``None``
-            gives no MFU.
+        peak_flops: operations a second of one device, such as one of `PEAK_FLOPS` in
+            `trainer.settings`; ``None`` gives no MFU.
         price_per_hour: of one device; ``None`` gives no prices.
         devices: that worked at once; ``None`` for what each record says.
 

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 from common.tables import aligned
-from trainer.cli import PlanArguments
+from trainer.arguments import PlanArguments
 from trainer.plan import ModelPlan
 from trainer.planning import checked_plans, models_table, settings_table, vocabulary_of
 from trainer.state import shape_of

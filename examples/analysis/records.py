@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UsageError
+from common.errors import UsageError
+from common.plain_files import printable, read_json
 from trainer.log import read_log
 from trainer.overhead import GROWTH_OPERATIONS
-from trainer.reading import printable, read_json
 from trainer.run import CONFIG_FILE
 
 __all__ = [

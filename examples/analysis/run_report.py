@@ -21,8 +21,8 @@ from analysis.power_laws import ChinchillaLaw, ComputeLaw
 from analysis.records import Logs, Record, read_logs, read_metrics, run_settings, training_log
 from analysis.scaling_laws import ArmLaws, ScalingLawValidator, fit_series
 from analysis.sweeps import Grid, Sweep, find_grid
-from trainer.checkpoint import write_atomically
-from trainer.errors import UsageError
+from common.errors import UsageError
+from common.plain_files import write_atomically
 from trainer.health import numbers_apart
 
 __all__ = [

@@ -1,1 +1,1 @@
-"""What all programs share: intervals of what was measured, and tables."""
+"""What all programs share: command line, frame, files, statistics and tables."""

@@ -20,9 +20,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
-from trainer.bars import drawing_interval
-from trainer.errors import RunInterruptedError, UsageError
-from trainer.signals import StopRequest
+from common.errors import RunInterruptedError, UsageError
+from common.program import StopRequest, drawing_interval
 
 __all__ = ["changed_settings", "run_jobs"]
 

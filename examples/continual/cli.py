@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.command_line import CommandLine, OptionError, integer, number
 from continual.memory_methods import METHODS
 from continual.permuted_digits import Run, Settings
-from trainer.arguments import OptionError, Parser, integer, number
 
 __all__ = ["Arguments", "parse_arguments"]
 
@@ -86,14 +86,8 @@ def _methods(text: str) -> tuple[tuple[str, float | None], ...]:
     return tuple(dict.fromkeys(chosen))
 
 
-def _build_parser() -> Parser:
-    parser = Parser(
-        prog="continual_digits.py",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _build_parser() -> CommandLine:
+    parser = CommandLine("continual_digits.py", _DESCRIPTION, _EPILOG)
     parser.add_argument(
         "--out",
         type=Path,

@@ -17,16 +17,15 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from common.errors import UsageError, understanding
 from common.jobs import changed_settings, run_jobs
+from common.output_folder import LOCK_FILE, OutputFolder
+from common.plain_files import read_json, write_atomically
+from common.program import StopRequest
 from common.statistics import Estimate
 from common.tables import markdown
 from continual.memory_methods import METHODS
 from continual.permuted_digits import Run, Settings, load, run_tasks
-from trainer.checkpoint import write_atomically
-from trainer.errors import UsageError
-from trainer.folder import LOCK_FILE, OutputFolder
-from trainer.reading import read_json, understanding
-from trainer.signals import StopRequest
 
 __all__ = [
     "average_accuracy", "check_folder", "forgetting", "markdown_table", "run_all", "seen_so_far",

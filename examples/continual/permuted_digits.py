@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ars import ARSAdamW
+from common.program import StopRequest
 from continual.memory_methods import JOINT, METHODS
-from trainer.signals import StopRequest
 
 __all__ = ["Digits", "Run", "Settings", "load", "permutations", "run_tasks"]
 

@@ -17,10 +17,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from common.errors import UsageError
 from corpus.files import go_on
 from corpus.pieces import Source
 from corpus.tokenizer import TokenArray, token_dtype
-from trainer.errors import UsageError
 
 __all__ = [
     "LARGEST_VOCABULARY", "SEPARATOR", "SMALLEST_VOCABULARY", "BPETokenizer", "byte_level",

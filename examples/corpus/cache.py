@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from common.errors import UsageError, understanding
+from common.plain_files import read_json
 from corpus.choice import TokenizerChoice, load_tokenizer
 from corpus.pieces import SPLITS, Piece, Source
 from corpus.shards import CHECKED_BYTES, ShardWriter, damaged, open_shards
 from corpus.tokenizer import TokenArray, Tokenizer, token_dtype
 from corpus.tokens import Tokens
-from trainer.errors import UsageError
-from trainer.reading import read_json, understanding
 
 __all__ = ["Opened", "open_cache"]
 

@@ -9,11 +9,11 @@ from typing import Any
 from tokenizers import Tokenizer as Inner
 from tokenizers import models
 
+from common.errors import UsageError
+from common.plain_files import read_text
 from corpus.bpe import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, BPETokenizer, byte_level, train_bpe
 from corpus.files import reading
 from corpus.tokenizer import BYTES, ByteTokenizer, Tokenizer
-from trainer.errors import UsageError
-from trainer.reading import read_text
 
 __all__ = ["TokenizerChoice", "choose_tokenizer", "load_tokenizer"]
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.errors import UsageError
+from common.plain_files import open_file, printable
 from corpus.kinds import check_text
 from corpus.pieces import Piece, Source, document, read_pieces
-from trainer.errors import UsageError
-from trainer.reading import open_file, printable
 
 __all__ = ["fingerprint", "go_on", "reading", "text_document", "text_source"]
 

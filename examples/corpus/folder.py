@@ -4,12 +4,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common.errors import UsageError
+from common.plain_files import printable
 from corpus.files import fingerprint, go_on, reading, text_document
 from corpus.kinds import PACKED, kind_of
 from corpus.pieces import Piece, Source, document, split_of, splits_of
 from corpus.tables import TABLES, check_column, is_table, table_rows
-from trainer.errors import UsageError
-from trainer.reading import printable
 
 __all__ = ["TEXTS", "folder_source"]
 

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from common.errors import UsageError
 from corpus.pieces import Piece, Source, document, split_of
 from corpus.tables import check_listed, texts
-from trainer.errors import UsageError
 
 __all__ = ["PREFIX", "hub_source"]
 

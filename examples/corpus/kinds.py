@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from trainer.errors import UsageError
-from trainer.reading import open_file
+from common.errors import UsageError
+from common.plain_files import open_file
 
 __all__ = ["PACKED", "check_text", "kind_of"]
 

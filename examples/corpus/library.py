@@ -8,9 +8,9 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common.errors import UsageError
 from corpus.files import fingerprint, go_on, reading, text_document
 from corpus.pieces import SPLITS, Piece, Source, split_of
-from trainer.errors import UsageError
 
 __all__ = ["library_source"]
 

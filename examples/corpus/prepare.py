@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from common.errors import UsageError
 from corpus.cache import open_cache
 from corpus.choice import choose_tokenizer
 from corpus.files import go_on
 from corpus.sources import open_source
 from corpus.tokenizer import Tokenizer
 from corpus.tokens import Tokens
-from trainer.errors import UsageError
 
 __all__ = ["Corpus", "prepare_corpus"]
 

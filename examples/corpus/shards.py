@@ -8,10 +8,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from common.errors import UsageError
 from corpus.files import fingerprint
 from corpus.tokenizer import TokenArray
 from corpus.tokens import Tokens
-from trainer.errors import UsageError
 
 __all__ = ["CHECKED_BYTES", "ShardWriter", "damaged", "open_shards"]
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from common.errors import UsageError
 from corpus.files import go_on, reading, text_source
 from corpus.folder import folder_source
 from corpus.hub import PREFIX, hub_source
 from corpus.library import library_source
 from corpus.pieces import Source
 from corpus.tables import is_table, table_source
-from trainer.errors import UsageError
 
 __all__ = ["open_source"]
 

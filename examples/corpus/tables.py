@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from common.errors import UsageError
+from common.plain_files import open_file, parse_json, printable
 from corpus.files import fingerprint, go_on, reading
 from corpus.kinds import check_text
 from corpus.pieces import Piece, Source, document, split_of
-from trainer.errors import UsageError
-from trainer.reading import open_file, parse_json, printable
 
 __all__ = [
     "TABLES",

@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.command_line import CommandLine, integer, number
 from experiment.experiment_design import SIZES, STAGES
-from trainer.arguments import Parser, integer, number
 
 __all__ = ["parse_arguments"]
 
@@ -17,13 +17,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Args:
         argv: the words after the program's name; ``None`` for those of this process.
     """
-    parser = Parser(
-        prog="inheritance.py",
-        description="Train every arm of the miniseries at equal total FLOPs, after tuning what is "
+    parser = CommandLine(
+        "inheritance.py",
+        "Train every arm of the miniseries at equal total FLOPs, after tuning what is "
         "compared with; sweep the strengths of the penalties on one transition; and give the "
         "largest model's operations to smaller ones.",
-        epilog="Interrupt at any time (Ctrl-C) and run the same command again to go on.",
-        allow_abbrev=False,
+        "Interrupt at any time (Ctrl-C) and run the same command again to go on.",
     )
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR",

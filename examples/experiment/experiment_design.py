@@ -11,10 +11,9 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
-from trainer.config import SeriesConfig
-from trainer.machine import Machine
 from trainer.plan import ModelPlan
 from trainer.series import plans_of
+from trainer.settings import Machine, SeriesConfig
 
 __all__ = ["SIZES", "STAGES", "Job", "Stage", "jobs_of"]
 

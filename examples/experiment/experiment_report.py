@@ -25,13 +25,12 @@ from analysis.records import Logs, Record, read_logs, read_metrics, run_settings
 from analysis.report_figures import bpb_against_depth, grid_map, loss_against_flops
 from analysis.run_report import Analysis, analyze_runs, write_report
 from analysis.sweeps import Grid, Sweep, find_grid, strength_word
+from common.errors import UsageError
+from common.plain_files import read_json, write_atomically
 from common.statistics import Estimate
 from common.tables import markdown
 from experiment.experiment_design import STAGES
 from experiment.findings import SizeRow, find_sizes, find_sweeps, sentence_of
-from trainer.checkpoint import write_atomically
-from trainer.errors import UsageError
-from trainer.reading import read_json
 
 __all__ = ["SUMMARY_FILE", "TABLE_FILE", "results_table", "write_summary"]
 

@@ -11,19 +11,18 @@ from pathlib import Path
 
 import torch
 
+from common.errors import UsageError
 from common.jobs import run_jobs
+from common.output_folder import OutputFolder
+from common.program import StopRequest, command, quit_on_signals
 from corpus import Corpus, prepare_corpus
 from experiment.experiment_design import SIZES, STAGES, Job, Stage, jobs_of
 from experiment.experiment_report import write_summary
-from trainer.config import SeriesConfig
-from trainer.errors import UsageError
 from trainer.figures import FIGURES
-from trainer.folder import OutputFolder
 from trainer.parallel import Parallel
-from trainer.program import command, quit_on_signals
 from trainer.run import Run
 from trainer.series import check_folder, run_series
-from trainer.signals import StopRequest
+from trainer.settings import SeriesConfig
 
 __all__ = ["open_corpus", "run_experiment", "train_series"]
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.command_line import CommandLine, integer
 from stress.compared_optimizers import ARMS
 from stress.scenarios import SCENARIOS, SIZES, Size
 from stress.stress_run import Job
-from trainer.arguments import Parser, integer
 
 __all__ = ["SENSITIVITY_PAIRS", "Arguments", "parse_arguments"]
 
@@ -69,14 +69,8 @@ def _names(known: Sequence[str]) -> "type[str]":
     return parse  # type: ignore[return-value]
 
 
-def _build_parser() -> Parser:
-    parser = Parser(
-        prog="narcissus.py",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _build_parser() -> CommandLine:
+    parser = CommandLine("narcissus.py", _DESCRIPTION, _EPILOG)
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
         help="output folder (default: out/narcissus, with --quick out/narcissus-quick, and so on)",

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ars import ARSConfig, ARSOptimizer
+from common.plain_files import write_atomically
 from common.statistics import Estimate
 from common.tables import markdown
-from trainer.checkpoint import write_atomically
 
 __all__ = ["ARMS", "RATES", "Oscillation", "draw_oscillations", "oscillate", "write_oscillations"]
 

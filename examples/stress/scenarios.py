@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ars.models import GPT, GPTConfig
+from common.errors import UsageError
 from corpus import Corpus, Tokens
 from corpus.files import text_source
 from corpus.library import library_source
 from corpus.pieces import SPLITS, split_of
 from corpus.tokenizer import ByteTokenizer
-from trainer.errors import UsageError
 
 __all__ = [
     "EDGE_FACTOR", "SCENARIOS", "SIZES", "Scenario", "Size", "Stream", "load_file",

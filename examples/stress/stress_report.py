@@ -14,13 +14,13 @@ import pandas as pd
 import seaborn as sns
 import torch
 
+from common.plain_files import write_atomically
 from common.statistics import Estimate, share_interval
 from common.tables import markdown
 from corpus import Corpus
 from stress.compared_optimizers import ARMS
 from stress.scenarios import SCENARIOS
 from stress.stress_run import Job, Record
-from trainer.checkpoint import write_atomically
 
 __all__ = ["draw_scenarios", "draw_sensitivity", "summarize", "tables", "write_summary"]
 

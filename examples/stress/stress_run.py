@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ars.models import GPT
+from common.errors import DamagedError, UsageError, understanding
 from common.jobs import changed_settings, run_jobs
+from common.output_folder import OutputFolder
+from common.plain_files import read_json, write_atomically
+from common.program import StopRequest
 from corpus import Corpus, validation_windows
 from stress.compared_optimizers import Step, arm_settings
 from stress.scenarios import Size, Stream, scenario_settings
-from trainer.checkpoint import write_atomically
-from trainer.errors import DamagedError, UsageError
 from trainer.evaluate import bits_per_byte
-from trainer.folder import OutputFolder
-from trainer.reading import read_json, understanding
-from trainer.signals import StopRequest
 
 __all__ = ["DIVERGED_BY", "RECOVERED_WITHIN", "Job", "Record", "identity_of", "run_all", "run_job"]
 

@@ -14,8 +14,8 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from trainer.arguments import OptionError, number, shortened
-from trainer.errors import UsageError
+from common.command_line import OptionError, number, shortened
+from common.errors import UsageError
 
 __all__ = ["Arm", "parse_arm"]
 

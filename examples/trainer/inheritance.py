@@ -8,7 +8,7 @@ from torch import Tensor
 from ars.models import GPT, Growth
 from ars.regularizers import EWC, Distillation, ProgressiveInheritance, SubspacePenalty
 from trainer.arms import Arm
-from trainer.config import SeriesConfig
+from trainer.settings import SeriesConfig
 
 __all__ = ["Inheritance", "inherit_penalties", "restore_penalties"]
 

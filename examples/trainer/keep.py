@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ars.replacing import drop_unfinished
-from trainer.checkpoint import DamagedError, load_checkpoint, save_checkpoint
-from trainer.errors import UsageError
-from trainer.folder import put_aside
+from common.checkpoint_file import load_checkpoint, save_checkpoint
+from common.errors import DamagedError, UsageError, understanding
+from common.output_folder import put_aside
 from trainer.log import check_log
 from trainer.plan import ModelPlan
-from trainer.reading import understanding
 from trainer.report import markdown_table
 from trainer.run import Run
 from trainer.state import TrainingState

@@ -10,10 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainer.checkpoint import write_atomically
-from trainer.errors import UsageError
-from trainer.folder import put_aside
-from trainer.reading import open_file, understanding
+from common.errors import UsageError, understanding
+from common.output_folder import put_aside
+from common.plain_files import open_file, write_atomically
 
 __all__ = ["FIELDS", "StepLog", "check_log", "read_log"]
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.errors import UsageError
+from common.errors import UsageError
 
 __all__ = ["Parallel", "use_device"]
 

@@ -17,12 +17,12 @@ grown there is no chain to compare with, and the budget of a depth is that of it
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from common.errors import UsageError
 from trainer.arms import Arm, parse_arm
-from trainer.config import SeriesConfig
-from trainer.errors import UsageError
 from trainer.overhead import GROWTH_OPERATIONS, Shape, step_overhead
 from trainer.rules import Settings, settings_of
 from trainer.schedule import cooldown_steps, split_steps
+from trainer.settings import SeriesConfig
 
 __all__ = ["ModelPlan", "plan_series"]
 

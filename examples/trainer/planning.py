@@ -4,14 +4,13 @@ import os
 from collections.abc import Sequence
 
 from ars.models import miniseries_config
+from common.errors import UsageError
 from common.tables import aligned
 from corpus.choice import choose_tokenizer
 from corpus.pieces import Source
-from trainer.config import RULE, SeriesConfig
-from trainer.errors import UsageError
-from trainer.machine import Machine
 from trainer.plan import ModelPlan
 from trainer.series import plans_of
+from trainer.settings import RULE, Machine, SeriesConfig
 from trainer.state import shape_of
 
 __all__ = ["checked_plans", "models_table", "settings_table", "vocabulary_of"]

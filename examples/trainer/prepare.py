@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from common.errors import UsageError
+from common.output_folder import OutputFolder, check_writable
+from common.plain_files import read_json
+from common.program import QUIET_SECONDS, StopRequest
 from corpus import Corpus, prepare_corpus
-from trainer.bars import QUIET_SECONDS
-from trainer.errors import UsageError
-from trainer.folder import OutputFolder, check_writable
 from trainer.parallel import Parallel, use_device
 from trainer.planning import checked_plans, vocabulary_of
-from trainer.reading import read_json
 from trainer.run import CONFIG_FILE, DATA_FOLDER, Run
 from trainer.series import check_folder
-from trainer.signals import StopRequest
-from trainer.tracking import check_trackers
+from trainer.tracking import check_tensorboard
 
 if TYPE_CHECKING:  # the experiment has no such command line, nor needs its library
-    from trainer.cli import Arguments
+    from trainer.arguments import Arguments
 
 __all__ = ["prepare"]
 
@@ -46,7 +45,7 @@ def prepare(arguments: "Arguments", stop: StopRequest, output: OutputFolder) -> 
     use_device(machine.device)
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    check_trackers(tensorboard=machine.tensorboard, wandb=machine.wandb is not None)
+    check_tensorboard(asked=machine.tensorboard)
     checked_plans(config, machine, vocabulary_of(arguments.tokenizer))
     parallel = Parallel(machine.device)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trainer.bars import drawing_interval
+from common.program import drawing_interval
 from trainer.plan import ModelPlan
 from trainer.run import Run
 from trainer.state import TrainingState

@@ -6,6 +6,7 @@ share its time evenly.
 
 import resource
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from trainer.progress import Progress
 from trainer.run import Run
 from trainer.state import TrainingState
 from trainer.step import Update
-from trainer.tracking import Tracker
 
 __all__ = ["Recorder"]
 
@@ -31,7 +31,7 @@ class Recorder:
         state: where training begins.
         log: takes every row.
         progress: shows the newest.
-        tracker: takes every row.
+        report: takes every row.
         plan: of the model.
         run: of which the model is.
     """
@@ -41,11 +41,11 @@ class Recorder:
         state: TrainingState,
         log: StepLog,
         progress: Progress,
-        tracker: Tracker,
+        report: Callable[[dict[str, Any]], None],
         plan: ModelPlan,
         run: Run,
     ) -> None:
-        self._listeners = (log.write, tracker.write, progress.show)
+        self._listeners = (log.write, report, progress.show)
         self._log = log
         self._plan = plan
         self._run = run

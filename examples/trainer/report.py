@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.plain_files import write_atomically
 from common.tables import markdown
 from trainer.arms import Arm, parse_arm
-from trainer.checkpoint import write_atomically
 from trainer.log import read_log
 from trainer.plan import ModelPlan
 

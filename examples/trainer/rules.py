@@ -25,8 +25,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trainer.config import RULE, SeriesConfig
 from trainer.overhead import Shape
+from trainer.settings import RULE, SeriesConfig
 
 __all__ = ["Settings", "settings_of"]
 
@@ -67,7 +67,7 @@ def settings_of(depth: int, config: SeriesConfig, shape_of: Callable[[int], Shap
         shape_of: sizes of the model of a depth.
 
     Example:
-        >>> from trainer.config import SeriesConfig
+        >>> from trainer.settings import SeriesConfig
         >>> config = SeriesConfig(batch_size="rule", lr="rule", sequence_len=2048)
         >>> chosen = settings_of(12, config, lambda depth: Shape(depth, depth**3, 0, ()))
         >>> chosen.batch_size * 2048 == 2**19, chosen.lr

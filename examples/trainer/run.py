@@ -5,13 +5,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.output_folder import OutputFolder
+from common.program import StopRequest
 from corpus import Corpus
-from trainer.config import SeriesConfig
-from trainer.folder import OutputFolder
-from trainer.machine import Machine
 from trainer.parallel import Parallel
 from trainer.plan import ModelPlan
-from trainer.signals import StopRequest
+from trainer.settings import Machine, SeriesConfig
 
 __all__ = ["CONFIG_FILE", "DATA_FOLDER", "TOKENIZER_FILE", "Run"]
 

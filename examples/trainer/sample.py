@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from ars.models import GPT
+from common.checkpoint_file import load_checkpoint
+from common.errors import UsageError, understanding
+from common.plain_files import read_json
 from corpus.choice import load_tokenizer
 from corpus.tokenizer import Tokenizer
-from trainer.checkpoint import load_checkpoint, model_of
-from trainer.cli import SampleArguments
-from trainer.errors import UsageError
+from trainer.arguments import SampleArguments
 from trainer.parallel import use_device
-from trainer.reading import read_json, understanding
 from trainer.run import CONFIG_FILE, TOKENIZER_FILE
+from trainer.state import model_of
 
 __all__ = ["continue_tokens", "describe_samples"]
 

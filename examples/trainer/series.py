@@ -7,7 +7,6 @@ one that has states in ``checkpoints/<name>/`` is continued; the report is rebui
 import json
 import platform
 import time
-import uuid
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ from typing import Any
 import torch
 
 from ars.replacing import drop_unfinished, is_unfinished
+from common.errors import DamagedError, UsageError, understanding
+from common.output_folder import LOCK_FILE
+from common.plain_files import read_json, write_atomically
 from corpus import Corpus, validation_windows
 from trainer import report
-from trainer.checkpoint import write_atomically
-from trainer.config import SeriesConfig
-from trainer.errors import DamagedError, UsageError
-from trainer.folder import LOCK_FILE
 from trainer.keep import Keeper
 from trainer.plan import ModelPlan, plan_series
-from trainer.reading import read_json, understanding
 from trainer.run import CONFIG_FILE, DATA_FOLDER, TOKENIZER_FILE, Run
+from trainer.settings import SeriesConfig
 from trainer.state import TrainingState, build_from_scratch, inherit, restore, shape_of
 from trainer.train import train
 
@@ -108,9 +106,7 @@ def run_series(run: Run) -> tuple[str, bool]:
         drop_unfinished(run.folder)
         if not (run.folder / CONFIG_FILE).exists():
             data = {"sha256": run.corpus.sha256, **run.corpus.facts}
-            # The id is what trackers know this folder's models by: a second run with equal settings
-            # is another.
-            stored = {"id": uuid.uuid4().hex, "settings": run.config.to_dict(), "data": data}
+            stored = {"settings": run.config.to_dict(), "data": data}
             write_atomically(
                 run.folder / CONFIG_FILE, json.dumps(stored, indent=2, allow_nan=False) + "\n"
             )

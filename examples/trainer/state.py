@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from ars.models import GPT, grow, miniseries_config
 from ars.regularizers import DiagonalFisher, PenaltyMonitor
+from common.errors import DivergedError, UsageError, understanding
 from corpus import batch
-from trainer.errors import DivergedError
 from trainer.inheritance import Inheritance, inherit_penalties, restore_penalties
 from trainer.optimizers import Optimizer, build_optimizer
 from trainer.overhead import Shape
 from trainer.plan import ModelPlan
-from trainer.reading import understanding
 from trainer.run import Run
 
-__all__ = ["TrainingState", "build_from_scratch", "inherit", "restore", "shape_of"]
+__all__ = [
+    "TrainingState", "build_from_scratch", "inherit", "model_of", "restore", "shape_of",
+]  # fmt: skip
 
 _FISHER_BATCH = 16  # sequences at a time; the result does not depend on it
 
@@ -77,6 +78,40 @@ class TrainingState:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
+
+
+def model_of(content: dict[str, Any], label: str, sequence_len: int) -> GPT:
+    """The model of the miniseries in a checkpoint.
+
+    Args:
+        content: of the checkpoint.
+        label: names it in error messages.
+        sequence_len: longest input that the model will read.
+
+    Raises:
+        UsageError: it holds no model, another kind of model, or one that diverged.
+    """
+    remedy = "name a file of a run's checkpoints"
+    weights = content.get("model")
+    if not isinstance(weights, dict) or not isinstance(weights.get("wte.weight"), Tensor):
+        raise UsageError(f"{label} holds no model: {remedy}")
+    with understanding(label, remedy, "another kind of model than the miniseries'"):
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        vocab_size = weights["wte.weight"].shape[0]
+        shape = miniseries_config(depth, vocab_size=vocab_size, sequence_len=sequence_len)
+        with torch.device("meta"):  # shapes first: a wrong one may be larger than the memory
+            expected = GPT(shape).state_dict()
+        for name, value in expected.items():
+            found = weights[name]
+            if found.shape != value.shape or found.dtype != value.dtype:
+                raise ValueError(f"{name} is {found.dtype} of {tuple(found.shape)}")
+        model = GPT(shape)
+        model.load_state_dict(weights)
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UsageError(
+            f"{label} holds a model that diverged, whose weights are no longer numbers: {remedy}"
+        )
+    return model
 
 
 def shape_of(depth: int, vocab_size: int, sequence_len: int) -> Shape:

@@ -15,7 +15,7 @@ from trainer.recorder import Recorder
 from trainer.run import Run
 from trainer.state import TrainingState
 from trainer.step import micro_batch_size, step
-from trainer.tracking import open_tracker
+from trainer.tracking import open_tensorboard
 
 __all__ = ["train"]
 
@@ -49,10 +49,10 @@ def train(
     log_path = run.folder / f"log_{plan.name}.csv" if run.parallel.is_first else None
     with (
         StepLog(log_path, state.step if resumed else None, state.log) as log,
-        open_tracker(run, plan, state.step) as tracker,
+        open_tensorboard(run, plan, state.step) as report,
         Progress(plan, state, run) as progress,
     ):
-        recorder = Recorder(state, log, progress, tracker, plan, run)
+        recorder = Recorder(state, log, progress, report, plan, run)
         if log.warning is not None:
             progress.say([log.warning])
             state.warnings.append(log.warning)

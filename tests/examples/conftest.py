@@ -9,13 +9,13 @@ import pytest
 import torch
 from small_series import LONG, TINY, Series, results
 
+from common.output_folder import OutputFolder
+from common.program import StopRequest
 from trainer import report
-from trainer.cli import parse_arguments
-from trainer.folder import OutputFolder
+from trainer.arguments import parse_arguments
 from trainer.prepare import prepare
 from trainer.report import markdown_table
 from trainer.series import run_series
-from trainer.signals import StopRequest
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.program import StopRequest
 from trainer.log import read_log
-from trainer.signals import StopRequest
 
 TINY = [
     "--depths", "1,2", "--batch-size", "2", "--sequence-len", "16", "--fisher-samples", "3",

@@ -23,7 +23,7 @@ from analysis.bundle import (
 )
 from analysis.core import CORE_TASKS, evaluate
 from ars.models import GPT, miniseries_config
-from trainer.errors import UsageError
+from common.errors import UsageError
 
 BOS = ord("\n")
 

@@ -13,12 +13,12 @@ from analysis import checkpoints
 from analysis.bundle import MINI_BUNDLE, load_bundle
 from analysis.checkpoints import beginning_token, evaluate_checkpoint, load_model
 from ars.models import GPT, miniseries_config
+from common.checkpoint_file import save_checkpoint
+from common.errors import UsageError
 from corpus.bpe import train_bpe
 from corpus.choice import load_tokenizer
 from corpus.pieces import Piece, Source
 from corpus.tokenizer import ByteTokenizer, Tokenizer
-from trainer.checkpoint import save_checkpoint
-from trainer.errors import UsageError
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from analysis.records import (
     run_settings,
     thinned_curve,
 )
-from trainer.errors import UsageError
+from common.errors import UsageError
 from trainer.log import StepLog
 
 

@@ -28,7 +28,7 @@ from analysis.run_report import (
 )
 from analysis.sweeps import Sweep
 from ars.models import GPT, miniseries_config
-from trainer.errors import UsageError
+from common.errors import UsageError
 
 VOID = {"meta", "img", "br"}
 

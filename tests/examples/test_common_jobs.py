@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import RunInterruptedError, UsageError
 from common.jobs import changed_settings, run_jobs
-from trainer.errors import RunInterruptedError, UsageError
-from trainer.signals import StopRequest
+from common.program import StopRequest
 
 FAR = 60.0
 

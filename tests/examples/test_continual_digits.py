@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from common.program import StopRequest
 from continual.digits_results import average_accuracy, forgetting, markdown_table
 from continual.memory_methods import METHODS
 from continual.permuted_digits import Run, Settings, load, permutations, run_tasks
-from trainer.signals import StopRequest
 
 SEEDS = itertools.count()
 

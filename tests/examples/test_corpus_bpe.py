@@ -12,13 +12,13 @@ import torch
 from corpus_helpers import content, ids, prepare
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from common.errors import UsageError
 from corpus import Corpus, bpe, pieces, prepare_corpus
 from corpus.bpe import BPETokenizer
 from corpus.choice import choose_tokenizer, load_tokenizer
 from corpus.library import library_source
 from corpus.sources import open_source
 from corpus.tokenizer import ByteTokenizer
-from trainer.errors import UsageError
 
 VOCABULARY = 400
 TEXTS = [

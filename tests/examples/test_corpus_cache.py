@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from corpus_helpers import content, ids, prepare
 
+from common.errors import UsageError
 from corpus import Corpus, cache, prepare_corpus
 from corpus.tokenizer import ByteTokenizer
-from trainer.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 

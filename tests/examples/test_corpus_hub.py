@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from corpus_helpers import content
 
+from common.errors import UsageError
 from corpus import Corpus, prepare_corpus
 from corpus.pieces import split_of
 from corpus.sources import open_source
-from trainer.errors import UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = COMMIT[::-1]

@@ -17,10 +17,10 @@ import pytest
 import torch
 from corpus_helpers import content, prepare
 
+from common.errors import UsageError
 from corpus import kinds
 from corpus.sources import open_source
 from stress.scenarios import load_file
-from trainer.errors import UsageError
 
 TEXT = b"some words of ordinary text, and a few more\n" * 99
 # Made by other programs; of each the beginning is enough.

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from corpus_helpers import content, prepare
 
+from common.errors import UsageError
 from corpus import pieces, tables
 from corpus.pieces import SPLITS, split_of
 from corpus.sources import open_source
-from trainer.errors import UsageError
 
 ROWS = [
     'He said "no", then left.\nA new line\tand a tab',

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from common.errors import RunInterruptedError, UsageError
+from common.program import StopRequest
 from corpus import bpe, files, prepare_corpus
 from corpus import cache as token_cache
 from corpus.pieces import Piece, Source
 from corpus.sources import open_source
-from trainer.errors import RunInterruptedError, UsageError
-from trainer.signals import StopRequest
 
 TEXT = b"some words and more of them\n" * 400
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UsageError
 from corpus import prepare_corpus
-from trainer.errors import UsageError
 
 
 @pytest.fixture(autouse=True)

@@ -19,14 +19,12 @@ import torch
 
 import inheritance
 from analysis import run_report
+from common.errors import UsageError
+from common.program import StopRequest, exit_status
 from experiment import experiment_report, experiment_run
 from experiment.experiment_design import SIZES, Job, jobs_of
 from experiment.experiment_run import run_experiment, train_series
-from trainer.config import SeriesConfig
-from trainer.errors import UsageError
-from trainer.machine import Machine
-from trainer.program import exit_status
-from trainer.signals import StopRequest
+from trainer.settings import Machine, SeriesConfig
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +34,7 @@ SMALL = SeriesConfig(
 PROGRAM = f"""
 import sys, time, signal, inheritance
 from experiment import experiment_run
-from trainer.config import SeriesConfig
+from trainer.settings import SeriesConfig
 experiment_run.SIZES["quick"] = {SMALL!r}
 {{patch}}
 if __name__ == "__main__":
@@ -169,7 +167,7 @@ def test_interrupting_a_series_is_left_to_the_driver(text: Path, tmp_path: Path)
     # signal that a series gets. In a program of its own: the first process it starts is special.
     patch = (
         "import multiprocessing, os\n"
-        "from trainer.signals import StopRequest\n"
+        "from common.program import StopRequest\n"
         "class Interrupt(StopRequest):\n"
         "    def check(self):\n"
         "        for child in multiprocessing.active_children():\n"

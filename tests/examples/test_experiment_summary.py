@@ -10,10 +10,10 @@ from analysis_records import chain_of, entry, two_arms, write, write_run
 
 from analysis import report_figures, run_report
 from analysis.records import Record, read_metrics
+from common.errors import UsageError
 from experiment import experiment_report
 from experiment.experiment_report import write_summary
 from experiment.findings import find_sweeps
-from trainer.errors import UsageError
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,12 @@ import pytest
 import torch._dynamo  # noqa: F401  # the first optimizer imports it: once, before any fork
 from small_series import TINY, results
 
+from common.output_folder import OutputFolder
+from common.program import StopRequest
 from trainer import report
-from trainer.cli import parse_arguments
-from trainer.folder import OutputFolder
+from trainer.arguments import parse_arguments
 from trainer.prepare import prepare
 from trainer.series import run_series
-from trainer.signals import StopRequest
 
 # Two models of three steps or so, with a state after each of them, of which the last is kept.
 SHORT = (

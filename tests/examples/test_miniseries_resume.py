@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_series import CHAIN, KilledError, Series, Stop, results
 
-from trainer import checkpoint
-from trainer.errors import RunInterruptedError, UsageError
+from common import checkpoint_file
+from common.errors import RunInterruptedError, UsageError
 from trainer.report import markdown_table
 
 
@@ -209,7 +209,7 @@ def test_a_model_that_cannot_be_read_is_left_as_it_is(
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.torch, "load", refuse)
+        patch.setattr(checkpoint_file.torch, "load", refuse)
         with pytest.raises(UsageError, match=r"d1-scratch\+ars\.pt cannot be read"):
             series(tmp_path)
     assert sorted((tmp_path / "checkpoints").iterdir()) == before

@@ -13,8 +13,8 @@ import torch
 from small_series import CHAIN, LONG, TINY, results
 
 import miniseries
-from trainer.errors import RunInterruptedError
-from trainer.signals import StopRequest
+from common.errors import RunInterruptedError
+from common.program import StopRequest
 
 SCRIPT = Path(miniseries.__file__)
 
@@ -72,7 +72,7 @@ def test_killed_for_real(text: Path, long_straight: dict[str, Any], tmp_path: Pa
 
 def test_a_signal_before_training_writes_nothing(tmp_path: Path) -> None:
     code = (
-        "import signal, sys, miniseries, trainer.cli as cli\n"
+        "import signal, sys, miniseries, trainer.arguments as cli\n"
         "parse = cli.parse_arguments\n"
         "def parse_and_interrupt(argv):\n"
         "    arguments = parse(argv)\n"
@@ -91,7 +91,7 @@ def test_a_signal_before_training_writes_nothing(tmp_path: Path) -> None:
 def test_the_second_signal_ends_at_once() -> None:
     code = (
         "import signal\n"
-        "from trainer.signals import StopRequest\n"
+        "from common.program import StopRequest\n"
         "with StopRequest():\n"
         "    signal.raise_signal(signal.SIGINT)\n"
         "    print('first', flush=True)\n"

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import miniseries
-from trainer.cli import parse_arguments
-from trainer.folder import OutputFolder
+from common.output_folder import OutputFolder
+from common.program import StopRequest
+from trainer.arguments import parse_arguments
 from trainer.plan import plan_series
 from trainer.prepare import prepare
 from trainer.run import Run
-from trainer.signals import StopRequest
 from trainer.state import shape_of
 
 SCRIPT = Path(miniseries.__file__)
@@ -170,9 +170,7 @@ def test_an_output_folder_that_cannot_be_written(
 def test_a_tracker_that_is_not_installed(
     text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("tensorboardX", "wandb"):
-        monkeypatch.setitem(sys.modules, module, None)
-    assert "pip install wandb" in refused(["--wandb", "project"], capsys)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     assert "pip install tensorboardX" in refused(["--tensorboard"], capsys)
 
 
@@ -200,7 +198,7 @@ def test_the_command_itself_prints_one_line(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("words", "count"), [([], 43), (["plan"], 47), (["sample"], 8)])
+@pytest.mark.parametrize(("words", "count"), [([], 42), (["plan"], 46), (["sample"], 8)])
 def test_help_explains_every_option_with_its_default(words: list[str], count: int) -> None:
     done = subprocess.run(
         [sys.executable, SCRIPT, *words, "--help"], capture_output=True, text=True, check=True
@@ -270,7 +268,7 @@ def test_several_processes_share_the_batch(
 
 def test_the_command_line_is_read_without_torch() -> None:
     code = (
-        "import sys, trainer.cli as cli\n"
+        "import sys, trainer.arguments as cli\n"
         "cli.parse_arguments(['--quick']), cli.parse_plan([])\n"
         "cli.parse_sample(['--checkpoint', 'x'])\n"
         "sys.exit('torch' in sys.modules)"
@@ -281,8 +279,7 @@ def test_the_command_line_is_read_without_torch() -> None:
 
 def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.modules['jsonargparse'] = None\n"
-        "import miniseries; sys.exit(miniseries.main([]))"
+        "import sys; sys.modules['yaml'] = None\nimport miniseries; sys.exit(miniseries.main([]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     done = subprocess.run(
@@ -290,7 +287,7 @@ def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: the module jsonargparse is missing: pip install 'ars-triton[examples]'\n"
+        "error: the module yaml is missing: pip install 'ars-triton[examples]'\n"
     )
 
 

@@ -10,14 +10,13 @@ import pytest
 
 import analyze
 import stability
+from common.command_line import CommandLine, OptionError, integer, number
+from common.errors import UsageError
 from continual import cli as continual_cli
 from experiment import cli as experiment_cli
 from stress import cli as stress_cli
-from trainer import cli as trainer_cli
-from trainer.arguments import OptionError, Parser, integer, number
+from trainer import arguments as trainer_cli
 from trainer.arms import parse_arm
-from trainer.errors import UsageError
-from trainer.parser import OptionParser
 
 FLOAT32_LEAST = 2.0**-126
 FLOAT32_MOST = 2.0**128 * (1 - 2**-24)
@@ -99,8 +98,8 @@ def parser_of(program: str, monkeypatch: pytest.MonkeyPatch) -> argparse.Argumen
         caught.append(self)
         raise _CaughtError
 
-    monkeypatch.setattr(OptionParser, "parse_words", catch)
-    monkeypatch.setattr(Parser, "parse_args", catch)
+    monkeypatch.setattr(CommandLine, "parse", catch)
+    monkeypatch.setattr(CommandLine, "parse_args", catch)
     with pytest.raises(_CaughtError):
         PROGRAMS[program]([])
     return caught[0]

@@ -28,8 +28,8 @@ import narcissus
 import stability
 import stress.oscillation
 import trainer.report
-from trainer.errors import UsageError
-from trainer.folder import LOCK_FILE, OutputFolder
+from common.errors import UsageError
+from common.output_folder import LOCK_FILE, OutputFolder
 
 HELD = "is being written to by another run: wait for it to end"
 GONE = "was removed or replaced while it was written to"
@@ -104,7 +104,7 @@ def test_a_killed_run_holds_nothing() -> None:
     code = (
         "import time\n"
         "from pathlib import Path\n"
-        "from trainer.folder import OutputFolder\n"
+        "from common.output_folder import OutputFolder\n"
         "with OutputFolder(Path('out')) as output:\n"
         "    output.hold()\n"
         "    Path('begun').write_text('')\n"

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ import pytest
 
 from analysis.bundle import load_bundle
 from analysis.records import read_metrics
+from common.checkpoint_file import load_checkpoint
+from common.command_line import CommandLine, option, text
+from common.errors import DamagedError, UsageError
+from common.plain_files import open_file, read_csv, read_json, read_text, read_yaml
 from continual.digits_results import check_folder as check_digits_folder
 from continual.permuted_digits import Settings
 from corpus.choice import choose_tokenizer, load_tokenizer
 from corpus.sources import open_source
-from trainer.checkpoint import load_checkpoint
-from trainer.config import SeriesConfig
-from trainer.errors import DamagedError, UsageError
 from trainer.log import read_log
-from trainer.parser import OptionParser
-from trainer.reading import open_file, read_csv, read_json, read_text, read_yaml
 from trainer.series import check_folder as check_series_folder
+from trainer.settings import SeriesConfig
 
 _DEEP = 20_000
 _DIGITS = "9" * 5_000
@@ -170,11 +171,11 @@ def test_a_name_that_stands_twice_in_json_is_refused(text: str, tmp_path: Path) 
 
 
 def _options(path: Path) -> None:
-    parser = OptionParser("x", "")
-    parser.add_settings_file()
-    parser.add_command_option("--a", str, "", "A", "")
+    line = CommandLine("x", "")
+    line.add_settings_file()
+    line.add_settings("files", make_dataclass("Options", [("a", str, option("", text))]))
     try:
-        parser.parse_words(["--config", str(path)])
+        line.parse(["--config", str(path)])
     except SystemExit:  # the mistake was said
         raise UsageError from None
 

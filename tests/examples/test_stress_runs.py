@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from ars.models import GPT
+from common.errors import RunInterruptedError, UsageError
+from common.output_folder import OutputFolder
+from common.program import StopRequest
 from corpus import Corpus
 from stress import compared_optimizers, scenarios, stress_run
 from stress.compared_optimizers import ARMS, BASE_RATES, Step, arm_settings
 from stress.scenarios import EDGE_FACTOR, SCENARIOS, SIZES, Size, Stream, load_file
 from stress.stress_run import Job, _recovery, _wasted, identity_of, run_all, run_job
-from trainer.errors import RunInterruptedError, UsageError
-from trainer.folder import OutputFolder
-from trainer.signals import StopRequest
 
 SIZE = Size(layers=1, width=32, sequence_len=24, batch_size=4, steps=80)
 

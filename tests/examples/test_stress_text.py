@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UsageError
 from corpus import Tokens, validation_windows
 from stress.scenarios import load_file, load_standard_library, random_windows
-from trainer.errors import UsageError
 
 
 def text_of(tokens: Tokens) -> bytes:

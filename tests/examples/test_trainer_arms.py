@@ -4,11 +4,11 @@ import re
 
 import pytest
 
+from common.errors import UsageError
 from trainer.arms import parse_arm
-from trainer.config import SeriesConfig
-from trainer.errors import UsageError
 from trainer.overhead import Shape
 from trainer.rules import settings_of
+from trainer.settings import SeriesConfig
 
 
 def test_an_arm_is_what_its_word_says() -> None:

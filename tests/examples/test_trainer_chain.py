@@ -10,10 +10,10 @@ import pytest
 import torch
 from small_series import Series, Stop, results
 
+from common.errors import RunInterruptedError
 from trainer import plan as planning
 from trainer import state
 from trainer import step as stepping
-from trainer.errors import RunInterruptedError
 from trainer.rules import settings_of
 
 

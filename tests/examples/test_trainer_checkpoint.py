@@ -7,13 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint import (
-    DamagedError,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
-from trainer.errors import UsageError
+from common.checkpoint_file import load_checkpoint, save_checkpoint
+from common.errors import DamagedError, UsageError
+from common.plain_files import write_atomically
 
 
 @pytest.fixture

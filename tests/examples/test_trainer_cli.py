@@ -9,11 +9,9 @@ import pytest
 import yaml
 
 import miniseries
-from trainer import options
-from trainer.cli import Arguments, parse_arguments, parse_plan, parse_sample
-from trainer.config import SeriesConfig
-from trainer.machine import Machine
-from trainer.peak_flops import PEAK_FLOPS
+from trainer import settings
+from trainer.arguments import Arguments, parse_arguments, parse_plan, parse_sample
+from trainer.settings import PEAK_FLOPS, Machine, SeriesConfig
 
 EXAMPLES = Path(miniseries.__file__).parent
 DEFAULT_FILE = EXAMPLES / "config.yaml"
@@ -76,7 +74,7 @@ def test_quick() -> None:
 
 
 def test_steps_follow_the_depths() -> None:
-    assert doctest.testmod(options).failed == 0
+    assert doctest.testmod(settings).failed == 0
     assert parse_arguments(["--depths", "4-6"]).config.steps == (240, 240, 240)
     assert parse_arguments(["--depths", "2,3", "--steps", "9,8"]).config.steps == (9, 8)
     ratio = parse_arguments(["--ratio", "8"]).config
@@ -115,7 +113,6 @@ def test_every_field_is_an_option() -> None:
         "keep": ("4", 4),
         "checkpoint_seconds": ("60", 60.0),
         "peak_flops": ("H200", PEAK_FLOPS["h200"]),
-        "wandb": ("project", "project"),
     }
     switches = ("compile", "recompute", "tensorboard")
     line = [f"--{key.replace('_', '-')}={value}" for key, (value, _) in words.items()]
@@ -212,7 +209,7 @@ def test_a_mistake_after_a_file_is_not_laid_to_it(capsys: pytest.CaptureFixture[
         ["--quick"],
         ["--ratio", "8", "--batch-size", "rule", "--lr", "rule", "--out", "somewhere/else"],
         ["--depths", "2-5", "--parents", "2,4", "--peak-flops", "h100", "--compile"],
-        ["--data", "hf:some/name", "--column", "text", "--cache", "tokens", "--wandb", "project"],
+        ["--data", "hf:some/name", "--column", "text", "--cache", "tokens", "--no-recompute"],
         ["--betas", "0.5,0.75", "--ewc-strength", "1e-12", "--arms", "grown+ewc,scratch+muon"],
     ],
     ids=" ".join,

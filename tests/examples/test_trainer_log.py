@@ -8,7 +8,7 @@ import pytest
 from small_series import Series, Stop, results
 
 from analysis.records import read_logs, read_metrics
-from trainer.errors import RunInterruptedError, UsageError
+from common.errors import RunInterruptedError, UsageError
 from trainer.log import StepLog, check_log, read_log
 
 ROWS = 9

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from ars.models import GPT, miniseries_config
 from trainer.arms import parse_arm
-from trainer.config import SeriesConfig
 from trainer.log import read_log
 from trainer.optimizers import Optimizer, build_optimizer
 from trainer.rules import Settings
+from trainer.settings import SeriesConfig
 
 SCALE = 4.0
 

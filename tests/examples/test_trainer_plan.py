@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from trainer.config import SeriesConfig
-from trainer.errors import UsageError
+from common.errors import UsageError
 from trainer.overhead import Shape, step_overhead
 from trainer.plan import ModelPlan, plan_series
+from trainer.settings import SeriesConfig
 
 CONFIG = SeriesConfig(
     arms=("scratch", "grown", "grown+ewc", "grown+ewc+subspace+ars", "grown+distill"),
@@ -103,7 +103,8 @@ def test_what_an_arm_adds_to_a_step_is_counted() -> None:
     teacher = found["d3-grown+distill"].flops_per_step - plain
     assert teacher == shape(2).flops_per_token * 400 // 3
     assert found["d3-scratch+muon"].flops_per_step - plain == 5 * (4 * 9 * 12 + 2 * 27)
-    muon = plans(arms=("scratch+muon", "grown"), batch_size=1, sequence_len=2)
+    few = {"batch_size": 1, "sequence_len": 8, "steps": (400, 400, 400)}
+    muon = plans(arms=("scratch+muon", "grown"), **few)
     assert muon["d2-scratch+muon"].steps < muon["d2-scratch"].steps
     assert step_overhead(found["d3-scratch"].arm, shape(3), None, 400, 1.0) == 0
     none = plans(arms=("grown", "grown+ewc=0"))  # its penalty is not built
@@ -152,12 +153,12 @@ def test_without_a_grown_arm_each_depth_has_its_own_budget() -> None:
 
 def test_a_child_reads_on_where_its_parent_stopped_whatever_their_batches() -> None:
     found = plans(
-        arms=("grown",), depths=(6, 12, 20), steps=(7, 5, 3), batch_size="rule", sequence_len=2**17
+        arms=("grown",), depths=(6, 12, 20), steps=(7, 5, 3), batch_size="rule", sequence_len=2**13
     )
     chain = list(found.values())
-    assert [plan.settings.batch_size for plan in chain] == [2, 4, 8]
-    assert chain[1].first_sample == 16  # the parent read 14, and its batches are of 4
-    read = 16 + 4 * chain[1].trunk
-    assert read <= chain[2].first_sample < read + 8
-    assert chain[2].first_sample % 8 == 0
+    assert [plan.settings.batch_size for plan in chain] == [32, 64, 128]
+    assert chain[1].first_sample == 256  # the parent read 224, and its batches are of 64
+    read = 256 + 64 * chain[1].trunk
+    assert read <= chain[2].first_sample < read + 128
+    assert chain[2].first_sample % 128 == 0
     assert chain[2].parent_depth == 12

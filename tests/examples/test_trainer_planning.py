@@ -15,12 +15,12 @@ from analysis.planned_series import (
     plan_depths,
     plan_doubling,
 )
+from common.errors import UsageError
 from corpus import prepare_corpus
-from trainer.cli import parse_arguments
-from trainer.errors import UsageError
-from trainer.peak_flops import PEAK_FLOPS
+from trainer.arguments import parse_arguments
 from trainer.planning import settings_table, vocabulary_of
 from trainer.series import plans_of
+from trainer.settings import PEAK_FLOPS
 from trainer.state import shape_of
 
 CONFIGS = Path(miniseries.__file__).parent / "configs"

@@ -13,16 +13,15 @@ import torch
 from small_series import KilledError, Series, free_port
 
 import miniseries
+from common.errors import RunInterruptedError, UsageError
+from common.output_folder import OutputFolder
+from common.program import StopRequest, exit_status
 from trainer import prepare as preparing
 from trainer import series as running
-from trainer.cli import parse_arguments
-from trainer.errors import RunInterruptedError, UsageError
-from trainer.folder import OutputFolder
+from trainer.arguments import parse_arguments
 from trainer.parallel import Parallel, use_device
 from trainer.prepare import prepare
-from trainer.program import exit_status
 from trainer.run import Run
-from trainer.signals import StopRequest
 
 EXAMPLES = Path(miniseries.__file__).parent
 

@@ -13,9 +13,9 @@ from small_series import Series
 
 import miniseries
 from ars.models import GPT, miniseries_config
+from common.checkpoint_file import save_checkpoint
+from common.errors import UsageError
 from corpus import prepare_corpus
-from trainer.checkpoint import save_checkpoint
-from trainer.errors import UsageError
 from trainer.sample import continue_tokens
 
 

@@ -83,7 +83,6 @@ def test_compiling_counts_as_no_time(
 def test_the_steps_between_two_reads_share_their_time() -> None:
     rows: list[dict[str, Any]] = []
     hears = SimpleNamespace(write=rows.append, show=lambda _: None)
-    mute = SimpleNamespace(write=lambda _: None)
     optimizer = SimpleNamespace(shown=dict)
     state: Any = SimpleNamespace(step=10, seconds=100.0, optimizer=optimizer)
     plan: Any = SimpleNamespace(
@@ -94,7 +93,7 @@ def test_the_steps_between_two_reads_share_their_time() -> None:
         machine=SimpleNamespace(peak_flops=2.0),
         parallel=SimpleNamespace(device=torch.device("cpu"), world_size=2),
     )
-    recorder = Recorder(state, hears, hears, mute, plan, run)  # type: ignore[arg-type]
+    recorder = Recorder(state, hears, hears, lambda _: None, plan, run)  # type: ignore[arg-type]
     for seconds in (100.1, 100.2, 104.0):  # the host runs ahead, and then waits
         state.step, state.seconds = state.step + 1, seconds
         recorder.add(state, Update(torch.ones(()), 0.1, None), None)

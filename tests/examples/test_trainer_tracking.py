@@ -1,18 +1,16 @@
-"""What is reported to TensorBoard and to Weights & Biases."""
+"""What is reported to TensorBoard."""
 
 import struct
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 from small_series import Series, Stop
 from tensorboardX.proto.event_pb2 import Event
 
-from trainer.errors import RunInterruptedError, UsageError
+from common.errors import RunInterruptedError, UsageError
 from trainer.log import read_log
-from trainer.tracking import check_trackers
+from trainer.tracking import check_tensorboard
 
 WORDS = ("--arms", "scratch+ars", "--tensorboard")
 
@@ -54,55 +52,11 @@ def test_a_resumed_run_goes_on_in_the_same_curve(series: Series, tmp_path: Path)
     assert shown == pytest.approx({r["step"]: r["loss"] for r in rows[1:]}, rel=1e-6)
 
 
-class _FakeRun:
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
-        self.rows: list[tuple[int, dict[str, Any]]] = []
-        self.finished = False
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        self.rows.append((step, values))
-
-    def finish(self) -> None:
-        self.finished = True
-
-
-def test_weights_and_biases_gets_one_run_a_model(
-    series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs: list[_FakeRun] = []
-    fake = ModuleType("wandb")
-
-    def init(**settings: Any) -> _FakeRun:
-        runs.append(_FakeRun(settings))
-        return runs[-1]
-
-    fake.init = init  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    series(tmp_path, None, "--arms", "scratch", "--wandb", "my-project")
-    assert [run.settings["name"] for run in runs] == ["d1-scratch seed 0", "d2-scratch seed 0"]
-    assert {run.settings["project"] for run in runs} == {"my-project"}
-    assert runs[0].settings["id"] != runs[1].settings["id"]
-    assert all(run.finished for run in runs)
-    rows = read_log(tmp_path / "log_d1-scratch.csv")
-    assert [step for step, _ in runs[0].rows] == [row["step"] for row in rows]
-    assert runs[0].rows[3][1]["loss"] == rows[3]["loss"]
-
-    # A model that is trained again in its folder goes on, as after an interruption; the same
-    # settings in another folder are another run.
-    (tmp_path / "checkpoints/d2-scratch.pt").unlink()
-    series(tmp_path, None, "--arms", "scratch", "--wandb", "my-project")
-    series(tmp_path / "other", None, "--arms", "scratch", "--wandb", "my-project")
-    ids = [run.settings["id"] for run in runs]
-    assert ids[2] == ids[1]
-    assert len(set(ids)) == len(ids) - 1 == 4
-
-
 def test_what_is_not_installed_is_said_before_anything_is_done(
     series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_trackers(tensorboard=True, wandb=False)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UsageError, match="--wandb needs the package wandb: pip install wandb"):
-        series(tmp_path / "out", None, "--wandb", "my-project")
+    check_tensorboard(asked=True)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UsageError, match="--tensorboard needs the package tensorboardX: pip "):
+        series(tmp_path / "out", None, "--tensorboard")
     assert not (tmp_path / "out").exists()

@@ -12,13 +12,13 @@ import torch
 from small_series import CHAIN, TINY, Series, Stop, results
 from torch import Tensor
 
-from trainer.checkpoint import load_checkpoint, save_checkpoint
-from trainer.cli import parse_arguments
-from trainer.errors import DamagedError, RunInterruptedError, UsageError
-from trainer.folder import OutputFolder
+from common.checkpoint_file import load_checkpoint, save_checkpoint
+from common.errors import DamagedError, RunInterruptedError, UsageError
+from common.output_folder import OutputFolder
+from common.program import StopRequest
+from trainer.arguments import parse_arguments
 from trainer.prepare import prepare
 from trainer.series import plans_of
-from trainer.signals import StopRequest
 from trainer.state import restore
 
 WORDS = ("--arms", "grown+ewc+ars", "--checkpoint-seconds", "0")

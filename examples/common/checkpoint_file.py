@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ars.models import GPT, miniseries_config
 from ars.replacing import replacing
-from trainer.errors import DamagedError, UsageError
-from trainer.reading import open_file, understanding
+from common.errors import DamagedError, UsageError
+from common.plain_files import open_file
 
-__all__ = ["DamagedError", "load_checkpoint", "model_of", "save_checkpoint", "write_atomically"]
+__all__ = ["load_checkpoint", "save_checkpoint"]
 
 _DIGEST = "sha256"
 _NO_MEMORY = "can't allocate memory"  # torch raises a plain RuntimeError
@@ -64,46 +63,6 @@ def load_checkpoint(path: Path, *, remedy: str) -> dict[str, Any]:
     if not whole:
         raise DamagedError(f"{path} is damaged (its checksum does not match): {remedy}")
     return content
-
-
-def model_of(content: dict[str, Any], label: str, sequence_len: int) -> GPT:
-    """The model of the miniseries in a checkpoint.
-
-    Args:
-        content: of the checkpoint.
-        label: names it in error messages.
-        sequence_len: longest input that the model will read.
-
-    Raises:
-        UsageError: it holds no model, another kind of model, or one that diverged.
-    """
-    remedy = "name a file of a run's checkpoints"
-    weights = content.get("model")
-    if not isinstance(weights, dict) or not isinstance(weights.get("wte.weight"), Tensor):
-        raise UsageError(f"{label} holds no model: {remedy}")
-    with understanding(label, remedy, "another kind of model than the miniseries'"):
-        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        vocab_size = weights["wte.weight"].shape[0]
-        shape = miniseries_config(depth, vocab_size=vocab_size, sequence_len=sequence_len)
-        with torch.device("meta"):  # shapes first: a wrong one may be larger than the memory
-            expected = GPT(shape).state_dict()
-        for name, value in expected.items():
-            found = weights[name]
-            if found.shape != value.shape or found.dtype != value.dtype:
-                raise ValueError(f"{name} is {found.dtype} of {tuple(found.shape)}")
-        model = GPT(shape)
-        model.load_state_dict(weights)
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise UsageError(
-            f"{label} holds a model that diverged, whose weights are no longer numbers: {remedy}"
-        )
-    return model
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    with replacing(path) as unfinished:
-        unfinished.write_bytes(text.encode())
 
 
 def _digest(content: Any) -> str:

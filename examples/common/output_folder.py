@@ -12,7 +12,7 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from trainer.errors import UsageError
+from common.errors import UsageError
 
 __all__ = ["LOCK_FILE", "OutputFolder", "check_writable", "put_aside"]
 

@@ -1,8 +1,8 @@
-"""Reading files: whatever one may hold, what comes of it is a value or one line.
+"""Files of text, JSON, YAML and CSV: whatever one holds, what comes of it is a value or one line.
 
 `open_file` raises `OSError` alone and the parsers `ValueError` alone, whatever they are given. The
-readers turn both into the program's own errors: `UsageError` where a file cannot be read, which
-says nothing about what is in it, and `DamagedError` where it holds something else than it should.
+readers turn both into the program's own errors, see `common.errors.understanding`. A file is
+written whole or not at all.
 """
 
 import csv
@@ -11,21 +11,18 @@ import io
 import json
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml
 
-from trainer.errors import DamagedError, RunInterruptedError, UsageError
+from common.errors import one_line, understanding
 
 __all__ = [
-    "open_file", "parse_json", "parse_yaml", "printable", "read_csv", "read_json",
-    "read_text", "read_yaml", "understanding",
+    "open_file", "parse_json", "parse_yaml", "printable", "read_csv", "read_json", "read_text",
+    "read_yaml", "write_atomically",
 ]  # fmt: skip
 
-_NO_MEMORY = ("can't allocate memory", "out of memory")  # torch raises a plain RuntimeError
 _DEEPEST = 100  # nested values: what is read is looked through by functions that call themselves
 _MOST_BITS = 1023  # of a whole number: larger ones are no floating-point numbers
 _MOST_VALUES = 5_000_000  # of a file: YAML can make billions out of a few lines
@@ -110,7 +107,7 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except Exception as error:  # constructors raise nearly anything: !!bool x a KeyError
-        raise ValueError(_line(error)) from None
+        raise ValueError(one_line(error)) from None
     _check(value)
     return value
 
@@ -157,6 +154,14 @@ def read_csv(path: Path, *, remedy: str, label: str | None = None) -> list[dict[
         return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    from ars.replacing import replacing  # not above: it takes torch along, which takes seconds
+
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(text.encode())
+
+
 def printable(name: str) -> str:
     r"""A file's name as text, whatever bytes the system has for it.
 
@@ -165,31 +170,6 @@ def printable(name: str) -> str:
         ('né', 'n\\xff')
     """
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-@contextmanager
-def understanding(label: str, remedy: str, verdict: str = "damaged") -> Iterator[None]:
-    """Say in one line what is wrong with a file whose content is read or used.
-
-    Args:
-        label: names the file.
-        remedy: what the user should do; ends the message.
-        verdict: what the file is if its content is wrong.
-
-    Raises:
-        DamagedError: the content is not what it should be.
-        UsageError: the file cannot be read, which says nothing about what is in it.
-    """
-    try:
-        yield
-    except (UsageError, RunInterruptedError):
-        raise
-    except OSError as error:
-        raise UsageError(f"{label} cannot be read ({error.strerror or error}): {remedy}") from None
-    except Exception as error:  # of a damaged file's parts, nearly anything can be asked in vain
-        if isinstance(error, MemoryError) or any(word in str(error) for word in _NO_MEMORY):
-            raise UsageError(f"{label} cannot be read (out of memory): free some") from None
-        raise DamagedError(f"{label} is {verdict} ({_line(error)}): {remedy}") from None
 
 
 def _check(content: Any) -> None:
@@ -216,13 +196,3 @@ def _check(content: Any) -> None:
             value.encode()
         elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
             raise ValueError("it holds a number that is too large")
-
-
-def _line(error: Exception) -> str:
-    """What an error says, short and on one line."""
-    said = " ".join(str(error).split())
-    if isinstance(error, KeyError):
-        said = f"it lacks {said}"
-    elif not isinstance(error, ValueError):
-        said = f"{type(error).__name__}: {said}"
-    return said if len(said) <= 200 else f"{said[:200]}..."

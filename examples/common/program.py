@@ -1,4 +1,4 @@
-"""How an example starts and ends: one line and an exit status for whatever stops it.
+"""How an example starts, stops and ends: one line and an exit status for whatever stops it.
 
 Only the standard library is imported, so that a missing package is reported like any mistake.
 """
@@ -11,12 +11,22 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import NoReturn
 
-from trainer.errors import DivergedError, RunInterruptedError, UsageError
+from common.errors import DivergedError, RunInterruptedError, UsageError
 
-__all__ = ["command", "exit_status", "missing_module", "quit_on_signals"]
+__all__ = [
+    "QUIET_SECONDS", "StopRequest", "command", "drawing_interval", "exit_status", "missing_module",
+    "quit_on_signals",
+]  # fmt: skip
 
+QUIET_SECONDS = 1.0  # what takes less, and is no training, is not worth a progress bar
+_TERMINAL_SECONDS = 0.2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_OURS = (
+    "analysis", "ars", "common", "continual", "corpus", "experiment", "stress", "trainer",
+)  # fmt: skip
 
 _DIVERGED = 3
 _GONE = "it was removed or replaced meanwhile, run the same command again"
@@ -41,19 +51,17 @@ def quit_on_signals(message: str = "interrupted before training: nothing was wri
         os.write(2, f"{message}\n".encode())
         os._exit(128 + signum)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, leave)
 
 
-def missing_module(error: ModuleNotFoundError, *own: str) -> int:
+def missing_module(error: ModuleNotFoundError) -> int:
     """Say which package to install and return the exit status.
 
     Args:
-        error: what an import raised.
-        own: packages of this project, whose absence is a defect and is raised again.
+        error: what an import raised; one of this project's own is a defect and is raised again.
     """
-    ours = ("ars", "common", "corpus", "trainer", *own)
-    if error.name is None or error.name.split(".")[0] in ours:
+    if error.name is None or error.name.split(".")[0] in _OURS:
         raise error
     print(
         f"error: the module {error.name} is missing: pip install 'ars-triton[examples]'",
@@ -98,3 +106,68 @@ def exit_status(out: Path | None, work: Callable[[], None]) -> int:
 def _refuse(message: str, status: int = 2) -> int:
     print(f"error: {message}".replace("\n", "\\n"), file=sys.stderr)  # also of a name with one
     return status
+
+
+class StopRequest:
+    """Context manager that turns SIGINT and SIGTERM into a question asked at safe points.
+
+    Example:
+        >>> with StopRequest() as stop:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     print(stop.requested)
+        True
+    """
+
+    def __init__(self) -> None:
+        self._signum: int | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has arrived."""
+        return self._signum is not None
+
+    def check(self) -> None:
+        """Leave the run if a signal has arrived.
+
+        Raises:
+            RunInterruptedError: a signal has arrived.
+        """
+        if self._signum is not None:
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """Leave the run, also for a signal that another process of it has got.
+
+        Raises:
+            RunInterruptedError: always.
+        """
+        raise RunInterruptedError(self._signum or signal.SIGTERM)
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self._signum is not None:
+            os._exit(128 + signum)  # asked twice: the last checkpoint on disk is whole
+        self._signum = signum
+
+    def __enter__(self) -> "StopRequest":
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def drawing_interval(in_file: float = 15.0) -> float:
+    """Seconds between two drawings.
+
+    Args:
+        in_file: the same where standard error is no terminal: in a log file every drawing stays.
+    """
+    return _TERMINAL_SECONDS if sys.stderr.isatty() else in_file

@@ -1,0 +1,295 @@
+"""Every setting of a run: its name, its default, what it may be and what it means, once."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from common.command_line import (
+    OptionError,
+    check_fields,
+    choice,
+    integer,
+    items,
+    nearest,
+    number,
+    option,
+    optional,
+    path,
+    shortened,
+    text,
+    word_or,
+)  # fmt: skip
+from common.errors import UsageError
+from trainer.arms import parse_arm
+
+__all__ = [
+    "PEAK_FLOPS", "QUICK", "RULE", "Files", "Machine", "SeriesConfig", "default_steps",
+    "peak_flops",
+]  # fmt: skip
+
+RULE = "rule"
+ByRule = Literal["rule"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+# What --quick makes of the defaults.
+QUICK: dict[str, Any] = {
+    "out": Path("out/quick"),
+    "depths": (1, 2, 3),
+    "steps": (24,),
+    "batch_size": 8,
+    "sequence_len": 64,
+    "fisher_samples": 16,
+}
+
+# Dense bfloat16 operations a second of one device, by the manufacturers' data sheets.
+PEAK_FLOPS = {
+    "a100": 312e12,
+    "h100": 989e12,
+    "h100-pcie": 756e12,
+    "h200": 989e12,
+    "b200": 2250e12,
+    "l4": 121e12,
+    "l40s": 362e12,
+    "rtx-4090": 165e12,
+}
+
+_LARGEST_DEPTH = 20
+_LARGEST_BETA = 0.999999  # those beyond it come too close to 1 for float32
+_STEPS = {2: 450}  # of the trunk, where the user names none
+_OTHER_STEPS = 240
+
+
+def _arms(given: Any) -> tuple[str, ...]:
+    try:
+        names = [parse_arm(str(word)).name for word in items(given)]
+    except UsageError as error:
+        raise OptionError(str(error).removeprefix("--arms ")) from None
+    if not names:
+        raise OptionError("no way to train is named, such as scratch")
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise OptionError(f"{name} stands there twice; name it once")
+    return tuple(names)
+
+
+def _ascending(what: str, example: str) -> Callable[[Any], tuple[int, ...]]:
+    depth = integer(1, _LARGEST_DEPTH)
+
+    def parse(given: Any) -> tuple[int, ...]:
+        try:
+            if isinstance(given, str) and "-" in given:
+                first, last = (depth(part) for part in given.split("-"))
+                found = tuple(range(first, last + 1))
+            else:
+                found = tuple(depth(part) for part in items(given))
+        except ValueError:
+            found = ()
+        if not found or any(a >= b for a, b in pairwise(found)):
+            raise OptionError(
+                f"{_together(given)} is {what}: give ascending depths from 1 to "
+                f"{_LARGEST_DEPTH}, such as {example}"
+            )
+        return found
+
+    return parse
+
+
+def _steps(given: Any) -> tuple[int, ...]:
+    found = tuple(integer(1, 10_000_000)(part) for part in items(given))
+    if not found:
+        raise OptionError("no number is named, such as 450,240,240")
+    return found
+
+
+def _betas(given: Any) -> tuple[float, float]:
+    try:
+        first, second = (number(0, _LARGEST_BETA)(part) for part in items(given))
+    except ValueError:
+        raise OptionError(
+            f"{_together(given)} is not a pair of numbers from 0 to {_LARGEST_BETA}, such as "
+            "0.9,0.95"
+        ) from None
+    return first, second
+
+
+def peak_flops(given: Any) -> float:
+    """Operations a second, or the name of a device."""
+    if isinstance(given, str) and given.lower() in PEAK_FLOPS:
+        return PEAK_FLOPS[given.lower()]
+    try:
+        value: float = number(1, 1e18)(given)
+    except OptionError as error:
+        raise OptionError(f"{error}, nor a device; {nearest(str(given), PEAK_FLOPS)}") from None
+    return value
+
+
+def _together(given: Any) -> str:
+    return shortened(given if isinstance(given, str) else ",".join(map(str, items(given))))
+
+
+_SHARE = number(0, 1, above=True)
+_RATE = word_or(RULE, _SHARE)
+_STRENGTH = number(0, 1e12)
+_WINDOWS = integer(1, 10_000_000)
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a series reads and writes.
+
+    Args:
+        out: output folder.
+        data: text, CSV or parquet file or folder, or hf:NAME; ``None``: the Python files of the
+            standard library.
+        column: column of a table that is the text; ``None``: text for hf:NAME, a table's has to be
+            named.
+        tokenizer: bytes, bpe:N to train one of N tokens, or a file.
+        cache: folder for the text as tokens; ``None``: data/ in the output folder.
+    """
+
+    out: Path = option(Path("out/demo"), path)
+    data: str | None = option(None, optional(text))
+    column: str | None = option(None, optional(text))
+    tokenizer: str = option("bytes", text)
+    cache: Path | None = option(None, optional(path))
+
+
+@dataclass(frozen=True)
+class SeriesConfig:
+    """What decides the numbers of a series: equal settings and data give equal numbers.
+
+    The defaults are the demonstration's, for two CPU cores.
+
+    Args:
+        arms: ways to train that are compared: scratch or grown, then +muon (scratch); +ewc,
+            +subspace, +distill (grown); +ars or +paper, the controllers.
+        depths: layers of each model, as 2-4 or 2,3,4.
+        parents: depths that larger ones are grown out of, each out of the largest below it;
+            ``None``: all.
+        steps: trunk steps, one number for all depths or one for each; the cooled branch is extra;
+            ``None``: by the ratio, or 450 for depth 2 and 240 for others.
+        ratio: instead of steps: tokens, trunk and cooled branch, per parameter in matrix products;
+            about 10 is optimal for a model from scratch.
+        batch_size: sequences a step over all processes, or rule: by the depth.
+        sequence_len: tokens a sequence.
+        lr: learning rate of the trunk, or rule.
+        muon_lr: the same of Muon, for the matrices of the blocks, or rule.
+        muon_adamw_lr: the same of the AdamW beside Muon, for the embedding and the head, or rule.
+        weight_decay: decoupled, on every matrix, or rule.
+        betas: of Adam.
+        max_grad_norm: the norm of the gradients is clipped to it; 0 clips none.
+        warmup_steps: of models that are not grown.
+        cooldown: steps of the cooled branch per step of the trunk.
+        ewc_strength: weight of ewc; 0 spares its Fisher pass.
+        subspace_strength: weight of subspace.
+        distill_strength: weight of distill.
+        distill_temperature: softens what distill compares.
+        fisher_samples: sequences that the Fisher information is averaged over.
+        precision: fp32, bf16 or fp16, of the passes; weights and moments are fp32.
+        seed: of weights, batches and Fisher sketch.
+        eval_windows: validation sequences of the reported number at most.
+        curve_windows: the same for the points of the validation curve.
+        curve_points: points of the validation curve.
+
+    Raises:
+        OptionError: a setting is none; the message begins with its name.
+    """
+
+    arms: tuple[str, ...] = option(("scratch+ars", "grown+ewc+ars"), _arms)
+    depths: tuple[int, ...] = option((2, 3, 4), _ascending("not a series", "2-4 or 2,3,4"))
+    parents: tuple[int, ...] | None = option(
+        None, optional(_ascending("no choice of parents", "10,13,17"))
+    )
+    steps: tuple[int, ...] | None = option((450, 240, 240), optional(_steps))
+    ratio: float = option(10.5, optional(number(0, 1000, above=True)))
+    batch_size: int | ByRule = option(4, word_or(RULE, integer(1, 4096)))
+    sequence_len: int = option(256, integer(8, 8192))
+    lr: float | ByRule = option(3e-3, _RATE)
+    muon_lr: float | ByRule = option(0.02, _RATE)
+    muon_adamw_lr: float | ByRule = option(0.012, _RATE)
+    weight_decay: float | ByRule = option(0.05, word_or(RULE, number(0, 10)))
+    betas: tuple[float, float] = option((0.9, 0.95), _betas)
+    max_grad_norm: float = option(1.0, _STRENGTH)
+    warmup_steps: int = option(20, integer(0, 10_000_000))
+    cooldown: float = option(0.25, _SHARE)
+    # Weak: both models read the same kind of text, so there is nothing to forget, and every
+    # strength that was tried from 0.01 on costs (docs/miniseries.md).
+    ewc_strength: float = option(1e-4, _STRENGTH)
+    subspace_strength: float = option(1e-4, _STRENGTH)
+    distill_strength: float = option(0.03, _STRENGTH)
+    distill_temperature: float = option(2.0, number(0.01, 1000))
+    fisher_samples: int = option(64, integer(1, 1_000_000))
+    precision: Precision = option("fp32", choice("fp32", "bf16", "fp16"))
+    seed: int = option(0, integer(0, 2**32 - 1))
+    eval_windows: int = option(256, _WINDOWS)
+    curve_windows: int = option(32, _WINDOWS)
+    curve_points: int = option(10, integer(1, 100_000))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.steps is not None and len(self.steps) != len(self.depths):
+            raise OptionError(
+                f"steps: {len(self.steps)} numbers for {len(self.depths)} depths: give one for all "
+                "or one for each"
+            )
+        if self.parents is not None:
+            strangers = [depth for depth in self.parents if depth not in self.depths]
+            if strangers:
+                raise OptionError(f"parents: {strangers[0]} is not among --depths "
+                                  f"{','.join(map(str, self.depths))}")  # fmt: skip
+            if self.parents[0] != self.depths[0]:
+                raise OptionError(f"parents: the first depth, {self.depths[0]}, has to be there: "
+                                  "every chain begins with it")  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON has them (lists for tuples)."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is done with; a run may go on with another.
+
+    It changes rounding at most, and the device the signs of the Fisher sketch.
+
+    Args:
+        device: cpu, cuda or cuda:N.
+        threads: CPU threads; numbers repeat bit by bit for one choice; ``None``: torch's choice.
+        device_batch_size: sequences a process differentiates at a time; a step's batch is
+            accumulated; ``None``: all at once.
+        compile: compile the models with torch.compile; the first step, in which it does, counts as
+            no time.
+        recompute: keep only the inputs of blocks and compute them twice: less memory, a third more
+            work.
+        keep: states of a model in training that are kept.
+        checkpoint_seconds: between two of these: what a kill can cost at most.
+        peak_flops: operations a second of one device, for the MFU, or its name, such as h100;
+            ``None``: unknown, no MFU.
+        tensorboard: write event files to tensorboard/ in the output folder.
+    """
+
+    device: str = option("cpu", text)
+    threads: int | None = option(None, optional(integer(1, 1024)))
+    device_batch_size: int | None = option(None, optional(integer(1, 4096)))
+    compile: bool = False
+    recompute: bool = False
+    keep: int = option(2, integer(1, 1000))
+    checkpoint_seconds: float = option(15.0, number(0, 86400))
+    peak_flops: float | None = option(None, optional(peak_flops))
+    tensorboard: bool = False
+
+
+def default_steps(depths: tuple[int, ...]) -> tuple[int, ...]:
+    """Trunk steps of each depth when the user names none.
+
+    Example:
+        >>> default_steps((2, 3, 4)), default_steps((4, 5))
+        ((450, 240, 240), (240, 240))
+    """
+    return tuple(_STEPS.get(depth, _OTHER_STEPS) for depth in depths)
