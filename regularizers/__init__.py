@@ -17,11 +17,13 @@ importance into a byte a parameter. ``docs/regularizers.md`` has formulas, costs
 
 import sys
 
-from ars.regularizers.covariance import ActivationCovariance
-from ars.regularizers.factors import KroneckerFactors
 from ars.regularizers.files import load_penalty, save_penalty
-from ars.regularizers.fisher import DiagonalFisher
-from ars.regularizers.kronecker import KroneckerFisher
+from ars.regularizers.fisher import (
+    ActivationCovariance,
+    DiagonalFisher,
+    KroneckerFactors,
+    KroneckerFisher,
+)
 from ars.regularizers.penalties import (
     EWC,
     AdaptiveStrength,
@@ -61,8 +63,11 @@ __all__ = [
 # A pickle names the modules of its classes: where those of version 0.1.0 are now.
 _MOVED = {
     "combined": "penalties.combined",
+    "covariance": "fisher.covariance",
     "distillation": "penalties.distillation",
     "ewc": "penalties.ewc",
+    "factors": "fisher.kronecker",
+    "kronecker": "fisher.kronecker",
     "kronecker_penalty": "penalties.kronecker_penalty",
     "matrix_pull": "penalties.kronecker_penalty",
     "progressive": "penalties.combined",

@@ -23,10 +23,8 @@ from torch import Tensor
 from ars.reference import decode_importance
 from ars.reference.penalties import SCALED
 
-__all__ = ["STORED", "Quantized", "dequantize", "quantize", "stored_as"]
+__all__ = ["Quantized", "dequantize", "quantize"]
 
-# What an importance may be stored in, beside the dtype it was summed in.
-STORED = (torch.float32, torch.bfloat16, torch.uint8)
 _LEVELS = 255
 
 
@@ -109,17 +107,3 @@ def dequantize(values: Tensor, scale: Tensor) -> Tensor:
             "pass both as quantize returned them"
         )
     return decode_importance(values, scale)
-
-
-def stored_as(
-    importance: dict[str, Tensor], dtype: torch.dtype | None
-) -> dict[str, Tensor] | dict[str, Quantized]:
-    """Round importances once, to one of ``STORED``; None leaves them as they are.
-
-    Args:
-        importance: By parameter name.
-        dtype: What to store them in.
-    """
-    if dtype == torch.uint8:
-        return {name: quantize(tensor) for name, tensor in importance.items()}
-    return {name: tensor.to(dtype or tensor.dtype) for name, tensor in importance.items()}

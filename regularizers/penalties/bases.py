@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ars.regularizers.checks import checked_module
-from ars.regularizers.covariance import ActivationCovariance
-from ars.regularizers.estimators import accumulation_dtype
+from ars.regularizers.fisher.covariance import ActivationCovariance
+from ars.regularizers.fisher.estimators import accumulation_dtype
 from ars.regularizers.penalties.penalty_base import check_names
 
 __all__ = ["activation_bases", "check_bases", "covariance_basis", "held_by", "weight_basis"]

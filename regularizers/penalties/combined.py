@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ars.penalty import check_strength, instead_of
-from ars.regularizers.checks import checked_module
-from ars.regularizers.evaluation import trainable
+from ars.regularizers.checks import checked_module, trainable
 from ars.regularizers.penalties.distillation import Distillation
 from ars.regularizers.penalties.ewc import EWC
 from ars.regularizers.penalties.penalty_base import check_state

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ars.regularizers.checks import checked_module
-from ars.regularizers.estimators import IGNORE_INDEX
-from ars.regularizers.evaluation import evaluation_mode
+from ars.regularizers.checks import IGNORE_INDEX, checked_module, evaluation_mode
 from ars.regularizers.penalties.penalty_base import PenaltyBase
 
 __all__ = ["Distillation", "distillation_loss"]

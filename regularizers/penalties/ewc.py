@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ars.regularizers.checks import checked_choice, checked_module
-from ars.regularizers.estimators import accumulation_dtype
-from ars.regularizers.fisher import DiagonalFisher
+from ars.regularizers.fisher.diagonal import DiagonalFisher
+from ars.regularizers.fisher.estimators import accumulation_dtype
 from ars.regularizers.penalties.penalty_base import (
     PenaltyBase,
     check_label,

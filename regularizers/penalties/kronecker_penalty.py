@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from ars.reference import kronecker_gradient, kronecker_value
 from ars.regularizers.checks import check_can_differentiate, checked_module
-from ars.regularizers.covariance import ActivationCovariance
-from ars.regularizers.estimators import accumulation_dtype
-from ars.regularizers.factors import KroneckerFactors, nearest_product
-from ars.regularizers.kronecker import KroneckerFisher
-from ars.regularizers.layers import matrix_layers
+from ars.regularizers.fisher.covariance import ActivationCovariance
+from ars.regularizers.fisher.estimators import accumulation_dtype
+from ars.regularizers.fisher.kronecker import KroneckerFactors, KroneckerFisher, nearest_product
+from ars.regularizers.fisher.layers import matrix_layers
 from ars.regularizers.penalties.penalty_base import (
     PenaltyBase,
     check_label,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ars.penalty import check_strength
-from ars.regularizers.estimators import accumulation_dtype
-from ars.regularizers.fisher import DiagonalFisher
+from ars.regularizers.fisher.diagonal import DiagonalFisher
+from ars.regularizers.fisher.estimators import accumulation_dtype
 
 __all__ = [
     "PenaltyBase",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ars.reference import ewc_gradient
 from ars.regularizers.checks import check_can_differentiate
-from ars.regularizers.estimators import accumulation_dtype
+from ars.regularizers.fisher.estimators import accumulation_dtype
 from ars.regularizers.penalties.penalty_base import copy_like
 from ars.regularizers.storage import Quantized, dequantize, quantize
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ars.penalty import LARGEST_STRENGTH, instead_of
-from ars.regularizers.estimators import accumulation_dtype
-from ars.regularizers.fisher import DiagonalFisher
+from ars.regularizers.fisher.diagonal import DiagonalFisher
+from ars.regularizers.fisher.estimators import accumulation_dtype
 from ars.regularizers.penalties.penalty_base import check_state, checked_strength, importance_of
 from ars.regularizers.storage import dequantize
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ars.reference import subspace_value
 from ars.reference.penalties import Protect, Side
 from ars.regularizers.checks import check_can_differentiate, checked_choice, checked_module
-from ars.regularizers.covariance import ActivationCovariance
+from ars.regularizers.fisher.covariance import ActivationCovariance
 from ars.regularizers.penalties.bases import activation_bases, check_bases, held_by, weight_basis
 from ars.regularizers.penalties.penalty_base import (
     PenaltyBase,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ars.regularizers.factors import KroneckerFactors, nearest_product
+from ars.regularizers.fisher.kronecker import KroneckerFactors, nearest_product
 
 
 def moment(size: int, rank: int) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.layers import input_rows, matrix_layers, output_rows, recorded_uses
+from ars.regularizers.fisher.layers import input_rows, matrix_layers, output_rows, recorded_uses
 
 LAYERS = {
     "linear": (nn.Linear(5, 3), (4, 5)),

@@ -1,7 +1,7 @@
 r"""One backward pass that leaves every sample's squared gradient.
 
 A tap sits behind every layer: the identity forwards, and backwards the place where the layer's
-input and its output's gradient meet, from which a rule (:mod:`ars.regularizers.layer_rules`) makes
+input and its output's gradient meet, from which a rule (:mod:`ars.regularizers.fisher.rules`) makes
 the squares. Only the taps are differentiated by: the layer itself runs with a detached weight.
 What a tap saves goes through autograd like any layer's input: checkpointing recomputes it.
 
@@ -20,9 +20,10 @@ That is a guess from shapes. Two proofs make it safe, before anything is added:
 
       g_r(2^k_1 v_1, ..., 2^k_N v_N) = 2^k_n g_r(v_1, ..., v_N)
 
-  for all v and k. It is tried with random ones; powers of two leave all rounding as it is. This
-  costs two backward passes through the taps. They are made again for every batch whose operators
-  or shapes are new, or where values decide where rows go (:mod:`ars.regularizers.operators`).
+  for all v and k. It is tried with random ones; powers of two leave all rounding as it is
+  (:mod:`ars.regularizers.fisher.row_proof`). This costs two backward passes through the taps. They
+  are made again for every batch whose operators or shapes are new, or where values decide where
+  rows go.
 """
 
 from collections import Counter
@@ -33,12 +34,15 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.contributions import Contribution, Sums, add_squares_of_uses_
-from ars.regularizers.cotangents import Chunk, and_whether_more, cotangents
-from ars.regularizers.evaluation import computed_in
-from ars.regularizers.layer_rules import rule_of, to_samples
-from ars.regularizers.operators import Passes
-from ars.regularizers.row_proof import RowProof
+from ars.regularizers.fisher.estimators import Chunk, and_whether_more, cotangents
+from ars.regularizers.fisher.row_proof import Passes, RowProof, computed_in
+from ars.regularizers.fisher.rules import (
+    Contribution,
+    Sums,
+    add_squares_of_uses_,
+    rule_of,
+    to_samples,
+)
 
 __all__ = ["Taps", "UnsupportedModelError"]
 

@@ -5,7 +5,8 @@ import torch
 from fisher_models import MODELS, randomised
 
 from ars.models import GPT, GPTConfig
-from ars.regularizers import DiagonalFisher, layer_rules
+from ars.regularizers import DiagonalFisher
+from ars.regularizers.fisher import rules
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
 
@@ -44,14 +45,14 @@ def test_patches_may_be_unfolded_some_samples_at_a_time(name, monkeypatch, relat
     model = randomised(model)
     whole = DiagonalFisher(model, "empirical", method="hooks").fit([batch]).importance
     sizes = []
-    unfold = torch.nn.functional.unfold
+    patches_of = rules.patches_of
 
-    def counted(images, *args, **options):
+    def counted(module, images):
         sizes.append(len(images))
-        return unfold(images, *args, **options)
+        return patches_of(module, images)
 
-    monkeypatch.setattr(torch.nn.functional, "unfold", counted)
-    monkeypatch.setattr(layer_rules, "PATCHES", 1)
+    monkeypatch.setattr(rules, "patches_of", counted)
+    monkeypatch.setattr(rules, "PATCHES", 1)
     parts = DiagonalFisher(model, "empirical", method="hooks").fit([batch]).importance
     assert max(sizes) == (3 if name == "frames" else 1)  # images of a sample
     assert relative_error(parts, whole) < TOLERANCE[torch.float64]

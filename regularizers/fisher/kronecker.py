@@ -1,7 +1,7 @@
 r"""Kronecker-factored Fisher information (KFAC) of linear and convolution layers.
 
 A layer y_t = W a_t + b adds to the Fisher of [W b], with a_t extended by a 1 for the bias and g_nkt
-the logits' cotangent v_nk (:mod:`ars.regularizers.estimators`) pulled back to y_t,
+the logits' cotangent v_nk (:mod:`ars.regularizers.fisher.estimators`) pulled back to y_t,
 
     F = 1/N sum_n sum_k vec(S_nk) vec(S_nk)^T  ~  G (x) A,      S_nk = sum_t g_nkt a_nt^T.
 
@@ -13,53 +13,105 @@ What A and G are depends on how the positions t share the weight:
 """
 
 from collections.abc import Iterable
-from typing import Literal, TypeAlias, get_args
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from ars.regularizers.batches import (
-    check_cost,
-    check_logits,
-    check_targets,
-    checked_batch,
-    take_samples,
-)
 from ars.regularizers.checks import (
+    IGNORE_INDEX,
     check_can_differentiate,
     check_draws,
     check_generator,
-    checked_batches,
+    check_logits,
+    check_targets,
+    check_trainable,
     checked_choice,
     checked_module,
+    labelled_samples,
 )
-from ars.regularizers.cotangents import Chunk, cotangents
-from ars.regularizers.estimators import ESTIMATORS, IGNORE_INDEX
-from ars.regularizers.evaluation import check_trainable, computed_in
-from ars.regularizers.factors import FactorSums, KroneckerFactors
-from ars.regularizers.layer_checks import (
-    check_counts,
-    check_order_by_gradients,
-    check_used,
-    warn_of_others,
-)
-from ars.regularizers.layers import (
+from ars.regularizers.fisher.estimators import ESTIMATORS, Chunk, cotangents, drawn
+from ars.regularizers.fisher.layers import (
     MatrixLayer,
     Use,
     batched_rows,
+    check_order_by_gradients,
+    check_rows,
     matrix_layers,
+    outer_products,
     output_rows,
     recorded_uses,
+    warn_of_others,
 )
-from ars.regularizers.operators import Passes
+from ars.regularizers.fisher.row_proof import Passes, computed_in
 
-__all__ = ["KroneckerFisher"]
+__all__ = ["KroneckerFactors", "KroneckerFisher", "nearest_product"]
 
 Sharing: TypeAlias = Literal["expand", "reduce"]
 _SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 # A batch's gradient, squared or not, has no factors.
 _ESTIMATORS = tuple(name for name in ESTIMATORS if name != "batched")
+
+
+class KroneckerFactors(NamedTuple):
+    """The two factors of one layer's Fisher, F = G (x) A.
+
+    Args:
+        inputs: A, the second moment of the layer's inputs: (d, d), or (d + 1, d + 1) with the bias
+            as the last column. For a convolution d counts channels times kernel elements.
+        outputs: G, the second moment of the gradients of its outputs: (p, p).
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+@dataclass
+class FactorSums:
+    """Sums of one layer's outer products, and how many rows the inputs' is of."""
+
+    inputs: Tensor
+    outputs: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, size: int) -> "FactorSums":
+        """Start at zero.
+
+        Args:
+            rows: Like those to be added, (..., d).
+            size: p, how many outputs the layer has.
+        """
+        d = rows.shape[-1]
+        zeros = rows.new_zeros
+        return cls(zeros(d, d), zeros(size, size), zeros((), dtype=torch.int64))
+
+    def add_inputs(self, rows: Tensor, valid: Tensor, *, reduce: bool) -> None:
+        """Add what the layer read.
+
+        Args:
+            rows: (B, t, d).
+            valid: Which of them count, (B, t).
+            reduce: Average the positions of a sample first.
+        """
+        if reduce:
+            weights = valid.to(rows.dtype)
+            rows = torch.einsum("btd,bt->bd", rows, weights / weights.sum(1, keepdim=True).clamp(1))
+            valid = valid.any(1)
+        self.inputs += outer_products(rows[valid])
+        self.count += valid.sum()
+
+    def add_outputs(self, rows: Tensor, *, reduce: bool) -> None:
+        """Add the gradients of what the layer returned, (B, t, p), summed over t to ``reduce``."""
+        rows = rows.to(self.outputs.dtype)
+        self.outputs += outer_products(rows.sum(1) if reduce else rows.flatten(0, 1))
+
+    def means(self, samples: int) -> KroneckerFactors:
+        """Return the factors, given how many samples there were."""
+        return KroneckerFactors(self.inputs / self.count.clamp(min=1), self.outputs / samples)
 
 
 class KroneckerFisher:
@@ -190,23 +242,24 @@ class KroneckerFisher:
         layers = matrix_layers(self.model)
         sums: dict[str, FactorSums] = {}
         seen, passes, orders = 0, Passes(self.model), Passes(self.model)
-        pairs = (
-            checked_batch(batch, i, segments=False)
-            for i, batch in enumerate(checked_batches(batches))
-        )
+        samples = labelled_samples(batches, n_samples)
         with recorded_uses(self.model, layers) as uses, torch.enable_grad():
-            for index, (inputs, targets) in enumerate(take_samples(pairs, n_samples)):
+            for index, (inputs, targets) in enumerate(samples):
                 uses.clear()
                 ordered = self.sharing == "reduce" or bool((targets == IGNORE_INDEX).any())
                 checks = orders if ordered else passes
                 logits = check_logits(checks.run(inputs), targets)
                 check_targets(targets, logits.shape[-1], index)
-                check_used(self.model, uses)
-                if len(targets) > 1 and checks.needs_proof:
-                    check_counts(self.model, uses, inputs)
-                    told = self._check_order(uses, logits, index) if ordered else torch.tensor(True)
-                    checks.proven(logits, told)
-                chunk = self._chunk(inputs, targets, logits.shape[-1])
+                order = partial(self._check_order, uses, logits, index) if ordered else None
+                check_rows(checks, self.model, uses, inputs, logits, order)
+                chunk = drawn(
+                    inputs,
+                    targets,
+                    self.estimator,
+                    draws=self.draws,
+                    classes=logits.shape[-1],
+                    generator=self.generator,
+                )
                 # A copy: activation checkpointing runs layers again during the backward pass.
                 self._add(sums, layers, list(uses), logits, chunk)
                 seen += len(targets)
@@ -258,17 +311,6 @@ class KroneckerFisher:
             for name, parts in gradients.items():
                 sums[name].add_outputs(torch.cat(parts, 1), reduce=reduce)
 
-    def _chunk(self, inputs: Tensor, targets: Tensor, classes: int) -> Chunk:
-        """Draw the random numbers of each sample in turn, whatever batch it comes in."""
-        positions = targets[0].numel()
-        if self.estimator == "exact":
-            check_cost("estimator='exact'", "positions * classes", positions, classes)
-        draw = ESTIMATORS[self.estimator].draw
-        device = targets.device if self.generator is None else self.generator.device
-        shape = (self.draws, positions, classes)
-        noise = torch.stack([draw(shape, self.generator, device) for _ in targets])
-        return Chunk(inputs, targets, noise.to(targets.device), units=None, n_units=1)
-
 
 def _edge(use: Use) -> GradientEdge:
     if use.output is None:
@@ -277,3 +319,44 @@ def _edge(use: Use) -> GradientEdge:
             "model's forward, and give activation checkpointing use_reentrant=False"
         )
     return use.output
+
+
+def nearest_product(first: KroneckerFactors, second: KroneckerFactors) -> KroneckerFactors:
+    """Return the Kronecker product nearest to the sum of two, in the Frobenius norm.
+
+    Rearranged, G (x) A is the outer product vec(G) vec(A)^T, so the nearest one is the leading term
+    of a singular value decomposition of rank two. It takes inner products of the factors only: with
+    S_G and S_A the 2 x 2 Gram matrices of the vec(G_i) and vec(A_i), the leading right singular
+    vector is sum_i y_i vec(A_i), where y = L w, S_G = L L^T, and w is the leading eigenvector of
+    L^T S_A L. Positive semi-definite factors have inner products >= 0, hence (Perron and Frobenius)
+    y >= 0, and the result is positive semi-definite again.
+
+    Args:
+        first: A_1 and G_1, symmetric and positive semi-definite.
+        second: A_2 and G_2, of the same shapes.
+
+    Returns:
+        A, a weighted mean of the two A_i, and G, a sum of the G_i with weights; exact where the
+        A_i, or the G_i, are multiples of one another.
+
+    References:
+        Van Loan and Pitsianis, "Approximation with Kronecker products", 1993.
+    """
+    s_a, s_g = (_gram(one, two) for one, two in zip(first, second, strict=True))
+    values, vectors = torch.linalg.eigh(s_g)
+    root = vectors * values.clamp(min=0).sqrt()  # L
+    y = root @ torch.linalg.eigh(root.T @ s_a @ root).eigenvectors[:, -1]
+    y = y.abs()  # an eigenvector's sign is arbitrary, and in a tie its direction
+    (a1, g1), (a2, g2) = first, second
+    if not y @ s_a @ y > 0:  # both products are 0, and so is that of the sums
+        return KroneckerFactors(a1 + a2, g1 + g2)
+    y = y / y.sum()
+    x = s_a @ y / (y @ s_a @ y)
+    y, x = y.to(a1.dtype), x.to(g1.dtype)
+    return KroneckerFactors(y[0] * a1 + y[1] * a2, x[0] * g1 + x[1] * g2)
+
+
+def _gram(first: Tensor, second: Tensor) -> Tensor:
+    """Inner products of two matrices with themselves and each other, (2, 2) float64."""
+    one, two = first.double().flatten(), second.double().flatten()
+    return torch.stack([one @ one, one @ two, two @ one, two @ two]).view(2, 2)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ars.regularizers import ActivationCovariance, KroneckerFisher
-from ars.regularizers.layers import matrix_layers
+from ars.regularizers.fisher.layers import matrix_layers
 
 
 def mlp() -> nn.Module:

@@ -9,22 +9,29 @@ matters too.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.batches import checked_batch, take_samples
-from ars.regularizers.checks import checked_batches, checked_module
-from ars.regularizers.estimators import IGNORE_INDEX
-from ars.regularizers.factors import outer_products
-from ars.regularizers.layer_checks import check_counts, check_order, check_used, warn_of_others
-from ars.regularizers.layers import (
-    batched_rows,
-    matrix_layers,
-    recorded_uses,
+from ars.regularizers.checks import (
+    IGNORE_INDEX,
+    checked_batch,
+    checked_batches,
+    checked_module,
+    take_samples,
 )
-from ars.regularizers.operators import Passes
+from ars.regularizers.fisher.layers import (
+    batched_rows,
+    check_order,
+    check_rows,
+    matrix_layers,
+    outer_products,
+    recorded_uses,
+    warn_of_others,
+)
+from ars.regularizers.fisher.row_proof import Passes
 
 __all__ = ["ActivationCovariance"]
 
@@ -143,11 +150,8 @@ class ActivationCovariance:
                 ordered = bool((targets == IGNORE_INDEX).any())
                 checks = orders if ordered else passes
                 outputs = checks.run(inputs)
-                check_used(self.model, uses)
-                if len(targets) > 1 and checks.needs_proof:
-                    check_counts(self.model, uses, inputs)
-                    told = check_order(self.model, uses, inputs) if ordered else torch.tensor(True)
-                    checks.proven(outputs, told)
+                order = partial(check_order, self.model, uses, inputs) if ordered else None
+                check_rows(checks, self.model, uses, inputs, outputs, order)
                 for use in uses:
                     rows, valid = batched_rows([use], targets, with_bias=True)
                     chosen = rows[valid]

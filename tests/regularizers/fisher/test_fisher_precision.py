@@ -5,7 +5,8 @@ import torch
 from fisher_models import randomised, sequences
 from torch import nn
 
-from ars.regularizers import DiagonalFisher, layer_rules
+from ars.regularizers import DiagonalFisher
+from ars.regularizers.fisher import rules
 
 HALVES = pytest.mark.parametrize(
     ("dtype", "autocast"),
@@ -48,12 +49,12 @@ def test_half_precision_hardly_depends_on_batch_size(tied_gpt, tokens, way, dtyp
 @pytest.fixture
 def wrong_rule(monkeypatch):
     """Make the rule of linear layers without a bias wrong by half."""
-    rule = layer_rules._RULES[nn.Linear.forward][0]
+    rule = rules._RULES[nn.Linear.forward][0]
 
     def wrong(module, x, g):
         return rule(module, x, g * 1.5 if module.bias is None else g)
 
-    return lambda: monkeypatch.setitem(layer_rules._RULES, nn.Linear.forward, (wrong, True))
+    return lambda: monkeypatch.setitem(rules._RULES, nn.Linear.forward, (wrong, True))
 
 
 @HALVES

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from ars.regularizers import ActivationCovariance, KroneckerFisher, row_proof
-from ars.regularizers.layer_checks import check_order
+from ars.regularizers import ActivationCovariance, KroneckerFisher
+from ars.regularizers.fisher import row_proof
+from ars.regularizers.fisher.layers import check_order
 
 RUNS_OFF_ORDER = r"layer of '{}\.weight' does not hold the samples one after another"
 OTHER_COUNT = r"layer of '{}\.weight' has .* positions for"
@@ -143,7 +144,7 @@ def test_the_order_is_looked_at_once_for_equal_passes(monkeypatch):
     assert len(made) == 1 + 4
     calls = []
     monkeypatch.setattr(
-        "ars.regularizers.covariance.check_order",
+        "ars.regularizers.fisher.covariance.check_order",
         lambda *args: calls.append(1) or check_order(*args),
     )
     blank = torch.zeros_like(x), y

@@ -8,10 +8,11 @@ from fisher_models import Elsewhere, Reused, randomised, sequences
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ars.regularizers import DiagonalFisher, cotangents
-from ars.regularizers.cotangents import Chunk
-from ars.regularizers.sample_gradients import zero_sums
-from ars.regularizers.taps import Taps
+from ars.regularizers import DiagonalFisher
+from ars.regularizers.fisher import estimators
+from ars.regularizers.fisher.estimators import Chunk
+from ars.regularizers.fisher.hooks import Taps
+from ars.regularizers.fisher.per_sample import zero_sums
 
 TOLERANCE = 1e-11
 
@@ -214,7 +215,7 @@ def test_large_logits_are_taken_some_samples_at_a_time(tied_gpt, tokens, monkeyp
     x, y = tokens(7)
     model = tied_gpt(torch.float64)
     whole = DiagonalFisher(model, "exact", method="hooks").fit([(x, y)]).importance
-    monkeypatch.setattr(cotangents, "LOGITS", 2 * 6 * 11)  # of two samples
+    monkeypatch.setattr(estimators, "LOGITS", 2 * 6 * 11)  # of two samples
     parts = DiagonalFisher(model, "exact", method="hooks").fit([(x, y)]).importance
     assert all(torch.equal(parts[n], whole[n]) for n in whole)
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from ars.regularizers import DiagonalFisher
-from ars.regularizers.estimators import sampled_labels
+from ars.regularizers.fisher.estimators import sampled_labels
 
 
 class Logistic(nn.Module):

@@ -9,7 +9,8 @@ from fisher_models import Reused, randomised, sequences
 from torch import nn
 from torch.nn import functional
 
-from ars.regularizers import DiagonalFisher, layer_rules, taps
+from ars.regularizers import DiagonalFisher
+from ars.regularizers.fisher import hooks, rules
 
 # Plain autograd's own rounding in float64, sums of squares of some dozen terms.
 TOLERANCE = 1e-11
@@ -274,14 +275,14 @@ def test_a_wrong_rule_is_noticed_however_small_its_gradients_are(small, monkeypa
         def forward(self, x):
             return self.head(x + small * self.branch(x).tanh())
 
-    rule = layer_rules._RULES[nn.Linear.forward][0]
+    rule = rules._RULES[nn.Linear.forward][0]
 
     def wrong(module, x, g):
         return rule(module, x, g * 1.1 if module.bias is None else g)
 
     model, (x, y) = randomised(Scaled(), torch.float32), rows()
     fitted(model, [(x.float(), y)], method="hooks")
-    monkeypatch.setitem(layer_rules._RULES, nn.Linear.forward, (wrong, True))
+    monkeypatch.setitem(rules._RULES, nn.Linear.forward, (wrong, True))
     with pytest.raises(RuntimeError, match=r"gives 'branch\.weight' another gradient"):
         fitted(model, [(x.float(), y)], method="hooks")
 
@@ -308,13 +309,13 @@ def test_gradients_that_are_0_but_for_rounding_are_no_mistake():
 
 def counting_proofs(monkeypatch):
     made = []
-    check = taps.Taps._check_rows
+    check = hooks.Taps._check_rows
 
     def counted(*args, **options):
         made.append(1)
         return check(*args, **options)
 
-    monkeypatch.setattr(taps.Taps, "_check_rows", counted)
+    monkeypatch.setattr(hooks.Taps, "_check_rows", counted)
     return made
 
 

@@ -3,32 +3,53 @@ r"""Diagonal of the Fisher information, one sequence at a time.
     Omega_i = 1/N sum_n sum_k ( sum_t v_nkt . d logits_nt / d theta_i )^2
 
 n runs over N samples, t over the valid positions of a sample, k over the cotangents v of the
-estimator (:mod:`ars.regularizers.estimators`). The square is taken after the sum over positions and
-over every use of a tied weight, never after a sum over samples: that is another quantity.
+estimator (:mod:`ars.regularizers.fisher.estimators`). The square is taken after the sum over
+positions and over every use of a tied weight, never after a sum over samples: that is another
+quantity.
 """
 
+import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.adam_moment import adam_importance
 from ars.regularizers.checks import (
+    check_can_differentiate,
     check_draws,
     check_generator,
+    check_logits,
     check_positive_int,
+    check_targets,
     checked_choice,
     checked_module,
+    evaluation_mode,
+    labelled_samples,
+    trainable,
 )
-from ars.regularizers.cotangents import UNITS, Unit
-from ars.regularizers.estimators import ESTIMATORS
-from ars.regularizers.evaluation import trainable
-from ars.regularizers.fisher_pass import Settings, sum_squares
-from ars.regularizers.methods import METHODS, Method
-from ars.regularizers.storage import STORED, Quantized, dequantize, stored_as
+from ars.regularizers.fisher.estimators import (
+    ESTIMATORS,
+    UNITS,
+    Unit,
+    accumulation_dtype,
+    count_units,
+    drawn,
+)
+from ars.regularizers.fisher.per_sample import (
+    METHODS,
+    Differentiator,
+    Method,
+    add_squared_batch_gradient,
+    zero_sums,
+)
+from ars.regularizers.storage import Quantized, dequantize, quantize
 
 __all__ = ["DiagonalFisher"]
+
+# What an importance may be stored in, beside the dtype it was summed in.
+STORED = (torch.float32, torch.bfloat16, torch.uint8)
 
 
 class DiagonalFisher:
@@ -228,10 +249,35 @@ class DiagonalFisher:
             raise ValueError(
                 "estimator='adam' needs no data; use DiagonalFisher.from_optimizer(model, opt)"
             )
-        settings = Settings(
-            self.estimator, self.unit, self.draws, self.method, self.chunk_size, self.generator
-        )
-        total, seen, units = sum_squares(self.model, settings, batches, n_samples)
+        check_can_differentiate("fit")
+        parameters = trainable(self.model)
+        total = zero_sums(parameters)
+        way = Differentiator(self.model, parameters, self.method, self.chunk_size)
+        samples = labelled_samples(batches, n_samples, segments=self.unit == "segment")
+        seen = units = classes = 0
+        with evaluation_mode(self.model), torch.enable_grad():
+            for index, (inputs, targets, *segments) in enumerate(samples):
+                if seen == 0:
+                    classes = check_logits(self.model(inputs[:1]), targets[:1]).shape[-1]
+                check_targets(targets, classes, index)
+                batch = drawn(
+                    inputs,
+                    targets,
+                    self.estimator,
+                    draws=self.draws,
+                    classes=classes,
+                    generator=self.generator,
+                    unit=self.unit,
+                    segments=segments[0] if segments else None,
+                )
+                if self.estimator == "batched":
+                    add_squared_batch_gradient(total, self.model, parameters, batch)
+                else:
+                    way.add_squares(total, self.estimator, batch)
+                seen += len(targets)
+                units += len(targets) if batch.units is None else count_units(batch.units)
+        if units == 0:
+            raise ValueError(f"every position is masked: there is no {self.unit} to average over")
         return self._keep({name: tensor.div_(units) for name, tensor in total.items()}, seen)
 
     @classmethod
@@ -282,7 +328,7 @@ class DiagonalFisher:
             Gradient Accumulator", arXiv:2507.18807.
         """
         fisher = cls(model, "adam", dtype=dtype)
-        return fisher._keep(*adam_importance(trainable(model), optimizer, scale))
+        return fisher._keep(*_adam_importance(trainable(model), optimizer, scale))
 
     def _keep(self, importance: dict[str, Tensor], samples: int) -> "DiagonalFisher":
         for name, tensor in importance.items():
@@ -291,6 +337,57 @@ class DiagonalFisher:
                     f"the importance of {name!r} is not finite; check that the model's logits and "
                     "gradients are finite (float16 overflows: use bfloat16 or float32)"
                 )
-        self._importance = stored_as(importance, self.dtype)
+        if self.dtype == torch.uint8:
+            self._importance = {name: quantize(tensor) for name, tensor in importance.items()}
+        else:
+            self._importance = {n: t.to(self.dtype or t.dtype) for n, t in importance.items()}
         self._n_samples = samples
         return self
+
+
+def _adam_importance(
+    parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, scale: float
+) -> tuple[dict[str, Tensor], int]:
+    """Return the optimizer's bias-corrected second moments times ``scale``.
+
+    Args:
+        parameters: By name.
+        optimizer: Holds ``exp_avg_sq`` and ``step`` of each; with ``beta_products`` its correction
+            is theirs, else the power of its group's second beta.
+        scale: Finite, > 0.
+
+    Returns:
+        The importance by name, float32 (float64 for a float64 parameter), and the steps taken.
+
+    Raises:
+        TypeError: ``optimizer`` is not an optimizer or ``scale`` not a number.
+        ValueError: A parameter has no second moment in it, or ``scale`` is not positive.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be finite and > 0, got {scale}")
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    importance, steps = {}, 0
+    for name, p in parameters.items():
+        state = optimizer.state.get(p, {})
+        if p not in groups or "exp_avg_sq" not in state:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds no 'exp_avg_sq' of {name!r}; pass the Adam "
+                "that trained this model, after at least one step of every parameter, or set "
+                "requires_grad=False on what it does not train"
+            )
+        step = int(state["step"])
+        # Another optimizer may have carried our products along without advancing them.
+        if "beta_products" in state and state.get("beta_products_step", step) == step:
+            remaining = float(state["beta_products"][1])
+        else:
+            remaining = float(groups[p]["betas"][1]) ** step
+        moment = state["exp_avg_sq"].detach().to(accumulation_dtype(p.dtype))
+        importance[name] = moment * (scale / (1 - remaining))
+        steps = max(steps, step)
+    return importance, steps

@@ -1,0 +1,384 @@
+r"""Linear and convolution layers as matrices: y_t = W a_t + b at every position t.
+
+For a linear layer a_t is its input vector; for a convolution it is the patch under the kernel, in
+the order of ``weight.flatten(1)``, and t runs over the output's pixels. What the layer reads, the
+rows a_t, and the place in the graph where its output appears are recorded while the model runs.
+"""
+
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
+
+from ars.regularizers.checks import IGNORE_INDEX, evaluation_mode
+from ars.regularizers.fisher.estimators import accumulation_dtype
+from ars.regularizers.fisher.row_proof import Passes, RowProof
+from ars.regularizers.fisher.rules import Convolution, patches_of
+
+__all__ = [
+    "MatrixLayer",
+    "Use",
+    "batched_rows",
+    "check_order",
+    "check_order_by_gradients",
+    "check_rows",
+    "input_rows",
+    "matrix_layers",
+    "outer_products",
+    "output_rows",
+    "recorded_uses",
+    "warn_of_others",
+]
+
+MatrixModule: TypeAlias = nn.Linear | Convolution
+# Of a subclass that computes something else the inputs and outputs are not those of a product.
+_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
+@dataclass(frozen=True)
+class MatrixLayer:
+    """The layers that share one weight.
+
+    Args:
+        modules: Them, by their names in the model; several if the weight is tied.
+        bias: Name of the bias that is trained with the weight, or None.
+    """
+
+    modules: dict[str, MatrixModule]
+    bias: str | None
+
+
+class Use(NamedTuple):
+    """One call of a layer.
+
+    Args:
+        weight: Name of its weight.
+        module: The layer.
+        inputs: What it read.
+        output: Where its output appears in the graph, before anything overwrites it in place; None
+            without a graph.
+    """
+
+    weight: str
+    module: MatrixModule
+    inputs: Tensor
+    output: GradientEdge | None
+
+
+def matrix_layers(model: nn.Module) -> dict[str, MatrixLayer]:
+    """Find the linear and ungrouped convolution layers whose weight is trained.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Name of the weight, as in ``named_parameters()``, -> its layers, in the model's order.
+
+    Raises:
+        ValueError: Two layers share a weight, but not their bias.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    layers: dict[str, MatrixLayer] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, MatrixModule) or type(module).forward not in _FORWARDS:
+            continue
+        if module.weight not in names:
+            continue
+        if not isinstance(module, nn.Linear) and module.groups > 1:
+            continue
+        weight = names[module.weight]
+        bias = None if module.bias is None else names.get(module.bias)
+        layer = layers.setdefault(weight, MatrixLayer({}, bias))
+        if layer.bias != bias:
+            first = next(iter(layer.modules))
+            raise ValueError(
+                f"{first!r} and {path!r} share the weight {weight!r}, but not their bias, so the "
+                "two have no common matrix; share the bias too, or freeze both biases"
+            )
+        layer.modules[path] = module
+    return layers
+
+
+@contextmanager
+def recorded_uses(model: nn.Module, layers: dict[str, MatrixLayer]) -> Iterator[list[Use]]:
+    """Run ``model`` in evaluation mode and record every call of its layers.
+
+    Training flags and hooks are as before afterwards, whatever happens.
+
+    Args:
+        model: The model.
+        layers: What :func:`matrix_layers` found in it.
+
+    Yields:
+        The record, in the order of the calls; empty it before each forward pass.
+    """
+    uses: list[Use] = []
+
+    def hook(weight: str) -> Any:
+        def record(module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+            inputs = args[0] if args else kwargs["input"]
+            edge = get_gradient_edge(output) if output.requires_grad else None
+            uses.append(Use(weight, module, inputs.detach(), edge))
+
+        return record
+
+    handles = [
+        module.register_forward_hook(hook(weight), with_kwargs=True)
+        for weight, layer in layers.items()
+        for module in layer.modules.values()
+    ]
+    try:
+        with evaluation_mode(model):
+            yield uses
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_rows(module: MatrixModule, inputs: Tensor) -> Tensor:
+    """Return what a layer multiplies its weight matrix with, one row a position.
+
+    Args:
+        module: A linear layer, or a convolution with one group.
+        inputs: What it read: (..., d), or (B, C, pixels...).
+
+    Returns:
+        Shape (positions, d); d = C * kernel elements for a convolution.
+    """
+    if isinstance(module, nn.Linear):
+        return inputs.reshape(-1, inputs.shape[-1])
+    return patches_of(module, inputs).mT.flatten(0, 1)
+
+
+def output_rows(module: MatrixModule, outputs: Tensor) -> Tensor:
+    """Return a layer's outputs, or their gradient, one row a position.
+
+    Args:
+        module: A linear layer, or a convolution.
+        outputs: Of the shape it returns: (..., p), or (B, p, pixels...).
+
+    Returns:
+        Shape (positions, p), positions in the order of :func:`input_rows`.
+    """
+    if not isinstance(module, nn.Linear):
+        outputs = outputs.movedim(1, -1)
+    return outputs.reshape(-1, outputs.shape[-1])
+
+
+def batched_rows(uses: list[Use], targets: Tensor, *, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """Return what one weight multiplied in a batch, and which of it belongs to a target.
+
+    Args:
+        uses: All calls with that weight, at least one.
+        targets: int64, (B,) or (B, T), -100 where masked.
+        with_bias: Append a 1 to every row.
+
+    Returns:
+        Rows (B, t, d) in float32 at least, and Booleans (B, t). Where a layer has as many positions
+        as there are targets, each position goes by its own; otherwise those of a sample with any
+        target all count.
+
+    Raises:
+        ValueError: The positions of a layer are not a multiple of B.
+    """
+    rows, valid = [], []
+    batch = len(targets)
+    unmasked = (targets != IGNORE_INDEX).reshape(batch, -1)  # (B, T)
+    for use in uses:
+        part = input_rows(use.module, use.inputs)
+        if len(part) % batch:
+            raise ValueError(
+                f"the layer of {use.weight!r} has {len(part)} positions for {batch} samples: each "
+                "sample must pass through it by itself; fit on batches of one sample"
+            )
+        part = part.to(accumulation_dtype(part.dtype)).unflatten(0, (batch, -1))
+        rows.append(functional.pad(part, (0, 1), value=1.0) if with_bias else part)
+        own = part.shape[1] == unmasked.shape[1]
+        valid.append(unmasked if own else unmasked.any(1, keepdim=True).expand(part.shape[:2]))
+    return torch.cat(rows, 1), torch.cat(valid, 1)
+
+
+def outer_products(rows: Tensor) -> Tensor:
+    """Sum the outer products of rows, (n, d) -> (d, d), in their own precision."""
+    with torch.autocast(device_type=rows.device.type, enabled=False):
+        return rows.T @ rows
+
+
+def check_rows(
+    passes: Passes,
+    model: nn.Module,
+    uses: list[Use],
+    inputs: Tensor,
+    outputs: Any,
+    order: Callable[[], Tensor] | None,
+) -> None:
+    """Refuse a pass whose rows cannot be divided among the samples, unless one like it was proven.
+
+    Args:
+        passes: Ran the model last; notes that the pass is proven.
+        model: The model.
+        uses: The record of ``inputs``; it is as before afterwards.
+        inputs: The samples.
+        outputs: What the model returned.
+        order: Raises unless the rows are in the samples' order, and returns which could be told;
+            None if no order matters.
+
+    Raises:
+        ValueError: No layer was called, or one has other rows than as many for each sample as for
+            the first by itself; names the weight.
+    """
+    if not uses:  # attention reads its projection's weight itself
+        raise ValueError(
+            f"{type(model).__name__} calls no trained linear or ungrouped convolution layer; "
+            "protect it with EWC"
+        )
+    if len(inputs) == 1 or not passes.needs_proof:
+        return
+    for one, both in zip_longest(_uses_of(model, uses, inputs[:1]), uses):
+        weight = (both or one).weight
+        rows, own = _rows_of(weight, both), _rows_of(weight, one)
+        if len(rows) != len(inputs) * len(own):
+            raise ValueError(
+                f"the layer of {weight!r} has {len(rows)} positions for {len(inputs)} samples, but "
+                f"{len(own)} for one: each sample must pass through it by itself; fit on "
+                "batches of one sample"
+            )
+    passes.proven(outputs, order() if order else torch.tensor(True))
+
+
+def check_order(model: nn.Module, uses: list[Use], inputs: Tensor) -> Tensor:
+    """Refuse layers that do not hold the samples one after another, by what they read.
+
+    They must begin with the rows of the first sample; and with every sample in the place of the one
+    before, each must have the other's rows. So none is left that could be in another's place.
+
+    Args:
+        model: The model whose uses are recorded.
+        uses: The record of ``inputs``, as many rows for each sample; it is as before
+            afterwards.
+        inputs: Several samples.
+
+    Returns:
+        Which rows could be told from the next sample's, flat Booleans on the CPU.
+
+    Raises:
+        ValueError: There is such a layer; names the weight.
+    """
+    alone = _uses_of(model, uses, inputs[:1])
+    moved = _uses_of(model, uses, inputs.roll(1, 0))
+    told = [torch.ones(0, dtype=torch.bool)]
+    for one, both, other in zip_longest(alone, uses, moved):
+        weight = (both or other).weight
+        own, rows, others = (_rows_of(weight, use) for use in (one, both, other))
+        if rows.shape != others.shape:
+            raise ValueError(_not_in_order(weight))
+        rounding = torch.finfo(rows.dtype).eps ** (1 / 3) * rows.abs().max()
+        step = len(own)
+        begins = (own - rows[:step]).abs().max() <= rounding
+        follows = (rows.roll(step, 0) - others).abs().max() <= rounding
+        # What is not finite is an error of its own.
+        if not (begins and follows) and rows.isfinite().all():
+            raise ValueError(_not_in_order(weight))
+        difference = (rows.roll(step, 0) - rows).abs().unflatten(0, (len(inputs), -1))
+        told.append((difference.flatten(1).amax(1) > rounding).cpu())
+    return torch.cat(told)
+
+
+def check_order_by_gradients(
+    uses: list[Use],
+    edges: list[GradientEdge],
+    logits: Tensor,
+    generator: torch.Generator,
+    *,
+    float16: bool,
+) -> Tensor:
+    """Refuse layers that do not hold the samples one after another, by what they send backwards.
+
+    Args:
+        uses: A record whose rows are a multiple of the samples.
+        edges: Where their outputs appear in the graph.
+        logits: What the model returned.
+        generator: Of the logits' device.
+        float16: Whether any gradient is in float16.
+
+    Returns:
+        Which samples have reached which layers, flat Booleans on the CPU.
+
+    Raises:
+        ValueError: There is such a layer; names the weight.
+    """
+    proof = RowProof(logits.detach(), generator, float16=float16)
+    for cotangent in proof.cotangents():
+        found = torch.autograd.grad(logits, edges, cotangent, retain_graph=True, allow_unused=True)
+        for number, (use, gradient) in enumerate(zip(uses, found, strict=True)):
+            if gradient is not None:
+                rows = output_rows(use.module, gradient)
+                proof.add(number, rows.unflatten(0, (len(logits), -1)))
+    evidence = proof.evidence()
+    if evidence.misplaced is not None and evidence.finite:
+        raise ValueError(_not_in_order(uses[evidence.misplaced].weight))
+    return evidence.seen
+
+
+def _not_in_order(weight: str) -> str:
+    """Return what is wrong with a layer, by the name of its weight."""
+    return (
+        f"the layer of {weight!r} does not hold the samples one after another in its first "
+        "dimension (is it the second, behind the positions? are they sorted?), so a masked or "
+        "averaged position cannot be told; fit on batches of one sample"
+    )
+
+
+def _uses_of(model: nn.Module, uses: list[Use], inputs: Tensor) -> list[Use]:
+    """Return the record of other inputs, and put the present one back."""
+    kept = list(uses)
+    uses.clear()
+    try:
+        with torch.no_grad():
+            model(inputs)
+        return list(uses)
+    finally:
+        uses[:] = kept
+
+
+def _rows_of(weight: str, use: Use | None) -> Tensor:
+    if use is None or use.weight != weight:
+        return torch.empty(0, 0)
+    return input_rows(use.module, use.inputs)
+
+
+def warn_of_others(
+    what: str, model: nn.Module, layers: dict[str, MatrixLayer], found: Collection[str]
+) -> None:
+    """Warn of the trained parameters, and further uses of them, that no layer covers, by name.
+
+    Args:
+        what: Who says so.
+        model: The model.
+        layers: What :func:`matrix_layers` found in it.
+        found: The weights among them that were used.
+    """
+    covered = {name for weight in found for name in (weight, layers[weight].bias)}
+    matrices = {module for weight in found for module in layers[weight].modules.values()}
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    others = [
+        f"{names[p]} as used by {path!r}"
+        for path, module in model.named_modules()
+        for p in module.parameters(recurse=False)
+        if module not in matrices and p in names and names[p] in found
+    ]
+    others += [name for name in names.values() if name not in covered]
+    if others:
+        shown = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+        warnings.warn(
+            f"{what} covers linear and ungrouped convolution layers that run; nothing is known of "
+            f"{shown}: protect them with EWC, or freeze them",
+            stacklevel=3,
+        )

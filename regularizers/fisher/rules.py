@@ -1,0 +1,307 @@
+r"""Per-sample gradients of the layers that are known, from what went in and what came back.
+
+For a layer's parameters, given its input x and the gradient g of its output,
+
+    Linear       W: sum_t g_t x_t^T                   b: sum_t g_t
+    Conv         as Linear, x unfolded into patches   b: sum over the output's positions
+    Embedding    row v: sum of the g_t with id_t = v
+    norms        w: sum_t g_t x^_t                    b: sum_t g_t,    x^ normalised without w, b
+
+A rule belongs to a ``forward``, not to a class: a subclass that computes something else is unknown.
+
+What a rule returns, the contribution of one use of a parameter to the gradient of each sample, is
+kept unsummed and unformed. Each kind knows two things: to add the squares of its samples' gradients
+to a sum, for a parameter with this one use, and to add one sample's gradient to a scratch tensor,
+for a parameter whose uses (a tied embedding and head) must be added before they are squared.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ars.functional import add_squared_products_
+from ars.regularizers.fisher.estimators import accumulation_dtype
+
+__all__ = [
+    "Contribution",
+    "Outer",
+    "Patches",
+    "Rows",
+    "Rule",
+    "Sums",
+    "add_squares_of_uses_",
+    "patches_of",
+    "rule_of",
+    "to_samples",
+]
+
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# Elements of unfolded patches to hold at once; 32 MiB of fp32.
+PATCHES = 2**23
+
+
+class Contribution(Protocol):
+    """One use of a parameter by all samples."""
+
+    def add_squares_(self, total: Tensor) -> None:
+        """Add the squared gradients of all samples to ``total``, of the parameter's shape."""
+        ...
+
+    def add_to_(self, scratch: Tensor, n: int) -> None:
+        """Add the gradient of sample n to ``scratch``, of the parameter's shape."""
+        ...
+
+
+class Sums(NamedTuple):
+    """Gradients that are small enough to be formed: (N, *shape)."""
+
+    gradients: Tensor
+
+    def add_squares_(self, total: Tensor) -> None:
+        """Add the squares."""
+        total += self.gradients.to(total.dtype).square().sum(0)
+
+    def add_to_(self, scratch: Tensor, n: int) -> None:
+        """Add one sample's."""
+        scratch += self.gradients[n]
+
+
+class Outer(NamedTuple):
+    """Sums of outer products, a matrix for each of the groups that channels may fall into.
+
+    Args:
+        g: (N, T, groups, p), the gradients of the outputs.
+        a: (N, T, groups, d), the inputs; the parameter has groups * p * d elements in this order.
+    """
+
+    g: Tensor
+    a: Tensor
+
+    def add_squares_(self, total: Tensor) -> None:
+        """Add the squares, group by group."""
+        groups, p, d = self.g.shape[2], self.g.shape[3], self.a.shape[3]
+        for i, part in enumerate(total.view(groups, p, d)):
+            add_squared_products_(part, self.g[:, :, i], self.a[:, :, i])
+
+    def add_to_(self, scratch: Tensor, n: int) -> None:
+        """Add one sample's product."""
+        groups, p, d = self.g.shape[2], self.g.shape[3], self.a.shape[3]
+        for i, part in enumerate(scratch.view(groups, p, d)):
+            g, a = self.g[n, :, i].to(scratch.dtype), self.a[n, :, i].to(scratch.dtype)
+            part.addmm_(g.mT, a)
+
+
+class Patches(NamedTuple):
+    """Outer products whose inputs are too large to be unfolded for all samples at once.
+
+    Args:
+        samples: N.
+        size: Samples to unfold together.
+        outer: Forms the products of some samples.
+    """
+
+    samples: int
+    size: int
+    outer: Callable[[slice], Outer]
+
+    def add_squares_(self, total: Tensor) -> None:
+        """Add the squares, some samples at a time."""
+        for start in range(0, self.samples, self.size):
+            self.outer(slice(start, start + self.size)).add_squares_(total)
+
+    def add_to_(self, scratch: Tensor, n: int) -> None:
+        """Add one sample's."""
+        self.outer(slice(n, n + 1)).add_to_(scratch, 0)
+
+
+class Rows(NamedTuple):
+    """Rows of an embedding: the gradient of row v is the sum of those positions that read it.
+
+    Args:
+        ids: (N, T), int64.
+        g: (N, T, d).
+    """
+
+    ids: Tensor
+    g: Tensor
+
+    def add_squares_(self, total: Tensor) -> None:
+        """Add the squares: sums over equal (sample, id), then squares over equal id.
+
+        By sorting, so that nothing of a vocabulary's size is made and no sum's order is left to
+        chance, as it would be with a GPU's atomic additions.
+        """
+        samples = len(self.ids)
+        numbers = torch.arange(samples, device=self.ids.device)[:, None]
+        # (id, sample) in this order: equal ids end up side by side for the second sum.
+        key, order = (self.ids * samples + numbers).flatten().sort(stable=True)
+        rows = self.g.flatten(0, 1)[order].to(total.dtype)
+        key, sizes = key.unique_consecutive(return_counts=True)
+        squares = _segment_sums(rows, sizes).square_()
+        ids, sizes = (key // samples).unique_consecutive(return_counts=True)
+        total.index_add_(0, ids, _segment_sums(squares, sizes))
+
+    def add_to_(self, scratch: Tensor, n: int) -> None:
+        """Add one sample's."""
+        key, order = self.ids[n].sort(stable=True)
+        ids, sizes = key.unique_consecutive(return_counts=True)
+        scratch.index_add_(0, ids, _segment_sums(self.g[n][order].to(scratch.dtype), sizes))
+
+
+def _segment_sums(rows: Tensor, sizes: Tensor) -> Tensor:
+    """Sum consecutive rows, ``sizes`` of them at a time, in their order."""
+    if rows.device.type == "cpu":  # a loop there; 5 times faster than segment_reduce
+        segment = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return rows.new_zeros(len(sizes), rows.shape[1]).index_add_(0, segment, rows)
+    return torch.segment_reduce(rows, "sum", lengths=sizes)
+
+
+def add_squares_of_uses_(total: Tensor, uses: Sequence[Contribution], samples: int) -> None:
+    """Add the squares of the summed uses of a parameter.
+
+    Args:
+        total: Of the parameter's shape.
+        uses: Everything the samples' gradients consist of.
+        samples: N.
+    """
+    if len(uses) == 1:
+        uses[0].add_squares_(total)
+        return
+    small = [use.gradients for use in uses if isinstance(use, Sums)]
+    if len(small) == len(uses):
+        Sums(torch.stack(small).sum(0)).add_squares_(total)
+        return
+    scratch = torch.empty_like(total)
+    for n in range(samples):
+        scratch.zero_()
+        for use in uses:
+            use.add_to_(scratch, n)
+        total.addcmul_(scratch, scratch)
+
+
+# Contributions by parameter name, from the module, its input and its output's gradient, both with
+# the samples in front: (N, ...).
+Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Contribution]]
+
+
+def to_samples(tensor: Tensor, dim: int, samples: int) -> Tensor:
+    """Bring the samples to the front: (..., N * s, ...) with ``dim`` N * s becomes (N, s, ...)."""
+    moved = tensor.movedim(dim, 0)
+    return moved.reshape(samples, moved.shape[0] // samples, *moved.shape[1:])
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
+def _linear(module: nn.Linear, x: Tensor, g: Tensor) -> dict[str, Contribution]:
+    x, g = x.flatten(1, -2), g.flatten(1, -2)  # (N, T, d), (N, T, p)
+    return {"weight": Outer(g[:, :, None], x[:, :, None]), "bias": Sums(_full(g).sum(1))}
+
+
+def _embedding(module: nn.Embedding, ids: Tensor, g: Tensor) -> dict[str, Contribution]:
+    if module.padding_idx is not None:
+        g = g * (ids != module.padding_idx)[..., None]
+    return {"weight": Rows(ids.flatten(1).long(), g.flatten(1, -2))}
+
+
+def patches_of(module: Convolution, images: Tensor) -> Tensor:
+    """Return what a convolution multiplies its kernel with, one column for each output pixel.
+
+    Args:
+        module: The convolution.
+        images: What it read, (B, C, pixels...).
+
+    Returns:
+        Shape (B, C * kernel elements, output pixels), in the order of ``weight.flatten(1)``.
+    """
+    padding = module._reversed_padding_repeated_twice  # as torch.nn.functional.pad takes it
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    patches = functional.pad(images, padding, mode=mode)
+    sizes = zip(module.kernel_size, module.dilation, module.stride, strict=True)
+    for i, (kernel, dilation, stride) in enumerate(sizes):
+        patches = patches.unfold(2 + i, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    # (B, C, pixels..., kernel...) -> (B, C, kernel..., pixels...)
+    pixels = range(2, images.ndim)
+    patches = patches.movedim(tuple(pixels), tuple(range(-len(pixels), 0)))
+    return patches.reshape(len(images), images.shape[1] * math.prod(module.kernel_size), -1)
+
+
+def _conv(module: Convolution, x: Tensor, g: Tensor) -> dict[str, Contribution]:
+    # Samples (N, s, C, ...).
+    def outer(part: slice) -> Outer:
+        patches = patches_of(module, x[part].flatten(0, 1)).mT  # (N s, L, C k)
+        gradients = g[part].flatten(0, 1).flatten(2).mT  # (N s, L, p)
+        split = (len(x[part]), -1, module.groups)
+        # (N s, L, C k) -> (N, s L, groups, C k / groups), and so for the gradient.
+        return Outer(
+            gradients.reshape(*split, module.out_channels // module.groups),
+            patches.reshape(*split, patches.shape[2] // module.groups),
+        )
+
+    unfolded = g[0, :, 0].numel() * x.shape[2] * math.prod(module.kernel_size)  # elements a sample
+    weight = Patches(len(x), max(1, PATCHES // unfolded), outer)
+    bias = Sums(_full(g).transpose(1, 2).flatten(2).sum(2))
+    return {"weight": weight, "bias": bias}
+
+
+def _affine(normalised: Tensor, g: Tensor, dims: tuple[int, ...]) -> dict[str, Contribution]:
+    weight = (_full(g) * normalised).sum(dims)
+    return {"weight": Sums(weight), "bias": Sums(_full(g).sum(dims))}
+
+
+def _layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor) -> dict[str, Contribution]:
+    shape = module.normalized_shape
+    normalised = functional.layer_norm(_full(x), shape, eps=module.eps)
+    return _affine(normalised, g, tuple(range(1, x.ndim - len(shape))))
+
+
+def _rms_norm(module: nn.RMSNorm, x: Tensor, g: Tensor) -> dict[str, Contribution]:
+    shape = module.normalized_shape
+    # eps None is the smallest of the dtype that the layer itself computed in.
+    eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+    normalised = functional.rms_norm(_full(x), shape, eps=eps)
+    return _affine(normalised, g, tuple(range(1, x.ndim - len(shape))))
+
+
+def _group_norm(module: nn.GroupNorm, x: Tensor, g: Tensor) -> dict[str, Contribution]:
+    flat = functional.group_norm(_full(x).flatten(0, 1), module.num_groups, eps=module.eps)
+    return _affine(flat.view(x.shape), g, (1, *range(3, x.ndim)))
+
+
+def _batch_norm(module: nn.BatchNorm2d, x: Tensor, g: Tensor) -> dict[str, Contribution]:
+    mean, var = module.running_mean, module.running_var
+    flat = functional.batch_norm(_full(x).flatten(0, 1), mean, var, eps=module.eps)
+    return _affine(flat.view(x.shape), g, (1, *range(3, x.ndim)))
+
+
+# Beside the rule: whether the samples may be in another dimension than the first of the input.
+_RULES: dict[object, tuple[Callable[..., dict[str, Contribution]], bool]] = {
+    nn.Linear.forward: (_linear, True),
+    nn.Embedding.forward: (_embedding, True),
+    nn.LayerNorm.forward: (_layer_norm, True),
+    nn.RMSNorm.forward: (_rms_norm, True),
+    nn.Conv1d.forward: (_conv, False),
+    nn.Conv2d.forward: (_conv, False),
+    nn.GroupNorm.forward: (_group_norm, False),
+    nn.BatchNorm1d.forward: (_batch_norm, False),
+}
+
+
+def rule_of(module: nn.Module) -> tuple[Rule, bool] | None:
+    """Return the module's rule, and whether it takes the samples in any dimension; None if unknown.
+
+    Args:
+        module: In evaluation mode.
+    """
+    if "forward" in vars(module):
+        return None  # somebody's own
+    if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm):
+        return None
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        return None  # mixes the samples
+    return _RULES.get(type(module).forward)
