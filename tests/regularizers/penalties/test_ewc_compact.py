@@ -105,23 +105,6 @@ def test_further_tasks_keep_the_addresses():
     assert small.constant == pytest.approx(full.constant, rel=0.02)
 
 
-def test_state_round_trip(tmp_path):
-    model = small_model()
-    saved = compact(model)
-    saved.add_task(random_importance(model, seed=4))
-    torch.save(saved.state_dict(), tmp_path / "ewc.pt")
-    state = torch.load(tmp_path / "ewc.pt", weights_only=True)
-    move(model)
-    loaded = EWC(model, random_importance(model, seed=9), storage="compact")
-    loaded.load_state_dict(state)
-    assert loaded.value().item() == saved.value().item() > 0
-    assert loaded.constant == saved.constant
-    for ours, theirs in zip(loaded.terms(), saved.terms(), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    with pytest.raises(ValueError, match=r"the state has storage='compact', this penalty 'full'"):
-        EWC(model, random_importance(model)).load_state_dict(state)
-
-
 def test_refuses_what_it_cannot_store():
     model = nn.Conv2d(2, 4, 3, bias=False).to(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"'weight' is not contiguous, .* use storage='bfloat16'"):

@@ -1,4 +1,4 @@
-"""Strengths by schedule, ratio and layer, against the formulas in Python floats."""
+"""Strengths by schedule, ratio and layer against formulas in floats; strengths out of range."""
 
 import math
 
@@ -6,10 +6,13 @@ import pytest
 import torch
 from ewc_models import move, random_importance, small_model
 
+from ars import ARSAdamW
 from ars.regularizers import (
     EWC,
     AdaptiveStrength,
+    CombinedLoss,
     DiagonalFisher,
+    Distillation,
     KroneckerPenalty,
     ProgressiveInheritance,
     SubspacePenalty,
@@ -223,3 +226,76 @@ def test_goes_on_in_a_penalty_that_loaded_a_state():
         resumed.step()
         assert float(other.strength) == float(penalty.strength)
     assert float(other.strength) < 3.0
+
+
+def progressive(strength):
+    model = small_model()
+    penalty = ProgressiveInheritance(ewc(model), subspace(model))
+    penalty.strength = strength
+    return penalty
+
+
+BUILT = {
+    "ewc": lambda strength: ewc(small_model(), strength),
+    "kronecker": lambda strength: kronecker(small_model(), strength),
+    "subspace": lambda strength: subspace(small_model(), strength),
+    "progressive": progressive,
+    "distillation": lambda strength: Distillation(small_model(), strength),
+}
+WAYS = {
+    **{name: ("strength", build) for name, build in BUILT.items()},
+    "layer": (
+        r"layer_strengths\['0.*'\]", lambda x: ewc(small_model(), layer_strengths={"0.*": x}),
+    ),
+    "l2": ("l2", lambda x: CombinedLoss(l2=x, model=small_model())),
+    "group": (
+        "penalty_strength",
+        lambda x: ARSAdamW([{"params": [torch.ones(1)], "penalty_strength": x}]),
+    ),
+    "bounds": (
+        "bounds", lambda x: AdaptiveStrength(ewc(small_model(), 1.0), ratio=0.1, bounds=(1e-3, x)),
+    ),
+    "traces": (
+        "bounds", lambda x: trace_strengths({"a": torch.ones(1)}, bounds=(1e-3, x)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strength", [1e39, 2e38, 10**400, math.inf, math.nan, -1.0])
+@pytest.mark.parametrize(("name", "build"), WAYS.values(), ids=WAYS)
+def test_a_strength_out_of_range_is_refused_by_name(name, build, strength):
+    with pytest.raises(ValueError, match=name):
+        build(strength)
+
+
+@pytest.mark.parametrize("build", BUILT.values(), ids=BUILT)
+def test_a_strength_set_later_is_refused_and_the_old_one_kept(build):
+    penalty = build(3.0)
+    for wrong in (1e39, torch.tensor(2e38), torch.tensor(math.inf), -0.1):
+        with pytest.raises(ValueError, match="strength must be"):
+            penalty.strength = wrong
+        assert penalty.strength == 3.0
+
+
+def test_a_state_with_such_a_strength_is_refused_and_nothing_changes():
+    penalty = ewc(small_model())
+    for wrong in (1e39, math.nan):
+        with pytest.raises(ValueError, match="strength must be"):
+            penalty.load_state_dict({**penalty.state_dict(), "strength": wrong})
+    with pytest.raises(ValueError, match="the state's constant must be finite"):
+        penalty.load_state_dict({**penalty.state_dict(), "constant": math.inf})
+    assert penalty.strength == 3.0
+
+
+@pytest.mark.parametrize("name", ["ewc", "kronecker", "subspace"])
+def test_at_the_anchor_the_largest_strength_changes_nothing(name):
+    """Its products with importances overflow, but all of them are of a difference of 0."""
+    penalty = BUILT[name](1e38)
+    params = [pair[0] for pair in [*penalty.terms(), *getattr(penalty, "gradients", list)()]]
+    optimizer = ARSAdamW(params, lr=0.1, weight_decay=0.0, ars=None, penalty=penalty)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p, old in zip(params, before, strict=True):
+        torch.testing.assert_close(p, old - 0.1, rtol=1e-6, atol=1e-6)
