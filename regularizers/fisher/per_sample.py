@@ -52,7 +52,7 @@ class Differentiator:
     """Adds up squared gradients by the fastest way that gives what plain autograd gives.
 
     ``hooks`` prove for every batch that all uses of the parameters are seen, and that every row of
-    every layer belongs to the sample it is taken for (:mod:`ars.regularizers.taps`). Before
+    every layer belongs to the sample it is taken for (:mod:`ars.regularizers.fisher.hooks`). Before
     ``hooks``, or ``vmap`` in its place, is relied upon, it is besides compared with plain autograd
     on two samples, or on the one there is, taken twice, until there are two, which tests the
     layers' rules. Random cotangents of size one take the place of the softmax's, which vanish where
