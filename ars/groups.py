@@ -69,7 +69,8 @@ def is_trial(groups: list[dict[str, Any]]) -> bool:
     """
     for group in groups:
         lr = group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]
-        if (isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0:
+        # A base optimizer's may be no number, such as Adafactor's None; then it is not 0.
+        if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
             return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     return bool(grads) and not any(grad.is_sparse or bool(grad.any()) for grad in grads)

@@ -30,8 +30,9 @@ from ars.plan import Direct, Plan
 
 __all__ = ["HostStep"]
 
-# A step at which every beta ** step is 0, so that torch's own bias corrections are 1.
-FOREVER = torch.tensor(1e9, dtype=torch.float32, device="cpu")
+# A step at which every beta ** step is 0, that of a beta next to 1 too, so that torch's own bias
+# corrections are 1.
+FOREVER = torch.tensor(torch.finfo(torch.float32).max, dtype=torch.float32, device="cpu")
 
 
 class HostStep:

@@ -1,5 +1,6 @@
 """Each parameter's optimizer state: how it starts, and its dtypes."""
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -222,11 +223,15 @@ def check_operands(
         problem = f"is {grad.dtype}, the parameter {param.dtype}"
     if problem is not None:
         refuse("gradient", problem, "it is from before the parameter changed, so set it to None")
+    if _overlaps(param):
+        refuse("memory", "holds several of its elements at one place", "set param.data to a clone")
     for key in SHAPED_STATE:
         if key not in state:
             continue
         tensor = state[key]
         problem = _misfit(tensor, param) if isinstance(tensor, Tensor) else f"is {tensor!r}"
+        if problem is None and _overlaps(tensor):
+            refuse(key, "holds several elements at one place of its memory", "set it to a clone")
         if problem is not None:
             remedy = "change rows with optimizer.change_rows(), or start it afresh by `del "
             refuse(key, problem, remedy + "optimizer.state[parameter]`")
@@ -241,12 +246,22 @@ def check_operands(
         if isinstance(value, Tensor) and value.numel() != size:
             remedy = "set it to a 0-d tensor" if size == 1 else "delete it"
             refuse(key, f"has shape {tuple(value.shape)}", remedy)
+    count = state.get("step", 0)
+    if not isinstance(count, (Tensor, Real)):
+        refuse("step", f"is {count!r}", "set it to a 0-d tensor")
     for key, tensor in term._asdict().items():
         if tensor is not None and key != "scale":
             problem = _misfit(tensor, param)
             if problem is not None:
                 remedy = "set optimizer.penalty to one that was built from the model as it is"
                 refuse(f"the penalty's {key}", problem, remedy)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, as after ``expand``: a kernel would refuse it half-way."""
+    if tensor.layout != torch.strided:
+        return False
+    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _misfit(tensor: Tensor, param: Tensor) -> str | None:

@@ -273,3 +273,61 @@ def test_a_step_may_be_a_number_an_integer_or_of_one_dimension(implementation):
     for param in params:
         assert param.item() == pytest.approx(0.7)
         assert float(optimizer.state[param]["step"]) == 3
+
+
+@pytest.mark.parametrize("implementation", ["loop", "foreach", "fused"])
+@pytest.mark.parametrize("count", [None, "3"], ids=repr)
+def test_a_step_that_is_no_number_is_refused(implementation, count):
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = make(implementation, [param])
+    param.grad = torch.ones(2)
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.state[param]["step"] = count
+    with pytest.raises(RuntimeError, match=f"step of parameter 0 of group 0 is {count!r}: set it"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("betas", [(0.9999999999, 0.999), (0.9, 0.9999999999)], ids=repr)
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_betas_next_to_one_are_torchs(implementation, config, betas):
+    """In float32 they are 1; the products of a gated step are given to a kernel that knows none."""
+    results = []
+    for ours in (True, False):
+        param = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+        settings = {"lr": 0.1, "betas": betas}
+        if ours:
+            optimizer = make(implementation, [param], ars=CONFIGS[config], **settings)
+        else:
+            optimizer = torch.optim.AdamW([param], fused=True, **settings)
+        for index in range(4):
+            param.grad = torch.tensor([1.0, -0.5, 2.0]) * (1 + index % 2)
+            optimizer.step()
+        results.append(param.detach())
+    # The same roundings as everywhere, and those of 1 - beta, which float32 cannot hold to the end.
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("which", ["parameter", "exp_avg", "exp_avg_sq"])
+def test_what_shares_memory_with_itself_is_refused_before_anything_moves(implementation, which):
+    params = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    optimizer = make(implementation, params)
+    for step in range(2):
+        for param in params:
+            param.grad = torch.ones(4, 3)
+        if step == 0:
+            optimizer.step()
+    if which == "parameter":
+        params[1].data = torch.zeros(3).expand(4, 3)
+    else:
+        optimizer.state[params[1]][which] = torch.zeros(3).expand(4, 3)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(
+        RuntimeError, match=r"of parameter 1 of group 0 holds several .*: set .*clone"
+    ):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert float(optimizer.state[params[0]]["step"]) == 1

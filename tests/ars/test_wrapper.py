@@ -335,9 +335,24 @@ def test_values_that_cannot_be_multiplied_are_refused_before_the_first_alarm(val
     assert opt.param_groups[0] == before
     opt.param_groups[0].update(values)  # and where it is put there later, nothing has been observed
     gradients(params, 0)
-    with pytest.raises(ValueError, match=message):
-        opt.step(loss=1.0)
+    for step in ({"loss": 1.0}, {}):
+        with pytest.raises(ValueError, match=message):
+            opt.step(**step)
     assert opt.controller.counts.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("lr", [None, "auto", [0.1, 0.2]], ids=repr)
+def test_a_rate_that_is_left_alone_may_be_anything(lr):
+    """Also at the first step, which could be one that is only to make the state."""
+    params = parameters(shapes=MATRICES)
+    base = Loose(params, lr=lr)
+    seen = []
+    base.step = lambda: seen.append(base.param_groups[0]["lr"])
+    opt = ARSOptimizer(base, ARSConfig(gate=("grad",), jitter=0.0))
+    gradients(params, 0)
+    opt.step()
+    assert seen == [lr]
+    assert opt.controller.counts.tolist() != [0, 0]
 
 
 @pytest.mark.parametrize("values", TAKEN, ids=repr)
