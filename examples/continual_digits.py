@@ -27,12 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from common.output_folder import OutputFolder
         from common.program import StopRequest
-        from continual.cli import parse_arguments
+        from continual.digits_options import parse_options
         from continual.digits_results import check_folder, run_all, write_report
     except ModuleNotFoundError as error:
         return missing_module(error)
-    arguments = parse_arguments(argv)
-    out, settings = arguments.out, arguments.settings
+    options = parse_options(argv)
+    out, settings = options.folder, options.settings
 
     def work() -> None:
         check_folder(out, settings)
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             output.hold()
             done = check_folder(out, settings)  # once more: nobody changes it now
             with StopRequest() as stop:
-                records = run_all(output, settings, arguments.runs, done, arguments.threads, stop)
-            table = write_report(out, settings, records, sweep=arguments.sweep)
+                records = run_all(output, settings, options.runs, done, options.threads, stop)
+            table = write_report(out, settings, records, sweep=options.sweep)
             output.check()
         print(table, end="")
         print(f"\nResults are in {out}: results.json, table.md and figures.")

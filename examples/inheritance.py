@@ -27,21 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     quit_on_signals()
     try:
-        from experiment.cli import parse_arguments
-        from experiment.experiment_run import run_experiment
+        from experiment.experiment_run import parse_options, run_experiment
     except ModuleNotFoundError as error:
         return missing_module(error)
-    given = parse_arguments(argv)
-
-    def work() -> None:
-        print(
-            run_experiment(
-                given.out, given.size, given.data, given.stage, given.workers, given.minutes
-            ),
-            end="",
-        )
-
-    return exit_status(given.out, work)
+    options = parse_options(argv)
+    return exit_status(options.folder, lambda: print(run_experiment(options), end=""))
 
 
 if __name__ == "__main__":

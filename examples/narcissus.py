@@ -32,33 +32,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         from common.errors import UsageError
         from common.output_folder import OutputFolder
         from common.program import StopRequest
-        from stress.cli import SENSITIVITY_PAIRS, parse_arguments
         from stress.oscillation import write_oscillations
-        from stress.scenarios import load_file, load_standard_library
+        from stress.scenarios import SIZES, load_file, load_standard_library
+        from stress.stress_options import SENSITIVITY_PAIRS, parse_options
         from stress.stress_report import draw_scenarios, draw_sensitivity, tables, write_summary
         from stress.stress_run import run_all
     except ModuleNotFoundError as error:
         return missing_module(error)
-    arguments = parse_arguments(argv)
-    out, jobs, data = arguments.out, arguments.jobs, arguments.data
+    options = parse_options(argv)
+    out, jobs, size = options.folder, options.jobs, SIZES[options.size]
 
     def work() -> None:
-        if arguments.size.device == "cuda" and not torch.cuda.is_available():
+        if size.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--size gpu needs a CUDA device and torch finds none: name another")
         with OutputFolder(out) as output:
             output.hold()
-            if arguments.oscillation:
-                table = write_oscillations(out, arguments.oscillation)
+            if options.oscillation:
+                table = write_oscillations(out, options.seed_range)
                 output.check()
                 print(table)
                 print(f"Results are in {out}: tables.md, oscillation.csv, oscillation.png.")
                 return
-            length = arguments.size.sequence_len
-            corpus = load_standard_library() if data is None else load_file(data, length)
+            data = options.data
+            corpus = load_standard_library() if data is None else load_file(data, size.sequence_len)
             with StopRequest() as stop:
-                records = run_all(output, jobs, corpus, arguments.workers, stop)
+                records = run_all(output, jobs, corpus, options.workers, stop)
                 rows = write_summary(out, jobs, records, corpus, command())
-                if arguments.sensitivity:
+                if options.sensitivity:
                     draw_sensitivity(out / "sensitivity.png", rows, SENSITIVITY_PAIRS)
                 else:
                     draw_scenarios(out, jobs, records)

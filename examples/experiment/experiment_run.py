@@ -3,14 +3,17 @@
 A series resumes by itself, so a stopped experiment goes on where every one of them stopped.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import torch
 
+from common.command_line import CommandLine, choice, integer, number, option, path, text
 from common.errors import UsageError
 from common.jobs import run_jobs
 from common.output_folder import OutputFolder
@@ -24,21 +27,58 @@ from trainer.run import Run
 from trainer.series import check_folder, run_series
 from trainer.settings import SeriesConfig
 
-__all__ = ["open_corpus", "run_experiment", "train_series"]
+__all__ = ["Options", "open_corpus", "parse_options", "run_experiment", "train_series"]
+
+_DESCRIPTION = """\
+Train every arm of the miniseries at equal total FLOPs, after tuning what is compared with; sweep
+the strengths of the penalties on one transition; and give the largest model's operations to smaller
+ones."""
+_EPILOG = "Interrupt at any time (Ctrl-C) and run the same command again to go on."
 
 
-def run_experiment(
-    out: Path, size: str, data: str | None, stages: Sequence[Stage], workers: int, minutes: float
-) -> str:
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Args:
+        out: output folder; ``None``: out/inheritance- and the size.
+        data: text, as for miniseries.py; ``None``: the standard library's source.
+        size: cpu: d2 to d4; gpu: d4 to d10; quick: d1 to d3.
+        stage: what to train, one or more of tune, grid, sizes and arms.
+        workers: series trained at a time, each on one thread.
+        minutes: stop in good order after so long, to be continued; ``None``: never.
+    """
+
+    out: Path | None = option(None, path)
+    data: str | None = option(None, text)
+    size: str = option("cpu", choice(*sorted(SIZES)))
+    stage: tuple[Stage, ...] = option(STAGES, choice(*STAGES), many=True)
+    workers: int = option(1, integer(1, 256))
+    minutes: float | None = option(None, number(0, 1e6, above=True))
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return self.out or Path(f"out/inheritance-{self.size}")
+
+
+def parse_options(words: Sequence[str] | None) -> Options:
+    """Read the command line; a mistake ends the program with status 2.
+
+    Args:
+        words: after the program's name; ``None`` for those of this process.
+    """
+    line = CommandLine("inheritance.py", _DESCRIPTION, _EPILOG)
+    line.add_settings("settings", Options, in_files=False)
+    options: Options = line.build(Options, line.parse(words))
+    return options
+
+
+def run_experiment(options: Options) -> str:
     """Train what is not yet trained and sum it up.
 
     Args:
-        out: folder of the experiment.
-        size: a name of `SIZES`.
-        data: text, as ``--data`` of ``miniseries.py`` takes it.
-        stages: what to train.
-        workers: series at a time.
-        minutes: after which to stop in good order.
+        options: what to train, and where.
 
     Returns:
         What to tell the user.
@@ -47,10 +87,12 @@ def run_experiment(
         RunInterruptedError: a signal arrived, or the minutes are over.
         UsageError: the device, the text or the folder cannot be used, or a series failed.
     """
+    out, size, data = options.folder, options.size, options.data
+    minutes = math.inf if options.minutes is None else options.minutes
     deadline = time.monotonic() + 60 * minutes
     jobs = {stage: jobs_of(stage, size) for stage in STAGES}
     every = list(chain.from_iterable(jobs.values()))
-    asked = [job for stage in dict.fromkeys(stages) for job in jobs[stage]]
+    asked = [job for stage in dict.fromkeys(options.stage) for job in jobs[stage]]
     if size == "gpu" and not torch.cuda.is_available():
         raise UsageError("--size gpu needs a CUDA device and torch finds none: use --size cpu")
     with OutputFolder(out) as output, _Stop(output, deadline) as stop:
@@ -58,7 +100,7 @@ def run_experiment(
         corpus = open_corpus(out, data, SIZES[size], stop.check)
         for job in every:  # all stages: they are summed up together, of one text and one design
             check_folder(out / job.name, job.config, corpus)
-        train_series(out, data, asked, workers, stop)
+        train_series(out, data, asked, options.workers, stop)
         if stop.requested:  # not for the minutes, which are of the training
             stop.leave()
         # All is trained, so that nothing has to be saved: a signal ends the program at once.

@@ -90,6 +90,7 @@ def test_what_protects_does_and_the_wrong_side_does_not(final: dict[str, float])
         assert final[method] > 85
     for method in ("ewc", "ewc-proximal", "ewc-online", "ewc-compact"):
         assert final[method] > none
+    assert final["ewc-online"] != final["ewc"]  # a penalty a task, or one for all
     for method in ("subspace-outside", "subspace-output"):
         assert final[method] < none + 8
         assert final[method] < final["subspace"] - 20

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import continual_digits
-from continual.cli import parse_arguments
+from continual.digits_options import parse_options
 from continual.memory_methods import METHODS
 
 SCRIPT = Path(continual_digits.__file__)
@@ -58,7 +58,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_no_run_is_done_or_counted_twice() -> None:
     chosen = f"ewc,ewc={METHODS['ewc'].strength},ewc=7"
-    found = parse_arguments(["--methods", chosen, "--tasks", "2,2", "--seeds", "2"]).runs
+    found = parse_options(["--methods", chosen, "--tasks", "2,2", "--seeds", "2"]).runs
     assert [(run.strength, run.seed) for run in found] == [
         (strength, seed) for strength in (METHODS["ewc"].strength, 7.0) for seed in (0, 1)
     ]
@@ -205,15 +205,15 @@ def test_help_explains_every_option_with_its_default() -> None:
 
 
 def test_defaults() -> None:
-    full, quick, sweep = (parse_arguments(w) for w in ([], ["--quick"], ["--sweep"]))
-    assert full.out == Path("out/digits")
+    full, quick, sweep = (parse_options(w) for w in ([], ["--quick"], ["--sweep"]))
+    assert full.folder == Path("out/digits")
     assert (full.settings.epochs, full.settings.batch_size, full.settings.lr) == (20, 64, 1e-3)
     assert {run.tasks for run in full.runs} == {5, 10}
     assert {run.seed for run in full.runs} == {0, 1, 2, 3, 4}
     assert {run.method for run in full.runs} == set(METHODS)
     assert full.threads == 1
-    assert quick.out == Path("out/digits-quick")
+    assert quick.folder == Path("out/digits-quick")
     assert {run.tasks for run in quick.runs} == {3}
-    assert sweep.out == Path("out/digits-sweep")
+    assert sweep.folder == Path("out/digits-sweep")
     assert not {run.seed for run in sweep.runs} & {run.seed for run in full.runs}
     assert not full.settings.validation

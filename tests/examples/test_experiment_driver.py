@@ -1,7 +1,6 @@
 """The driver of the experiment on series of seconds: stopped in every way, it ends the same."""
 
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,7 @@ from common.errors import UsageError
 from common.program import StopRequest, exit_status
 from experiment import experiment_report, experiment_run
 from experiment.experiment_design import SIZES, Job, jobs_of
-from experiment.experiment_run import run_experiment, train_series
+from experiment.experiment_run import Options, run_experiment, train_series
 from trainer.settings import Machine, SeriesConfig
 
 pytestmark = pytest.mark.slow
@@ -54,7 +53,7 @@ def small() -> Iterator[None]:
 
 def experiment(out: Path, text: Path, workers: int = 1) -> dict[str, Any]:
     """Run the arms in this process; their summary without the times."""
-    run_experiment(out, "quick", str(text), ["arms"], workers, math.inf)
+    run_experiment(Options(out, str(text), "quick", ("arms",), workers))
     found: dict[str, Any] = json.loads((out / "summary.json").read_text())
     for model in found["models"]:
         model.pop("seconds")
@@ -208,10 +207,10 @@ def test_another_text_or_design_is_refused_before_training(
     other.write_bytes(text.read_bytes()[::-1])
     monkeypatch.setattr(experiment_run, "train_series", lambda *_: pytest.fail("it trains"))
     with pytest.raises(UsageError, match=f"{out}/arms/seed-0 holds a run with other training data"):
-        run_experiment(out, "quick", str(other), ["tune"], 1, math.inf)
+        run_experiment(Options(out, str(other), "quick", ("tune",), 1))
     monkeypatch.setitem(SIZES, "quick", replace(SMALL, lr=0.5))
     with pytest.raises(UsageError, match=r"/arms/seed-0 holds a run with lr 0.003 \(now 0.5\): "):
-        run_experiment(out, "quick", str(text), ["tune"], 1, math.inf)
+        run_experiment(Options(out, str(text), "quick", ("tune",), 1))
 
 
 def test_a_missing_device_is_said_before_anything_is_written(
@@ -219,7 +218,7 @@ def test_a_missing_device_is_said_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=r"--size gpu needs a CUDA device .* use --size cpu"):
-        run_experiment(tmp_path / "out", "gpu", str(text), ["arms"], 1, math.inf)
+        run_experiment(Options(tmp_path / "out", str(text), "gpu", ("arms",), 1))
     assert not (tmp_path / "out").exists()
 
 

@@ -12,9 +12,9 @@ import analyze
 import stability
 from common.command_line import CommandLine, OptionError, integer, number
 from common.errors import UsageError
-from continual import cli as continual_cli
-from experiment import cli as experiment_cli
-from stress import cli as stress_cli
+from continual import digits_options
+from experiment import experiment_run
+from stress import stress_options
 from trainer import arguments as trainer_cli
 from trainer.arms import parse_arm
 
@@ -26,9 +26,9 @@ PROGRAMS: dict[str, Callable[[list[str]], Any]] = {
     "plan": trainer_cli.parse_plan,
     "sample": trainer_cli.parse_sample,
     "analyze.py": analyze.parse_arguments,
-    "continual_digits.py": continual_cli.parse_arguments,
-    "inheritance.py": experiment_cli.parse_arguments,
-    "narcissus.py": stress_cli.parse_arguments,
+    "continual_digits.py": digits_options.parse_options,
+    "inheritance.py": experiment_run.parse_options,
+    "narcissus.py": stress_options.parse_options,
     "stability.py": stability.main,
 }
 

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from corpus import Corpus
-from stress.cli import SENSITIVITY_PAIRS, parse_arguments
 from stress.scenarios import Size, load_file
+from stress.stress_options import SENSITIVITY_PAIRS, parse_options
 from stress.stress_report import (
     draw_scenarios,
     draw_sensitivity,
@@ -138,9 +138,9 @@ def test_figures_show_every_arm(
 
 
 def test_heat_map_of_the_whole_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = parse_arguments(["--sensitivity", "--seeds", "1", "--scenarios", "edge"])
-    numbers = [float(i) for i in range(len(arguments.jobs))]
-    records = [record(job, final=n) for job, n in zip(arguments.jobs, numbers, strict=True)]
+    jobs = parse_options(["--sensitivity", "--seeds", "1", "--scenarios", "edge"]).jobs
+    numbers = [float(i) for i in range(len(jobs))]
+    records = [record(job, final=n) for job, n in zip(jobs, numbers, strict=True)]
     written: list[str] = []
     original = matplotlib.axes.Axes.text
 
@@ -149,7 +149,7 @@ def test_heat_map_of_the_whole_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return original(self, x, y, s, *rest, **more)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "text", spy)
-    rows = summarize(arguments.jobs, records)
+    rows = summarize(jobs, records)
     draw_sensitivity(tmp_path / "map.png", rows, SENSITIVITY_PAIRS)
     assert sorted(float(s) for s in written if "." in s) == numbers
     assert (tmp_path / "map.png").stat().st_size > 1000

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import narcissus
-from stress.cli import parse_arguments
+from stress.stress_options import parse_options
 
 SCRIPT = Path(narcissus.__file__)
 
@@ -33,14 +33,14 @@ def _folder_and_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         (["--workers", "x"], "'x' is not a whole number"),
         (["--scenarios", "edge,egde"], "'egde' is none of ordinary, bytes"),
         (["--arms", ""], "'' is none of adamw"),
-        (["--size", "huge"], "invalid choice: 'huge'"),
+        (["--size", "huge"], "'huge' is not one of 'tiny'"),
         (["--sensitivity", "--quick"], "--sensitivity: takes neither"),
         (["--sensitivity", "--arms", "adamw"], "--sensitivity: takes neither"),
         (["--oscillation", "--quick"], "--oscillation: takes --out"),
         (["--oscillation", "--arms", "adamw"], "--oscillation: takes --out"),
         (["--data", "missing"], "--data missing does not exist"),
         (["--out", "file"], "--out file cannot be created"),
-        (["--quic"], "unrecognized arguments: --quic"),
+        (["--quic"], "there is no --quic; did you mean --quick?"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -68,22 +68,22 @@ def test_the_gpu_size_needs_a_gpu(
 
 
 def test_what_is_run() -> None:
-    everything = parse_arguments([])
+    everything = parse_options([])
     assert len(everything.jobs) == len(set(everything.jobs))
     assert {job.seed for job in everything.jobs} == set(range(10))
     ordinary = {job.rate for job in everything.jobs if job.scenario == "ordinary"}
     assert len(ordinary) == 3
-    quick = parse_arguments(["--quick"])
+    quick = parse_options(["--quick"])
     assert len(quick.jobs) == 16
-    assert quick.out == Path("out/narcissus-quick")
-    chosen = parse_arguments(
+    assert quick.folder == Path("out/narcissus-quick")
+    chosen = parse_options(
         ["--scenarios", "loop", "--arms", "sgd", "--seeds", "2", "--first-seed", "7"]
     )
     assert [(j.scenario, j.arm, j.seed) for j in chosen.jobs] == [
         ("loop", "sgd", 7),
         ("loop", "sgd", 8),
     ]
-    files = [job.file for job in (*everything.jobs, *parse_arguments(["--sensitivity"]).jobs)]
+    files = [job.file for job in (*everything.jobs, *parse_options(["--sensitivity"]).jobs)]
     assert len(files) == len(set(files))
 
 
