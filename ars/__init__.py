@@ -9,11 +9,11 @@
 >>> opt.step(loss=loss)
 """
 
-from ars.adam import ARSAdam
-from ars.adamw import ARSAdamW
-from ars.config import ARSConfig
+import sys
+
+from ars.adam import ARSAdam, ARSAdamW
+from ars.config import ARSConfig, ChronosJitter, EntropyGuard, SurpriseGate
 from ars.controller import ARSController
-from ars.parts import ChronosJitter, EntropyGuard, SurpriseGate
 from ars.release import GradientRelease
 from ars.surprise import prediction_entropy
 from ars.wrapper import ARSOptimizer
@@ -33,3 +33,7 @@ __all__ = [
     "__version__",
     "prediction_entropy",
 ]
+
+# A pickle names the modules of its classes: where those of version 0.1.0 are now.
+for _old, _new in {"adamw": "adam", "parts": "config", "state": "step.state"}.items():
+    sys.modules[f"ars.{_old}"] = sys.modules[f"ars.{_new}"]

@@ -1,4 +1,4 @@
-"""Adam with the controller, the clipping and the penalty inside the step."""
+"""ARSAdam and ARSAdamW: the controller, the clipping and the penalty inside Adam's step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,31 +6,52 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ars import compiled, functional
-from ars.batch import DIAGNOSTICS, Batch, Hyper, Options, is_decoupled, read_hyper, rows
-from ars.checkpoint import CheckpointedAdam
-from ars.collect import Collector
 from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
-from ars.counters import CounterPool
-from ars.groups import check_max_grad_norm, has_gradient, is_trial
 from ars.penalty import (
     Penalty,
     Term,
     check_group_strengths,
+    check_strength,
     parameter_names,
     read_settings,
+    read_terms,
     refresh_,
 )
-from ars.rows import change_rows_
-from ars.state import Precision, check_operands, complete_state
+from ars.step import choose
+from ars.step.batch import (
+    DIAGNOSTICS,
+    Batch,
+    Collector,
+    Hyper,
+    Options,
+    has_gradient,
+    hyper_rows,
+    is_decoupled,
+    make_operands,
+    read_hyper,
+)
+from ars.step.compile import TracedOptimizer
+from ars.step.compile import step_ as step_in_graph
+from ars.step.loading import check_state_dict, unchanged_on_error
+from ars.step.state import (
+    CounterPool,
+    Precision,
+    change_rows_,
+    check_operands,
+    complete_state,
+    is_trial,
+    restore_dtypes,
+    step_kind,
+)
 from ars.surprise import Group, Replicas, check_watched, choose_surprise
 
-__all__ = ["ARSAdam"]
+__all__ = ["ARSAdam", "ARSAdamW"]
 
 
-class ARSAdam(CheckpointedAdam):
+class ARSAdam(torch.optim.Adam):
     r"""Adam with an on-device stability controller and an inheritance penalty in the same pass.
 
     As :class:`ars.ARSAdamW`, with L2 weight decay (``weight_decay * param`` joins the gradient)
@@ -47,6 +68,12 @@ class ARSAdam(CheckpointedAdam):
         >>> weight.detach()
         tensor([0.9000, 0.9000])
     """
+
+    _implementation: choose.Implementation
+    _penalty: Penalty | None
+    _step_supports_amp_scaling: bool
+    _terms: dict[Tensor, Term]  # of the penalty
+    _version: Any  # of the penalty whose terms these are
 
     def __init__(
         self,
@@ -74,7 +101,7 @@ class ARSAdam(CheckpointedAdam):
         if ars is not None and not isinstance(ars, ARSConfig):
             raise TypeError(f"ars must be an ARSConfig or None, got {ars!r}")
         replicas = Replicas(process_group)
-        check_max_grad_norm(max_grad_norm)
+        _check_max_grad_norm(max_grad_norm)
         super().__init__(
             params,
             lr,
@@ -98,17 +125,19 @@ class ARSAdam(CheckpointedAdam):
         self._replicas = replicas
         self._max_grad_norm = max_grad_norm
         self._buffer = torch.zeros(len(DIAGNOSTICS), dtype=torch.float64, device=device)
-        self._renew()
+        self._start_caches()
         self.penalty = penalty
-        self._start()
+        self._start_placement()
 
-    def _renew(self) -> None:
-        """Make what is kept from step to step anew."""
-        self._kept = functional.Kept()
+    def _start_caches(self) -> None:
+        """Make what is kept from step to step, and is not pickled."""
+        self._steppers = choose.Steppers()
         self._collector = Collector()
         self._pool = CounterPool()
-        self._traced = compiled.TracedOptimizer(self)
-        self._save_controller()
+        self._traced = TracedOptimizer(self)
+        # A hook that came and went with each state_dict() would be in the way of another thread's.
+        if _add_controller not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(_add_controller, prepend=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`__getstate__` returned, or what another version did."""
@@ -118,10 +147,10 @@ class ARSAdam(CheckpointedAdam):
         for index, group in enumerate(self.param_groups):  # a state of torch's does not have it
             group.setdefault("penalty_strength", own[index] if own else None)
         self.__dict__.setdefault("_replicas", Replicas(None))
-        self._renew()
+        self._start_caches()
         if "_penalty" in state:  # a copy: of other tensors, perhaps on another machine
             self.penalty = self._penalty
-            self._start()
+            self._start_placement()
 
     @property
     def controller(self) -> ARSController | None:
@@ -177,7 +206,7 @@ class ARSAdam(CheckpointedAdam):
                 parameters are. Nothing has moved then.
         """
         if torch.compiler.is_dynamo_compiling():
-            return compiled.step_(self, closure, loss, surprise)
+            return step_in_graph(self, closure, loss, surprise)
         return self._step(closure, loss, surprise)
 
     @_use_grad_for_differentiable
@@ -191,8 +220,8 @@ class ARSAdam(CheckpointedAdam):
         self._accelerator_graph_capture_health_check()
         given = (closure, loss, surprise)
         if not self.state and given == (None, None, None) and is_trial(self.param_groups):
-            self._follow()  # for the state is made where the step is taken
-            self._collect().grads = []
+            self._follow_parameters()  # for the state is made where the step is taken
+            self._collect(proximal=False).grads = []
             return None
         returned = None
         if closure is not None:
@@ -207,17 +236,18 @@ class ARSAdam(CheckpointedAdam):
         watches, watched = choose_surprise(self._controller, loss, surprise)
         if self._controller is not None:
             check_watched(self._watches, watches)
-        self._follow()
+        self._follow_parameters()
         if self._controller is not None:
             watched = self._replicas.mean(watched, self._buffer.device)
-        hypers, options = self._settings(watched)
-        batch = self._collect()
-        if not batch.params:
+        hypers, options = self._read_settings(watched)
+        batch = self._collect(proximal=options.proximal)
+        if not batch.tensors:
             return returned
-        options = self._refresh(options)
+        # Once it is known that all tensors fit.
+        options = options._replace(penalty=refresh_(self._penalty))
         self._watches = watches
         try:
-            functional.step_(self._implementation, batch, hypers, options, self._kept)
+            choose.step_(self._implementation, batch, hypers, options, self._steppers)
         finally:
             batch.grads = []  # zero_grad(set_to_none=True) must free their memory
         if watched is None and self._controller is not None:
@@ -233,7 +263,8 @@ class ARSAdam(CheckpointedAdam):
 
         Raises:
             TypeError: A strength is not a number.
-            ValueError: A strength is out of its range, or the penalty's mode unknown.
+            ValueError: A strength is out of its range, or the penalty's mode unknown, or the groups
+                differ in ``decoupled_weight_decay``.
             RuntimeError: A graph is being captured, which would replay these numbers for ever.
 
         Example:
@@ -243,9 +274,9 @@ class ARSAdam(CheckpointedAdam):
             >>> opt.write_hyperparameters()  # and then graph.replay()
         """
         if self._implementation == "triton":
-            device = self._buffer.device
-            hypers = rows(self._hypers(), unused=self._collector.has_unused())
-            self._kept.device.write_hyper(hypers, self._max_grad_norm, device)
+            hypers, options = self._read_settings(None)
+            rows = hyper_rows(hypers, unused=self._collector.has_unused())
+            self._steppers.triton.write_hyper(rows, options.max_norm, self._buffer.device)
 
     def change_rows(
         self, param: Tensor, keep: Tensor | None = None, added: Tensor | None = None
@@ -293,18 +324,182 @@ class ARSAdam(CheckpointedAdam):
         self._check(param, param.grad)
         change_rows_(param, names[param], self.state.get(param, {}), keep, added)
 
-    def _hypers(self) -> list[Hyper]:
-        strength, _ = read_settings(self._penalty)
-        return [read_hyper(group, strength) for group in self.param_groups]
+    def _parameters(self) -> list[Tensor]:
+        """Return the parameters of all groups, in order."""
+        return [param for group in self.param_groups for param in group["params"]]
 
-    def _collect(self) -> Batch:
+    @property
+    def _keeps_products(self) -> bool:
+        """Whether the betas vary, so that their products are not powers of the step."""
+        return self._controller is not None and "betas" in self._controller.config.gate
+
+    def _start_placement(self) -> None:
+        """Place the optimizer for the first time, here or where a copy of it is made."""
+        self._implementation = "loop"
+        self._step_supports_amp_scaling = False
+        if not self._buffer.is_meta:  # parameters there may get data, elsewhere, before a step
+            self._place()
+
+    def _follow_parameters(self) -> None:
+        """Follow parameters that have moved since, and a penalty that has other tensors now."""
+        if choose.is_misplaced(self.param_groups, self._buffer.device):
+            self._place()
+        if getattr(self._penalty, "version", 0) != self._version:
+            self.penalty = self._penalty
+
+    def _place(self) -> None:
+        """Choose the implementation, and bring what the step keeps, where the parameters are.
+
+        Raises:
+            RuntimeError: ``foreach`` or ``fused`` was forced where it cannot be had.
+            TypeError: The penalty has lost a member.
+            ValueError: The penalty is not where the parameters are. Whatever is raised, nothing
+                has been changed then.
+        """
+        params = self._parameters()
+        flags = {name: self.defaults[name] for name in ("foreach", "fused", "differentiable")}
+        chosen = choose.choose(params, **flags, rounding=not self._precision.is_plain)
+        moves = bool(params) and params[0].device != self._buffer.device
+        terms = self._read_terms(self._penalty) if moves else self._terms
+        self._implementation = chosen
+        # On a GPU the loop would have to wait for found_inf: there a GradScaler unscales the
+        # gradients itself, and skips the step.
+        on_cpu = all(param.device.type == "cpu" for param in params)
+        self._step_supports_amp_scaling = chosen != "loop" or on_cpu
+        if not moves:
+            return
+        self._terms = terms
+        self._buffer = torch.zeros_like(self._buffer, device=params[0].device)
+        self._steppers = choose.Steppers()
+        if self._controller is not None:
+            memory = self._controller.state_dict()
+            self._controller = ARSController(self._controller.config, params[0].device)
+            if not memory["window"].is_meta:
+                self._controller.load_state_dict(memory)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as with every torch optimizer.
+
+        Args:
+            param_group: Its parameters, and what differs from the defaults.
+
+        Raises:
+            TypeError: It is not a dictionary, or its strength not a number.
+            ValueError: A parameter is in it twice, or in another group too; or its strength is out
+                of its range.
+            RuntimeError: ``foreach`` or ``fused`` was forced and cannot be had for all groups.
+        """
+        _complete_group(param_group)
+        super().add_param_group(param_group)
+        if "_implementation" in self.__dict__:  # after the constructor
+            self._version = None  # the penalty may have been waiting for these: ask again
+            device, new = self._buffer.device, param_group["params"]
+            if any(p.device != device or is_traceable_wrapper_subclass(p) for p in new):
+                try:
+                    self._place()
+                except (RuntimeError, TypeError, ValueError):
+                    self.param_groups.pop()
+                    raise
+
+    @property
+    def penalty(self) -> Penalty | None:
+        """The penalty towards what an earlier model knew; may be replaced between steps."""
+        return self._penalty
+
+    @penalty.setter
+    def penalty(self, penalty: Penalty | None) -> None:
+        self._terms = self._read_terms(penalty)
+        self._penalty, self._version = penalty, getattr(penalty, "version", 0)
+        self._traced.penalised = penalty is not None
+
+    def _read_terms(self, penalty: Penalty | None) -> dict[Tensor, Term]:
+        """Ask a penalty for its terms, and check them."""
+        return {} if penalty is None else read_terms(penalty, parameter_names(self.param_groups))
+
+    def _step_kind(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """Return the device and dtype of the parameter's step counter."""
+        return step_kind(group, param, triton=self._implementation == "triton")
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by this class or by torch's Adam and AdamW.
+
+        Moments stay float32 under half-precision parameters. A state without a controller starts
+        this optimizer's controller afresh.
+
+        Args:
+            state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            TypeError: Something in it has another type.
+            ValueError: The state is of other parameters or of another controller, something in it
+                is missing or out of its range, or the penalty is not where the parameters now are.
+            RuntimeError: ``foreach`` or ``fused`` was forced where the parameters now are. Whatever
+                is raised, nothing has been changed then.
+        """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"a state dict must be a dict, got {type(state_dict).__name__}")
+        loaded: dict[str, Any] = {}
+
+        def check(_: Any, state_dict: dict[str, Any]) -> None:
+            self._follow_parameters()  # for the state is restored where the step is taken
+            saved = state_dict.get("controller")
+            if self._controller is not None and saved is not None:
+                self._controller.check_state_dict(saved)
+            check_state_dict(self, state_dict, products=self._keeps_products)
+            loaded.update(state_dict)
+
+        # Hooks of the user's may replace the state before, and change what was loaded after.
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True),
+        )
+        try:
+            with unchanged_on_error(self, self._controller):
+                super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        """Bring back what torch has cast or does not know of a state that it has loaded.
+
+        Raises:
+            ValueError: The groups differ in ``decoupled_weight_decay``.
+        """
+        is_decoupled(self.param_groups)
+        for group, old in zip(self.param_groups, loaded["param_groups"], strict=True):
+            for param, key in zip(group["params"], old["params"], strict=True):
+                if key in loaded["state"]:
+                    kind = self._step_kind(group, param)
+                    own, old_state = self.state[param], loaded["state"][key]
+                    restore_dtypes(
+                        own, param, old_state, kind, self._precision, products=self._keeps_products
+                    )
+        if self._controller is not None:
+            saved = loaded.get("controller")
+            fresh = ARSController(self._controller.config).state_dict()
+            self._controller.load_state_dict(fresh if saved is None else saved)
+            self._watches = None if saved is None else saved.get("watches")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the controller and the penalty too; the rest is made and chosen anew."""
+        state: dict[str, Any] = super().__getstate__()
+        for name in (
+            "_controller", "_watches", "_replicas", "_penalty", "_max_grad_norm", "_buffer",
+            "_precision",
+        ):  # fmt: skip
+            state[name] = self.__dict__[name]
+        return state
+
+    def _collect(self, *, proximal: bool) -> Batch:
         return self._collector.collect(
             self.param_groups,
             self.state,
             self._terms,
             self._append,
             self._check,
-            proximal=read_settings(self._penalty)[1],
+            proximal=proximal,
         )
 
     def _check(self, param: Tensor, grad: Tensor | None) -> None:
@@ -312,11 +507,11 @@ class ARSAdam(CheckpointedAdam):
         state, term = self.state.get(param, {}), self._terms.get(param, Term())
         check_operands(param, grad, state, term, self.param_groups, self._precision)
 
-    def _settings(self, surprise: Tensor | None) -> tuple[list[Hyper], Options]:
-        """Read what this step shall do."""
-        _, proximal = read_settings(self._penalty)
+    def _read_settings(self, surprise: Tensor | None) -> tuple[list[Hyper], Options]:
+        """Read what this step shall do, but for the penalty's value."""
+        strength, proximal = read_settings(self._penalty)
         check_group_strengths(self._penalty, self.param_groups)
-        return self._hypers(), Options(
+        return [read_hyper(group, strength) for group in self.param_groups], Options(
             decoupled=is_decoupled(self.param_groups),
             controller=self._controller,
             surprise=surprise,
@@ -330,15 +525,193 @@ class ARSAdam(CheckpointedAdam):
             seed=self._precision.seed,
         )
 
-    def _refresh(self, options: Options) -> Options:
-        """Let the penalty prepare for the step, once it is known that all tensors fit."""
-        return options._replace(penalty=refresh_(self._penalty))
-
     def _append(self, batch: Batch, index: int, number: int, param: Tensor) -> None:
         """Complete a parameter's state and add it to the batch."""
         group, state = self.param_groups[index], self.state[param]
         kind, precision = self._step_kind(group, param), self._precision
-        both = {"amsgrad": group["amsgrad"], "products": self._keeps_products}
-        complete_state(state, param, step_kind=kind, precision=precision, pool=self._pool, **both)
+        kept = {"amsgrad": group["amsgrad"], "products": self._keeps_products}
+        complete_state(state, param, step_kind=kind, precision=precision, pool=self._pool, **kept)
         term = self._terms.get(param, Term())
-        batch.append(param, index, number, state, master=precision.master, term=term, **both)
+        tensors = make_operands(param, state, term, master=precision.master, **kept)
+        batch.append(tensors, index, number)
+
+
+class ARSAdamW(ARSAdam):
+    r"""AdamW with an on-device stability controller and an inheritance penalty in the same pass.
+
+    .. math::
+        \Phi, \chi &= \text{controller}(S), \quad
+        \eta^{\text{eff}} = \eta (1 + \chi) \Phi, \quad \beta_i^{\text{eff}} = \beta_i \\
+        g &\leftarrow \text{clip}(g) + \lambda \Omega (\theta - \theta^*) \\
+        m &\leftarrow \beta_1^{\text{eff}} m + (1 - \beta_1^{\text{eff}}) g, \quad
+        v \leftarrow \beta_2^{\text{eff}} v + (1 - \beta_2^{\text{eff}}) g^2, \quad
+        B_i \leftarrow B_i \beta_i^{\text{eff}} \\
+        \theta &\leftarrow (1 - \eta^{\text{eff}} w) \theta
+            - \eta^{\text{eff}} \frac{m / (1 - B_1)}{\sqrt{v / (1 - B_2)} + \epsilon}
+
+    Phi multiplies what ``ars.gate`` names; by default the learning rate, as here. In
+    :meth:`ars.ARSConfig.paper` it is the betas, :math:`\beta_i^{\text{eff}} = \beta_i \Phi`.
+
+    With ``ars=None, penalty=None, max_grad_norm=None`` it is :class:`torch.optim.AdamW`. Moments
+    are float32 (float64 for float64 parameters), also under half-precision parameters.
+
+    Args:
+        params: Parameters, named parameters or parameter groups, which may also have their own
+            ``penalty_strength`` (None: the penalty's).
+        lr: Learning rate, >= 0; a 1-element tensor stays on its device.
+        betas: Decays of the moments, in [0, 1).
+        eps: Added to the root, >= 0.
+        weight_decay: Decoupled weight decay w, >= 0.
+        amsgrad: Use the running maximum of the second moment.
+        ars: The controller's settings; None for plain AdamW.
+        process_group: The processes whose controllers observe the mean of their surprises, so that
+            all gate alike: a ``torch.distributed`` group. None: the default group, once there is
+            one. False: each by itself. With several processes, all of them must take the step.
+        penalty: A penalty such as :class:`ars.regularizers.EWC`; see :class:`ars.penalty.Penalty`.
+        max_grad_norm: Clip the norm of the task's gradient, over all groups, to this value.
+        maximize: Ascend the objective.
+        foreach: True: torch's foreach kernels (CPU). False with ``fused`` not True: a plain loop,
+            as with ``fused=False``.
+        capturable: The step may be captured in a CUDA graph; see :meth:`write_hyperparameters`.
+        differentiable: Autograd may run through the step, a plain loop then.
+        fused: True: fused kernels, Triton's on one GPU and torch's on a CPU. None: these where they
+            can be had, otherwise (several GPUs, no Triton, a DTensor) the loop.
+        stochastic_rounding: bfloat16 parameters have bfloat16 moments, and all three are rounded
+            up or down at random, so that small updates are not lost on average. On a CPU this and
+            ``master_weights`` take the loop; a DTensor can have neither.
+        master_weights: bfloat16 parameters keep the 16 bits that they lack to float32 master
+            weights in ``state[p]["param_remainder"]``.
+        seed: Key of the random rounding, 0 <= seed < 2^63; the same on all replicas.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range, or the penalty belongs to another model.
+        RuntimeError: ``foreach``, ``fused`` or a rounding was asked for where it cannot be had.
+
+    Example:
+        >>> import torch
+        >>> from ars import ARSAdamW
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> torch.nn.init.ones_(model.weight).sum().item()
+        2.0
+        >>> opt = ARSAdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+        >>> loss = model(torch.ones(4, 2)).square().mean()
+        >>> loss.backward()
+        >>> opt.step(loss=loss)
+        >>> model.weight.detach()
+        tensor([[0.9000, 0.9000]])
+        >>> float(opt.diagnostics["surprise"]), float(opt.diagnostics["phi"])
+        (4.0, 1.0)
+
+    References:
+        Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101.
+        Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks",
+        arXiv:1612.00796.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        ars: ARSConfig | None = CONDITIONED,
+        process_group: Group = None,
+        penalty: Penalty | None = None,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        stochastic_rounding: bool = False,
+        master_weights: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            ars=ars,
+            process_group=process_group,
+            penalty=penalty,
+            max_grad_norm=max_grad_norm,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            stochastic_rounding=stochastic_rounding,
+            master_weights=master_weights,
+            seed=seed,
+            decoupled_weight_decay=True,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; a state of Adam's stays decoupled here, as in torch."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
+
+
+def _add_controller(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Put the controller's tensors under ``"controller"`` in a state dict."""
+    assert isinstance(optimizer, ARSAdam)
+    if optimizer._controller is not None:
+        memory = optimizer._controller.state_dict()
+        state_dict["controller"] = {**memory, "watches": optimizer._watches}
+
+
+def _check_max_grad_norm(norm: Any) -> None:
+    """Raise unless gradients can be clipped to this norm, or it is None.
+
+    Args:
+        norm: The norm.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is not > 0.
+    """
+    if norm is None:
+        return
+    if not isinstance(norm, (int, float)) or isinstance(norm, bool):
+        raise TypeError(f"max_grad_norm must be a number or None, got {norm!r}: use float(...)")
+    if not norm > 0:
+        raise ValueError(f"max_grad_norm must be > 0, or None not to clip, got {norm}")
+
+
+def _complete_group(group: Any) -> None:
+    """Check what torch does not check of a new group, and give it a penalty strength.
+
+    Of a parameter that is in it twice torch only warns; our kernels would race for it.
+
+    Args:
+        group: The group; an iterator in it becomes a list.
+
+    Raises:
+        TypeError: It is not a dictionary, or its strength not a number.
+        ValueError: It lists a parameter twice, or its strength is out of its range.
+    """
+    if not isinstance(group, dict):
+        raise TypeError(f"param_group must be a dict, but got {type(group)}")
+    if group.setdefault("penalty_strength", None) is not None:
+        check_strength("penalty_strength", group["penalty_strength"])
+    if isinstance(group["params"], (Tensor, set)):
+        return
+    group["params"] = list(group["params"])  # which may be an iterator
+    first: dict[int, int] = {}
+    for i, entry in enumerate(group["params"]):
+        name, param = entry if isinstance(entry, tuple) else (f"parameter {i}", entry)
+        if id(param) in first:
+            raise ValueError(
+                f"a parameter group with duplicate parameters: {name} is the same tensor as "
+                f"parameter {first[id(param)]}; list every parameter once, as "
+                "Module.parameters() does"
+            )
+        first[id(param)] = i

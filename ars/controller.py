@@ -1,20 +1,27 @@
 """The controller of a training run: its parts, and its state on the device."""
 
+import dataclasses
 import inspect
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ars import reference
-from ars.config import ARSConfig
-from ars.parts import ChronosJitter, EntropyGuard, SurpriseGate
+from ars.config import ARSConfig, ChronosJitter, EntropyGuard, SurpriseGate
 
 __all__ = ["ARSController"]
 
+_Part = TypeVar("_Part", EntropyGuard, SurpriseGate, ChronosJitter)
+# The settings that observing takes, by the name that they have in ARSConfig.
+_SETTINGS = [
+    name
+    for name, parameter in inspect.signature(reference.controller_step_).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+]
 _OPEN = reference.GateState(phi=1.0, slow=0.0, deviation=0.0, mean=0.0, lowest=0.0)
 
 
@@ -27,10 +34,9 @@ class ARSController:
 
     Attributes:
         config: Its settings.
-        entropy_guard: Psi, from the autocorrelation of the surprises.
-        surprise_gate: Phi, from a surprise and Psi; opens over ``release``. The controller itself
-            shortens that to ``first_release``, as it remembers whether there was an alarm before.
-        chronos_jitter: chi, from Psi and the step.
+        window: The last finite surprises, a ring buffer of shape (W,).
+        counts: Surprises written and steps taken, (2,).
+        gate_state: What the gate remembers, (5,), see :class:`ars.reference.GateState`.
 
     Example:
         >>> controller = ARSController(ARSConfig.paper())
@@ -43,33 +49,51 @@ class ARSController:
 
     def __init__(self, config: ARSConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.entropy_guard = EntropyGuard(eps=config.eps, alternating=config.alternating)
-        self.surprise_gate = SurpriseGate(
-            alpha=config.alpha,
-            phi_min=config.phi_min,
-            resonance=config.resonance,
-            release=config.release,
-        )
-        self.chronos_jitter = ChronosJitter(jitter=config.jitter, seed=config.seed)
-        self._settings = (
-            vars(self.entropy_guard) | vars(self.surprise_gate) | vars(self.chronos_jitter)
-        )
-        for name in ("standardize", "detrend", "threshold", "significance", "first_release"):
-            self._settings[name] = getattr(config, name)
         self.window = torch.zeros(config.window, dtype=torch.float64, device=device)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
         self.gate_state = torch.zeros(len(_OPEN), dtype=torch.float64, device=device)
         self.gate_state[0].fill_(1.0)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what is not pickled."""
+        self._settings = {name: getattr(self.config, name) for name in _SETTINGS}
         self._stillness = _Stillness(self.window)
+
+    @property
+    def entropy_guard(self) -> EntropyGuard:
+        """Psi, from the autocorrelation of the surprises."""
+        return self._part(EntropyGuard)
+
+    @property
+    def surprise_gate(self) -> SurpriseGate:
+        """Phi, from a surprise and Psi; opens over ``release``.
+
+        The controller itself shortens that to ``first_release``, as it remembers whether there was
+        an alarm before.
+        """
+        return self._part(SurpriseGate)
+
+    @property
+    def chronos_jitter(self) -> ChronosJitter:
+        """The relative change chi of the learning rate, from Psi and the step."""
+        return self._part(ChronosJitter)
+
+    def _part(self, kind: type[_Part]) -> _Part:
+        names = [field.name for field in dataclasses.fields(kind)]
+        return kind(**{name: getattr(self.config, name) for name in names})
 
     def __getstate__(self) -> dict[str, object]:
-        """Pickle all but what has been noticed; events cannot be."""
-        return {name: value for name, value in vars(self).items() if name != "_stillness"}
+        """Pickle the settings and the memory; events of what has been noticed cannot be."""
+        return {"config": self.config, **self.state_dict()}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`__getstate__` returned, or what another version did."""
-        vars(self).update(state)
-        self._stillness = _Stillness(self.window)
+        self.config = state["config"]
+        self.window, self.counts, self.gate_state = (
+            state[name] for name in ("window", "counts", "gate_state")
+        )
+        self._prepare()
 
     def observe(self, surprise: Tensor | float) -> reference.Signals:
         """Observe one surprise and return the gate for this step.

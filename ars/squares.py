@@ -92,7 +92,7 @@ def add_squared_products_(
 
     Example:
         >>> import torch
-        >>> from ars.functional import add_squared_products_
+        >>> from ars.squares import add_squared_products_
         >>> total = torch.zeros(1, 1)
         >>> g = torch.tensor([[[1.0], [1.0]], [[1.0], [-1.0]]])  # two samples of two positions
         >>> add_squared_products_(total, g, torch.ones(2, 2, 1))

@@ -25,7 +25,7 @@ Oracle: :func:`ars.reference.adam_step` and :func:`ars.reference.ewc_value`.
 import triton
 import triton.language as tl
 
-from ars.csrc_triton.device import load, pointer
+from ars.csrc_triton.helpers import load, pointer
 from ars.csrc_triton.rounding import (
     MASTER,
     STOCHASTIC,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ars.csrc_triton.controller import observe
-from ars.csrc_triton.device import (
+from ars.csrc_triton.helpers import (
     CORRECTION,
     DIAGNOSTIC,
     HYPER,

@@ -9,7 +9,7 @@ Oracle: :func:`ars.reference.controller_step_`.
 import triton
 import triton.language as tl
 
-from ars.csrc_triton.device import CONFIG, DIAGNOSTIC, GATE_STATE
+from ars.csrc_triton.helpers import CONFIG, DIAGNOSTIC, GATE_STATE
 
 __all__ = [
     "AVERAGED", "CLOSED_BY", "ERROR_FLOOR", "MIN_HISTORY", "OPEN", "RELATIVE_NOISE_FLOOR", "RISE",

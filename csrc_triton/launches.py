@@ -9,7 +9,7 @@ from torch import Tensor
 from ars.csrc_triton.adam import COUPLED, NO_PENALTY, PROXIMAL, THREADS
 from ars.csrc_triton.control import control_kernel
 from ars.csrc_triton.layout import Correction, Diagnostic, Scalar
-from ars.csrc_triton.plan import TRITON_DTYPES, Controller, Launch
+from ars.csrc_triton.split import TRITON_DTYPES, Controller, Launch
 from ars.csrc_triton.tiles import TILE, upload
 from ars.csrc_triton.update import adam_kernel
 
@@ -41,7 +41,7 @@ class Launches:
     """Workspaces of the kernels and how they are launched, for one set of tensors.
 
     Args:
-        parts: The launches of the update, see :func:`~ars.csrc_triton.plan.plan_launches`.
+        parts: The launches of the update, see :func:`~ars.csrc_triton.split.split_launches`.
         table: Addresses, see :class:`~ars.csrc_triton.layout.Table`.
         hyper: Hyperparameters, (G, 9) float64.
         controller: The controller, or None for constant betas.

@@ -1,6 +1,53 @@
-"""Where each number lies in the device buffers that host and kernels share: no torch, no Triton."""
+"""What a step works on, and where each number lies in the buffers that host and kernels share.
+
+Without Triton, so that the other implementations of the step can use it.
+"""
 
 from enum import IntEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Operands(NamedTuple):
+    """The tensors of one parameter's update, its gradient apart; all on one device.
+
+    Args:
+        param: The parameter, dense: float16, bfloat16, float32 or float64.
+        exp_avg: First moment, of the parameter's shape and memory order, like all that has its
+            shape. float32; float64 for a float64 parameter; bfloat16 for a bfloat16 parameter that
+            is rounded stochastically.
+        exp_avg_sq: Second moment, likewise.
+        step: Steps taken, one element, float32.
+        max_exp_avg_sq: Running maximum of the second moment, likewise; None without amsgrad.
+        products: Products of the betas so far, (2,) float64; None unless a gate makes the betas
+            vary.
+        products_step: How many steps these are of, 0-d float32; likewise. Where that is not the
+            steps taken, the powers of the betas take the products' place.
+        anchor: Where the penalty pulls, of any float dtype; None without a penalty.
+        importance: How hard, >= 0; of any float dtype, or uint8 if there is a scale; None in the
+            same places.
+        scale: Of a uint8 importance, (ceil(numel / 64),) float32: Omega_i is
+            ``scale[i // 64] * (q_i / 255) ** 2``, with i counting the elements of a contiguous
+            parameter. None for others.
+        pull: Gradient of a penalty, added to the task's after unscaling, clipping and the sign;
+            float32, or float64 for a float64 parameter; None without one. Read at every step.
+        remainder: What a bfloat16 parameter lacks to be a float32 master weight, int16, see
+            :func:`ars.reference.split_master`; None for others.
+    """
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    max_exp_avg_sq: Tensor | None = None
+    products: Tensor | None = None
+    products_step: Tensor | None = None
+    anchor: Tensor | None = None
+    importance: Tensor | None = None
+    scale: Tensor | None = None
+    pull: Tensor | None = None
+    remainder: Tensor | None = None
 
 
 class Hyper(IntEnum):
@@ -80,20 +127,23 @@ class Correction(IntEnum):
 
 
 class Table(IntEnum):
-    """Columns of the address table, int64, one row per tensor; address 0 is an absent operand."""
+    """Columns of the address table, int64, one row per tensor; address 0 is an absent operand.
+
+    First the addresses of :class:`Operands`, in that order.
+    """
 
     PARAM = 0
     EXP_AVG = 1
     EXP_AVG_SQ = 2
-    MAX_EXP_AVG_SQ = 3
-    ANCHOR = 4
-    IMPORTANCE = 5
-    STEP = 6
-    PRODUCTS = 7
-    NUMEL = 8
-    GROUP = 9
-    PULL = 10  # a gradient of the penalty that is not elementwise
-    REMAINDER = 11  # of a master weight
-    SCALE = 12  # of a uint8 importance
-    NUMBER = 13  # of the parameter in its optimizer
-    PRODUCTS_STEP = 14  # how many steps the products are of
+    STEP = 3
+    MAX_EXP_AVG_SQ = 4
+    PRODUCTS = 5
+    PRODUCTS_STEP = 6
+    ANCHOR = 7
+    IMPORTANCE = 8
+    SCALE = 9
+    PULL = 10
+    REMAINDER = 11
+    NUMEL = 12
+    GROUP = 13
+    NUMBER = 14  # of the parameter in its optimizer

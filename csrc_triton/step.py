@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ars.csrc_triton import launches
 from ars.csrc_triton.launches import Launches
-from ars.csrc_triton.layout import Diagnostic, Table
-from ars.csrc_triton.plan import Controller, Operands, plan_launches
+from ars.csrc_triton.layout import Diagnostic, Operands
+from ars.csrc_triton.split import Controller, split_launches
 from ars.csrc_triton.tiles import GradientTable, address_table
 from ars.csrc_triton.validation import (
     PARAM_DTYPES,
@@ -39,36 +39,16 @@ class FusedAdam:
     of a CUDA graph. Parameters, moments, steps and products are written in place.
 
     Args:
-        params: Parameters, float16, bfloat16, float32 or float64, dense, on one device.
-        exp_avgs: First moments, one for each and in the same memory order; float32, but float64
-            with a float64 parameter, and bfloat16 with a stochastically rounded one.
-        exp_avg_sqs: Second moments, likewise.
-        max_exp_avg_sqs: Running maxima of the second moments, likewise, None without amsgrad.
-        steps: Steps taken, 0-d float32 tensors.
-        products: Products of the betas so far, (2,) float64, or None unless the controller gates
-            the betas.
+        tensors: What belongs to each parameter, see :class:`~ars.csrc_triton.layout.Operands`.
         groups: Row of ``hyper`` of each parameter.
         hyper: Hyperparameters, (G, 9) float64, see :class:`~ars.csrc_triton.layout.Hyper`.
         decoupled: AdamW's weight decay; otherwise it joins the gradient (Adam).
         controller: The controller, or None for constant betas.
-        anchors: EWC anchors, of any float dtype, None for a parameter without a penalty.
-        importances: EWC importances >= 0, None in the same places; of any float dtype, or uint8
-            if there is a scale.
         proximal: Apply EWC as the proximal step (9) instead of as a gradient (8).
-        remainders: What bfloat16 parameters lack to be float32 master weights, int16, see
-            :func:`ars.reference.split_master`; None for a parameter that is none.
-        pulls: Gradients added to the parameters' own after unscaling, clipping and the sign,
-            float32, or float64 with a float64 parameter; None for a parameter without. They are
-            read at every step, and their penalty's value is not in the diagnostics.
-        scales: Scales of uint8 importances, (ceil(numel / 64),) float32: Omega_i is
-            ``scale[i // 64] * (q_i / 255) ** 2``, i counting the elements of a contiguous
-            parameter. None for others.
         stochastic: Round bfloat16 parameters and their moments stochastically, see
             :func:`ars.reference.rounding_bits`.
         seed: Key of that rounding, 64 bits.
-        numbers: Index of each parameter for that rounding; by default its place in ``params``.
-        products_steps: How many steps the products are of, 0-d float32; likewise. Where that is
-            not the steps taken, the powers of the betas take the products' place.
+        numbers: Index of each parameter for that rounding; by default its place in ``tensors``.
         diagnostics: Where steps report to, (10,) float64; None makes it.
 
     Attributes:
@@ -89,37 +69,23 @@ class FusedAdam:
 
     def __init__(
         self,
-        params: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor | None] | None,
-        steps: list[Tensor],
-        products: list[Tensor] | None,
+        tensors: Sequence[Operands],
         groups: list[int],
         *,
         hyper: Tensor,
         decoupled: bool,
         controller: Controller | None,
-        anchors: Sequence[Tensor | None] | None = None,
-        importances: Sequence[Tensor | None] | None = None,
         proximal: bool = False,
-        remainders: Sequence[Tensor | None] | None = None,
-        pulls: Sequence[Tensor | None] | None = None,
-        scales: Sequence[Tensor | None] | None = None,
         stochastic: bool = False,
         seed: int = 0,
         numbers: list[int] | None = None,
-        products_steps: list[Tensor] | None = None,
         diagnostics: Tensor | None = None,
     ) -> None:
+        params = [one.param for one in tensors]
         check_params(params, launches.DEVICE_TYPE)
         check_hyper(hyper, groups, params)
-        operands = Operands(
-            params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, products, anchors, importances,
-            remainders, pulls, scales, products_steps,
-        )  # fmt: skip
         gates_betas = controller is not None and "betas" in controller.gate
-        check_operands(operands, gates_betas=gates_betas, stochastic=stochastic)
+        check_operands(tensors, gates_betas=gates_betas, stochastic=stochastic)
         numbers = list(range(len(params))) if numbers is None else numbers
         check_numbers(numbers, params)
         if controller is not None:
@@ -138,31 +104,21 @@ class FusedAdam:
 
         # Their addresses are in the tables: kept alive, and looked at before every step. Those of a
         # parameter side by side, as they lie in memory: with many tensors that is twice as fast.
-        rows = zip(*(column for column in operands if column), strict=True)
-        self._tensors = [tensor for row in rows for tensor in row if tensor is not None]
+        self._tensors = [tensor for one in tensors for tensor in one if tensor is not None]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._params = params
         self._gated = controller is not None
-        numels = [param.numel() for param in params]
         with torch.cuda.device_of(params[0]):
-            self._table = address_table(
-                {
-                    **operands.addresses(),
-                    Table.NUMEL: numels,
-                    Table.GROUP: groups,
-                    Table.NUMBER: numbers,
-                },
-                device,
-            )
+            self._table = address_table(tensors, groups, numbers, device)
             self._gradients = GradientTable(len(params), device)
             self._launches = Launches(
-                plan_launches(operands, device), self._table, hyper, controller,
+                split_launches(tensors, device), self._table, hyper, controller,
                 decoupled=decoupled, proximal=proximal, seed=seed, diagnostics=diagnostics,
             )  # fmt: skip
         self.diagnostics = self._launches.diagnostics
         self._like = _likeness(params)
         self._devices = {params[0].get_device()}
-        self._filled = [numel > 0 for numel in numels]
+        self._filled = [param.numel() > 0 for param in params]
         self._layout: object = None
         self._strided = [i for i, param in enumerate(params) if not param.is_contiguous()]
 

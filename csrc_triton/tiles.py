@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ars.csrc_triton.layout import Table
+from ars.csrc_triton.layout import Operands
 
 # Elements per program. One program's table look-ups, ticket and partial sum serve 4096 elements
 # (112 kB of fp32 traffic), and a million elements still make 256 programs.
@@ -48,18 +48,16 @@ def tile_map(numels: list[int], tensors: list[int], device: torch.device) -> Ten
     return upload(torch.stack((tensor, tile), 1).to(torch.int32), device)
 
 
-def addresses(tensors: Sequence[Tensor | None] | None, count: int) -> list[int]:
-    """Return the address of each tensor, 0 for an absent one."""
-    if tensors is None:
-        return [0] * count
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def address_table(columns: dict[Table, list[int]], device: torch.device) -> Tensor:
-    """Stack the columns of :class:`~ars.csrc_triton.layout.Table`, shape (tensors, columns)."""
-    ordered = [columns[column] for column in Table]
-    values = torch.tensor(ordered, dtype=torch.int64, device="cpu")
-    return upload(values.T.contiguous(), device)
+def address_table(
+    tensors: Sequence[Operands], groups: list[int], numbers: list[int], device: torch.device
+) -> Tensor:
+    """Return the table of :class:`~ars.csrc_triton.layout.Table`, shape (tensors, columns)."""
+    columns = [
+        [0 if tensor is None else tensor.data_ptr() for tensor in column]
+        for column in zip(*tensors, strict=True)
+    ]
+    columns += [[one.param.numel() for one in tensors], groups, numbers]
+    return upload(torch.tensor(columns, dtype=torch.int64, device="cpu").T.contiguous(), device)
 
 
 class GradientTable:

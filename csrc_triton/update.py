@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ars.csrc_triton.adam import NO_PENALTY, update_block
-from ars.csrc_triton.device import (
+from ars.csrc_triton.helpers import (
     CORRECTION,
     DIAGNOSTIC,
     SCALAR,

@@ -1,11 +1,12 @@
 """What the kernels require of the tensors they are given: checked on the host, before anything."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ars.csrc_triton.layout import Config, GateState, Hyper
-from ars.csrc_triton.plan import Operands
+from ars.csrc_triton.layout import Config, GateState, Hyper, Operands
 
 PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -152,81 +153,59 @@ def check_numbers(numbers: list[int], params: list[Tensor]) -> None:
             raise ValueError(f"number {index} is {number}; pass one in [0, 2^32)")
 
 
-def check_operands(operands: Operands, *, gates_betas: bool, stochastic: bool) -> None:
+def check_operands(tensors: Sequence[Operands], *, gates_betas: bool, stochastic: bool) -> None:
     """Raise unless everything that belongs to a parameter fits it.
 
     Raises:
         TypeError: If a dtype is another than the kernels take.
         ValueError: If one is missing, elsewhere, or of another shape or memory order.
     """
-    params = operands.params
-    if gates_betas and (operands.products is None or operands.products_steps is None):
-        raise ValueError(
-            "the controller changes the betas; pass products, one (2,) float64 each, and "
-            "products_steps"
-        )
-    if (operands.anchors is None) != (operands.importances is None):
-        raise ValueError("pass both anchors and importances, or neither")
-    for name, tensors in operands._asdict().items():
-        if tensors is not None and len(tensors) != len(params):
-            raise ValueError(f"{len(tensors)} {name} for {len(params)} parameters; pass one each")
-
-    products = (
-        ("beta_products", operands.products or [], torch.float64, (2,)),
-        ("beta_products_step", operands.products_steps or [], torch.float32, ()),
-    )[: 2 * gates_betas]
-    absent: list[Tensor | None] = [None] * len(params)
-    for index, param in enumerate(params):
+    for index, one in enumerate(tensors):
+        param, remainder = one.param, one.remainder
         double = torch.float64 if param.dtype == torch.float64 else torch.float32
         rounded = stochastic and param.dtype == torch.bfloat16
         moment = torch.bfloat16 if rounded else double
-        check_same("exp_avg", index, operands.exp_avgs[index], param, moment)
-        check_same("exp_avg_sq", index, operands.exp_avg_sqs[index], param, moment)
-        largest = (operands.max_exp_avg_sqs or absent)[index]
-        if largest is not None:
-            check_same("max_exp_avg_sq", index, largest, param, moment)
-        step = operands.steps[index]  # users who share counters make them of shape (1,)
+        for name, tensor, dtype in (
+            ("exp_avg", one.exp_avg, moment),
+            ("exp_avg_sq", one.exp_avg_sq, moment),
+            ("max_exp_avg_sq", one.max_exp_avg_sq, moment),
+            ("pull", one.pull, double),
+            ("remainder", remainder, torch.int16),
+        ):
+            if tensor is not None:
+                check_same(name, index, tensor, param, dtype)
+        if remainder is not None and (param.dtype != torch.bfloat16 or stochastic):
+            reason = "stochastically rounded" if stochastic else str(param.dtype)
+            raise ValueError(
+                f"parameter {index} is {reason} and has a remainder; only bfloat16 master "
+                "weights have one, pass None"
+            )
+        step = one.step  # users who share counters make them of shape (1,)
         step = step.detach().reshape(()) if step.numel() == 1 else step
         check_counter("step", index, step, param, torch.float32, ())
-        for name, counters, dtype, shape in products:
-            check_counter(name, index, counters[index], param, dtype, shape)
-        pull = (operands.pulls or absent)[index]
-        if pull is not None:
-            check_same("pull", index, pull, param, double)
-        remainder = (operands.remainders or absent)[index]
-        if remainder is not None:
-            if param.dtype != torch.bfloat16 or stochastic:
-                reason = "stochastically rounded" if stochastic else str(param.dtype)
+        if gates_betas:
+            if one.products is None or one.products_step is None:
                 raise ValueError(
-                    f"parameter {index} is {reason} and has a remainder; only bfloat16 master "
-                    "weights have one, pass None"
+                    f"the controller changes the betas, and parameter {index} has no products of "
+                    "them; pass products, (2,) float64, and products_step"
                 )
-            check_same("remainder", index, remainder, param, torch.int16)
-        check_penalty(
-            index,
-            param,
-            (operands.anchors or absent)[index],
-            (operands.importances or absent)[index],
-            (operands.scales or absent)[index],
-        )
+            check_counter("beta_products", index, one.products, param, torch.float64, (2,))
+            counter = one.products_step
+            check_counter("beta_products_step", index, counter, param, torch.float32, ())
+        check_penalty(index, one)
 
 
-def check_penalty(
-    index: int,
-    param: Tensor,
-    anchor: Tensor | None,
-    importance: Tensor | None,
-    scale: Tensor | None,
-) -> None:
+def check_penalty(index: int, one: Operands) -> None:
     """Raise unless a parameter has a whole penalty that fits it, or none.
 
     Raises:
         TypeError: If a dtype is another than the kernels take.
         ValueError: If a part is missing, elsewhere, or of another shape or memory order.
     """
-    if (anchor is None) != (importance is None):
+    param, scale = one.param, one.scale
+    if (one.anchor is None) != (one.importance is None):
         raise ValueError(f"parameter {index} has only one of anchor and importance; pass both")
-    for name, tensor in (("anchor", anchor), ("importance", importance)):
+    for name, tensor in (("anchor", one.anchor), ("importance", one.importance)):
         if tensor is not None:
             quantized = name == "importance" and scale is not None
             if quantized and tensor.dtype != torch.uint8:
@@ -239,7 +218,7 @@ def check_penalty(
             check_same(name, index, tensor, param, tensor.dtype)
     if scale is None:
         return
-    if importance is None:
+    if one.importance is None:
         raise ValueError(f"parameter {index} has a scale but no importance; pass both")
     if not param.is_contiguous():
         raise ValueError(

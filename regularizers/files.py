@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ars.replacing import replacing
+from ars.atomic import replacing
 
 __all__ = ["load_penalty", "save_penalty"]
 

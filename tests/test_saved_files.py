@@ -75,6 +75,16 @@ def test_optimizer_goes_on(kind: str) -> None:
         torch.testing.assert_close(value, saved["model_after_5"][name], rtol=rtol, atol=atol)
 
 
+def test_pickled_optimizers_go_on() -> None:
+    saved = pickle.loads(lzma.decompress((SAVED / "optimizers.pickle.xz").read_bytes()))
+    for kind, (pickled, after_5) in saved.items():
+        model, opt = pickle.loads(pickled)
+        _train(model, opt, range(7, 12))
+        rtol, atol = (1e-2, 1e-5) if kind == "master" else (1e-4, 1e-6)  # as above
+        for param, expected in zip(model.parameters(), after_5, strict=True):
+            torch.testing.assert_close(param.detach(), expected, rtol=rtol, atol=atol)
+
+
 def _zeros(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 

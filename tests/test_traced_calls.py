@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ars import ARSAdamW
 from ars.regularizers import DiagonalFisher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,3 +39,15 @@ def test_a_fit_of_the_diagonal_fisher() -> None:
     files = files_entered(lambda: fisher.fit(batches, 12))
     assert "regularizers/fisher/hooks.py" in files
     assert len(files) <= 8, files
+
+
+def test_a_step_of_adamw_on_a_cpu() -> None:
+    model = nn.Linear(8, 1)
+    opt = ARSAdamW(model.parameters())
+    for _ in range(3):
+        opt.zero_grad()
+        loss = model(torch.randn(4, 8)).square().mean()
+        loss.backward()
+        files = files_entered(lambda loss=loss: opt.step(loss=loss))
+    assert "ars/step/cpu.py" in files
+    assert len(files) <= 10, files

@@ -17,27 +17,36 @@ from ars.reference.adam import (
     grad_norm,
     next_product,
 )
-from ars.reference.backoff import GateState, back_off, slow_release
 from ars.reference.controller import (
+    GateState,
     Signals,
+    back_off,
     chronos_jitter,
     controller_step_,
     draw,
     entropy_guard,
+    slow_release,
     surprise_gate,
 )
 from ars.reference.fisher import squared_products
-from ars.reference.kronecker import kronecker_gradient, kronecker_value
 from ars.reference.penalties import (
     decode_importance,
     ewc_gradient,
     ewc_proximal,
     ewc_value,
+    kronecker_gradient,
+    kronecker_value,
     subspace_gradient,
     subspace_value,
 )
-from ars.reference.philox import philox, philox_uniform
-from ars.reference.rounding import join_master, rounding_bits, split_master, stochastic_round
+from ars.reference.rounding import (
+    join_master,
+    philox,
+    philox_uniform,
+    rounding_bits,
+    split_master,
+    stochastic_round,
+)
 
 __all__ = [
     "AdamResult",

@@ -1,13 +1,12 @@
 r"""Adam and AdamW with betas that change from step to step, eqs. (5) to (7), penalty included."""
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ars.reference.penalties import ewc_gradient, ewc_proximal
-
-Scalar: TypeAlias = float | Tensor
+from ars.reference.scalars import Scalar, at_most
 
 
 class AdamResult(NamedTuple):
@@ -42,18 +41,18 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     return torch.stack(squares).sum().sqrt()
 
 
-def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+def clip_coefficient(norm: Scalar, max_norm: float) -> Any:
     """Factor that clips a gradient of this norm as torch does, ``min(1, max / (norm + 1e-6))``.
 
     Args:
-        norm: The norm, 0-d.
+        norm: The norm, a number or 0-d.
         max_norm: What it is clipped to, > 0.
 
     Example:
         >>> clip_coefficient(torch.tensor(4.0), 1.0), clip_coefficient(torch.tensor(0.5), 1.0)
         (tensor(0.2500), tensor(1.))
     """
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return at_most(max_norm / (norm + 1e-6), 1.0)
 
 
 def next_product(

@@ -10,27 +10,39 @@ The equations as proposed, with S the surprise and H the last W surprises, S inc
     \chi &= U(-j, j) (1 - \Psi)                         \quad\text{(ChronosJitter, 4)}
 
 The conditioned form replaces S by its deviation from the window's trend and H by its residuals,
-and discounts what sampling noise explains: :func:`~ars.reference.window.trend`,
-:func:`standardized_surprise`, :func:`shrink`. Only alternation counts as resonance, as a trend that
-is no line leaves a positive rho and never a negative one. Two further terms are absent from the
-proposal, where kappa = 0 and r = 1. Resonance brakes by itself, and a gate that has closed opens
-over r steps:
+and discounts what sampling noise explains: :func:`trend`, :func:`standardized_surprise`,
+:func:`shrink`. Only alternation counts as resonance, as a trend that is no line leaves a positive
+rho and never a negative one. Two further terms are absent from the proposal, where kappa = 0 and
+r = 1. Resonance brakes by itself, and a gate that has closed opens over r steps:
 
 .. math::
     \rho &\to \min(\rho, 0) \\
     S / \Psi &\to (S + \kappa) / \Psi - \kappa \\
     \Phi_t &= \min(\Phi, \Phi_{t-1} + (1 - \Phi_{t-1}) / r)
 
-with r shorter after a first alarm, :mod:`ars.reference.backoff`.
+A gate opens fast after a first alarm and slowly after a second one. An abrupt shift and a learning
+rate beyond the stable edge begin alike, with one surprise. They differ when the gate opens: after
+the shift the loss falls, beyond the edge it rises again. So the first alarm releases the gate over
+r_1 steps, and an alarm while it opens over r_2 > r_1 (:func:`back_off`):
+
+.. math::
+    m_t &= m_{t-1} + (S_t - m_{t-1}) / 4, \qquad b_t = \min(b_{t-1}, m_t) \\
+    \text{alarm} &:\quad \Phi^* < (\phi_{min} + \Phi_{t-1}) / 2
+                    \quad\text{or, while the gate opens,}\quad m_t > b_{t-1} + 2 \sigma
+
+with sigma the standard error of the trend's prediction before the first alarm, and m = b = S at
+each alarm. A rise closes the gate. Resonance releases over r_2 at once: there is nothing to try
+again. A gate of 0.9 counts as open, and the next alarm as a first one.
 """
 
-from typing import Any, NamedTuple
+import functools
+import math
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ars.reference.backoff import GateState, back_off, slow_release
-from ars.reference.philox import philox_uniform
+from ars.reference.rounding import philox_uniform
 from ars.reference.scalars import (
     Scalar,
     at_least,
@@ -42,20 +54,30 @@ from ars.reference.scalars import (
     is_host,
     read,
 )
-from ars.reference.window import (
-    ERROR_FLOOR,
-    MIN_HISTORY,
-    Count,
-    autocorrelation,
-    divisor,
-    oldest_first,
-    remember_,
-    trend,
-)
 
 __all__ = [
-    "Signals", "chronos_jitter", "controller_step_", "draw", "entropy_guard", "surprise_gate",
+    "AVERAGED", "CLOSED_BY", "ERROR_FLOOR", "MIN_HISTORY", "OPEN", "RELATIVE_NOISE_FLOOR", "RISE",
+    "GateState", "Signals", "back_off", "chronos_jitter", "controller_step_", "draw",
+    "entropy_guard", "slow_release", "surprise_gate",
 ]  # fmt: skip
+
+# A number of values: on the device, or an int where reading it waits for nothing.
+Count: TypeAlias = int | Tensor
+
+# Variation below this share of a window's largest value is rounding, not signal.
+RELATIVE_NOISE_FLOOR = 1e-12
+# A trend line and its deviation mean nothing over fewer values than this.
+MIN_HISTORY = 10
+# Least error of a prediction, relative to it, so that a constant signal does not divide by 0.
+ERROR_FLOOR = 1e-6
+# Surprises that the running mean is over: few, as each one more is damage.
+AVERAGED = 4
+# Standard errors by which the mean must rise: 1 has false alarms after a shift, 3 comes late.
+RISE = 2.0
+# An alarm closes this share of what the gate is open beyond phi_min.
+CLOSED_BY = 0.5
+# A gate that counts as open.
+OPEN = 0.9
 
 
 class Signals(NamedTuple):
@@ -74,6 +96,34 @@ class Signals(NamedTuple):
     psi: Scalar
     phi: Scalar
     chi: Scalar
+
+    @classmethod
+    def read(cls, diagnostics: Tensor) -> "Signals":
+        """Return the signals that a step's diagnostics begin with: numbers on a CPU, else 0-d.
+
+        Args:
+            diagnostics: Shape (5,) or longer; what is returned does not follow it.
+        """
+        found = diagnostics[: len(cls._fields)].clone()
+        return cls(*(found.tolist() if is_host(found) else found.unbind()))
+
+
+class GateState(NamedTuple):
+    """What the gate remembers: numbers on a CPU, else 0-d float64 tensors.
+
+    Args:
+        phi: Phi of the step before.
+        slow: 1 if the gate opens over the long release, else 0.
+        deviation: sigma while the gate opens after an alarm, else 0.
+        mean: m, of the surprises since the alarm.
+        lowest: b, the least m since the alarm.
+    """
+
+    phi: Scalar
+    slow: Scalar
+    deviation: Scalar
+    mean: Scalar
+    lowest: Scalar
 
 
 def controller_step_(
@@ -104,7 +154,7 @@ def controller_step_(
         surprise: The step's surprise, 0-d or a number.
         window: Ring buffer of the last W surprises, shape (W,), float64; written in place.
         counts: (surprises ever written, steps ever taken), shape (2,), int64; written in place.
-        gate_state: A :class:`~ars.reference.backoff.GateState`, (1, 0, 0, 0, 0) before the first
+        gate_state: A :class:`GateState`, (1, 0, 0, 0, 0) before the first
             step, shape (5,), float64; written in place.
         alpha: Sensitivity of the gate, >= 0.
         phi_min: Smallest gate, in [0, 1].
@@ -291,3 +341,205 @@ def chronos_jitter(psi: Scalar, uniform: Scalar, jitter: float) -> Scalar:
         -0.1
     """
     return jitter * (2 * uniform - 1) * (1 - psi)
+
+
+def slow_release(phi: Scalar, previous: Scalar, release: float) -> Scalar:
+    """Let a gate open by at most a part of what it was closed: ``1 / release``, a step.
+
+    Args:
+        phi: What is asked for, in [0, 1].
+        previous: Phi of the step before.
+        release: r, in steps, >= 1.
+
+    Example:
+        >>> slow_release(1.0, 0.2, release=4), slow_release(0.1, 0.2, release=4)
+        (0.4, 0.1)
+    """
+    limit = previous + (1 - previous) / release
+    return choose(phi < limit, phi, limit)
+
+
+def back_off(
+    state: GateState,
+    phi: Scalar,
+    surprise: Scalar,
+    finite: Any,
+    psi: Scalar,
+    deviation: Scalar,
+    *,
+    phi_min: float,
+    first_release: float,
+    release: float,
+) -> GateState:
+    """Return the gate's next state, whose ``phi`` is that of this step.
+
+    Args:
+        state: Of the step before.
+        phi: What surprise and resonance ask for.
+        surprise: S of this step.
+        finite: Whether S is a finite number; if it is not, there is no alarm.
+        psi: Of this step; less than 1 is resonance.
+        deviation: Standard error of what the trend predicted for S.
+        phi_min: Smallest gate.
+        first_release: r_1, in steps.
+        release: r_2, in steps.
+
+    Example:
+        >>> state = GateState(phi=1.0, slow=0.0, deviation=0.0, mean=0.0, lowest=0.0)
+        >>> settings = {"phi_min": 0.1, "first_release": 2, "release": 10}
+        >>> state = back_off(state, 0.2, 5.0, True, 1.0, 0.5, **settings)  # a first alarm
+        >>> state
+        GateState(phi=0.2, slow=0.0, deviation=0.5, mean=5.0, lowest=5.0)
+        >>> round(back_off(state, 1.0, 5.0, True, 1.0, 0.5, **settings).phi, 6)
+        0.6
+    """
+    watching: Any = state.deviation > 0
+    mean: Any = state.mean + (surprise - state.mean) / AVERAGED
+    rises = finite & watching & (mean > state.lowest + RISE * state.deviation)
+    phi = choose(rises, phi_min, phi)
+    alarm = finite & (rises | (phi < phi_min + CLOSED_BY * (state.phi - phi_min)))
+    slow: Any = (state.slow > 0) | (psi < 1) | (alarm & watching)
+    soon = slow_release(phi, state.phi, first_release)
+    phi = choose(slow, slow_release(phi, state.phi, release), soon)
+    opened: Any = phi >= OPEN
+    kept = choose(watching, state.deviation, choose(alarm, deviation, 0.0))
+    follows: Any = watching & finite
+    return GateState(
+        phi,
+        choose(opened, 0.0, slow * 1.0),
+        choose(opened, 0.0, kept),
+        choose(alarm, surprise, choose(follows, mean, state.mean)),
+        choose(alarm, surprise, choose(follows & (mean < state.lowest), mean, state.lowest)),
+    )
+
+
+def remember_(window: Tensor, counts: Tensor, value: Scalar, finite: Any) -> None:
+    """Write a finite surprise over the oldest one, and count."""
+    if isinstance(value, Tensor):
+        slot = (counts[0] % window.numel()).unsqueeze(0)
+        window.scatter_(0, slot, torch.where(finite, value, window.gather(0, slot)))
+        counts += torch.stack((finite.to(torch.int64), torch.ones_like(counts[1])))
+        return
+    if finite:
+        window[counts[0] % window.numel()] = value
+    counts += _taken(finite)
+
+
+@functools.cache
+def _taken(finite: bool) -> Tensor:
+    return torch.tensor([int(finite), 1], device="cpu")
+
+
+def oldest_first(window: Tensor, count: Tensor) -> tuple[Tensor, Count]:
+    """Return the ring buffer in order of age, and how many values are valid.
+
+    Entry ``count % W`` of the ring is written next, so with n valid values the oldest is at
+    ``(count - n) % W``. On a CPU the values are exactly the valid ones and n is an int; elsewhere,
+    where reading n would wait for the device, there are W values and the unwritten ones are 0.
+    """
+    size = window.numel()
+    if is_host(window):
+        written = int(count)
+        oldest = written % size if written > size else 0
+        return torch.cat((window[oldest:], window[:oldest]))[:written], min(written, size)
+    age = torch.arange(size, device=window.device)
+    valid = count.clamp(max=size)
+    ordered = window[(count - valid + age) % size]
+    return torch.where(age < valid, ordered, 0.0), valid
+
+
+def _used(values: Tensor, valid: Count) -> Tensor | None:
+    """Return which values count, or None if all do."""
+    if isinstance(valid, int):
+        return None
+    return torch.arange(values.numel(), device=values.device) < valid
+
+
+def _masked(values: Tensor, used: Tensor | None) -> Tensor:
+    """Set what does not count to 0."""
+    return values if used is None else torch.where(used, values, 0.0)
+
+
+def divisor(count: Count) -> Any:
+    """Return a count to divide by, at least 1."""
+    if isinstance(count, int):
+        return max(count, 1)
+    return count.clamp(min=1).to(torch.float64)  # int64 would divide in float32
+
+
+def autocorrelation(values: Tensor, valid: Count, scale: Scalar) -> Scalar:
+    r"""Lag-1 autocorrelation ``rho = corr(H[:-1], H[1:])`` (eq. 1), 0 while it is undefined.
+
+    Pearson's correlation of the pairs of successive values. It is undefined with fewer than two
+    pairs, when either side's standard deviation is within 1e-12 of ``scale``: rounding, or when a
+    variance overflows.
+
+    Args:
+        values: The window oldest first, shape (W,).
+        valid: How many leading values count: 0-d, or an int if they all do.
+        scale: Magnitude of what the values were computed from, 0-d or a number.
+
+    Returns:
+        rho in [-1, 1], a number on a CPU, else 0-d.
+    """
+    pairs = valid - 1
+    if isinstance(pairs, int) and pairs < 2:
+        return 0.0
+    used = _used(values[1:], pairs)
+    n = divisor(pairs)
+    # Subtracting the first value makes a constant window vary by exactly 0, whatever its level.
+    shifted = values - values[0]
+    x, y = _masked(shifted[:-1], used), _masked(shifted[1:], used)
+    x = _masked(x - read(x.sum()) / n, used)
+    y = _masked(y - read(y.sum()) / n, used)
+    xx, yy, xy = read(x.dot(x)), read(y.dot(y)), read(x.dot(y))
+    noise = RELATIVE_NOISE_FLOOR * scale
+    floor = n * (noise * noise)  # a power of a number would raise where this is infinite
+    defined = (xx > floor) & (yy > floor) & (xx + yy < math.inf) & (pairs >= 2)
+    rho = xy / choose(defined, xx**0.5 * yy**0.5, 1.0)
+    return choose(defined, at_least(at_most(rho, 1.0), -1.0), 0.0)
+
+
+@functools.lru_cache(maxsize=4)
+def _ages(count: int, device: torch.device) -> Tensor:
+    """Return the ages of a full window, centred."""
+    return torch.arange(count, dtype=torch.float64, device=device) - (count - 1) / 2
+
+
+def trend(values: Tensor, valid: Count, *, linear: bool) -> tuple[Tensor, Scalar, Scalar]:
+    r"""Least-squares trend of a window and what it predicts for the next value.
+
+    With ages ``t_k = k - (n-1)/2`` the line is ``mean + slope t_k``. Its prediction for
+    ``t_n = (n+1)/2`` has the standard error ``s sqrt(1 + 1/n + t_n^2 / sum t_k^2)``, with ``s^2``
+    the residual variance (the last term only with a slope).
+
+    Args:
+        values: The window oldest first, shape (W,).
+        valid: How many leading values count: 0-d, or an int if they all do.
+        linear: Fit a line; otherwise the mean alone.
+
+    Returns:
+        residuals, shape (W,), 0 where nothing counts; the predicted next value and its standard
+        error, numbers on a CPU, else 0-d.
+    """
+    if isinstance(valid, int) and valid == 0:
+        return values, 0.0, 0.0
+    used = _used(values, valid)
+    n = divisor(valid)
+    first = read(values[0])
+    # As in autocorrelation: a constant window must leave residuals of exactly 0.
+    shifted = _masked(values - first, used)
+    mean = read(shifted.sum()) / n
+    residuals, predicted = shifted - mean, first + mean
+    leverage, freedom = 1 + 1 / n, at_least(n - (2 if linear else 1), 1)
+    if linear:
+        age = _ages(values.numel(), values.device)
+        age = age if used is None else _masked(age + (values.numel() - n) / 2, used)
+        spread = at_least(n * (n * n - 1) / 12, 0.5)  # the sum of age^2
+        slope = read(age.dot(shifted)) / spread
+        ahead = (n + 1) / 2
+        residuals, predicted = residuals - slope * age, predicted + slope * ahead
+        leverage = leverage + ahead * ahead / spread
+    residuals = _masked(residuals, used)
+    error = (read(residuals.dot(residuals)) / freedom * leverage) ** 0.5
+    return residuals, predicted, error

@@ -1,11 +1,12 @@
-r"""The quadratic penalties towards an anchor, eqs. (8) to (10): values and gradients."""
+r"""The quadratic penalties towards an anchor, eqs. (8) to (10) and (12): values and gradients."""
 
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-Scalar: TypeAlias = float | Tensor
+from ars.reference.scalars import Scalar
+
 Side: TypeAlias = Literal["output", "input"]
 Protect: TypeAlias = Literal["inside", "outside"]
 
@@ -174,3 +175,46 @@ def subspace_gradient(
                 [0.]])
     """
     return 2 * strength * _penalized_part(delta, basis, side, protect)
+
+
+def kronecker_value(
+    delta: Tensor, inputs: Tensor, outputs: Tensor | None, strength: Scalar
+) -> Tensor:
+    r"""Kronecker penalty :math:`\frac{\lambda}{2} \operatorname{tr}(G D A D^T)` (12), 0-d.
+
+    It is :math:`\frac{\lambda}{2} d^T (G \otimes A) d` with d the rows of D one after the other.
+
+    Args:
+        delta: D, the change of a layer's matrix, shape (p, d).
+        inputs: A, symmetric and positive semi-definite, (d, d).
+        outputs: G, likewise, (p, p); None for the identity.
+        strength: lambda >= 0.
+
+    Example:
+        >>> kronecker_value(torch.ones(1, 2), torch.eye(2), None, strength=3.0)
+        tensor(3.)
+
+    References:
+        Ritter et al., "Online structured Laplace approximations for overcoming catastrophic
+        forgetting", arXiv:1805.07810.
+    """
+    return 0.5 * (delta * kronecker_gradient(delta, inputs, outputs, strength)).sum()
+
+
+def kronecker_gradient(
+    delta: Tensor, inputs: Tensor, outputs: Tensor | None, strength: Scalar
+) -> Tensor:
+    r"""Gradient of :func:`kronecker_value`, :math:`\lambda G D A`, shape (p, d).
+
+    Args:
+        delta: D, the change of a layer's matrix, shape (p, d).
+        inputs: A, symmetric and positive semi-definite, (d, d).
+        outputs: G, likewise, (p, p); None for the identity.
+        strength: lambda >= 0.
+
+    Example:
+        >>> kronecker_gradient(torch.ones(1, 2), torch.eye(2), None, strength=3.0)
+        tensor([[3., 3.]])
+    """
+    product = delta @ inputs
+    return strength * (product if outputs is None else outputs @ product)

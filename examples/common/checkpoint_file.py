@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ars.replacing import replacing
+from ars.atomic import replacing
 from common.errors import DamagedError, UsageError
 from common.plain_files import open_file
 

@@ -156,7 +156,7 @@ def read_csv(path: Path, *, remedy: str, label: str | None = None) -> list[dict[
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    from ars.replacing import replacing  # not above: it takes torch along, which takes seconds
+    from ars.atomic import replacing  # not above: it takes torch along, which takes seconds
 
     with replacing(path) as unfinished:
         unfinished.write_bytes(text.encode())

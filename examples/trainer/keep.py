@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ars.replacing import drop_unfinished
+from ars.atomic import drop_unfinished
 from common.checkpoint_file import load_checkpoint, save_checkpoint
 from common.errors import DamagedError, UsageError, understanding
 from common.output_folder import put_aside

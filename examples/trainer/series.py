@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ars.replacing import drop_unfinished, is_unfinished
+from ars.atomic import drop_unfinished, is_unfinished
 from common.errors import DamagedError, UsageError, understanding
 from common.output_folder import LOCK_FILE
 from common.plain_files import read_json, write_atomically

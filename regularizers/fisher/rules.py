@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ars.functional import add_squared_products_
 from ars.regularizers.fisher.estimators import accumulation_dtype
+from ars.squares import add_squared_products_
 
 __all__ = [
     "Contribution",

@@ -8,7 +8,7 @@ import torch
 from optimizers import IMPLEMENTATIONS, Pull, make
 
 from ars import ARSAdam, ARSAdamW, ARSConfig, GradientRelease
-from ars.batch import DIAGNOSTICS
+from ars.step.batch import DIAGNOSTICS
 
 SHAPES = ((4, 3), (7,), (), (0,), (3, 5))
 
@@ -129,7 +129,7 @@ def test_what_is_kept_from_step_to_step(implementation, monkeypatch):
         release.backward(sum(param.square().sum() for param in params))
         parts = [release._step._first, *release._step._parts.values()]
         counts.append(sum(part.collector.rebuilds for part in parts))
-        tables.append([part.kept.device._fused for part in parts])
+        tables.append([part.steppers.triton._fused for part in parts])
     assert counts == [len(SHAPES)] * 3
     assert all(map(is_, tables[0], tables[2]))
     assert (None in tables[0]) == (implementation != "triton")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ars import squares
-from ars.functional import add_squared_products_
 from ars.reference import squared_products
+from ars.squares import add_squared_products_
 
 
 def operands(samples, positions, p, d, dtype=torch.float64):

@@ -10,8 +10,8 @@ import torch
 from optimizers import gradients, make, parameters
 
 from ars import ARSAdamW, ARSConfig, ARSOptimizer
-from ars.effective import GatedGradients
-from ars.reference import scalars, window
+from ars.reference import controller, scalars
+from ars.wrapper import _GatedGradients
 
 MATRICES = ((3, 4), (17, 5))  # which is all that Muon takes
 BASES = {
@@ -209,7 +209,7 @@ def test_signals_that_stay_on_the_device_give_the_same_steps(monkeypatch):
         opt, params = wrapped(name)
         expected = run(opt, params, 10)
         with monkeypatch.context() as patch:
-            for module in (window, scalars):
+            for module in (controller, scalars):
                 patch.setattr(module, "is_host", lambda tensor: False)
             opt, params = wrapped(name)
             results.append((run(opt, params, 10), expected))
@@ -235,7 +235,7 @@ def test_a_gate_on_the_device_keeps_the_dtype_of_gradients(dtype):
     params = [torch.ones(shape, dtype=dtype, requires_grad=True) for shape in ((), (3,))]
     for param in params:
         param.grad = torch.full_like(param, 2.0)
-    gated = GatedGradients([{"params": params}], torch.tensor(0.5, dtype=torch.float64))
+    gated = _GatedGradients([{"params": params}], torch.tensor(0.5, dtype=torch.float64))
     gated.put()
     assert [param.grad.dtype for param in params] == [dtype, dtype]
     assert all((param.grad == 1).all() for param in params)

@@ -157,7 +157,7 @@ def test_ordinary_bases_take_the_first_evaluation_and_copy_nothing(base, monkeyp
         return base(params, lr=0.1, **({"ars": None} if base is ARSAdamW else {}))
 
     expected, calls = trace(build, wrap=False)
-    monkeypatch.setattr("ars.effective._copied", None)
+    monkeypatch.setattr("ars.wrapper._copied", None)
     found, same = trace(build, wrap=True)
     assert_same(found, expected)
     assert len(same) == len(calls)

@@ -9,7 +9,7 @@ from optimizers import gradients, parameters
 from test_wrapper import BASES, BRAKING, MATRICES, run, spiky, wrapped
 
 from ars import ARSConfig, ARSOptimizer
-from ars.effective import GatedGradients
+from ars.wrapper import _GatedGradients
 
 RATE = ARSConfig.paper(window=6, gate=("lr",))
 
@@ -159,7 +159,7 @@ def test_all_evaluations_of_lbfgs_are_under_the_gate_of_the_first(gate, set_to_n
 def test_a_gradient_that_an_evaluation_does_not_give_does_not_come_back():
     param = torch.nn.Parameter(torch.ones(2))
     param.grad = torch.ones(2)
-    gradients_of = GatedGradients([{"params": [param]}], 0.5)
+    gradients_of = _GatedGradients([{"params": [param]}], 0.5)
     gradients_of.put()
     assert param.grad.tolist() == [0.5, 0.5]
     gradients_of.restore()

@@ -1,6 +1,7 @@
 """A problem that the fused step can be given, and the same step by the reference."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from controller_cases import make_controller, observe
 from torch import Tensor
 
 from ars import reference
-from ars.csrc_triton.layout import Diagnostic, Hyper
+from ars.csrc_triton.layout import Diagnostic, Hyper, Operands
 from ars.csrc_triton.step import Controller, FusedAdam
 
 # Every term of the update must weigh enough to be seen in the result.
@@ -82,8 +83,18 @@ class Problem:
             if target is not None and value is not None:
                 target.copy_(value)
 
+    def operands(self) -> list[Operands]:
+        columns = [getattr(self, COLUMNS.get(name, f"{name}s")) for name in Operands._fields]
+        absent = [None] * len(self.params)
+        return [Operands(*row) for row in zip(*(c or absent for c in columns), strict=True)]
+
     def fused(self, **options: Any) -> FusedAdam:
-        return FusedAdam(**(self.__dict__ | options))
+        """The kernels for these tensors; options replace lists of them, or other settings."""
+        changed = dataclasses.replace(self, **{k: v for k, v in options.items() if k in FIELDS})
+        names = ("hyper", "decoupled", "controller", "proximal", "stochastic", "seed", "numbers")
+        settings = {name: getattr(changed, name) for name in names}
+        others = {name: value for name, value in options.items() if name not in FIELDS}
+        return FusedAdam(changed.operands(), changed.groups, **settings, **others)
 
     def clone(self) -> "Problem":
         return copy.deepcopy(self)
@@ -183,6 +194,11 @@ class Problem:
             Diagnostic.PENALTY: penalty,
         }
         return torch.tensor([said[entry] for entry in Diagnostic], dtype=torch.float64)
+
+
+FIELDS = {field.name for field in dataclasses.fields(Problem)}
+# Lists whose name is not their operand's with an s.
+COLUMNS = {"products": "products", "products_step": "products_steps"}
 
 
 def make_problem(

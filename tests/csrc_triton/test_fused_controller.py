@@ -11,7 +11,8 @@ from fused_problem import Problem, make_problem
 from ars.csrc_triton import controller as kernel
 from ars.csrc_triton.layout import Diagnostic
 from ars.csrc_triton.step import FusedAdam
-from ars.reference import backoff, philox_uniform, window
+from ars.reference import controller as definition
+from ars.reference import philox_uniform
 
 SIGNALS = (Diagnostic.RHO, Diagnostic.PSI, Diagnostic.PHI, Diagnostic.CHI)
 
@@ -175,11 +176,11 @@ def test_a_clipped_gradient_that_is_no_number_stays_one(device: str) -> None:
 
 
 def test_constants_are_the_references() -> None:
-    assert kernel.RELATIVE_NOISE_FLOOR.value == window.RELATIVE_NOISE_FLOOR
-    assert kernel.MIN_HISTORY.value == window.MIN_HISTORY
-    assert kernel.ERROR_FLOOR.value == window.ERROR_FLOOR
+    assert kernel.RELATIVE_NOISE_FLOOR.value == definition.RELATIVE_NOISE_FLOOR
+    assert kernel.MIN_HISTORY.value == definition.MIN_HISTORY
+    assert kernel.ERROR_FLOOR.value == definition.ERROR_FLOOR
     for name in ("AVERAGED", "RISE", "CLOSED_BY", "OPEN"):
-        assert getattr(kernel, name).value == getattr(backoff, name)
+        assert getattr(kernel, name).value == getattr(definition, name)
 
 
 def test_reports_are_neutral_before_the_first_step(device: str) -> None:

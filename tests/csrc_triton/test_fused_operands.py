@@ -52,9 +52,6 @@ INVALID: dict[str, tuple[Callable[[Problem], None], type[Exception], str]] = {
         put("remainders", lambda _: torch.zeros(5, 60, dtype=torch.int16), 0), ValueError,
         r"parameter 0 is torch\.float32 and has a remainder.*pass None",
     ),
-    "remainder-count": (
-        lambda p: setattr(p, "remainders", p.remainders[:1]), ValueError, "1 remainders for 2",
-    ),
     "pull-dtype": (put("pulls", Tensor.bfloat16), TypeError, r"pull 1 .*torch\.float32"),
     "pull-shape": (put("pulls", lambda t: t[:1]), ValueError, "pull 1 has shape"),
     "pull-order": (put("pulls", transposed, 0), ValueError, "pull 0 has strides"),

@@ -9,6 +9,8 @@ from fused_problem import Problem, make_problem
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
+from ars.csrc_triton.layout import Operands, Table
+from ars.csrc_triton.step import FusedAdam
 from ars.csrc_triton.tiles import tile_map
 
 Spoil = Callable[[Problem], None]
@@ -51,7 +53,6 @@ def wrapped(tensor: Tensor) -> Tensor:
 
 
 INVALID: dict[str, tuple[Spoil, type[Exception], str]] = {
-    "no-params": (put_all(params=[]), ValueError, "params is empty"),
     "param-integer": (put("params", Tensor.int), TypeError, "parameter 1 is torch.int32"),
     "param-complex": (put("params", lambda t: t + 1j), TypeError, "parameter 1 .*complex64"),
     "param-meta": (put("params", meta), ValueError, "parameter 1 is on meta"),
@@ -67,9 +68,6 @@ INVALID: dict[str, tuple[Spoil, type[Exception], str]] = {
     "groups-count": (put_all(groups=[0]), ValueError, "1 groups for 2 parameters"),
     "groups-range": (put_all(groups=[0, 1]), ValueError, "parameter 1 is in group 1.*1 rows"),
     "groups-negative": (put_all(groups=[-1, 0]), ValueError, "parameter 0 is in group -1"),
-    "moment-count": (
-        lambda p: put_all(exp_avgs=p.exp_avgs[:1])(p), ValueError, "1 exp_avgs for 2",
-    ),
     "moment-dtype": (put("exp_avgs", Tensor.double), TypeError, "exp_avg 1 .*float32"),
     "moment-half": (put("exp_avg_sqs", Tensor.half), TypeError, "exp_avg_sq 1 .*float32"),
     "moment-shape": (put("exp_avg_sqs", Tensor.flatten), ValueError, "exp_avg_sq 1 has shape"),
@@ -88,7 +86,7 @@ INVALID: dict[str, tuple[Spoil, type[Exception], str]] = {
     "counts-shape": (put_controller("counts", lambda t: t[:1]), ValueError, "counts must be"),
     "config-shape": (put_controller("config", lambda t: t[:5]), ValueError, r"config .*\(10,\)"),
     "anchor-missing": (put("anchors", lambda t: None), ValueError, "parameter 1 has only one"),
-    "anchors-missing": (put_all(anchors=None), ValueError, "both anchors and importances"),
+    "anchors-missing": (put_all(anchors=None), ValueError, "parameter 0 has only one"),
     "anchor-shape": (put("anchors", lambda t: t[:1]), ValueError, "anchor 1 has shape"),
     "anchor-integer": (put("anchors", Tensor.long), TypeError, "anchor 1 is torch.int64"),
     "importance-order": (put("importances", transposed), ValueError, "importance 1 has strides"),
@@ -109,6 +107,18 @@ def test_invalid_operands_are_refused(
     spoil(problem)
     with pytest.raises(error, match=message):
         problem.fused()
+
+
+def test_no_parameters_are_refused(device: str) -> None:
+    hyper = make(device).hyper
+    with pytest.raises(ValueError, match="pass at least one"):
+        FusedAdam([], [], hyper=hyper, decoupled=True, controller=None)
+
+
+def test_the_table_begins_with_the_operands() -> None:
+    names = [column.name.lower() for column in Table]
+    assert names == [*Operands._fields, "numel", "group", "number"]
+    assert [column.value for column in Table] == list(range(len(Table)))
 
 
 def test_diagnostics_of_another_dtype_are_refused(device: str) -> None:
