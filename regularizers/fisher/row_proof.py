@@ -11,9 +11,10 @@ so that a right row's two gradients are equal to the last bit, however small and
 
 Not every pass needs a proof of its own. Shapes and the numbers among the arguments fix where every
 operator puts its rows, but for those that read places out of a tensor: an index, a mask, a sort, a
-number that is read back into Python; and for the product of two computed matrices, of which one may
-hold places. Two passes of equal records without any of these put all rows in the same places,
-whatever the data; of the others each pass is proven by itself.
+number that is read back into Python; and for a computed mask and the product of two computed
+matrices, which may choose among rows of several samples. Two passes of equal records without any of
+these put all rows in the same places, whatever the data; of the others each pass is proven by
+itself.
 """
 
 from collections.abc import Iterable, Iterator
@@ -46,7 +47,6 @@ _PRODUCTS = {
     getattr(torch.ops.aten, name).default
     for name in ("_addmm_activation", "addbmm", "addmm", "addmv", "baddbmm", "bmm", "mm", "mv")
 }
-_CAST = torch.ops.aten._to_copy.default
 _SORTS = {"kthvalue", "median", "mode", "nanmedian", "sort", "topk"}
 # Still with integers and Booleans too: they are what is moved, or compared, not where to.
 _STILL = {
@@ -158,42 +158,56 @@ class Operators(TorchDispatchMode):
 
     def __init__(self, constants: set[int]) -> None:
         super().__init__()
-        self._constants = set(constants)
-        self._casts: list[Tensor] = []  # keeps the addresses of constants in other dtypes theirs
-        self.host_reads = False
+        self._constants = constants - {-1}
+        self._kept: list[Tensor] = []  # so that the addresses of what constants give stay theirs
+        self.by_value = False  # whether values were read into Python, or a computed mask selects
         self._record: list[tuple[Any, ...]] = []
 
     @property
     def record(self) -> tuple[Any, ...]:
         """Each operator with its arguments, a tensor's shape and dtype in its place."""
-        return self.host_reads, *self._record
+        return self.by_value, *self._record
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one operator."""
-        call = [func]  # every microsecond counts, so without a function call each
+        call, tensors = [func], []  # every microsecond counts, so without a function call each
         for value in args:
             if isinstance(value, Tensor):
                 call += (value.shape, value.dtype)
+                tensors.append(value)
+            elif isinstance(value, (list, tuple)):
+                call.append(_key(value))
+                tensors += [each for each in value if isinstance(each, Tensor)]
             else:
-                call.append(_key(value) if isinstance(value, (list, tuple)) else value)
+                call.append(value)
+        if kwargs:
+            tensors += [value for value in kwargs.values() if isinstance(value, Tensor)]
+        computed = [each for each in tensors if self.address(each) not in self._constants]
+        if any(each.dtype == torch.bool for each in computed):
+            self.by_value = True
         if func in _LOOKUPS:
-            call.append(self._is_constant(args[0]))
+            call.append(self.address(args[0]) in self._constants)
         elif func in _PRODUCTS:
-            factors = [value for value in args if isinstance(value, Tensor)][-2:]
-            call.insert(1, any(map(self._is_constant, factors)))
+            call.insert(1, any(self.address(each) in self._constants for each in tensors[-2:]))
         if kwargs:
             call += map(_key, kwargs.items())
         self._record.append(tuple(call))
         output = func(*args, **(kwargs or {}))
-        if func is _CAST and self._is_constant(args[0]):
-            self._constants.add(output.untyped_storage().data_ptr())
-            self._casts.append(output)
+        if not computed and torch.Tag.nondeterministic_seeded not in func.tags:
+            outputs = output if isinstance(output, (list, tuple)) else (output,)
+            made = [each for each in outputs if isinstance(each, Tensor)]
+            self._kept += made
+            self._constants.update({*map(self.address, made)} - {-1})
+        elif func._schema.is_mutable and isinstance(output, Tensor):
+            self._constants.discard(self.address(output))
         return output
 
-    def _is_constant(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._constants
+    @staticmethod
+    def address(tensor: Tensor) -> int:
+        """Tell storages apart; -1 for a sparse tensor, which has none and counts as computed."""
+        return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else -1
 
 
 def values_decide(record: tuple[Any, ...]) -> bool:
@@ -202,8 +216,8 @@ def values_decide(record: tuple[Any, ...]) -> bool:
     Args:
         record: Of :class:`Operators`.
     """
-    host_reads, *calls = record
-    return host_reads or any(_reads_places(*call) for call in calls)
+    by_value, *calls = record
+    return by_value or any(_reads_places(*call) for call in calls)
 
 
 def _reads_places(func: Any, *arguments: Any) -> bool:
@@ -239,7 +253,7 @@ class HostReads(TorchFunctionMode):
     ) -> Any:
         """Run one function."""
         if func in _HOST_READS:
-            self._operators.host_reads = True
+            self._operators.by_value = True
         return func(*args, **(kwargs or {}))
 
 
@@ -253,7 +267,7 @@ class Passes:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         tensors = (*model.parameters(), *model.buffers())
-        self._constants = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._constants = {Operators.address(tensor) for tensor in tensors}
         self._seen: dict[object, Tensor] = {}
         self._key: object = None
         self._by_value = False
