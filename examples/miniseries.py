@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.run import Run
+    from trainer.series_run import Run
 
 # The checkout this file lies in, so that it runs without installing the package.
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
@@ -50,8 +50,8 @@ def _train(words: Sequence[str]) -> int:
     arguments = parse_arguments(words)
     from common.output_folder import OutputFolder
     from common.program import StopRequest, exit_status
-    from trainer.prepare import prepare
-    from trainer.series import run_series
+    from trainer.series_run import prepare
+    from trainer.train_series import run_series
 
     out = arguments.out
 
@@ -97,8 +97,8 @@ def _check_finite(out: Path) -> None:
 
 
 def _resolved(run: "Run") -> str:
-    from trainer.planning import models_table, settings_table
-    from trainer.series import plans_of
+    from trainer.series_plan import plans_of
+    from trainer.series_report import models_table, settings_table
 
     vocab_size, length = run.corpus.vocab_size, run.config.sequence_len
     plans = plans_of(run.config, vocab_size)

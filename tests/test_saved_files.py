@@ -24,8 +24,8 @@ from ars.regularizers import (
 from common.output_folder import OutputFolder
 from common.program import StopRequest
 from trainer.arguments import parse_arguments
-from trainer.prepare import prepare
-from trainer.series import run_series
+from trainer.series_run import prepare
+from trainer.train_series import run_series
 
 SAVED = Path(__file__).parent / "saved"
 

@@ -11,10 +11,9 @@ from ars.models import GPT
 from common.checkpoint_file import load_checkpoint
 from common.errors import UsageError
 from common.program import QUIET_SECONDS, drawing_interval
-from corpus.choice import load_tokenizer
-from corpus.tokenizer import ByteTokenizer, Tokenizer
-from trainer.run import CONFIG_FILE, TOKENIZER_FILE
-from trainer.state import model_of
+from corpus.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from trainer.series_run import CONFIG_FILE, TOKENIZER_FILE
+from trainer.training_state import model_of
 
 __all__ = ["beginning_token", "evaluate_checkpoint", "load_model"]
 

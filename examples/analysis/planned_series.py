@@ -19,10 +19,10 @@ from itertools import pairwise
 from typing import Any
 
 from common.tables import aligned
+from corpus.tokenizer import vocabulary_of
 from trainer.arguments import PlanArguments
-from trainer.plan import ModelPlan
-from trainer.planning import checked_plans, models_table, settings_table, vocabulary_of
-from trainer.state import shape_of
+from trainer.series_plan import ModelPlan, checked_plans, shape_of
+from trainer.series_report import models_table, settings_table
 
 __all__ = [
     "PlannedModel", "chain_saving", "describe_plan", "plan_cost", "plan_depths", "plan_doubling",

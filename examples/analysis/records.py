@@ -8,9 +8,9 @@ from typing import Any
 
 from common.errors import UsageError
 from common.plain_files import printable, read_json
-from trainer.log import read_log
-from trainer.overhead import GROWTH_OPERATIONS
-from trainer.run import CONFIG_FILE
+from trainer.arms import GROWTH_OPERATIONS
+from trainer.series_run import CONFIG_FILE
+from trainer.step_log import read_log
 
 __all__ = [
     "Log", "Logs", "Record", "chain", "read_logs", "read_metrics", "rounded", "run_settings",

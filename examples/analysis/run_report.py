@@ -23,7 +23,7 @@ from analysis.scaling_laws import ArmLaws, ScalingLawValidator, fit_series
 from analysis.sweeps import Grid, Sweep, find_grid
 from common.errors import UsageError
 from common.plain_files import write_atomically
-from trainer.health import numbers_apart
+from trainer.recorder import numbers_apart
 
 __all__ = [
     "REPORT_FILE", "Analysis", "analyze_runs", "gate_rows", "render_report", "write_json",

@@ -1,8 +1,7 @@
 """From any text to memory-mapped token shards, and from a cursor to a batch."""
 
-from corpus.order import batch, rows_per_epoch, validation_windows
 from corpus.prepare import Corpus, prepare_corpus
-from corpus.tokens import Tokens
+from corpus.tokens import Tokens, batch, rows_per_epoch, validation_windows
 
 __all__ = [
     "Corpus",

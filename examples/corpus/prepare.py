@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from common.errors import UsageError
-from corpus.cache import open_cache
-from corpus.choice import choose_tokenizer
-from corpus.files import go_on
 from corpus.sources import open_source
-from corpus.tokenizer import Tokenizer
+from corpus.text_files import go_on
+from corpus.token_cache import open_cache
+from corpus.tokenizer import Tokenizer, choose_tokenizer
 from corpus.tokens import Tokens
 
 __all__ = ["Corpus", "prepare_corpus"]
@@ -70,7 +69,7 @@ def prepare_corpus(
         source: what ``--data`` names, see `corpus.sources.open_source`; ``None`` for the built-in
             text.
         column: of tables, see there.
-        tokenizer: see `corpus.choice.choose_tokenizer`.
+        tokenizer: see `corpus.tokenizer.choose_tokenizer`.
         cache: folder for the tokens; created if absent. Its content may be deleted at any time
             but during a run.
         sequence_len: tokens a sequence; the text must hold ten and their targets.

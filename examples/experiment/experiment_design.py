@@ -11,8 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
-from trainer.plan import ModelPlan
-from trainer.series import plans_of
+from trainer.series_plan import ModelPlan, plans_of
 from trainer.settings import Machine, SeriesConfig
 
 __all__ = ["SIZES", "STAGES", "Job", "Stage", "jobs_of"]

@@ -21,11 +21,11 @@ from common.program import StopRequest, command, quit_on_signals
 from corpus import Corpus, prepare_corpus
 from experiment.experiment_design import SIZES, STAGES, Job, Stage, jobs_of
 from experiment.experiment_report import write_summary
-from trainer.figures import FIGURES
 from trainer.parallel import Parallel
-from trainer.run import Run
-from trainer.series import check_folder, run_series
+from trainer.series_report import FIGURES
+from trainer.series_run import Run, check_folder
 from trainer.settings import SeriesConfig
+from trainer.train_series import run_series
 
 __all__ = ["Options", "open_corpus", "parse_options", "run_experiment", "train_series"]
 

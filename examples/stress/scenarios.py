@@ -11,9 +11,8 @@ from torch import Tensor
 from ars.models import GPT, GPTConfig
 from common.errors import UsageError
 from corpus import Corpus, Tokens
-from corpus.files import text_source
-from corpus.library import library_source
 from corpus.pieces import SPLITS, split_of
+from corpus.sources import library_source, text_source
 from corpus.tokenizer import ByteTokenizer
 
 __all__ = [

@@ -20,7 +20,7 @@ from common.program import StopRequest
 from corpus import Corpus, validation_windows
 from stress.compared_optimizers import Step, arm_settings
 from stress.scenarios import Size, Stream, scenario_settings
-from trainer.evaluate import bits_per_byte
+from trainer.training_loop import bits_per_byte
 
 __all__ = ["DIVERGED_BY", "RECOVERED_WITHIN", "Job", "Record", "identity_of", "run_all", "run_job"]
 

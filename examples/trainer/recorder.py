@@ -1,27 +1,200 @@
-"""What a step reports: collected on the device, read in groups, told to everyone who listens.
+"""What a step reports: read from the device in groups, logged, drawn, and searched for warnings.
 
 The host knows when a group began and when it ended, not when the device did each of its steps: they
 share its time evenly.
 """
 
+import math
+import re
 import resource
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from trainer.log import StepLog
-from trainer.plan import ModelPlan
-from trainer.progress import Progress
-from trainer.run import Run
-from trainer.state import TrainingState
-from trainer.step import Update
+from ars.regularizers import PenaltyMonitor
+from common.program import drawing_interval
+from trainer.series_plan import ModelPlan
+from trainer.series_run import Run
+from trainer.step_log import StepLog
+from trainer.training_state import TrainingState
 
-__all__ = ["Recorder"]
+__all__ = ["Health", "Progress", "Recorder", "Update", "numbers_apart", "open_tensorboard"]
 
 _MIB = 2**20
+_NOT_DRAWN = ("step",)
+_NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|inf|nan)(?!\w)")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step amounts to.
+
+    Args:
+        loss: of the task on the batch, 0-d, nats a token.
+        rate: AdamW's learning rate.
+        distillation: value of that penalty, 0-d, or ``None``.
+    """
+
+    loss: Tensor
+    rate: float
+    distillation: Tensor | None
+
+
+class Progress:
+    """Loss, speed, controller and penalty of a model in training; tqdm adds the remaining time.
+
+    Args:
+        plan: of the model.
+        state: where it begins.
+        run: only its first process draws.
+    """
+
+    def __init__(self, plan: ModelPlan, state: TrainingState, run: Run) -> None:
+        interval = drawing_interval()
+        self._tokens = plan.settings.batch_size * run.config.sequence_len
+        self._start = state.step, state.seconds
+        self._name = plan.name
+        self._bar = tqdm(
+            total=plan.steps,
+            initial=state.step,
+            desc=plan.name,
+            unit="step",
+            mininterval=interval,
+            maxinterval=2 * interval,
+            dynamic_ncols=True,
+            disable=not run.parallel.is_first,
+        )
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Advance to the step of a log row."""
+        if row.get("loss") is None or self._bar.disable:
+            return
+        step, seconds = self._start
+        speed = (row["step"] - step) * self._tokens / max(row["seconds"] - seconds, 1e-9)
+        words = [f"loss {row['loss']:.3f}", f"{speed / 1e3:.1f}k tokens/s"]
+        for key, title, form in (
+            ("mfu", "MFU", ".1%"), ("phi", "Phi", ".2f"), ("psi", "Psi", ".2f"),
+            ("penalty", "penalty", ".1e"),
+        ):  # fmt: skip
+            if row.get(key) is not None:
+                words.append(f"{title} {row[key]:{form}}")
+        self._bar.set_postfix_str(", ".join(words), refresh=False)
+        self._bar.update(row["step"] - self._bar.n)
+
+    def say(self, warnings: Iterable[str]) -> None:
+        """Print warnings above the bar."""
+        for text in warnings:
+            if not self._bar.disable:
+                self._bar.write(f"warning: {self._name}: {text}", file=sys.stderr)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+
+@contextmanager
+def open_tensorboard(
+    run: Run, plan: ModelPlan, step: int
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """What takes the rows of a model's log, closed at the end.
+
+    Args:
+        run: of which the model is; only its first process reports.
+        plan: of the model.
+        step: reports of later steps are those of an interrupted run and are dropped.
+    """
+    if not run.parallel.is_first or not run.machine.tensorboard:
+        yield lambda _: None
+        return
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(
+        str(run.folder / "tensorboard" / plan.name),
+        purge_step=step + 1 if step else None,
+        filename_suffix=f".{step:08d}",  # the rest of its name is the second, which may recur
+    )
+
+    def write(row: Mapping[str, Any]) -> None:
+        for key, value in row.items():
+            if value is not None and key not in _NOT_DRAWN:
+                writer.add_scalar(key, value, row["step"])
+
+    try:
+        yield write
+    finally:
+        writer.close()
+
+
+def numbers_apart(text: str) -> tuple[str, tuple[str, ...]]:
+    """A warning's kind, which is its text without numbers, and the numbers.
+
+    Example:
+        >>> numbers_apart("the penalty, 5.2, exceeds the task loss, 1e-03")
+        ('the penalty, …, exceeds the task loss, …', ('5.2', '1e-03'))
+    """
+    return _NUMBER.sub("…", text), tuple(_NUMBER.findall(text))
+
+
+class Health:
+    """Looks at the loss and its parts now and then.
+
+    A loss that is no longer a number, a penalty above the task's loss, a subspace part above half
+    of it and a penalty that is identically 0 are warned of; an importance that has collapsed was,
+    when it was made. Each look sees other numbers, so a warning is known by its kind.
+
+    Args:
+        state: whose list of warnings grows, and which takes along what has been seen.
+    """
+
+    def __init__(self, state: TrainingState) -> None:
+        self._monitor = PenaltyMonitor()
+        if state.seen is not None:
+            self._monitor.load_state_dict(state.seen)
+        self._said = {numbers_apart(text)[0] for text in state.warnings}
+
+    def look(self, state: TrainingState, update: Update, measured: float) -> list[str]:
+        """Compare the parts; return what has not been said of this model before.
+
+        Args:
+            state: of the model.
+            update: of its last step.
+            measured: validation bits per byte after it.
+        """
+        if not math.isfinite(measured):
+            return self._new(state, [f"diverged: at step {state.step} its loss is not a number"])
+        kept = state.inheritance
+        if kept.penalty is None and update.distillation is None:
+            return []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            penalty = 0.0 if update.distillation is None else float(update.distillation)
+            if kept.penalty is not None:
+                penalty += float(state.optimizer.shown()["penalty"])
+            self._monitor.observe(update.loss, penalty, kept.subspace_value())
+        state.seen = self._monitor.state_dict()
+        return self._new(state, [str(w.message) for w in caught])
+
+    def _new(self, state: TrainingState, texts: list[str]) -> list[str]:
+        found = {numbers_apart(text)[0]: text for text in texts}
+        new = [text for kind, text in found.items() if kind not in self._said]
+        self._said |= found.keys()
+        state.warnings += new
+        return new
 
 
 class Recorder:

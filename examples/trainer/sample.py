@@ -12,12 +12,11 @@ from ars.models import GPT
 from common.checkpoint_file import load_checkpoint
 from common.errors import UsageError, understanding
 from common.plain_files import read_json
-from corpus.choice import load_tokenizer
-from corpus.tokenizer import Tokenizer
+from corpus.tokenizer import Tokenizer, load_tokenizer
 from trainer.arguments import SampleArguments
 from trainer.parallel import use_device
-from trainer.run import CONFIG_FILE, TOKENIZER_FILE
-from trainer.state import model_of
+from trainer.series_run import CONFIG_FILE, TOKENIZER_FILE
+from trainer.training_state import model_of
 
 __all__ = ["continue_tokens", "describe_samples"]
 

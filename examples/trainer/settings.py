@@ -26,9 +26,15 @@ from common.errors import UsageError
 from trainer.arms import parse_arm
 
 __all__ = [
-    "PEAK_FLOPS", "QUICK", "RULE", "Files", "Machine", "SeriesConfig", "default_steps",
+    "PEAK_FLOPS",
+    "QUICK",
+    "RULE",
+    "Files",
+    "Machine",
+    "SeriesConfig",
+    "default_steps",
     "peak_flops",
-]  # fmt: skip
+]
 
 RULE = "rule"
 ByRule = Literal["rule"]

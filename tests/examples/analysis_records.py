@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.log import StepLog
+from trainer.step_log import StepLog
 
 # Of an old trainer: without devices and tokens of the lineage.
 DEMO = Path(__file__).with_name("old_demo_metrics.json")

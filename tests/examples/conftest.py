@@ -11,11 +11,11 @@ from small_series import LONG, TINY, Series, results
 
 from common.output_folder import OutputFolder
 from common.program import StopRequest
-from trainer import report
+from trainer import series_report as report
 from trainer.arguments import parse_arguments
-from trainer.prepare import prepare
-from trainer.report import markdown_table
-from trainer.series import run_series
+from trainer.series_report import markdown_table
+from trainer.series_run import prepare
+from trainer.train_series import run_series
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.program import StopRequest
-from trainer.log import read_log
+from trainer.step_log import read_log
 
 TINY = [
     "--depths", "1,2", "--batch-size", "2", "--sequence-len", "16", "--fisher-samples", "3",

@@ -15,10 +15,8 @@ from analysis.checkpoints import beginning_token, evaluate_checkpoint, load_mode
 from ars.models import GPT, miniseries_config
 from common.checkpoint_file import save_checkpoint
 from common.errors import UsageError
-from corpus.bpe import train_bpe
-from corpus.choice import load_tokenizer
 from corpus.pieces import Piece, Source
-from corpus.tokenizer import ByteTokenizer, Tokenizer
+from corpus.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from analysis.records import (
     thinned_curve,
 )
 from common.errors import UsageError
-from trainer.log import StepLog
+from trainer.step_log import StepLog
 
 
 def test_the_committed_demo_is_read() -> None:

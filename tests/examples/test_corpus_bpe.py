@@ -13,12 +13,10 @@ from corpus_helpers import content, ids, prepare
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from common.errors import UsageError
-from corpus import Corpus, bpe, pieces, prepare_corpus
-from corpus.bpe import BPETokenizer
-from corpus.choice import choose_tokenizer, load_tokenizer
-from corpus.library import library_source
-from corpus.sources import open_source
-from corpus.tokenizer import ByteTokenizer
+from corpus import Corpus, pieces, prepare_corpus
+from corpus import tokenizer as bpe
+from corpus.sources import library_source, open_source
+from corpus.tokenizer import BPETokenizer, ByteTokenizer, choose_tokenizer, load_tokenizer
 
 VOCABULARY = 400
 TEXTS = [
@@ -110,7 +108,7 @@ def test_a_text_read_in_pieces_has_the_tokens_of_the_whole(
 
 def test_training_is_the_same_in_every_process(corpus: Corpus, text: Path) -> None:
     code = (
-        "import sys; from corpus.choice import choose_tokenizer; "
+        "import sys; from corpus.tokenizer import choose_tokenizer; "
         "from corpus.sources import open_source; "
         f"print(choose_tokenizer('bpe:{VOCABULARY}').make(open_source(sys.argv[1], None)).sha256)"
     )
@@ -151,21 +149,10 @@ def test_saved_and_loaded_it_is_the_same(corpus: Corpus, tmp_path: Path) -> None
         assert all(np.array_equal(loaded.encode(t), tokenizer.encode(t)) for t in TEXTS)
 
 
-@pytest.mark.parametrize(
-    "names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("tokenizer.json",)]
-)
-def test_files_like_those_of_gpt2(
-    corpus: Corpus, text: Path, tmp_path: Path, names: tuple[str, ...]
-) -> None:
+def test_the_folder_of_a_tokenizer(corpus: Corpus, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    if len(names) == 1:
-        corpus.tokenizer.save(folder / names[0])
-    else:
-        assert isinstance(corpus.tokenizer, BPETokenizer)
-        corpus.tokenizer._inner.model.save(str(folder))
-        (folder / "vocab.json").rename(folder / names[0])
-        (folder / "merges.txt").rename(folder / names[1])
+    corpus.tokenizer.save(folder / "tokenizer.json")
     again = prepare(text, tmp_path / "cache", tokenizer=str(folder))
     assert again.tokenizer.separator == corpus.tokenizer.separator
     assert ids(again.train) == ids(corpus.train)
@@ -256,11 +243,11 @@ def test_a_tokenizer_that_loses_bytes_later_is_noticed(
         ("bpe:" + "9" * 5000, "needs a number of tokens from 257 to 1048576"),
         ("bpe:256", "needs a number of tokens from 257 to 1048576"),
         ("bpe:many", "needs a number of tokens from 257 to 1048576"),
-        ("gpt2", "does not exist: use bytes, bpe:N, a tokenizer.json"),
+        ("gpt2", "does not exist: use bytes, bpe:N, or a tokenizer.json"),
         ("empty.json", "is no tokenizer of the tokenizers library"),
         ("vocab.json", "is no tokenizer of the tokenizers library"),
         ("binary.json", "is not UTF-8 text"),
-        ("folder", "is a folder without a tokenizer: it must hold"),
+        ("folder", "is a folder without a tokenizer.json: name another"),
         ("broken", "is no tokenizer of the tokenizers library"),
     ],
 )
@@ -273,8 +260,7 @@ def test_tokenizers_that_cannot_be_read(
     Path("binary.json").write_bytes(b"\xff\xfe")
     Path("folder").mkdir()
     Path("broken").mkdir()
-    for file in ("vocab.json", "merges.txt"):
-        Path("broken", file).write_text("[")
+    Path("broken/tokenizer.json").write_text("[")
     with pytest.raises(UsageError, match=reason) as caught:
         choose_tokenizer(name)
     assert str(caught.value).startswith(f"--tokenizer {name[:40]}")

@@ -9,8 +9,8 @@ from corpus_helpers import ids
 from common.errors import UsageError
 from corpus import Corpus, batch, prepare_corpus, validation_windows
 from corpus import pieces as pieces_module
-from corpus.library import library_source
 from corpus.pieces import SPLITS, split_of
+from corpus.sources import library_source
 
 
 @pytest.fixture

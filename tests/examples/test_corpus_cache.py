@@ -14,7 +14,8 @@ import pytest
 from corpus_helpers import content, ids, prepare
 
 from common.errors import UsageError
-from corpus import Corpus, cache, prepare_corpus
+from corpus import Corpus, prepare_corpus
+from corpus import token_cache as cache
 from corpus.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parents[2]

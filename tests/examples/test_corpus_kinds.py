@@ -18,7 +18,7 @@ import torch
 from corpus_helpers import content, prepare
 
 from common.errors import UsageError
-from corpus import kinds
+from corpus import text_files as kinds
 from corpus.sources import open_source
 from stress.scenarios import load_file
 

@@ -17,8 +17,8 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from corpus import batch, prepare_corpus, tables, validation_windows
-tables._CSV_BLOCK_BYTES = 1 << 18
+from corpus import batch, prepare_corpus, table_files, validation_windows
+table_files._CSV_BLOCK_BYTES = 1 << 18
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()

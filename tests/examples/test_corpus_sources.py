@@ -11,7 +11,8 @@ import pytest
 from corpus_helpers import content, prepare
 
 from common.errors import UsageError
-from corpus import pieces, tables
+from corpus import pieces
+from corpus import table_files as tables
 from corpus.pieces import SPLITS, split_of
 from corpus.sources import open_source
 

@@ -12,8 +12,10 @@ from filelock import FileLock
 
 from common.errors import RunInterruptedError, UsageError
 from common.program import StopRequest
-from corpus import bpe, files, prepare_corpus
-from corpus import cache as token_cache
+from corpus import prepare_corpus
+from corpus import text_files as files
+from corpus import token_cache as token_cache
+from corpus import tokenizer as bpe
 from corpus.pieces import Piece, Source
 from corpus.sources import open_source
 
@@ -134,8 +136,7 @@ def test_names_that_no_file_can_have(name: str) -> None:
 def test_tokenizers_that_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.json")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/vocab.json").symlink_to("/dev/zero")
-    (tmp_path / "folder/merges.txt").write_text("")
+    (tmp_path / "folder/tokenizer.json").symlink_to("/dev/zero")
     (tmp_path / "text.txt").write_bytes(TEXT)
     for name in ("tokenizer.json", ".", "folder"):
         with pytest.raises(UsageError, match="cannot be read"):

@@ -10,8 +10,8 @@ import torch
 
 import miniseries
 from analysis.records import read_metrics
-from trainer import train
-from trainer.report import write_metrics
+from trainer import training_loop as train
+from trainer.series_report import write_metrics
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 99
 SMALL = [

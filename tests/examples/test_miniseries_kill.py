@@ -14,10 +14,10 @@ from small_series import TINY, results
 
 from common.output_folder import OutputFolder
 from common.program import StopRequest
-from trainer import report
+from trainer import series_report as report
 from trainer.arguments import parse_arguments
-from trainer.prepare import prepare
-from trainer.series import run_series
+from trainer.series_run import prepare
+from trainer.train_series import run_series
 
 # Two models of three steps or so, with a state after each of them, of which the last is kept.
 SHORT = (

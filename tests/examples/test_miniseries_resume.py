@@ -11,7 +11,7 @@ from small_series import CHAIN, KilledError, Series, Stop, results
 
 from common import checkpoint_file
 from common.errors import RunInterruptedError, UsageError
-from trainer.report import markdown_table
+from trainer.series_report import markdown_table
 
 
 # d1 trains 10 steps and the grown d2 about as many, with a question before each: within a trunk, at

@@ -17,8 +17,8 @@ import torch
 import miniseries
 from ars.models import GPT, miniseries_config
 from corpus import prepare_corpus, validation_windows
-from trainer.evaluate import bits_per_byte
-from trainer.log import read_log
+from trainer.step_log import read_log
+from trainer.training_loop import bits_per_byte
 
 pytestmark = pytest.mark.slow
 

@@ -15,10 +15,8 @@ import miniseries
 from common.output_folder import OutputFolder
 from common.program import StopRequest
 from trainer.arguments import parse_arguments
-from trainer.plan import plan_series
-from trainer.prepare import prepare
-from trainer.run import Run
-from trainer.state import shape_of
+from trainer.series_plan import plan_series, shape_of
+from trainer.series_run import Run, prepare
 
 SCRIPT = Path(miniseries.__file__)
 

@@ -27,9 +27,9 @@ import miniseries
 import narcissus
 import stability
 import stress.oscillation
-import trainer.report
 from common.errors import UsageError
 from common.output_folder import LOCK_FILE, OutputFolder
+from trainer import series_report
 
 HELD = "is being written to by another run: wait for it to end"
 GONE = "was removed or replaced while it was written to"
@@ -167,8 +167,8 @@ def after(
 @pytest.mark.parametrize(
     ("program", "module", "name"),
     [
-        ("miniseries", trainer.report, "write_metrics"),
-        ("miniseries", trainer.report, "write_report"),
+        ("miniseries", series_report, "write_metrics"),
+        ("miniseries", series_report, "write_report"),
         ("continual_digits", continual.digits_results, "run_tasks"),
         ("narcissus", stress.oscillation, "write_atomically"),
         ("analyze", analysis.run_report, "write_json"),
@@ -184,7 +184,7 @@ def test_a_folder_that_goes_is_noticed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if name != "write_report":
-        monkeypatch.setattr(trainer.report, "write_report", lambda *_: "")
+        monkeypatch.setattr(series_report, "write_report", lambda *_: "")
     after(monkeypatch, module, name, happens)
     line = ended(program, capsys)
     assert GONE in line or "removed or replaced meanwhile" in line

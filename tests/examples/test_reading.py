@@ -19,11 +19,11 @@ from common.errors import DamagedError, UsageError
 from common.plain_files import open_file, read_csv, read_json, read_text, read_yaml
 from continual.digits_results import check_folder as check_digits_folder
 from continual.permuted_digits import Settings
-from corpus.choice import choose_tokenizer, load_tokenizer
 from corpus.sources import open_source
-from trainer.log import read_log
-from trainer.series import check_folder as check_series_folder
+from corpus.tokenizer import choose_tokenizer, load_tokenizer
+from trainer.series_run import check_folder as check_series_folder
 from trainer.settings import SeriesConfig
+from trainer.step_log import read_log
 
 _DEEP = 20_000
 _DIGITS = "9" * 5_000

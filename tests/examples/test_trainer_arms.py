@@ -5,9 +5,8 @@ import re
 import pytest
 
 from common.errors import UsageError
-from trainer.arms import parse_arm
-from trainer.overhead import Shape
-from trainer.rules import settings_of
+from trainer.arms import Shape, parse_arm
+from trainer.series_plan import settings_of
 from trainer.settings import SeriesConfig
 
 

@@ -11,10 +11,10 @@ import torch
 from small_series import Series, Stop, results
 
 from common.errors import RunInterruptedError
-from trainer import plan as planning
-from trainer import state
-from trainer import step as stepping
-from trainer.rules import settings_of
+from trainer import series_plan as planning
+from trainer import training_loop as stepping
+from trainer import training_state as state
+from trainer.series_plan import settings_of
 
 
 @pytest.mark.parametrize("stop", [15, 25])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.evaluate import bits_per_byte
+from trainer.training_loop import bits_per_byte
 
 BYTES = torch.ones(256, dtype=torch.int64)
 

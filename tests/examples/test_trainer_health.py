@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.health import Health
+from trainer.recorder import Health
 
 
 def state_of(warnings: list[str], penalty: float, seen: Any = None) -> Any:

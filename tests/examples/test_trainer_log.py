@@ -9,7 +9,7 @@ from small_series import Series, Stop, results
 
 from analysis.records import read_logs, read_metrics
 from common.errors import RunInterruptedError, UsageError
-from trainer.log import StepLog, check_log, read_log
+from trainer.step_log import StepLog, check_log, read_log
 
 ROWS = 9
 LINE = "line {} of log.csv is damaged"

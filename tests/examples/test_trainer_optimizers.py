@@ -12,11 +12,11 @@ from small_series import Series
 from torch.utils._pytree import tree_leaves
 
 from ars.models import GPT, miniseries_config
+from trainer.arm_optimizer import Optimizer, build_optimizer
 from trainer.arms import parse_arm
-from trainer.log import read_log
-from trainer.optimizers import Optimizer, build_optimizer
-from trainer.rules import Settings
+from trainer.series_plan import Settings
 from trainer.settings import SeriesConfig
+from trainer.step_log import read_log
 
 SCALE = 4.0
 

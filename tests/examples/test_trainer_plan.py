@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from common.errors import UsageError
-from trainer.overhead import Shape, step_overhead
-from trainer.plan import ModelPlan, plan_series
+from trainer.arms import Shape, step_overhead
+from trainer.series_plan import ModelPlan, plan_series
 from trainer.settings import SeriesConfig
 
 CONFIG = SeriesConfig(

@@ -17,11 +17,11 @@ from analysis.planned_series import (
 )
 from common.errors import UsageError
 from corpus import prepare_corpus
+from corpus.tokenizer import vocabulary_of
 from trainer.arguments import parse_arguments
-from trainer.planning import settings_table, vocabulary_of
-from trainer.series import plans_of
+from trainer.series_plan import plans_of, shape_of
+from trainer.series_report import settings_table
 from trainer.settings import PEAK_FLOPS
-from trainer.state import shape_of
 
 CONFIGS = Path(miniseries.__file__).parent / "configs"
 

@@ -16,12 +16,11 @@ import miniseries
 from common.errors import RunInterruptedError, UsageError
 from common.output_folder import OutputFolder
 from common.program import StopRequest, exit_status
-from trainer import prepare as preparing
-from trainer import series as running
+from trainer import series_run as preparing
+from trainer import train_series as running
 from trainer.arguments import parse_arguments
 from trainer.parallel import Parallel, use_device
-from trainer.prepare import prepare
-from trainer.run import Run
+from trainer.series_run import Run, prepare
 
 EXAMPLES = Path(miniseries.__file__).parent
 

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.log import FIELDS, StepLog, read_log
-from trainer.overhead import Shape
-from trainer.plan import plan_series
-from trainer.report import markdown_table, write_metrics, write_report
+from trainer.arms import Shape
+from trainer.series_plan import plan_series
+from trainer.series_report import markdown_table, write_metrics, write_report
 from trainer.settings import SeriesConfig
+from trainer.step_log import FIELDS, StepLog, read_log
 
 
 def record(depth: int, arm: str, bpb: float) -> dict[str, Any]:

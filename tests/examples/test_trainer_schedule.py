@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.schedule import cooldown_steps, learning_rate, split_steps
+from trainer.series_plan import cooldown_steps, learning_rate, split_steps
 
 
 def test_the_rate_warms_up_stays_and_cools_linearly_to_zero() -> None:

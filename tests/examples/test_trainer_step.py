@@ -16,7 +16,7 @@ from torch._dynamo import config as dynamo
 
 import miniseries
 from ars.models import GPT
-from trainer.log import read_log
+from trainer.step_log import read_log
 
 SCRIPT = Path(miniseries.__file__)
 ARMS = ("--arms", "scratch,grown+ewc+subspace+distill+ars", "--batch-size", "4")

@@ -8,13 +8,12 @@ import pytest
 import torch
 from small_series import Series, results
 
-from trainer import train
-from trainer.keep import Keeper
-from trainer.log import read_log
-from trainer.pace import Pace
+from trainer import training_loop as train
+from trainer.kept_states import Keeper
 from trainer.parallel import Parallel
-from trainer.recorder import Recorder
-from trainer.step import Update
+from trainer.recorder import Recorder, Update
+from trainer.step_log import read_log
+from trainer.training_loop import Pace
 
 TOKENS = 2 * 16  # a step of the small series
 

@@ -9,8 +9,8 @@ from small_series import Series, Stop
 from tensorboardX.proto.event_pb2 import Event
 
 from common.errors import RunInterruptedError, UsageError
-from trainer.log import read_log
-from trainer.tracking import check_tensorboard
+from trainer.series_run import check_tensorboard
+from trainer.step_log import read_log
 
 WORDS = ("--arms", "scratch+ars", "--tensorboard")
 

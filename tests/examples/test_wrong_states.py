@@ -17,9 +17,9 @@ from common.errors import DamagedError, RunInterruptedError, UsageError
 from common.output_folder import OutputFolder
 from common.program import StopRequest
 from trainer.arguments import parse_arguments
-from trainer.prepare import prepare
-from trainer.series import plans_of
-from trainer.state import restore
+from trainer.series_plan import plans_of
+from trainer.series_run import prepare
+from trainer.training_state import restore
 
 WORDS = ("--arms", "grown+ewc+ars", "--checkpoint-seconds", "0")
 

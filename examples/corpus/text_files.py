@@ -1,14 +1,21 @@
-"""What a file holds, by its content: names may lie, and packed bytes train like any others."""
+"""Local files of text: what one holds, by its content, and reading it without surprises.
 
+Names may lie, and packed bytes train like any others. Files are told apart by what they contain.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from common.errors import UsageError
 from common.plain_files import open_file
+from corpus.pieces import Piece, document
 
-__all__ = ["PACKED", "check_text", "kind_of"]
+__all__ = ["PACKED", "check_text", "fingerprint", "go_on", "kind_of", "reading", "text_document"]
 
 PACKED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4", ".br", ".z", ".zip", ".7z", ".rar", ".tar")
-
 _LOOKED_AT = 1 << 16  # bytes at the beginning, in the middle and at the end
 _NUL_ONE_IN = 1000  # bytes of packed data hold one in 256, code and UTF-16 far more; text none
 _UNPACK = "unpack it"
@@ -40,6 +47,7 @@ _KINDS = (
     (0, b"\xff\xfe", "UTF-16", _CONVERT),
     (0, b"\xfe\xff", "UTF-16", _CONVERT),
 )
+_BLOCK_BYTES = 1 << 20
 
 
 def check_text(path: Path, label: str) -> None:
@@ -80,3 +88,53 @@ def kind_of(path: Path) -> tuple[str, str] | None:
             if block.count(0) * _NUL_ONE_IN > len(block):
                 return "binary or UTF-16 (it holds NUL bytes)", "name a text in UTF-8"
     return None
+
+
+@contextmanager
+def reading(label: str) -> Iterator[None]:
+    """Report files that cannot be read in one line.
+
+    Args:
+        label: names the source in the message.
+
+    Raises:
+        UsageError: the operating system refused to open or read a file.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise UsageError(f"{label} does not exist: check the path") from None
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())[:200]
+        raise UsageError(f"{label} cannot be read ({reason}): name another") from None
+
+
+def go_on() -> None:
+    """Do nothing between two blocks: there is nobody who could ask to stop."""
+
+
+def fingerprint(name: str, path: Path, between: Callable[[], None] = go_on) -> dict[str, Any]:
+    """Name, size and digest of a file's content.
+
+    Args:
+        name: to record, such as the path inside of a folder.
+        path: where the file lies.
+        between: called after every block; may raise to stop.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    digest = hashlib.sha256()
+    size = 0
+    with open_file(path) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+            between()
+    return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def text_document(split: str, path: Path, label: str) -> Iterator[Piece]:
+    """One of many text files: it belongs to one split as a whole."""
+    with reading(label), open_file(path) as file:
+        yield from document(split, file)

@@ -12,19 +12,159 @@ All arms have one budget at each depth: the lineage of a chain that is grown and
 an arm adds it pays for with steps of its own, rounded down; a model from scratch has the whole
 budget, rounded up to a whole step. So what is compared with is never given less. Where no arm is
 grown there is no chain to compare with, and the budget of a depth is that of its own steps.
+
+The learning rate warms up, stays, and is cooled:
+
+    step < warmup              peak (step + 1) / warmup
+    step < trunk               peak
+    step < trunk + cooldown    peak (trunk + cooldown - step) / cooldown
+
+A child grows out of the end of the trunk, where the rate is still the peak, and never out of the
+cooled branch: warming up again would throw away what cooling gained.
+
+Batch, learning rates and decay follow the depth where the user says "rule". With N parameters in
+matrix products and N_0 those of depth 12 with the same vocabulary, B tokens a step and B_0 = 2^19,
+
+    B             = 2^round(log2(B_0 (N / N_0)^0.383))           tokens a step, a power of two
+    lr            = 6e-4 sqrt(B / B_0) sqrt(12 / depth)          AdamW
+    muon_lr       = 0.02 sqrt(B / B_0)                           Muon
+    muon_adamw_lr = 0.008 sqrt(B / B_0) sqrt(12 / depth)         AdamW beside Muon
+    decay         = 0.1 sqrt(B / B_0) N_0 / N                    decoupled, of either
+
+These are nanochat's: batch and decay follow the tokens D of a model's training, of which every
+depth has equally many a parameter, so D / D_0 = N / N_0; two of the rates follow the width, which
+is proportional to the depth. 6e-4 with 0.5 million tokens is GPT-3's rate for the width of depth
+12, 0.02 and 0.008 (its head's) are nanochat's. They are a start for large batches and were not
+tuned here. Whoever names a batch gets the others for that batch.
+
+References:
+    Karpathy, "nanochat", github.com/karpathy/nanochat, scripts/base_train.py. Bergsma et al.,
+    arXiv:2505.13738 (the batch). Wang and Aitchison, arXiv:2405.13698 (the decay). Brown et al.,
+    arXiv:2005.14165, table 2.1 (the rate of AdamW).
 """
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
+
+from ars.models import GPT, miniseries_config
 from common.errors import UsageError
-from trainer.arms import Arm, parse_arm
-from trainer.overhead import GROWTH_OPERATIONS, Shape, step_overhead
-from trainer.rules import Settings, settings_of
-from trainer.schedule import cooldown_steps, split_steps
-from trainer.settings import SeriesConfig
+from trainer.arms import GROWTH_OPERATIONS, Arm, Shape, parse_arm, step_overhead
+from trainer.settings import RULE, Machine, SeriesConfig
 
-__all__ = ["ModelPlan", "plan_series"]
+__all__ = [
+    "ModelPlan",
+    "Settings",
+    "checked_plans",
+    "cooldown_steps",
+    "learning_rate",
+    "plan_series",
+    "plans_of",
+    "settings_of",
+    "shape_of",
+    "split_steps",
+]
+
+# The rule: what holds at this depth and batch, and how the batch grows.
+_DEPTH = 12
+_BATCH_TOKENS = 2**19
+_BATCH_EXPONENT = 0.383
+_LR = 6e-4
+_MUON_LR = 0.02
+_MUON_ADAMW_LR = 0.008
+_WEIGHT_DECAY = 0.1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What depends on the depth of a model.
+
+    Args:
+        batch_size: sequences a step, over all processes.
+        lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of Muon.
+        muon_adamw_lr: peak learning rate of the AdamW beside it.
+        weight_decay: decoupled.
+    """
+
+    batch_size: int
+    lr: float
+    muon_lr: float
+    muon_adamw_lr: float
+    weight_decay: float
+
+
+def settings_of(depth: int, config: SeriesConfig, shape_of: Callable[[int], Shape]) -> Settings:
+    """The settings of a depth: the user's where named, the rule's elsewhere.
+
+    Args:
+        depth: layers.
+        config: of the series.
+        shape_of: sizes of the model of a depth.
+
+    Example:
+        >>> from trainer.settings import SeriesConfig
+        >>> config = SeriesConfig(batch_size="rule", lr="rule", sequence_len=2048)
+        >>> chosen = settings_of(12, config, lambda depth: Shape(depth, depth**3, 0, ()))
+        >>> chosen.batch_size * 2048 == 2**19, chosen.lr
+        (True, 0.0006)
+    """
+    horizon = shape_of(depth).scaling_params / shape_of(_DEPTH).scaling_params
+    if config.batch_size == RULE:
+        tokens = 2 ** round(math.log2(_BATCH_TOKENS * horizon**_BATCH_EXPONENT))
+        batch_size = max(1, tokens // config.sequence_len)
+    else:
+        batch_size = int(config.batch_size)
+    share = math.sqrt(batch_size * config.sequence_len / _BATCH_TOKENS)
+    narrow = math.sqrt(_DEPTH / depth)
+
+    def chosen(value: float | str, rule: float) -> float:
+        return rule if value == RULE else float(value)
+
+    return Settings(
+        batch_size=batch_size,
+        lr=chosen(config.lr, _LR * share * narrow),
+        muon_lr=chosen(config.muon_lr, _MUON_LR * share),
+        muon_adamw_lr=chosen(config.muon_adamw_lr, _MUON_ADAMW_LR * share * narrow),
+        weight_decay=chosen(config.weight_decay, _WEIGHT_DECAY * share / horizon),
+    )
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, trunk: int, cooldown: int) -> float:
+    """The rate of the update that follows ``step`` earlier ones.
+
+    Example:
+        >>> [learning_rate(s, peak=1.0, warmup=2, trunk=4, cooldown=2) for s in range(7)]
+        [0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < trunk:
+        return peak * min(1.0, (step + 1) / warmup) if warmup else peak
+    return peak * (max(0, trunk + cooldown - step) / cooldown)
+
+
+def cooldown_steps(trunk: int, share: float) -> int:
+    """Steps of the cooled branch of a trunk, at least one.
+
+    Example:
+        >>> cooldown_steps(150, 0.25)
+        38
+    """
+    return max(1, round(trunk * share))
+
+
+def split_steps(total: int, share: float) -> tuple[int, int]:
+    """Divide a total into a trunk and a cooled branch of ``share`` times the trunk.
+
+    Example:
+        >>> split_steps(250, 0.25)
+        (200, 50)
+    """
+    trunk = min(total - 1, max(1, round(total / (1 + share))))
+    return trunk, total - trunk
 
 
 @dataclass(frozen=True)
@@ -86,6 +226,70 @@ class ModelPlan:
     def lineage_flops(self) -> int:
         """Of everything that went into the model."""
         return self.prior_flops + self.flops
+
+
+def shape_of(depth: int, vocab_size: int, sequence_len: int) -> Shape:
+    """Sizes and operations of the series' model of a depth, without making one.
+
+    Example:
+        >>> shape_of(2, 256, 64).params
+        458752
+    """
+    with torch.device("meta"):  # shapes only: no memory, no initial values
+        config = miniseries_config(depth, vocab_size=vocab_size, sequence_len=sequence_len)
+        model = GPT(config)
+    inside = [w for name, w in model.named_parameters() if name.startswith("blocks.")]
+    return Shape(
+        params=model.num_parameters(),
+        scaling_params=model.num_scaling_parameters(),
+        flops_per_token=model.flops_per_token(),
+        matrices=tuple((w.shape[0], w.shape[1]) for w in inside),
+    )
+
+
+def plans_of(config: SeriesConfig, vocab_size: int) -> tuple[ModelPlan, ...]:
+    """The models of a series over a vocabulary, in the order they are trained.
+
+    Args:
+        config: the settings.
+        vocab_size: number of token values.
+
+    Raises:
+        UsageError: the settings make no series.
+    """
+    shape = partial(shape_of, vocab_size=vocab_size, sequence_len=config.sequence_len)
+    return plan_series(config, shape)
+
+
+def checked_plans(config: SeriesConfig, machine: Machine, vocab_size: int) -> tuple[ModelPlan, ...]:
+    """The models of a series, whose batches the processes of the run can share.
+
+    Args:
+        config: of the series.
+        machine: that it is trained with.
+        vocab_size: number of token values.
+
+    Raises:
+        UsageError: the settings make no series, or a batch cannot be divided.
+    """
+    plans = plans_of(config, vocab_size)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    part = machine.device_batch_size
+    for plan in plans:
+        batch = plan.settings.batch_size
+        by_rule = f", d{plan.depth}'s by rule," if config.batch_size == RULE else ""
+        if batch % world:
+            raise UsageError(
+                f"--batch-size {batch}{by_rule} is not divisible by the {world} processes of the "
+                "run: name a multiple of them"
+            )
+        share = batch // world
+        if part is not None and share % part:
+            raise UsageError(
+                f"--device-batch-size {part} does not divide the {share} sequences a step"
+                f"{by_rule} of a process: name one that does"
+            )
+    return plans
 
 
 def plan_series(config: SeriesConfig, shape_of: Callable[[int], Shape]) -> tuple[ModelPlan, ...]:

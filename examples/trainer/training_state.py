@@ -10,28 +10,152 @@ subspace penalty, or the parent itself as a teacher.
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ars.models import GPT, grow, miniseries_config
-from ars.regularizers import DiagonalFisher, PenaltyMonitor
+from ars.models import GPT, Growth, grow, miniseries_config
+from ars.regularizers import (
+    EWC,
+    DiagonalFisher,
+    Distillation,
+    PenaltyMonitor,
+    ProgressiveInheritance,
+    SubspacePenalty,
+)
 from common.errors import DivergedError, UsageError, understanding
 from corpus import batch
-from trainer.inheritance import Inheritance, inherit_penalties, restore_penalties
-from trainer.optimizers import Optimizer, build_optimizer
-from trainer.overhead import Shape
-from trainer.plan import ModelPlan
-from trainer.run import Run
+from trainer.arm_optimizer import Optimizer, build_optimizer
+from trainer.arms import Arm
+from trainer.series_plan import ModelPlan
+from trainer.series_run import Run
+from trainer.settings import SeriesConfig
 
 __all__ = [
-    "TrainingState", "build_from_scratch", "inherit", "model_of", "restore", "shape_of",
-]  # fmt: skip
+    "TrainingState",
+    "build_from_scratch",
+    "inherit",
+    "inherit_penalties",
+    "model_of",
+    "restore",
+]
 
 _FISHER_BATCH = 16  # sequences at a time; the result does not depend on it
+Penalty = EWC | SubspacePenalty | ProgressiveInheritance
+
+
+class Inheritance:
+    """The penalties of a grown model.
+
+    Args:
+        penalty: in the optimizer's step, or ``None``.
+        distillation: on the predictions, or ``None``.
+    """
+
+    def __init__(
+        self, penalty: Penalty | None = None, distillation: Distillation | None = None
+    ) -> None:
+        self.penalty, self.distillation = penalty, distillation
+
+    def subspace_value(self) -> Tensor | float:
+        """Value of the subspace part, 0-d; 0 without one."""
+        if isinstance(self.penalty, ProgressiveInheritance):
+            return self.penalty.parts()["subspace"].detach()
+        if isinstance(self.penalty, SubspacePenalty):
+            return self.penalty.value().detach()
+        return 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as tensors, numbers and strings (the tensors are not copied)."""
+        return {
+            "penalty": None if self.penalty is None else self.penalty.state_dict(),
+            "teacher": None
+            if self.distillation is None
+            else self.distillation.teacher.state_dict(),
+        }
+
+
+def _subspace(model: GPT, old_columns: Mapping[str, int], strength: float) -> SubspacePenalty:
+    # The proposal's (I - P) dW, with P the coordinates that the parent had: what restrains the new
+    # capacity. Inside any subspace of the old weights it would say what the EWC says.
+    return SubspacePenalty.from_coordinates(
+        model, old_columns, strength, side="input", protect="outside"
+    )
+
+
+def _combined(ewc: EWC | None, subspace: SubspacePenalty | None) -> Penalty | None:
+    if ewc is not None and subspace is not None:
+        return ProgressiveInheritance(ewc, subspace)
+    return ewc if subspace is None else subspace
+
+
+def _distillation(teacher: GPT, arm: Arm, config: SeriesConfig) -> Distillation:
+    teacher.requires_grad_(requires_grad=False)
+    strength = arm.strength("distill", config.distill_strength)
+    return Distillation(teacher, strength, config.distill_temperature)
+
+
+def inherit_penalties(
+    growth: Growth, arm: Arm, config: SeriesConfig, importance: Mapping[str, Tensor]
+) -> Inheritance:
+    """The penalties of an arm towards what has just been grown.
+
+    Args:
+        growth: of the model; its parent becomes the teacher of a distillation.
+        arm: how the model is trained.
+        config: the strengths.
+        importance: of the parent's parameters; empty for none.
+    """
+    ewc = subspace = None
+    if importance:
+        strength = arm.strength("ewc", config.ewc_strength)
+        ewc = EWC(growth.model, growth.importance(importance), strength=strength)
+    if arm.has("subspace"):
+        old = {n: w.shape[1] for n, w in growth.parent.named_parameters()}
+        new = {n: w.shape[1] for n, w in growth.model.named_parameters()}
+        columns = {name: k for name, k in old.items() if k < new[name]}
+        gamma = arm.strength("subspace", config.subspace_strength)
+        subspace = _subspace(growth.model, columns, gamma)
+    teacher = _distillation(growth.parent, arm, config) if arm.has("distill") else None
+    return Inheritance(_combined(ewc, subspace), teacher)
+
+
+def restore_penalties(
+    model: GPT, teacher: GPT | None, arm: Arm, config: SeriesConfig, content: Mapping[str, Any]
+) -> Inheritance:
+    """Build the penalties that `Inheritance.to_dict` described.
+
+    Args:
+        model: that they restrain.
+        teacher: a model of the parent's size, for a distillation.
+        arm: how the model is trained.
+        config: the strengths.
+        content: what `Inheritance.to_dict` returned.
+    """
+    distillation = None
+    if content["teacher"] is not None and teacher is not None:
+        teacher.load_state_dict(content["teacher"])
+        distillation = _distillation(teacher, arm, config)
+    state = content["penalty"]
+    if state is None:
+        return Inheritance(None, distillation)
+    both = arm.has("subspace") and "ewc" in state
+    ewc = subspace = None
+    if both or not arm.has("subspace"):
+        importance = (state["ewc"] if both else state)["importance"]
+        ewc = EWC(model, importance, strength=arm.strength("ewc", config.ewc_strength))
+    if arm.has("subspace"):
+        bases = (state["subspace"] if both else state)["bases"]
+        columns = {name: len(basis) for name, basis in bases.items()}
+        gamma = arm.strength("subspace", config.subspace_strength)
+        subspace = _subspace(model, columns, gamma)
+    penalty = _combined(ewc, subspace)
+    assert penalty is not None
+    penalty.load_state_dict(state)
+    return Inheritance(penalty, distillation)
 
 
 @dataclass
@@ -112,25 +236,6 @@ def model_of(content: dict[str, Any], label: str, sequence_len: int) -> GPT:
             f"{label} holds a model that diverged, whose weights are no longer numbers: {remedy}"
         )
     return model
-
-
-def shape_of(depth: int, vocab_size: int, sequence_len: int) -> Shape:
-    """Sizes and operations of the series' model of a depth, without making one.
-
-    Example:
-        >>> shape_of(2, 256, 64).params
-        458752
-    """
-    with torch.device("meta"):  # shapes only: no memory, no initial values
-        config = miniseries_config(depth, vocab_size=vocab_size, sequence_len=sequence_len)
-        model = GPT(config)
-    inside = [w for name, w in model.named_parameters() if name.startswith("blocks.")]
-    return Shape(
-        params=model.num_parameters(),
-        scaling_params=model.num_scaling_parameters(),
-        flops_per_token=model.flops_per_token(),
-        matrices=tuple((w.shape[0], w.shape[1]) for w in inside),
-    )
 
 
 def build_from_scratch(plan: ModelPlan, run: Run) -> TrainingState:

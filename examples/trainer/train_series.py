@@ -8,83 +8,22 @@ import json
 import platform
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ars.atomic import drop_unfinished, is_unfinished
-from common.errors import DamagedError, UsageError, understanding
-from common.output_folder import LOCK_FILE
-from common.plain_files import read_json, write_atomically
-from corpus import Corpus, validation_windows
-from trainer import report
-from trainer.keep import Keeper
-from trainer.plan import ModelPlan, plan_series
-from trainer.run import CONFIG_FILE, DATA_FOLDER, TOKENIZER_FILE, Run
-from trainer.settings import SeriesConfig
-from trainer.state import TrainingState, build_from_scratch, inherit, restore, shape_of
-from trainer.train import train
+from ars.atomic import drop_unfinished
+from common.errors import DamagedError, UsageError
+from common.plain_files import write_atomically
+from corpus import validation_windows
+from trainer import series_report as report
+from trainer.kept_states import Keeper
+from trainer.series_plan import ModelPlan, plans_of
+from trainer.series_run import CONFIG_FILE, TOKENIZER_FILE, Run
+from trainer.training_loop import train
+from trainer.training_state import TrainingState, build_from_scratch, inherit, restore
 
-__all__ = ["Series", "check_folder", "plans_of", "run_series"]
-
-_BEFORE_CONFIG = (DATA_FOLDER, LOCK_FILE)  # what a kill can leave without CONFIG_FILE, with its own
-
-
-def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus | None) -> None:
-    """See whether a run with these settings may use an output folder; write nothing.
-
-    Args:
-        folder: may or may not exist.
-        config: the settings.
-        corpus: the data; ``None`` where it is not known yet.
-
-    Raises:
-        UsageError: the folder holds something else, or a run with other settings or data.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file: name a folder")
-    stored_path = folder / CONFIG_FILE
-    if not stored_path.exists():
-        left = [path.name for path in folder.iterdir() if path.name not in _BEFORE_CONFIG]
-        if not all(is_unfinished(name, CONFIG_FILE) for name in left):
-            raise UsageError(
-                f"--out {folder} holds files that are not a run of this program: "
-                "name a new or empty folder"
-            )
-        return
-    remedy = "delete the folder or name another with --out"
-    stored = read_json(stored_path, remedy=remedy)
-    with understanding(str(stored_path), remedy):
-        settings, data_sha256 = dict(stored["settings"]), stored["data"]["sha256"]
-    changes = [
-        f"{key} {settings.get(key)} (now {value})"
-        for key, value in config.to_dict().items()
-        if settings.get(key) != value
-    ]
-    if corpus is not None and data_sha256 != corpus.sha256:
-        changes.append("other training data")
-    if changes:
-        raise UsageError(
-            f"{folder} holds a run with {', '.join(changes)}: "
-            "repeat its settings, name another folder with --out, or delete this one"
-        )
-
-
-def plans_of(config: SeriesConfig, vocab_size: int) -> tuple[ModelPlan, ...]:
-    """The models of a series over a vocabulary, in the order they are trained.
-
-    Args:
-        config: the settings.
-        vocab_size: number of token values.
-
-    Raises:
-        UsageError: the settings make no series.
-    """
-    shape = partial(shape_of, vocab_size=vocab_size, sequence_len=config.sequence_len)
-    return plan_series(config, shape)
+__all__ = ["Series", "run_series"]
 
 
 def run_series(run: Run) -> tuple[str, bool]:

@@ -1,28 +1,146 @@
-"""From what the user asked for to a run that can start: every check, and nothing left behind."""
+"""One run: the series, where and with what it is trained; and from what the user asked for to it.
 
+Every check comes before the text becomes tokens, and a run that is refused leaves nothing behind.
+"""
+
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
-from common.errors import UsageError
-from common.output_folder import OutputFolder, check_writable
+from ars.atomic import is_unfinished
+from common.errors import UsageError, understanding
+from common.output_folder import LOCK_FILE, OutputFolder, check_writable
 from common.plain_files import read_json
 from common.program import QUIET_SECONDS, StopRequest
 from corpus import Corpus, prepare_corpus
+from corpus.tokenizer import vocabulary_of
 from trainer.parallel import Parallel, use_device
-from trainer.planning import checked_plans, vocabulary_of
-from trainer.run import CONFIG_FILE, DATA_FOLDER, Run
-from trainer.series import check_folder
-from trainer.tracking import check_tensorboard
+from trainer.series_plan import ModelPlan, checked_plans
+from trainer.settings import Machine, SeriesConfig
+
+__all__ = [
+    "CONFIG_FILE",
+    "DATA_FOLDER",
+    "TOKENIZER_FILE",
+    "Run",
+    "check_folder",
+    "check_tensorboard",
+    "prepare",
+]
+
+# In the output folder.
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+DATA_FOLDER = "data"  # the text as tokens, made before the run is begun
+_BEFORE_CONFIG = (DATA_FOLDER, LOCK_FILE)  # what a kill can leave without CONFIG_FILE, with its own
+
+
+@dataclass(frozen=True)
+class Run:
+    """A series, and where and with what it is trained.
+
+    Args:
+        output: its folder.
+        config: the settings.
+        machine: device, memory and reporting.
+        corpus: the data.
+        parallel: this process among those of the run.
+        stop: asked at every safe point.
+    """
+
+    output: OutputFolder
+    config: SeriesConfig
+    machine: Machine
+    corpus: Corpus
+    parallel: Parallel
+    stop: StopRequest
+
+    @property
+    def folder(self) -> Path:
+        """Output folder."""
+        return self.output.path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def fingerprint(self, plan: ModelPlan) -> str:
+        """Digest of what a state of this model depends on, to tell it from that of another run."""
+        facts = [self.config.to_dict(), self.corpus.sha256, plan.name]
+        return hashlib.sha256(json.dumps(facts, allow_nan=False).encode()).hexdigest()
+
+
+def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus | None) -> None:
+    """See whether a run with these settings may use an output folder; write nothing.
+
+    Args:
+        folder: may or may not exist.
+        config: the settings.
+        corpus: the data; ``None`` where it is not known yet.
+
+    Raises:
+        UsageError: the folder holds something else, or a run with other settings or data.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file: name a folder")
+    stored_path = folder / CONFIG_FILE
+    if not stored_path.exists():
+        left = [path.name for path in folder.iterdir() if path.name not in _BEFORE_CONFIG]
+        if not all(is_unfinished(name, CONFIG_FILE) for name in left):
+            raise UsageError(
+                f"--out {folder} holds files that are not a run of this program: "
+                "name a new or empty folder"
+            )
+        return
+    remedy = "delete the folder or name another with --out"
+    stored = read_json(stored_path, remedy=remedy)
+    with understanding(str(stored_path), remedy):
+        settings, data_sha256 = dict(stored["settings"]), stored["data"]["sha256"]
+    changes = [
+        f"{key} {settings.get(key)} (now {value})"
+        for key, value in config.to_dict().items()
+        if settings.get(key) != value
+    ]
+    if corpus is not None and data_sha256 != corpus.sha256:
+        changes.append("other training data")
+    if changes:
+        raise UsageError(
+            f"{folder} holds a run with {', '.join(changes)}: "
+            "repeat its settings, name another folder with --out, or delete this one"
+        )
+
+
+def check_tensorboard(*, asked: bool) -> None:
+    """See whether what is asked for is installed.
+
+    Args:
+        asked: whether event files are.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if asked:
+        try:
+            import tensorboardX  # noqa: F401
+        except ModuleNotFoundError:
+            raise UsageError(
+                "--tensorboard needs the package tensorboardX: pip install tensorboardX"
+            ) from None
+
 
 if TYPE_CHECKING:  # the experiment has no such command line, nor needs its library
     from trainer.arguments import Arguments
-
-__all__ = ["prepare"]
 
 
 def prepare(arguments: "Arguments", stop: StopRequest, output: OutputFolder) -> Run:

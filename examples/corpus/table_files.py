@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 
 from common.errors import UsageError
 from common.plain_files import open_file, parse_json, printable
-from corpus.files import fingerprint, go_on, reading
-from corpus.kinds import check_text
 from corpus.pieces import Piece, Source, document, split_of
+from corpus.text_files import check_text, fingerprint, go_on, reading
 
 __all__ = [
     "TABLES",

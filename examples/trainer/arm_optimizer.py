@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ars import ARSAdamW, ARSConfig, ARSOptimizer
 from ars.models import GPT
 from trainer.arms import Arm
-from trainer.rules import Settings
+from trainer.series_plan import Settings
 from trainer.settings import SeriesConfig
 
 __all__ = ["Optimizer", "build_optimizer"]

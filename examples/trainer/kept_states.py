@@ -16,11 +16,11 @@ from ars.atomic import drop_unfinished
 from common.checkpoint_file import load_checkpoint, save_checkpoint
 from common.errors import DamagedError, UsageError, understanding
 from common.output_folder import put_aside
-from trainer.log import check_log
-from trainer.plan import ModelPlan
-from trainer.report import markdown_table
-from trainer.run import Run
-from trainer.state import TrainingState
+from trainer.series_plan import ModelPlan
+from trainer.series_report import markdown_table
+from trainer.series_run import Run
+from trainer.step_log import check_log
+from trainer.training_state import TrainingState
 
 __all__ = ["Keeper"]
 
