@@ -24,7 +24,7 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     text = b"the owl hoots and the wolf howls; the sky is blue, the grass is green\n" * 20
     source = Source("text", {}, {}, lambda: iter([Piece("train", True, text)]), (), len(text))
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    train_bpe(source, 280).save(path)
+    train_bpe(source, vocab_size=280).save(path)
     return load_tokenizer(path)
 
 
