@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ars import reference
-from ars.reference.scalars import Scalar
+from ars.reference import Scalar
 
 __all__ = ["CONDITIONED", "ARSConfig", "ChronosJitter", "EntropyGuard", "SurpriseGate"]
 

@@ -58,7 +58,7 @@ class ARSController:
     def _prepare(self) -> None:
         """Make what is not pickled."""
         self._settings = {name: getattr(self.config, name) for name in _SETTINGS}
-        self._stillness = _Stillness(self.window)
+        self._norm_watch = _NormWatch(self.window)
 
     @property
     def entropy_guard(self) -> EntropyGuard:
@@ -116,8 +116,8 @@ class ARSController:
         Args:
             groups: The parameter groups, with the gradients.
         """
-        if self._stillness.is_due():
-            self._stillness.check([param for group in groups for param in group["params"]])
+        if self._norm_watch.is_due():
+            self._norm_watch.check([param for group in groups for param in group["params"]])
 
     def latest(self) -> Tensor:
         """Return the last finite surprise, 0-d, or 0 before the first; nothing waits for it."""
@@ -177,7 +177,7 @@ class ARSController:
                 self.gate_state[1].fill_(1.0)
 
 
-class _Stillness:
+class _NormWatch:
     """Looks whether a window of gradient norms moves: when it is full, then ever more rarely.
 
     A norm that was clipped before the step is the same at every step: m n / (n + 1e-6) with n >= m,

@@ -2,20 +2,24 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ars.reference.penalties import SCALED
+from ars.reference import SCALED, Scalar
 
 __all__ = [
-    "Penalty", "Term", "check_group_strengths", "check_strength", "instead_of",
+    "Penalty",
+    "Term",
+    "check_group_strengths",
+    "check_strength",
     "parameter_names",
-    "read_settings", "read_terms", "refresh_",
+    "read_settings",
+    "read_terms",
+    "refresh_",
+    "what_to_pass",
 ]  # fmt: skip
-
-Scalar: TypeAlias = float | Tensor
 
 LARGEST_STRENGTH = 1e38  # of which the double is a float32 too
 
@@ -152,7 +156,7 @@ def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]
     for member in ("strength", "mode", "terms"):
         if isinstance(penalty, type) or not hasattr(penalty, member):
             kind = penalty.__name__ if isinstance(penalty, type) else type(penalty).__name__
-            raise TypeError(f"penalty {kind} has no {member!r}: {instead_of(penalty)}")
+            raise TypeError(f"penalty {kind} has no {member!r}: {what_to_pass(penalty)}")
     read_settings(penalty)
     rows = list(penalty.terms())
     buffers = list(penalty.gradients()) if hasattr(penalty, "gradients") else []
@@ -187,7 +191,7 @@ def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]
     return terms
 
 
-def instead_of(penalty: Any) -> str:
+def what_to_pass(penalty: Any) -> str:
     """Say what to do with something that is not a penalty, by what it has.
 
     Args:

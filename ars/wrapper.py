@@ -13,8 +13,7 @@ from torch.optim import optimizer
 from ars import reference
 from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
-from ars.reference import Signals
-from ars.reference.scalars import Scalar
+from ars.reference import Scalar, Signals
 from ars.step.batch import has_gradient, to_device
 from ars.step.loading import check_state_dict, unchanged_on_error
 from ars.step.state import is_trial

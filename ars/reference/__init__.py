@@ -30,6 +30,7 @@ from ars.reference.controller import (
 )
 from ars.reference.fisher import squared_products
 from ars.reference.penalties import (
+    SCALED,
     decode_importance,
     ewc_gradient,
     ewc_proximal,
@@ -47,10 +48,13 @@ from ars.reference.rounding import (
     split_master,
     stochastic_round,
 )
+from ars.reference.scalars import Scalar, read
 
 __all__ = [
+    "SCALED",
     "AdamResult",
     "GateState",
+    "Scalar",
     "Signals",
     "adam_denominator",
     "adam_step",
@@ -71,6 +75,7 @@ __all__ = [
     "next_product",
     "philox",
     "philox_uniform",
+    "read",
     "rounding_bits",
     "slow_release",
     "split_master",

@@ -18,7 +18,7 @@ from ars import reference
 from ars.controller import ARSController
 from ars.csrc_triton.layout import Operands
 from ars.penalty import Term, check_strength
-from ars.reference.scalars import Scalar, read
+from ars.reference import Scalar
 from ars.step.state import PRODUCTS, PRODUCTS_STEP, SHAPED_STATE
 
 try:
@@ -239,7 +239,7 @@ def begin(
     unscale: Scalar = 1.0
     if options.grad_scale is not None:
         scale = options.grad_scale.to(options.diagnostics.device, torch.float64)
-        unscale = 1 / read(scale.reshape(()))
+        unscale = 1 / reference.read(scale.reshape(()))
     norm = grad_norm(batch.grads) * unscale if options.needs_norm else math.nan
     signals = reference.Signals(surprise=math.nan, rho=0.0, psi=1.0, phi=1.0, chi=0.0)
     controller = options.controller

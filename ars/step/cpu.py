@@ -18,7 +18,7 @@ from torch.optim.adam import adam
 
 from ars import reference
 from ars.csrc_triton.layout import Operands
-from ars.reference.penalties import SCALED
+from ars.reference import SCALED
 from ars.step.batch import Batch, Hyper, Options, begin
 
 __all__ = ["CpuStep"]
@@ -61,7 +61,7 @@ class CpuStep:
         if counters is None or not counters.are_of(batch):
             counters = self._counters = Counters(batch)
         products = counters.advance_(hypers, begun.hypers)
-        kinds = batch.groups if products is None else _alike(batch.groups, products)
+        kinds = batch.groups if products is None else counters.alike(products)
         factor = float(begun.factor)
         scaled = factor * float(begun.hypers[0].factor) != 1.0
         division = self._division
@@ -130,6 +130,9 @@ class Counters:
         exact = all(map(Tensor.is_floating_point, steps))
         self._one = torch.ones((), dtype=torch.float32 if exact else torch.int64, device="cpu")
         self._groups = torch.tensor(batch.groups, device="cpu")
+        first: dict[int, int] = {}
+        firsts = [first.setdefault(group, i) for i, group in enumerate(batch.groups)]
+        self._firsts = torch.tensor(firsts, device="cpu")  # of each one's group
 
     def are_of(self, batch: Batch) -> bool:
         """Whether these are the batch's counters, where they are now."""
@@ -145,27 +148,38 @@ class Counters:
         Returns:
             The products (6), (tensors, 2), or None.
         """
-        products = None
         if self._products:
-            steps, old, of = map(torch.cat, (self._steps, self._products, self._products_steps))
-            bases, betas = (
-                torch.tensor(
-                    [(row.beta1, row.beta2) for row in rows], dtype=old.dtype, device="cpu"
-                )
-                for rows in (given, hypers)
-            )
-            bases, betas = bases[self._groups], betas[self._groups]
-            products = reference.next_product(old, of[:, None], steps[:, None], bases, betas)
-            for memories, new in ((self._products, products), (self._products_steps, steps + 1)):
-                torch._foreach_copy_(memories, list(new.split(list(map(len, memories)))))
-        torch._foreach_add_(self._steps, self._one, alpha=1)
-        return products
+            steps, of = _joined(self._steps), _joined(self._products_steps)
+            if steps.dtype != of.dtype or not torch.equal(steps, of):
+                old, powers = _joined(self._products), self._betas(given)
+                old = reference.next_product(old, of[:, None], steps[:, None], powers, 1.0)
+                _write_(self._products, old)
+                _write_(self._products_steps, steps)
+            betas, sizes = self._betas(hypers), list(map(len, self._products))
+            torch._foreach_mul_(self._products, list(betas.split(sizes)))
+        torch._foreach_add_(self._steps + self._products_steps, self._one, alpha=1)
+        return _joined(self._products) if self._products else None
+
+    def alike(self, products: Tensor) -> list[int]:
+        """Return a number for each tensor, the same for those of a group with the same products."""
+        groups = self._batch.groups
+        if torch.equal(products, products[self._firsts]):
+            return groups
+        known: dict[tuple[int, float, float], int] = {}
+        return list(map(known.setdefault, zip(groups, *products.T.tolist(), strict=True), count()))
+
+    def _betas(self, hypers: list[Hyper]) -> Tensor:
+        """Return the betas of each tensor, (tensors, 2)."""
+        pairs = [(hyper.beta1, hyper.beta2) for hyper in hypers]
+        return torch.tensor(pairs, dtype=torch.float64, device="cpu")[self._groups]
 
 
-def _alike(groups: list[int], products: Tensor) -> list[int]:
-    """Return for each tensor the first one of its group whose betas have the same products."""
-    firsts: dict[tuple[int, float, float], int] = {}
-    return list(map(firsts.setdefault, zip(groups, *products.T.tolist(), strict=True), count()))
+def _joined(memories: list[Tensor]) -> Tensor:
+    return memories[0] if len(memories) == 1 else torch.cat(memories)
+
+
+def _write_(memories: list[Tensor], values: Tensor) -> None:
+    torch._foreach_copy_(memories, list(values.split(list(map(len, memories)))))
 
 
 def _neighbours(tensors: list[Tensor]) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ars import reference
 from ars.csrc_triton.layout import Operands
-from ars.reference.scalars import Scalar
+from ars.reference import Scalar
 from ars.step.batch import Batch, Hyper, Options, begin, gated, to_device
 
 __all__ = ["may_move", "step_", "take_proximal_step_"]

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from ars.penalty import check_strength, instead_of
+from ars.penalty import check_strength, what_to_pass
 from ars.regularizers.checks import checked_module, trainable
 from ars.regularizers.penalties.distillation import Distillation
 from ars.regularizers.penalties.ewc import EWC
@@ -271,7 +271,7 @@ class CombinedLoss:
                 )
             if isinstance(penalty, type) or not callable(getattr(penalty, "value", None)):
                 several = isinstance(penalty, (list, tuple, set))
-                remedy = "pass them one by one, by a *" if several else instead_of(penalty)
+                remedy = "pass them one by one, by a *" if several else what_to_pass(penalty)
                 raise TypeError(f"penalty {type(penalty).__name__} has no method value(): {remedy}")
         check_strength("l2", l2)
         if l2 and model is None:

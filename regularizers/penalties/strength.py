@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ars.penalty import LARGEST_STRENGTH, instead_of
+from ars.penalty import LARGEST_STRENGTH, what_to_pass
 from ars.regularizers.fisher.diagonal import DiagonalFisher
 from ars.regularizers.fisher.estimators import accumulation_dtype
 from ars.regularizers.penalties.penalty_base import check_state, checked_strength, importance_of
@@ -86,7 +86,7 @@ class AdaptiveStrength:
         has_both = hasattr(penalty, "strength") and hasattr(penalty, "terms")
         if isinstance(penalty, type) or not has_both:
             several = isinstance(penalty, (list, tuple, set))
-            remedy = "make one for each penalty" if several else instead_of(penalty)
+            remedy = "make one for each penalty" if several else what_to_pass(penalty)
             raise TypeError(
                 f"penalty {type(penalty).__name__} has no strength or no terms(): {remedy}"
             )
