@@ -8,6 +8,7 @@ import torch
 from optimizers import IMPLEMENTATIONS, Pull, gradients, make, parameters, train
 
 from ars import ARSAdamW, reference
+from ars.step.cpu import BLOCK
 
 SHAPES = ((5,), (9, 16), (3,))
 
@@ -163,9 +164,13 @@ class Compressed(Pull):
 
 
 @pytest.mark.parametrize("mode", ["coupled", "proximal"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_compressed_importance_equals_the_plain_one(implementation, mode):
-    a, b = parameters(shapes=SHAPES), parameters(shapes=SHAPES)
+@pytest.mark.parametrize(
+    ("implementation", "shapes"),
+    [*((name, SHAPES) for name in IMPLEMENTATIONS), ("fused", ((5,), (2 * BLOCK + 70,)))],
+    ids=[*IMPLEMENTATIONS, "fused-in-blocks"],
+)
+def test_a_compressed_importance_equals_the_plain_one(implementation, mode, shapes):
+    a, b = parameters(shapes=shapes), parameters(shapes=shapes)
     penalty, plain = Compressed(a, mode=mode), Pull(b, mode=mode)
     plain.rows = [(p, *row[1:]) for p, row in zip(b, penalty.plain, strict=True)]
     first, second = make(implementation, a, penalty=penalty), make("loop", b, penalty=plain)
