@@ -4,10 +4,5 @@ from corpus.prepare import Corpus, prepare_corpus
 from corpus.tokens import Tokens, batch, rows_per_epoch, validation_windows
 
 __all__ = [
-    "Corpus",
-    "Tokens",
-    "batch",
-    "prepare_corpus",
-    "rows_per_epoch",
-    "validation_windows",
-]
+    "Corpus", "Tokens", "batch", "prepare_corpus", "rows_per_epoch", "validation_windows",
+]  # fmt: skip

@@ -19,15 +19,9 @@ from corpus.pieces import Piece, Source, document, split_of
 from corpus.text_files import check_text, fingerprint, go_on, reading
 
 __all__ = [
-    "TABLES",
-    "Rows",
-    "check_column",
-    "check_listed",
-    "is_table",
-    "table_rows",
-    "table_source",
+    "TABLES", "Rows", "check_column", "check_listed", "is_table", "table_rows", "table_source",
     "texts",
-]
+]  # fmt: skip
 
 Rows = Iterator[tuple[int, bytes]]  # row number from 0, and its text
 

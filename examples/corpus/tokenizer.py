@@ -31,17 +31,9 @@ from corpus.pieces import Source
 from corpus.text_files import go_on, reading
 
 __all__ = [
-    "BPETokenizer",
-    "ByteTokenizer",
-    "TokenArray",
-    "Tokenizer",
-    "TokenizerChoice",
-    "choose_tokenizer",
-    "load_tokenizer",
-    "token_dtype",
-    "train_bpe",
-    "vocabulary_of",
-]
+    "BPETokenizer", "ByteTokenizer", "TokenArray", "Tokenizer", "TokenizerChoice",
+    "choose_tokenizer", "load_tokenizer", "token_dtype", "train_bpe", "vocabulary_of",
+]  # fmt: skip
 
 TokenArray = npt.NDArray[Any]  # one-dimensional, of `token_dtype`
 BYTES = '{"type": "bytes"}\n'  # the whole file of a byte tokenizer

@@ -21,13 +21,9 @@ from common.command_line import (
 from trainer.settings import QUICK, Files, Machine, SeriesConfig, default_steps
 
 __all__ = [
-    "Arguments",
-    "PlanArguments",
-    "SampleArguments",
-    "parse_arguments",
-    "parse_plan",
+    "Arguments", "PlanArguments", "SampleArguments", "parse_arguments", "parse_plan",
     "parse_sample",
-]
+]  # fmt: skip
 
 _DESCRIPTION = """\
 Train a miniseries of GPTs (width 64 x depth, heads of 64 channels), by default of bytes and on the

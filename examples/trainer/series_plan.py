@@ -57,17 +57,9 @@ from trainer.arms import GROWTH_OPERATIONS, Arm, Shape, parse_arm, step_overhead
 from trainer.settings import RULE, Machine, SeriesConfig
 
 __all__ = [
-    "ModelPlan",
-    "Settings",
-    "checked_plans",
-    "cooldown_steps",
-    "learning_rate",
-    "plan_series",
-    "plans_of",
-    "settings_of",
-    "shape_of",
-    "split_steps",
-]
+    "ModelPlan", "Settings", "checked_plans", "cooldown_steps", "learning_rate", "plan_series",
+    "plans_of", "settings_of", "shape_of", "split_steps",
+]  # fmt: skip
 
 # The rule: what holds at this depth and batch, and how the batch grows.
 _DEPTH = 12

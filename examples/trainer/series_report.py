@@ -14,14 +14,9 @@ from trainer.series_plan import ModelPlan, shape_of
 from trainer.step_log import read_log
 
 __all__ = [
-    "FIGURES",
-    "diverged",
-    "markdown_table",
-    "models_table",
-    "settings_table",
-    "write_metrics",
+    "FIGURES", "diverged", "markdown_table", "models_table", "settings_table", "write_metrics",
     "write_report",
-]
+]  # fmt: skip
 
 Record = dict[str, Any]
 

@@ -27,14 +27,9 @@ from trainer.series_plan import ModelPlan, checked_plans
 from trainer.settings import Machine, SeriesConfig
 
 __all__ = [
-    "CONFIG_FILE",
-    "DATA_FOLDER",
-    "TOKENIZER_FILE",
-    "Run",
-    "check_folder",
-    "check_tensorboard",
+    "CONFIG_FILE", "DATA_FOLDER", "TOKENIZER_FILE", "Run", "check_folder", "check_tensorboard",
     "prepare",
-]
+]  # fmt: skip
 
 # In the output folder.
 CONFIG_FILE = "config.json"

@@ -26,15 +26,9 @@ from common.errors import UsageError
 from trainer.arms import parse_arm
 
 __all__ = [
-    "PEAK_FLOPS",
-    "QUICK",
-    "RULE",
-    "Files",
-    "Machine",
-    "SeriesConfig",
-    "default_steps",
+    "PEAK_FLOPS", "QUICK", "RULE", "Files", "Machine", "SeriesConfig", "default_steps",
     "peak_flops",
-]
+]  # fmt: skip
 
 RULE = "rule"
 ByRule = Literal["rule"]
@@ -278,6 +272,9 @@ class Machine:
         peak_flops: operations a second of one device, for the MFU, or its name, such as h100;
             ``None``: unknown, no MFU.
         tensorboard: write event files to tensorboard/ in the output folder.
+
+    Raises:
+        OptionError: a setting is none; the message begins with its name.
     """
 
     device: str = option("cpu", text)
@@ -289,6 +286,9 @@ class Machine:
     checkpoint_seconds: float = option(15.0, number(0, 86400))
     peak_flops: float | None = option(None, optional(peak_flops))
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def default_steps(depths: tuple[int, ...]) -> tuple[int, ...]:

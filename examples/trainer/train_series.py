@@ -16,7 +16,7 @@ from ars.atomic import drop_unfinished
 from common.errors import DamagedError, UsageError
 from common.plain_files import write_atomically
 from corpus import validation_windows
-from trainer import series_report as report
+from trainer import series_report
 from trainer.kept_states import Keeper
 from trainer.series_plan import ModelPlan, plans_of
 from trainer.series_run import CONFIG_FILE, TOKENIZER_FILE, Run
@@ -85,12 +85,12 @@ class Series:
             records.append(record)
             if not nothing_to_do and run.parallel.is_first:
                 run.output.check()
-                report.write_metrics(run.folder, records)
+                series_report.write_metrics(run.folder, records)
         if not run.parallel.is_first:
             return "", nothing_to_do
         if nothing_to_do:
-            report.write_metrics(run.folder, records)
-        return report.write_report(run.folder, records, self.plans), nothing_to_do
+            series_report.write_metrics(run.folder, records)
+        return series_report.write_report(run.folder, records, self.plans), nothing_to_do
 
     def _trunk_is_missing(self, plan: ModelPlan) -> bool:
         """Whether a child still has to grow out of a trunk that is not on the disk."""

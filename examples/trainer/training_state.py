@@ -35,13 +35,8 @@ from trainer.series_run import Run
 from trainer.settings import SeriesConfig
 
 __all__ = [
-    "TrainingState",
-    "build_from_scratch",
-    "inherit",
-    "inherit_penalties",
-    "model_of",
-    "restore",
-]
+    "TrainingState", "build_from_scratch", "inherit", "inherit_penalties", "model_of", "restore",
+]  # fmt: skip
 
 _FISHER_BATCH = 16  # sequences at a time; the result does not depend on it
 Penalty = EWC | SubspacePenalty | ProgressiveInheritance

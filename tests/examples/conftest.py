@@ -11,7 +11,7 @@ from small_series import LONG, TINY, Series, results
 
 from common.output_folder import OutputFolder
 from common.program import StopRequest
-from trainer import series_report as report
+from trainer import series_report
 from trainer.arguments import parse_arguments
 from trainer.series_report import markdown_table
 from trainer.series_run import prepare
@@ -38,7 +38,9 @@ def series(text: Path) -> Iterator[Series]:
             prepared = prepare(arguments, stop or StopRequest(), output)
             torch.manual_seed(time.monotonic_ns())  # nothing may depend on the global state
             # The figures are tested elsewhere, and drawing them takes longer than training here.
-            patch.setattr(report, "write_report", lambda _, records, __: markdown_table(records))
+            patch.setattr(
+                series_report, "write_report", lambda _, records, __: markdown_table(records)
+            )
             return run_series(prepared)
 
     yield run

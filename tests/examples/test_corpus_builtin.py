@@ -7,8 +7,7 @@ import torch
 from corpus_helpers import ids
 
 from common.errors import UsageError
-from corpus import Corpus, batch, prepare_corpus, validation_windows
-from corpus import pieces as pieces_module
+from corpus import Corpus, batch, pieces, prepare_corpus, validation_windows
 from corpus.pieces import SPLITS, split_of
 from corpus.sources import library_source
 
@@ -102,7 +101,7 @@ def test_its_tokens_are_the_bytes_of_its_files(built_in: Corpus) -> None:
 def test_a_file_keeps_its_last_tenth_for_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces_module, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(pieces, "_PIECE_BYTES", 100)
     path = tmp_path / "text.bin"
     path.write_bytes(bytes(range(1, 256)) * 4)
     corpus = prepare_corpus(str(path), cache=tmp_path / "cache", sequence_len=32)

@@ -18,7 +18,7 @@ import torch
 from corpus_helpers import content, prepare
 
 from common.errors import UsageError
-from corpus import text_files as kinds
+from corpus import text_files
 from corpus.sources import open_source
 from stress.scenarios import load_file
 
@@ -89,7 +89,7 @@ def test_what_is_no_text_is_refused_whatever_its_name(
     make, what = NO_TEXT[kind]
     path = tmp_path / name
     path.write_bytes(make(TEXT))
-    monkeypatch.setattr(kinds, "_LOOKED_AT", 1 << 12)
+    monkeypatch.setattr(text_files, "_LOOKED_AT", 1 << 12)
     column = "text" if name in ("a.csv", "a.jsonl") else None
     with pytest.raises(UsageError) as refused:
         prepare(path, tmp_path / "cache", column)

@@ -11,8 +11,7 @@ import pytest
 from corpus_helpers import content, prepare
 
 from common.errors import UsageError
-from corpus import pieces
-from corpus import table_files as tables
+from corpus import pieces, table_files
 from corpus.pieces import SPLITS, split_of
 from corpus.sources import open_source
 
@@ -77,8 +76,8 @@ TABLES = {
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents in several pieces, tables in several batches."""
     monkeypatch.setattr(pieces, "_PIECE_BYTES", 7)
-    monkeypatch.setattr(tables, "_PARQUET_ROWS", 5)
-    monkeypatch.setattr(tables, "_CSV_BLOCK_BYTES", 100)
+    monkeypatch.setattr(table_files, "_PARQUET_ROWS", 5)
+    monkeypatch.setattr(table_files, "_CSV_BLOCK_BYTES", 100)
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -12,10 +12,7 @@ from filelock import FileLock
 
 from common.errors import RunInterruptedError, UsageError
 from common.program import StopRequest
-from corpus import prepare_corpus
-from corpus import text_files as files
-from corpus import token_cache as token_cache
-from corpus import tokenizer as bpe
+from corpus import prepare_corpus, text_files, token_cache, tokenizer
 from corpus.pieces import Piece, Source
 from corpus.sources import open_source
 
@@ -45,7 +42,7 @@ def test_the_first_signal_stops_while_a_text_is_hashed(
 ) -> None:
     make, column = SOURCES[name]
     make(tmp_path / name)
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(text_files, "_BLOCK_BYTES", 1 << 10)
     blocks = 0
     with StopRequest() as stop:
 
@@ -151,7 +148,7 @@ def test_tokenizers_that_are_no_files(tmp_path: Path) -> None:
 def test_training_a_tokenizer_may_be_stopped_after_the_text_was_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bpe, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(tokenizer, "_POLL_SECONDS", 0.01)
     read = Event()
 
     def pieces() -> Iterator[Piece]:
@@ -166,7 +163,7 @@ def test_training_a_tokenizer_may_be_stopped_after_the_text_was_read(
             raise RunInterruptedError(2)
 
     with pytest.raises(RunInterruptedError):
-        bpe.train_bpe(Source("text", {}, {}, pieces), between, vocab_size=4096)
+        tokenizer.train_bpe(Source("text", {}, {}, pieces), between, vocab_size=4096)
 
 
 def test_what_goes_wrong_in_the_thread_is_raised(tmp_path: Path) -> None:
@@ -175,4 +172,4 @@ def test_what_goes_wrong_in_the_thread_is_raised(tmp_path: Path) -> None:
         raise UsageError("the source is gone")
 
     with pytest.raises(UsageError, match="the source is gone"):
-        bpe.train_bpe(Source("text", {}, {}, pieces), vocab_size=4096)
+        tokenizer.train_bpe(Source("text", {}, {}, pieces), vocab_size=4096)

@@ -10,7 +10,7 @@ import torch
 
 import miniseries
 from analysis.records import read_metrics
-from trainer import training_loop as train
+from trainer import training_loop
 from trainer.series_report import write_metrics
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 99
@@ -32,7 +32,7 @@ def run(
     arms: str, name: str, monkeypatch: pytest.MonkeyPatch, folder: Path, value: float = math.nan
 ) -> int:
     """Train, and put something that is no number into the weights of a model."""
-    whole = train.step
+    whole = training_loop.step
 
     def spoil(state: Any, plan: Any, run: Any) -> Any:
         update = whole(state, plan, run)
@@ -41,7 +41,7 @@ def run(
                 state.model.wte.weight.fill_(value)
         return update
 
-    monkeypatch.setattr(train, "step", spoil)
+    monkeypatch.setattr(training_loop, "step", spoil)
     (folder / "text.txt").write_text(TEXT)
     out = str(folder / "out")
     words = ["--data", str(folder / "text.txt"), "--out", out, *SMALL, "--arms", arms]

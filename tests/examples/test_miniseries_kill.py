@@ -14,7 +14,7 @@ from small_series import TINY, results
 
 from common.output_folder import OutputFolder
 from common.program import StopRequest
-from trainer import series_report as report
+from trainer import series_report
 from trainer.arguments import parse_arguments
 from trainer.series_run import prepare
 from trainer.train_series import run_series
@@ -45,7 +45,7 @@ def run_until(point: int | None, text: Path, out: Path) -> None:
     os.replace, os.fsync = watched(os.replace), watched(os.fsync)
     Path.unlink = watched(Path.unlink)  # type: ignore[method-assign]
     Path.rmdir = watched(Path.rmdir)  # type: ignore[method-assign]
-    report.write_report = lambda *_: ""  # drawing figures takes longer than training here
+    series_report.write_report = lambda *_: ""  # drawing figures takes longer than training here
     words = [*TINY, "--data", str(text), "--out", str(out), *SHORT]
     with OutputFolder(out) as output:
         run_series(prepare(parse_arguments(words), StopRequest(), output))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_series import Series, results
 
-from trainer import training_loop as train
+from trainer import training_loop
 from trainer.kept_states import Keeper
 from trainer.parallel import Parallel
 from trainer.recorder import Recorder, Update
@@ -36,9 +36,13 @@ def test_a_row_has_the_time_and_speed_of_its_own_step(
         return run
 
     clock = SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now)
-    monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(train, "step", slow(train.step, lambda state, *_: lasts(state.step + 1)))
-    monkeypatch.setattr(train, "bits_per_byte", slow(train.bits_per_byte, lambda *_: 5.0))
+    monkeypatch.setattr(training_loop, "time", clock)
+    monkeypatch.setattr(
+        training_loop, "step", slow(training_loop.step, lambda state, *_: lasts(state.step + 1))
+    )
+    monkeypatch.setattr(
+        training_loop, "bits_per_byte", slow(training_loop.bits_per_byte, lambda *_: 5.0)
+    )
     monkeypatch.setattr(Keeper, "save", slow(Keeper.save, lambda *_: 7.0))
     words = ("--checkpoint-seconds", "0", "--peak-flops", "1e9", "--curve-points", "3")
     series(tmp_path, None, *words)
@@ -68,10 +72,10 @@ def test_compiling_counts_as_no_time(
         now += 1.0 if state.step else 100.0
         return step(state, *given)
 
-    step = train.step
+    step = training_loop.step
     clock = SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now)
-    monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(train, "step", slow)
+    monkeypatch.setattr(training_loop, "time", clock)
+    monkeypatch.setattr(training_loop, "step", slow)
     monkeypatch.setattr(torch, "compile", lambda model: model)
     series(tmp_path, None, "--arms", "scratch", "--compile")
     rows = read_log(tmp_path / "log_d1-scratch.csv")
@@ -122,12 +126,12 @@ def test_waiting_seldom_changes_no_number_and_loses_no_row(
         reads += 1
         read(self, state)
 
-    monkeypatch.setattr(train, "Pace", Seldom)
+    monkeypatch.setattr(training_loop, "Pace", Seldom)
     monkeypatch.setattr(Recorder, "read", count)
     words = ("--curve-points", "1")  # the device is waited for at each of these, too
     series(tmp_path / "seldom", None, *words)
     seldom, reads = reads, 0
-    monkeypatch.setattr(train, "Pace", Pace)
+    monkeypatch.setattr(training_loop, "Pace", Pace)
     series(tmp_path / "always", None, *words)
     assert seldom < reads
     assert results(tmp_path / "seldom") == results(tmp_path / "always")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from corpus_helpers import content, ids, prepare
+from small_series import KilledError
 
 from common.errors import UsageError
-from corpus import Corpus, prepare_corpus
-from corpus import token_cache as cache
+from corpus import Corpus, prepare_corpus, token_cache
 from corpus.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -160,7 +160,7 @@ def test_of_a_large_cache_the_sizes_alone_are_checked(
     watched(text, tmp_path / "cache")
     (folder,) = folders(tmp_path / "cache")
     flip(folder / "train-00000.bin")
-    monkeypatch.setattr(cache, "CHECKED_BYTES", 5999)
+    monkeypatch.setattr(token_cache, "CHECKED_BYTES", 5999)
     watched(text, tmp_path / "cache")
     os.truncate(folder / "train-00000.bin", 5399)
     with pytest.raises(UsageError, match="it has 5399 bytes instead of 5400"):
@@ -251,6 +251,20 @@ def test_a_killed_run_leaves_no_half_cache(text: Path, tmp_path: Path) -> None:
     assert not whole.name.endswith(".unfinished")
     assert again.sha256 == straight.sha256
     assert ids(again.train) == ids(straight.train)
+
+
+def test_a_cache_is_there_in_one_step(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(unfinished: Path, folder: Path) -> None:
+        assert unfinished.is_dir()
+        assert not folder.exists()
+        raise KilledError
+
+    monkeypatch.setattr(token_cache.os, "replace", replace)
+    with pytest.raises(KilledError):
+        prepare(text, tmp_path / "cache")
+    assert folders(tmp_path / "cache") == []
 
 
 def test_who_wants_a_cache_that_is_being_built_waits_for_it(text: Path, tmp_path: Path) -> None:

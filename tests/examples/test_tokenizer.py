@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from common.errors import UsageError
 from corpus import Corpus, pieces, prepare_corpus
-from corpus import tokenizer as bpe
+from corpus import tokenizer as tokenizer_module
 from corpus.sources import library_source, open_source
 from corpus.tokenizer import BPETokenizer, ByteTokenizer, choose_tokenizer, load_tokenizer
 
@@ -129,10 +129,10 @@ def test_the_sample_is_bounded_and_from_the_training_documents(
 ) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i:05}\n"}) + "\n" for i in range(20_000)))
-    monkeypatch.setattr(bpe, "_SAMPLE_BYTES", 6000)
+    monkeypatch.setattr(tokenizer_module, "_SAMPLE_BYTES", 6000)
     source = open_source(str(path), "text")
-    rows = [int(row) for row in bpe._sample(source)]
-    assert rows == [int(row) for row in bpe._sample(source)]
+    rows = [int(row) for row in tokenizer_module._sample(source)]
+    assert rows == [int(row) for row in tokenizer_module._sample(source)]
     assert 200 < len(rows) <= 1000
     assert not [row for row in rows if pieces.split_of(f"{row}") == "validation"]
     assert min(rows) < 2_000

@@ -11,9 +11,7 @@ import torch
 from small_series import Series, Stop, results
 
 from common.errors import RunInterruptedError
-from trainer import series_plan as planning
-from trainer import training_loop as stepping
-from trainer import training_state as state
+from trainer import series_plan, training_loop, training_state
 from trainer.series_plan import settings_of
 
 
@@ -46,15 +44,15 @@ def test_no_model_reads_what_the_trunks_before_it_have_read(
         return replace(settings_of(depth, *others), batch_size=sizes[depth])
 
     read: list[list[tuple[int, ...]]] = []
-    draw = stepping.batch
+    draw = training_loop.batch
 
     def drawn(*tokens: Any, **where: Any) -> Any:
         inputs, targets = draw(*tokens, **where)
         read.append([tuple(row) for row in inputs.tolist()])
         return inputs, targets
 
-    monkeypatch.setattr(planning, "settings_of", sized)
-    monkeypatch.setattr(stepping, "batch", drawn)
+    monkeypatch.setattr(series_plan, "settings_of", sized)
+    monkeypatch.setattr(training_loop, "batch", drawn)
     series(tmp_path, None, "--depths", "1,2,3", "--steps", "7,8,9", "--arms", "grown")
     seen: list[tuple[int, ...]] = []
     for record in json.loads((tmp_path / "metrics.json").read_text()):
@@ -77,8 +75,8 @@ def test_what_growing_warns_of_is_said_when_training_begins(
         warnings.warn("the importance is 0 everywhere", stacklevel=2)
         return inherit_penalties(*words)
 
-    inherit_penalties = state.inherit_penalties
-    monkeypatch.setattr(state, "inherit_penalties", warn)
+    inherit_penalties = training_state.inherit_penalties
+    monkeypatch.setattr(training_state, "inherit_penalties", warn)
     series(tmp_path, None, "--arms", "grown+ewc", "--curve-points", "2")
     said = "warning: d2-grown+ewc: the importance is 0 everywhere"
     assert capsys.readouterr().err.count(said) == 1

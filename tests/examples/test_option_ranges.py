@@ -15,16 +15,16 @@ from common.errors import UsageError
 from continual import digits_options
 from experiment import experiment_run
 from stress import stress_options
-from trainer import arguments as trainer_cli
+from trainer import arguments
 from trainer.arms import parse_arm
 
 FLOAT32_LEAST = 2.0**-126
 FLOAT32_MOST = 2.0**128 * (1 - 2**-24)
 
 PROGRAMS: dict[str, Callable[[list[str]], Any]] = {
-    "miniseries.py": trainer_cli.parse_arguments,
-    "plan": trainer_cli.parse_plan,
-    "sample": trainer_cli.parse_sample,
+    "miniseries.py": arguments.parse_arguments,
+    "plan": arguments.parse_plan,
+    "sample": arguments.parse_sample,
     "analyze.py": analyze.parse_arguments,
     "continual_digits.py": digits_options.parse_options,
     "inheritance.py": experiment_run.parse_options,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 import miniseries
+from common.command_line import OptionError
 from trainer import settings
 from trainer.arguments import Arguments, parse_arguments, parse_plan, parse_sample
 from trainer.settings import PEAK_FLOPS, Machine, SeriesConfig
@@ -261,3 +263,22 @@ def test_a_file_can_be_overruled_with_none() -> None:
         ["--config", file, "--data", "none", "--cache", "none", "--column=none"]
     )
     assert (found.data, found.cache, found.column) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lr": 2.0}, "lr: 2.0 is not a number above 0 and up to 1, nor 'rule'"),
+        ({"seed": -1}, "seed: -1 is not a whole number from 0"),
+        ({"arms": ("grwn",)}, "arms: grwn: there is no 'grwn'; did you mean grown?"),
+        ({"steps": (5,)}, "steps: 1 numbers for 3 depths"),
+        ({"parents": (2, 9)}, "parents: 9 is not among --depths 2,3,4"),
+    ],
+)
+def test_settings_are_held_to_their_ranges_wherever_they_come_from(
+    changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(OptionError, match=f"^{re.escape(says)}"):
+        SeriesConfig(**changes)
+    with pytest.raises(OptionError, match=r"^keep: 0 is not a whole number"):
+        Machine(keep=0)

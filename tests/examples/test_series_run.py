@@ -16,8 +16,7 @@ import miniseries
 from common.errors import RunInterruptedError, UsageError
 from common.output_folder import OutputFolder
 from common.program import StopRequest, exit_status
-from trainer import series_run as preparing
-from trainer import train_series as running
+from trainer import series_run, train_series
 from trainer.arguments import parse_arguments
 from trainer.parallel import Parallel, use_device
 from trainer.series_run import Run, prepare
@@ -47,7 +46,7 @@ def test_what_is_known_without_the_text_is_refused_before_it_is_read(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("taken/mine").mkdir(parents=True)
-    monkeypatch.setattr(preparing, "prepare_corpus", lambda *_, **__: pytest.fail("it was read"))
+    monkeypatch.setattr(series_run, "prepare_corpus", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(UsageError, match=says):
         prepared(words)
 
@@ -64,8 +63,8 @@ def test_a_run_goes_on_with_the_commit_it_was_begun_with(
         facts = {"source": name, "commit": commit or newest[0]}
         return replace(corpus, facts={**corpus.facts, **facts})
 
-    read = preparing.prepare_corpus
-    monkeypatch.setattr(preparing, "prepare_corpus", prepare_corpus)
+    read = series_run.prepare_corpus
+    monkeypatch.setattr(series_run, "prepare_corpus", prepare_corpus)
     words = ("--arms", "scratch", "--data", "hf:owner/name")
     series(tmp_path, None, *words)
     newest[0] = "b" * 40
@@ -74,7 +73,7 @@ def test_a_run_goes_on_with_the_commit_it_was_begun_with(
 
     # The first process says which commit it has read; the others read that one.
     monkeypatch.setattr(_Second, "from_first", lambda *_: "c" * 40)
-    monkeypatch.setattr(preparing, "Parallel", _Second)
+    monkeypatch.setattr(series_run, "Parallel", _Second)
     prepared([*words, "--out", str(tmp_path / "new")])
     assert asked[2:] == [f"hf:owner/name@{'c' * 40}"]
 
@@ -98,7 +97,7 @@ def test_only_the_first_process_looks_at_the_folder_that_it_writes(
     words = ["--data", str(text), "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "t")]
     with pytest.raises(UsageError, match="not a run of this program"):
         prepared(words)
-    monkeypatch.setattr(preparing, "Parallel", _Second)
+    monkeypatch.setattr(series_run, "Parallel", _Second)
     assert not prepared(words).parallel.is_first
 
 
@@ -110,7 +109,7 @@ def test_a_run_killed_at_its_first_file_begins_again(
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "write_atomically", half)
+        patch.setattr(train_series, "write_atomically", half)
         with pytest.raises(KilledError):
             series(tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
