@@ -1,7 +1,8 @@
 r"""Growing a GPT into a larger one that computes the same function.
 
-Let s = sqrt(D'/D), with the head width fixed. New heads, channels, hidden units and blocks are
-appended, every old weight is multiplied by a constant c, and the residual stream becomes s [x; 0]:
+Let s = sqrt(D'/D), with the head width fixed. New heads, channels and hidden units are appended,
+new blocks appended or inserted, every old weight is multiplied by a constant c, and the residual
+stream becomes s [x; 0]:
 
     tensor                 old block   new rows         new columns
     wte                    1           -                0
@@ -10,6 +11,8 @@ appended, every old weight is multiplied by a constant c, and the residual strea
     mlp.proj               1/s         0                0               (relu^2 makes s^2 of s)
     lm_head                1/s         -                initial law     (their inputs are 0)
     appended blocks        -           initial law; attn.proj and mlp.proj 0
+    inserted blocks        -           q, k, v and mlp.fc of the block before; attn.proj and
+                                       mlp.proj 0; what their widening adds: initial law
 
 What writes into the new channels starts at 0 and what reads them starts at random, so the logits do
 not change, the gradient of every new write is non-zero at once, and that of every new read after
@@ -19,7 +22,7 @@ one step. The function is preserved up to rounding for every ``norm_eps`` (see
 Equal functions of theta and theta' = c theta have gradients g' = g / c, hence
 
     exp_avg' = exp_avg / c,   exp_avg_sq' = exp_avg_sq / c^2,
-    Omega' = Omega / c^2,     anchor' = c anchor
+    Omega' = Omega / c^2,     anchor' = c anchor,     momentum_buffer' = momentum_buffer / c
 
 and an EWC penalty 1/2 sum Omega (theta - anchor)^2 has the same value before and after.
 """
@@ -28,7 +31,7 @@ import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -39,14 +42,50 @@ from ars.reference import join_master, split_master
 
 __all__ = ["Growth", "grow"]
 
+Blocks: TypeAlias = Literal["appended", "inserted"]
+
 _PACKED = ("state", "param_groups")  # the entries of every optimizer's state_dict
 _REMAINDER = "param_remainder"  # what ARSAdamW(master_weights=True) keeps of a bfloat16 weight
 # Power of 1/c by which each optimizer state of a parameter's shape transforms, after g' = g / c.
-_MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+_MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}
 
 
 def _scale(name: str, stretch: float) -> float:
     return 1.0 / stretch if name.endswith("mlp.proj.weight") or name == "lm_head.weight" else 1.0
+
+
+def _origins(old: int, new: int, blocks: Blocks) -> list[int | None]:
+    """The parent's block that each block of the grown model comes from.
+
+    Args:
+        old: L, the parent's number of blocks.
+        new: L' >= L.
+        blocks: where the L' - L new ones go.
+
+    Returns:
+        L' numbers. Of equal ones the first is the parent's block and the others are copies of it;
+        ``None`` is a block of new weights.
+
+    Example:
+        >>> _origins(4, 5, "appended"), _origins(4, 5, "inserted")
+        ([0, 1, 2, 3, None], [0, 1, 1, 2, 3])
+        >>> _origins(4, 6, "inserted"), _origins(2, 4, "inserted")
+        ([0, 1, 1, 2, 2, 3], [0, 0, 1, 1])
+    """
+    added = new - old
+    if blocks == "appended":
+        return [*range(old), *[None] * added]
+    # The j-th of k new blocks follows the share j / (k + 1) of the old ones, rounded up: evenly
+    # spread, and never before the first, which has no block before it to copy.
+    before = [-(-j * old // (added + 1)) for j in range(1, added + 1)]
+    return sorted([*range(old), *(count - 1 for count in before)])
+
+
+def _grown_name(name: str, origins: list[int | None]) -> str:
+    if not name.startswith("blocks."):
+        return name
+    _, block, rest = name.split(".", 2)
+    return f"blocks.{origins.index(int(block))}.{rest}"
 
 
 def _check_growth(old: GPTConfig, new: GPTConfig) -> None:
@@ -75,30 +114,37 @@ def _check_growth(old: GPTConfig, new: GPTConfig) -> None:
 class Growth:
     r"""A grown model and the map that carries everything measured on its parent.
 
-    Made by :func:`grow`. Names are those of ``named_parameters()``; an old parameter keeps its
-    name, and its old coordinates are the leading block of the new tensor.
+    Made by :func:`grow`. Names are those of ``named_parameters()``. An old parameter keeps its
+    name, unless blocks were inserted before it; ``names`` says what it is called now. Its old
+    coordinates are the leading block of the new tensor.
 
     Args:
         parent: the model that was grown; read, never modified.
         model: the grown model, on the parent's device and in its dtype.
-        scales: name -> c for every parameter of the parent: new = c old on the old block.
-        initial: name -> copy of the grown model's values at growth, the anchors of new coordinates.
+        scales: the parent's name -> c, of every parameter of the parent: new = c old on the old
+            block.
+        initial: the grown model's name -> copy of its values at growth, the anchors of new
+            coordinates.
+        names: the parent's name -> the grown model's, of every parameter of the parent.
     """
 
     parent: GPT
     model: GPT
     scales: Mapping[str, float]
     initial: Mapping[str, Tensor]
+    names: Mapping[str, str]
 
     def importance(self, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Map the parent's importance, Omega' = Omega / c^2, with 0 on every new coordinate.
 
+        The copies of blocks are new: they write nothing, so no function depends on what they read.
+
         Args:
-            importance: name -> tensor of the parameter's shape, any floating dtype. Parameters of
-                the parent that it leaves out are left out of the result.
+            importance: the parent's name -> tensor of the parameter's shape, any floating dtype.
+                Parameters of the parent that it leaves out are left out of the result.
 
         Returns:
-            Name -> tensor of the grown parameter's shape, in the dtype and on the device given;
+            The grown model's name -> tensor of its shape, in the dtype and on the device given;
             fp32 zeros on the parameter's device for parameters that the parent did not have.
 
         Raises:
@@ -106,12 +152,14 @@ class Growth:
         """
         self._check_named(importance)
         mapped = {}
+        sources = {name: source for source, name in self.names.items()}
         for name, weight in self.initial.items():
-            if name in importance:
-                old = importance[name].detach()
-                mapped[name] = _embed(old / self.scales[name] ** 2, old.new_zeros(weight.shape))
-            elif name not in self.scales:
+            source = sources.get(name)
+            if source is None:
                 mapped[name] = torch.zeros_like(weight, dtype=torch.float32)
+            elif source in importance:
+                old = importance[source].detach()
+                mapped[name] = _embed(old / self.scales[source] ** 2, old.new_zeros(weight.shape))
         return mapped
 
     def anchor(self, anchor: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,7 +171,7 @@ class Growth:
             anchor: like the argument of :meth:`importance`.
 
         Returns:
-            Name -> tensor of the grown parameter's shape, in the dtype and on the device given; the
+            The grown model's name -> tensor of its shape, in the dtype and on the device given; the
             initial values of parameters that the parent did not have.
 
         Raises:
@@ -131,18 +179,24 @@ class Growth:
         """
         self._check_named(anchor)
         mapped = {}
+        sources = {name: source for source, name in self.names.items()}
         for name, weight in self.initial.items():
-            if name in anchor:
-                old = anchor[name].detach()
-                mapped[name] = _embed(self.scales[name] * old, weight.to(old))
-            elif name not in self.scales:
+            source = sources.get(name)
+            if source is None:
                 mapped[name] = weight.clone()
+            elif source in anchor:
+                old = anchor[source].detach()
+                mapped[name] = _embed(self.scales[source] * old, weight.to(old))
         return mapped
 
     def optimizer_state(
         self, old_optimizer: torch.optim.Optimizer, new_optimizer: torch.optim.Optimizer
     ) -> dict[str, Any]:
-        """Map the state of an Adam-like optimizer of the parent to one of the grown model.
+        """Map the state of an optimizer of the parent to one of the grown model.
+
+        For Adam-like optimizers, and for those with a momentum_buffer (:class:`torch.optim.SGD`,
+        :class:`torch.optim.Muon`), alone or inside an :class:`ars.ARSOptimizer`. Where several
+        optimizers share a model, each is mapped by itself to its counterpart.
 
         On old blocks exp_avg / c and exp_avg_sq / c^2 (max_exp_avg_sq alike), so that an Adam step
         moves an old block as far as in the parent. On new coordinates of an old tensor exp_avg is
@@ -150,9 +204,15 @@ class Growth:
         count. Their exp_avg_sq is the largest of the mapped means of the tensor, of the
         coordinate's old row and of its old column: after 0 the first update would be
         (1 - beta1) / sqrt(1 - beta2) lr, 3.2 lr for the usual betas, and after the tensor's mean
-        that of frequent tokens exceeds lr. Scalars and vectors (step, products of betas) are per
-        tensor and copied. A parameter that the parent did not have gets no state and starts at step
-        0. Hyperparameters are those of ``new_optimizer``; other top-level entries of the old
+        that of frequent tokens exceeds lr. momentum_buffer goes like exp_avg: / c, and 0 on new
+        coordinates. Muon cancels c, as Adam does; SGD moves the old block 1/c times as far as in
+        the parent. Scalars and vectors (step, products of betas) are per tensor and copied.
+
+        A parameter that the parent did not have gets no state and starts at step 0. That holds for
+        the copies of inserted blocks, too: their reads have no gradient at first, since they write
+        nothing, and the moments of the block they were copied from would move them all the same.
+
+        Hyperparameters are those of ``new_optimizer``; other top-level entries of the old
         state_dict are copied.
 
         Master weights (bfloat16 weights with a ``param_remainder``) grow as the 32-bit numbers they
@@ -162,7 +222,8 @@ class Growth:
 
         Args:
             old_optimizer: optimizer of (some of) the parent's parameters; its state may be empty.
-            new_optimizer: optimizer of the grown model's parameters, grouped in any way.
+            new_optimizer: optimizer of (some of) the grown model's parameters, at least of those
+                whose state ``old_optimizer`` has; grouped in any way.
 
         Returns:
             A dictionary for ``new_optimizer.load_state_dict``.
@@ -192,19 +253,21 @@ class Growth:
         masters = {}
         for index, state in old_state["state"].items():
             name = old_names[index]
-            if name not in new_index:
+            grown = self.names[name]
+            if grown not in new_index:
                 raise ValueError(
-                    f"new_optimizer does not hold {name!r}, whose state old_optimizer has; "
+                    f"new_optimizer does not hold {grown!r}, whose state old_optimizer has; "
                     "build it over growth.model.parameters()"
                 )
-            mapped[new_index[name]] = {
+            entries = {
                 key: self._map_entry(name, key, value)
                 for key, value in state.items()
                 if key != _REMAINDER
             }
             if _REMAINDER in state:
-                masters[name] = self._grow_master(name, state[_REMAINDER])
-                mapped[new_index[name]][_REMAINDER] = masters[name][1]
+                masters[grown] = self._grow_master(name, state[_REMAINDER])
+                entries[_REMAINDER] = masters[grown][1]
+            mapped[new_index[grown]] = entries
         for name, (weight, _) in masters.items():  # after all checks
             with torch.no_grad():
                 self.model.get_parameter(name).copy_(weight)
@@ -221,7 +284,7 @@ class Growth:
                 f"rule of growth; only {sorted(_MOMENTS)} can be mapped"
             )
         self._check_shape(name, value)
-        return _grow_moment(key, value, self.scales[name], self.initial[name].shape)
+        return _grow_moment(key, value, self.scales[name], self.initial[self.names[name]].shape)
 
     def _grow_master(self, name: str, remainder: Tensor) -> tuple[Tensor, Tensor]:
         """The grown weight and its remainder.
@@ -230,9 +293,10 @@ class Growth:
             ValueError: either model was changed since growth, or a shape is not the parent's.
         """
         self._check_shape(name, remainder)
-        old, initial, scale = self.parent.get_parameter(name), self.initial[name], self.scales[name]
+        grown, scale = self.names[name], self.scales[name]
+        old, initial = self.parent.get_parameter(name), self.initial[grown]
         weight, lower = _grow_master(old.detach(), remainder, scale, initial)
-        current = self.model.get_parameter(name).detach()
+        current = self.model.get_parameter(grown).detach()
         left = (_embed(scale * old.detach(), initial), weight)  # by grow, or by an earlier call
         if not any(_same_bits(current, expected) for expected in left):
             raise ValueError(
@@ -294,6 +358,7 @@ def _grow_moment(key: str, value: Tensor, scale: float, shape: torch.Size) -> Te
     On the old block exp_avg / c and exp_avg_sq / c^2. On new coordinates exp_avg is 0 and
     exp_avg_sq the largest of the mapped means of the tensor and of the coordinate's old row or
     column: rows of a frequent token have far larger gradients than the mean of the table.
+    momentum_buffer goes like exp_avg.
 
     Args:
         key: a name in ``_MOMENTS``.
@@ -345,11 +410,22 @@ def _grow_master(
 
 
 @torch.no_grad()
-def grow(model: GPT, config: GPTConfig, generator: torch.Generator | None = None) -> Growth:
+def grow(
+    model: GPT,
+    config: GPTConfig,
+    generator: torch.Generator | None = None,
+    *,
+    blocks: Blocks = "appended",
+) -> Growth:
     r"""Grow a model to a larger configuration without changing its function.
 
     The rule is the table at the top of :mod:`ars.models.growth`. Random entries follow the initial
     law of a new model of the larger size, 1/sqrt(D') and not 1/sqrt(D).
+
+    ``blocks="inserted"`` spreads the new blocks evenly between the old ones (one new block goes
+    into the middle), each a copy of the block before it that writes nothing yet: of k new blocks
+    the j-th follows ceil(j L / (k + 1)) of the L old ones. The old blocks are renumbered; see
+    :attr:`Growth.names`.
 
     Args:
         model: the parent; not modified.
@@ -357,20 +433,25 @@ def grow(model: GPT, config: GPTConfig, generator: torch.Generator | None = None
             the head width, ``vocab_size``, ``norm_eps`` and ``rope_base`` must be the parent's.
         generator: source of the new random weights, on any device; ``None`` uses torch's default
             generator of the CPU.
+        blocks: where new blocks go and what they read at first: ``"appended"`` after the last, at
+            random, or ``"inserted"`` between the old ones, as the block before them.
 
     Returns:
         The grown model with the maps for importance, anchor and optimizer state.
 
     Raises:
         TypeError: ``model`` is not a :class:`ars.models.GPT` or ``config`` not a ``GPTConfig``.
-        ValueError: a size shrinks, or a value that must stay changes.
+        ValueError: a size shrinks, a value that must stay changes, or ``blocks`` is another word.
 
     Example:
-        >>> parent = GPT(GPTConfig(9, 8, n_layer=1, n_head=1, n_embd=8)).double()
-        >>> growth = grow(parent, GPTConfig(9, 8, n_layer=2, n_head=2, n_embd=16))
+        >>> parent = GPT(GPTConfig(9, 8, n_layer=2, n_head=1, n_embd=8)).double()
+        >>> larger = GPTConfig(9, 8, n_layer=3, n_head=2, n_embd=16)
+        >>> growth = grow(parent, larger, blocks="inserted")
         >>> tokens = torch.arange(8)[None]
         >>> torch.allclose(growth.model(tokens), parent(tokens), rtol=0, atol=1e-12)
         True
+        >>> growth.names["blocks.1.attn.q.weight"]
+        'blocks.2.attn.q.weight'
 
     References:
         Shen et al., "Staged Training for Transformer Language Models", arXiv:2203.06211.
@@ -380,6 +461,8 @@ def grow(model: GPT, config: GPTConfig, generator: torch.Generator | None = None
         raise TypeError(f"model must be a GPT itself, unwrapped; got {type(model).__name__}")
     if not isinstance(config, GPTConfig):
         raise TypeError(f"config must be a GPTConfig, got {type(config).__name__}")
+    if blocks not in get_args(Blocks):
+        raise ValueError(f"blocks must be 'appended' or 'inserted', got {blocks!r}")
     _check_growth(model.config, config)
     stretch = math.sqrt(config.n_embd / model.config.n_embd)
     grown = GPT(config, generator)
@@ -388,9 +471,18 @@ def grow(model: GPT, config: GPTConfig, generator: torch.Generator | None = None
     grown.recompute = model.recompute
     grown.wte.weight.zero_()
     scales = {name: _scale(name, stretch) for name, _ in model.named_parameters()}
+    origins = _origins(model.config.n_layer, config.n_layer, blocks)
+    names = {name: _grown_name(name, origins) for name in scales}
     for name, old in model.named_parameters():
-        weight = grown.get_parameter(name)
+        weight = grown.get_parameter(names[name])
         weight.copy_(_embed(scales[name] * old, weight))
         weight.requires_grad_(old.requires_grad)
+    for place, origin in enumerate(origins):
+        if origin is None or origins.index(origin) == place:
+            continue
+        for name, old in model.blocks[origin].named_parameters():
+            if not name.endswith("proj.weight"):  # writes stay 0, and reads have a c of 1
+                weight = grown.blocks[place].get_parameter(name)
+                weight.copy_(_embed(old, weight))
     initial = {name: weight.detach().clone() for name, weight in grown.named_parameters()}
-    return Growth(parent=model, model=grown, scales=scales, initial=initial)
+    return Growth(parent=model, model=grown, scales=scales, initial=initial, names=names)

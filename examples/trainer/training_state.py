@@ -109,7 +109,7 @@ def inherit_penalties(
         strength = arm.strength("ewc", config.ewc_strength)
         ewc = EWC(growth.model, growth.importance(importance), strength=strength)
     if arm.has("subspace"):
-        old = {n: w.shape[1] for n, w in growth.parent.named_parameters()}
+        old = {growth.names[n]: w.shape[1] for n, w in growth.parent.named_parameters()}
         new = {n: w.shape[1] for n, w in growth.model.named_parameters()}
         columns = {name: k for name, k in old.items() if k < new[name]}
         gamma = arm.strength("subspace", config.subspace_strength)

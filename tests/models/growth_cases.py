@@ -65,10 +65,13 @@ PAIRS = {
     "width": (sizes(2, 2), sizes(2, 3)),
     "d2 to d4": (miniseries_config(2, sequence_len=80), miniseries_config(4, sequence_len=80)),
     "d3 to d4": (miniseries_config(3, sequence_len=80), miniseries_config(4, sequence_len=80)),
+    "4 x 48 to 4 x 56": (sizes(4, 6), sizes(4, 7)),
+    "4 x 56 to 5 x 64": (sizes(4, 7), sizes(5, 8)),
     "context": (sizes(2, 2), sizes(2, 3, sequence_len=40)),
     "nothing": (sizes(2, 2), sizes(2, 2)),
 }
 pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+kinds = pytest.mark.parametrize("blocks", ["appended", "inserted"])
 small_pairs = pytest.mark.parametrize(
     "pair",
     [(sizes(2, 2), sizes(3, 3)), (sizes(2, 2), sizes(3, 2)), (sizes(1, 1), sizes(2, 4))],

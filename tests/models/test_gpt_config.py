@@ -83,3 +83,46 @@ def test_rejects_depth_that_is_no_integer(depth):
 def test_rejects_bad_sizes():
     with pytest.raises(ValueError, match="vocab_size"):
         miniseries_config(1, vocab_size=0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "options", "expected"),  # expected: blocks, heads and width
+    [
+        (5, {"width_per_depth": 16, "head_dim": 16}, (5, 5, 80)),
+        (3, {"width_per_depth": 64, "head_dim": 8}, (3, 24, 192)),
+        (4, {"width": 56, "head_dim": 8}, (4, 7, 56)),
+        (8, {"width": 88, "head_dim": 8}, (8, 11, 88)),
+        (3, {"width": 64}, (3, 1, 64)),
+        (1, {"width_per_depth": 2, "head_dim": 2}, (1, 1, 2)),
+    ],
+)
+def test_widths_of_other_series(depth, options, expected):
+    config = miniseries_config(depth, vocab_size=11, sequence_len=9, **options)
+    assert (config.n_layer, config.n_head, config.n_embd) == expected
+    assert config.head_dim == options.get("head_dim", 64)
+    assert (config.vocab_size, config.sequence_len) == (11, 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"width_per_depth": 16}, ValueError, r"width 80 of depth 5 is not a mul.*head_dim=64"),
+        ({"width": 56, "head_dim": 16}, ValueError, r"width 56 of depth 5 .*=16; choose a head"),
+        ({"width": 60, "head_dim": 5}, ValueError, r"head_dim=5 is odd; .*choose an even one"),
+        (
+            {"width": 64, "width_per_depth": 64},
+            ValueError,
+            r"width=64 and width_per_depth=64 .*one",
+        ),
+        ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
+        ({"width": 0}, ValueError, "width must be at least 1, got 0"),
+        ({"width_per_depth": -16}, ValueError, "width_per_depth must be at least 1, got -16"),
+        ({"head_dim": True}, TypeError, "head_dim must be an int, got True"),
+        ({"head_dim": None}, TypeError, "head_dim must be an int, got None"),
+        ({"width": 64.0}, TypeError, "width must be an int, got 64.0"),
+        ({"width_per_depth": True}, TypeError, "width_per_depth must be an int, got True"),
+    ],
+)
+def test_rejects_widths_that_do_not_fit(options, error, message):
+    with pytest.raises(error, match=message):
+        miniseries_config(5, **options)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from growth_cases import (
     gradients,
+    kinds,
     loss_of,
     new_coordinates,
     old_block,
@@ -23,21 +24,23 @@ from ars.models import GPT, Growth, grow, miniseries_config
 
 
 @pairs
+@kinds
 @pytest.mark.parametrize("norm_eps", [0.0, 1e-6, 0.3])
-def test_logits_do_not_change(pair, norm_eps):
+def test_logits_do_not_change(pair, blocks, norm_eps):
     small, large = (dataclasses.replace(config, norm_eps=norm_eps) for config in pair)
     parent, tokens = randomized(small), tokens_of(small)
     before = parent(tokens)
-    grown = grow(parent, large, seeded(1)).model
+    grown = grow(parent, large, seeded(1), blocks=blocks).model
     assert before.std() > 0.1
     torch.testing.assert_close(grown(tokens), before, rtol=0, atol=1e-12)
 
 
 @pairs
-def test_logits_do_not_change_in_float32(pair):
+@kinds
+def test_logits_do_not_change_in_float32(pair, blocks):
     small, large = pair
     parent, tokens = randomized(small, torch.float32), tokens_of(small)
-    grown = grow(parent, large, seeded(1)).model
+    grown = grow(parent, large, seeded(1), blocks=blocks).model
     assert grown.wte.weight.dtype == torch.float32
     torch.testing.assert_close(grown(tokens), parent(tokens), rtol=0, atol=1e-5)
 
@@ -88,11 +91,12 @@ def test_growing_grown_models_stays_exact():
 
 
 @small_pairs
-def test_scales(pair):
+@kinds
+def test_scales(pair, blocks):
     small, large = pair
     parent = randomized(small)
     stretch = math.sqrt(large.n_embd / small.n_embd)
-    scales = grow(parent, large).scales
+    scales = grow(parent, large, blocks=blocks).scales
     assert list(scales) == [name for name, _ in parent.named_parameters()]
     for name, scale in scales.items():
         shrinks = name == "lm_head.weight" or name.endswith("mlp.proj.weight")
@@ -100,22 +104,25 @@ def test_scales(pair):
 
 
 @small_pairs
-def test_gradients_scale_by_one_over_c(pair):
+@kinds
+def test_gradients_scale_by_one_over_c(pair, blocks):
     small, large = pair
     parent, tokens = randomized(small), tokens_of(small)
-    result = grow(parent, large, seeded(1))
+    result = grow(parent, large, seeded(1), blocks=blocks)
     before, after = gradients(parent, tokens), gradients(result.model, tokens)
     for name, old in before.items():
         assert old.abs().max() > 1e-4
         expected = old / result.scales[name]
-        torch.testing.assert_close(old_block(after[name], old), expected, rtol=0, atol=1e-10)
+        block = old_block(after[result.names[name]], old)
+        torch.testing.assert_close(block, expected, rtol=0, atol=1e-10)
 
 
 @small_pairs
-def test_every_new_coordinate_receives_a_gradient(pair):
+@kinds
+def test_every_new_coordinate_receives_a_gradient(pair, blocks):
     small, large = pair
     tokens = tokens_of(small)
-    result = grow(randomized(small), large, seeded(1))
+    result = grow(randomized(small), large, seeded(1), blocks=blocks)
     model = result.model
     first = gradients(model, tokens)
     writes = 0
@@ -230,7 +237,8 @@ def penalty(theta: dict[str, Tensor], anchor: dict[str, Tensor], omega: dict[str
 
 
 @small_pairs
-def test_ewc_penalty_does_not_change(pair):
+@kinds
+def test_ewc_penalty_does_not_change(pair, blocks):
     small, large = pair
     parent = randomized(small)
     theta = {name: weight.detach().clone() for name, weight in parent.named_parameters()}
@@ -238,7 +246,7 @@ def test_ewc_penalty_does_not_change(pair):
     omega = {name: value.square() for name, value in perturbed(theta, seed=6).items()}
     before = penalty(theta, anchor, omega)
 
-    result = grow(parent, large, seeded(1))
+    result = grow(parent, large, seeded(1), blocks=blocks)
     grown_theta = {
         name: weight.detach().clone() for name, weight in result.model.named_parameters()
     }
@@ -249,22 +257,25 @@ def test_ewc_penalty_does_not_change(pair):
     moved = perturbed(theta, seed=7)
     assert penalty(moved, anchor, omega) != pytest.approx(before, rel=0.1)
     for name, scale in result.scales.items():
-        old_block(grown_theta[name], theta[name]).add_(scale * (moved[name] - theta[name]))
+        block = old_block(grown_theta[result.names[name]], theta[name])
+        block.add_(scale * (moved[name] - theta[name]))
     expected = penalty(moved, anchor, omega)
     assert penalty(grown_theta, grown_anchor, grown_omega) == pytest.approx(expected, rel=1e-12)
 
     # New coordinates are free.
+    sources = {grown: name for name, grown in result.names.items()}
     for name, value in perturbed(grown_theta, seed=8).items():
-        kept = theta[name] if name in theta else value[:0]
+        kept = theta[sources[name]] if name in sources else value[:0]
         block = old_block(grown_theta[name], kept).clone()
         grown_theta[name] = value
         old_block(value, kept).copy_(block)
     assert penalty(grown_theta, grown_anchor, grown_omega) == pytest.approx(expected, rel=1e-12)
 
 
-def test_anchor_of_the_parent_is_the_grown_model_at_growth():
+@kinds
+def test_anchor_of_the_parent_is_the_grown_model_at_growth(blocks):
     parent = randomized(sizes(2, 2))
-    result = grow(parent, sizes(3, 3), seeded(1))
+    result = grow(parent, sizes(3, 3), seeded(1), blocks=blocks)
     at_growth = {name: weight.detach().clone() for name, weight in result.model.named_parameters()}
     with torch.no_grad():
         for weight in result.model.parameters():
@@ -275,7 +286,9 @@ def test_anchor_of_the_parent_is_the_grown_model_at_growth():
         torch.testing.assert_close(value, at_growth[name], rtol=1e-14, atol=0)
         assert not value.requires_grad
         value.zero_()
-    assert result.anchor({})["blocks.2.attn.q.weight"].ne(0).any()
+    new = "blocks.2.attn.q.weight" if blocks == "appended" else "blocks.1.attn.q.weight"
+    assert result.anchor({}).keys() == at_growth.keys() - result.names.values()
+    assert result.anchor({})[new].ne(0).any()
 
 
 def test_maps_keep_dtype_and_omissions():

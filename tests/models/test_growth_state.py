@@ -41,9 +41,11 @@ def trained(dtype: torch.dtype = torch.float64, **options) -> tuple[GPT, torch.o
     return model, optimizer
 
 
-def grown(**options) -> tuple[Growth, torch.optim.AdamW, torch.optim.AdamW]:
+def grown(
+    blocks: str = "appended", **options
+) -> tuple[Growth, torch.optim.AdamW, torch.optim.AdamW]:
     parent, old = trained(**options)
-    growth = grow(parent, LARGE, seeded(1))
+    growth = grow(parent, LARGE, seeded(1), blocks=blocks)
     new = torch.optim.AdamW(growth.model.parameters(), lr=LR, **options)
     new.load_state_dict(growth.optimizer_state(old, new))
     return growth, old, new
@@ -59,13 +61,16 @@ def new_mask(tensor: Tensor, old: Tensor) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_moments_scale_by_one_over_c_and_c_squared(amsgrad):
-    growth, old, new = grown(amsgrad=amsgrad)
+@pytest.mark.parametrize(
+    ("amsgrad", "blocks"), [(False, "appended"), (True, "appended"), (False, "inserted")]
+)
+def test_moments_scale_by_one_over_c_and_c_squared(amsgrad, blocks):
+    growth, old, new = grown(blocks, amsgrad=amsgrad)
     stretch = math.sqrt(24 / 16)
     powers = {"exp_avg": 1, "exp_avg_sq": 2} | ({"max_exp_avg_sq": 2} if amsgrad else {})
     for name, parameter in growth.parent.named_parameters():
-        before, after = old.state[parameter], new.state[growth.model.get_parameter(name)]
+        grown_parameter = growth.model.get_parameter(growth.names[name])
+        before, after = old.state[parameter], new.state[grown_parameter]
         assert after.keys() == before.keys() == powers.keys() | {"step"}
         assert after["step"].item() == 10
         shrinks = name == "lm_head.weight" or name.endswith("mlp.proj.weight")
@@ -86,21 +91,25 @@ def test_moments_scale_by_one_over_c_and_c_squared(amsgrad):
                 assert after[key][row, column].item() == seed
 
 
-def test_new_parameters_start_without_state():
-    growth, _, new = grown()
+@pytest.mark.parametrize(("blocks", "block"), [("appended", 2), ("inserted", 1)])
+def test_new_parameters_start_without_state(blocks, block):
+    growth, _, new = grown(blocks)
     for name, parameter in growth.model.named_parameters():
-        assert (parameter in new.state) == (name in growth.scales)
+        assert (parameter not in new.state) == name.startswith(f"blocks.{block}.")
     backward(growth.model, batch(20))
     new.step()
-    assert new.state[growth.model.get_parameter("blocks.2.mlp.fc.weight")]["step"].item() == 1
+    fresh = growth.model.get_parameter(f"blocks.{block}.mlp.fc.weight")
+    assert new.state[fresh]["step"].item() == 1
     assert new.state[growth.model.wte.weight]["step"].item() == 11
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_a_step_moves_the_old_block_as_far_as_in_the_parent(amsgrad):
+@pytest.mark.parametrize(
+    ("amsgrad", "blocks"), [(False, "appended"), (True, "appended"), (False, "inserted")]
+)
+def test_a_step_moves_the_old_block_as_far_as_in_the_parent(amsgrad, blocks):
     """Adam divides by sqrt(v), so c cancels: equal steps, and not c times the parent's."""
     # eps would be added to sqrt(v) / c; 1e-30 keeps it from mattering and 0 / 0 from happening.
-    growth, old, new = grown(amsgrad=amsgrad, eps=1e-30, weight_decay=0.0)
+    growth, old, new = grown(blocks, amsgrad=amsgrad, eps=1e-30, weight_decay=0.0)
     before = {name: weight.detach().clone() for name, weight in growth.model.named_parameters()}
     parent_before = {name: w.detach().clone() for name, w in growth.parent.named_parameters()}
     for model, optimizer in ((growth.parent, old), (growth.model, new)):
@@ -108,6 +117,7 @@ def test_a_step_moves_the_old_block_as_far_as_in_the_parent(amsgrad):
         optimizer.step()
     for name, parameter in growth.parent.named_parameters():
         moved = parameter.detach() - parent_before[name]
+        name = growth.names[name]
         block = old_block(growth.model.get_parameter(name).detach() - before[name], moved)
         assert moved.abs().max() > 0.1 * LR
         torch.testing.assert_close(block, moved, rtol=0, atol=1e-9 * LR)
@@ -270,24 +280,29 @@ def with_master_weights() -> tuple[GPT, ARSAdamW, GPT]:
     return parent, old, masters
 
 
-@pytest.mark.parametrize("config", [LARGE, SMALL], ids=["larger", "as large"])
-def test_master_weights_grow_as_the_float32_model_does(config):
+@pytest.mark.parametrize(
+    ("config", "blocks"),
+    [(LARGE, "appended"), (LARGE, "inserted"), (SMALL, "appended")],
+    ids=["larger", "inserted", "as large"],
+)
+def test_master_weights_grow_as_the_float32_model_does(config, blocks):
     """c times the 32-bit weight, bit for bit; c times its upper half alone can be a unit off."""
     parent, old, masters = with_master_weights()
-    growth = grow(parent, config, seeded(1))
-    expected = grow(masters, config, seeded(1)).model
+    growth = grow(parent, config, seeded(1), blocks=blocks)
+    expected = grow(masters, config, seeded(1), blocks=blocks).model
     new = ARSAdamW(growth.model.parameters(), lr=LR, master_weights=True)
     left_by_grow = {name: weight.detach().clone() for name, weight in growth.initial.items()}
     for _ in range(2):  # taking the state once more changes nothing
         new.load_state_dict(growth.optimizer_state(old, new))
     moved = 0
+    sources = {name: source for source, name in growth.names.items()}
     for name, weight in growth.model.named_parameters():
         wanted = expected.get_parameter(name).detach()
-        if name not in growth.scales:
+        if name not in sources:
             assert weight not in new.state
             continue
         remainder = new.state[weight]["param_remainder"]
-        block = parent.get_parameter(name)
+        block = parent.get_parameter(sources[name])
         upper, lower = split_master(old_block(wanted, block))
         assert torch.equal(old_block(weight.detach(), block), upper)
         assert torch.equal(old_block(remainder, block), lower)
@@ -332,12 +347,12 @@ def test_master_weights_of_changed_models_are_refused_before_anything_changes(ch
 
 def test_rejects_unknown_matrix_state():
     parent = GPT(SMALL, seeded(0))
-    old = torch.optim.SGD(parent.parameters(), lr=0.1, momentum=0.9)
+    old = torch.optim.RMSprop(parent.parameters())
     backward(parent, batch(0))
     old.step()
     growth = grow(parent, LARGE)
-    new = torch.optim.SGD(growth.model.parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(ValueError, match=r"'momentum_buffer' of 'wte.weight' has shape \(29, 16\)"):
+    new = torch.optim.RMSprop(growth.model.parameters())
+    with pytest.raises(ValueError, match=r"'square_avg' of 'wte.weight' has shape \(29, 16\)"):
         growth.optimizer_state(old, new)
 
 
