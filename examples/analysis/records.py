@@ -13,8 +13,8 @@ from trainer.series_run import CONFIG_FILE
 from trainer.step_log import read_log
 
 __all__ = [
-    "Log", "Logs", "Record", "chain", "read_logs", "read_metrics", "rounded", "run_settings",
-    "thinned_curve", "training_log",
+    "Cooled", "Log", "Logs", "Record", "chain", "read_logs", "read_metrics", "rounded",
+    "run_settings", "sizes_of", "thinned_curve", "training_log", "without_nan",
 ]  # fmt: skip
 
 Log = list[dict[str, Any]]
@@ -22,6 +22,7 @@ Logs = Mapping[tuple[str, int], Log]  # by name and seed
 
 _MOST = 1e30  # of operations, tokens and seconds: more than any computer has done
 _DEEPEST = 10_000
+_LEAST_SHARE, _LARGEST_SHARE = 1e-6, 1e3
 _LONGEST = 200  # characters: a figure has to hold them
 _REMEDY = "name a metrics.json of a run"
 _DIGITS = 6
@@ -31,15 +32,41 @@ _MEANS = ("loss", "phi", "psi", "grad_norm", "penalty", "tokens_per_second", "mf
 
 
 @dataclass(frozen=True)
+class Cooled:
+    """A cooled branch of a model's trunk, the model itself among them.
+
+    Args:
+        share: of the steps of a model from scratch of its size: its trunk up to there and itself.
+        tokens: of these steps.
+        flops: of these steps, without growth and Fisher pass.
+        seconds: of these steps.
+        val_bpb: validation bits per byte; not finite if it diverged.
+    """
+
+    share: float
+    tokens: int
+    flops: int
+    seconds: float
+    val_bpb: float
+
+
+@dataclass(frozen=True)
 class Record:
     """One trained model.
 
     Args:
         name: unique in a run; another seed may use it again.
+        size: label of its size, such as "d5" or "4x56"; with the arm unique in a run.
         depth: layers.
         arm: how it was trained, such as "scratch" or "grown+ewc+ars".
         parent: name of the model it was grown from, or ``None``.
         params: number of all parameters.
+        scaling_params: in matrix products; ``None`` if not recorded.
+        share: of the steps of a model from scratch of its size, its own.
+        full_steps: of that model; ``None`` in records of an older trainer, whose models from
+            scratch were trained for other budgets.
+        cooldown_steps: of its cooled branch; ``None`` where ``full_steps`` is.
+        cooled: branches by share, the last one the model itself.
         tokens: it was trained on itself, without its ancestors'.
         lineage_tokens: it and its ancestors' trunks were trained on; ``None`` if not recorded.
         flops: of its own training steps.
@@ -54,10 +81,16 @@ class Record:
     """
 
     name: str
+    size: str
     depth: int
     arm: str
     parent: str | None
     params: int
+    scaling_params: int | None
+    share: float
+    full_steps: int | None
+    cooldown_steps: int | None
+    cooled: tuple[Cooled, ...]
     tokens: int
     lineage_tokens: int | None
     flops: int
@@ -89,10 +122,12 @@ def read_metrics(paths: Sequence[Path]) -> list[Record]:
             arms of the same seed.
 
     Raises:
-        UsageError: a file cannot be read, is not of this form, or two hold the same model.
+        UsageError: a file cannot be read, is not of this form, or two models have one name, or one
+            size and arm, in one seed.
     """
     records: list[Record] = []
     seen: dict[tuple[str, int], Path] = {}
+    trained: dict[tuple[str, str, int], str] = {}
     for path in paths:
         found = [_record(entry, path, i) for i, entry in enumerate(_read_list(path))]
         for record in found:
@@ -103,6 +138,13 @@ def read_metrics(paths: Sequence[Path]) -> list[Record]:
                     "name each run once"
                 )
             seen[key] = path
+            kind = (record.size, record.arm, record.seed)
+            if kind in trained:
+                raise UsageError(
+                    f"{path}: {record.name} and {trained[kind]} are both {record.size} of the arm "
+                    f"{record.arm} with seed {record.seed}: name runs in which there is one"
+                )
+            trained[kind] = record.name
         for record in found:
             if record.parent is not None and (record.parent, record.seed) not in seen:
                 raise UsageError(
@@ -139,6 +181,12 @@ def chain(records: Sequence[Record], arm: str, seed: int) -> list[Record]:
     return [record for record in by_name.values() if record.name in members]
 
 
+def sizes_of(records: Iterable[Record]) -> list[str]:
+    """The sizes in a set of records, the smallest model first."""
+    params = {record.size: record.params for record in records}
+    return sorted(params, key=lambda size: params[size])
+
+
 def _read_list(path: Path) -> list[Any]:
     content = read_json(path, remedy=_REMEDY)
     if not isinstance(content, list) or not content:
@@ -146,47 +194,61 @@ def _read_list(path: Path) -> list[Any]:
     return content
 
 
-def _record(entry: Any, path: Path, index: int) -> Record:
-    where = f"{path}: record {index}"
-    if not isinstance(entry, dict):
-        raise UsageError(f"{where} is not an object: {_REMEDY}")
-    if isinstance(entry.get("name"), str) and entry["name"].isprintable():
-        where = f"{path}: {entry['name'][:_LONGEST]}"
+class _Fields:
+    """What an entry of a file holds, each field checked when it is taken."""
 
-    def take(key: str, kind: type, default: Any = None) -> Any:
-        if key not in entry and default is None:
-            raise UsageError(f"{where} has no {key}: {_REMEDY}")
-        value = entry.get(key, default)
+    def __init__(self, entry: Any, where: str) -> None:
+        if not isinstance(entry, dict):
+            raise UsageError(f"{where} is not an object: {_REMEDY}")
+        self.entry = entry
+        self.where = where
+
+    def take(self, key: str, kind: type, default: Any = None) -> Any:
+        if key not in self.entry and default is None:
+            raise UsageError(f"{self.where} has no {key}: {_REMEDY}")
+        value = self.entry.get(key, default)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise UsageError(f"{where}: {key} is {value!r}, not of type {kind.__name__}")
+            raise UsageError(f"{self.where}: {key} is {value!r}, not of type {kind.__name__}")
         return value
 
-    def number(key: str, kind: type, low: float, default: Any = None, most: float = _MOST) -> Any:
-        value = take(key, kind, default)
+    def number(
+        self, key: str, kind: type, low: float, default: Any = None, most: float = _MOST
+    ) -> Any:
+        value = self.take(key, kind, default)
         if not (low <= value <= most):
-            raise UsageError(f"{where}: {key} is {value!r}, not from {low:g} to {most:g}")
+            raise UsageError(f"{self.where}: {key} is {value!r}, not from {low:g} to {most:g}")
         return value
 
-    def word(key: str) -> str:
-        text: str = take(key, str)
+    def word(self, key: str) -> str:
+        text: str = self.take(key, str)
         if not (0 < len(text) <= _LONGEST and text.isprintable() and "/" not in text):
             shown = repr(text[:_LONGEST])
             raise UsageError(
-                f"{where}: {key} is {shown}, not a printable word without a slash of up to "
+                f"{self.where}: {key} is {shown}, not a printable word without a slash of up to "
                 f"{_LONGEST} characters: {_REMEDY}"
             )
         return text
 
-    # Of a model that diverged it is null; in older files NaN.
-    bpb = math.nan if entry.get("diverged") is True else take("val_bpb", float)
-    if bpb < 0.0:
-        raise UsageError(f"{where}: val_bpb is {bpb!r}, below 0")
+    def loss(self) -> float:
+        """Bits per byte; of a model that diverged it is null, in older files NaN."""
+        silent = self.entry.get("diverged") is True or self.entry.get("val_bpb", 0.0) is None
+        bpb: float = math.nan if silent else self.take("val_bpb", float)
+        if bpb < 0.0:
+            raise UsageError(f"{self.where}: val_bpb is {bpb!r}, below 0")
+        return bpb
+
+
+def _record(entry: Any, path: Path, index: int) -> Record:
+    fields = _Fields(entry, f"{path}: record {index}")
+    if isinstance(entry.get("name"), str) and entry["name"].isprintable():
+        fields.where = f"{path}: {entry['name'][:_LONGEST]}"
+    number = fields.number
     notes = entry.get("warnings", [])
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
-        raise UsageError(f"{where}: warnings is {notes!r}, not a list of texts")
-    parent = None if entry.get("parent") is None else word("parent")
+        raise UsageError(f"{fields.where}: warnings is {notes!r}, not a list of texts")
+    parent = None if entry.get("parent") is None else fields.word("parent")
     params = number("params", int, 1)
     tokens = number("tokens", int, 1)
     lineage_tokens = tokens if parent is None else None
@@ -195,24 +257,66 @@ def _record(entry: Any, path: Path, index: int) -> Record:
     flops = number("flops", int, 1)
     fisher = number("fisher_flops", int, 0, 0)
     growth = number("growth_flops", int, 0, 0 if parent is None else GROWTH_OPERATIONS * params)
+    depth = number("depth", int, 1, most=_DEEPEST)
+    seconds = round(number("seconds", float, 0.0), 9)  # which tokens are divided by
+    is_old = "cooled" not in entry
+    model = Cooled(
+        share=1.0 if is_old else number("share", float, _LEAST_SHARE, most=_LARGEST_SHARE),
+        tokens=tokens,
+        flops=flops,
+        seconds=seconds,
+        val_bpb=fields.loss(),
+    )
+    steps = None if is_old else number("steps", int, 1)
     return Record(
-        name=word("name"),
-        depth=number("depth", int, 1, most=_DEEPEST),
-        arm=word("arm"),
+        name=fields.word("name"),
+        size=f"d{depth}" if is_old else fields.word("size"),
+        depth=depth,
+        arm=fields.word("arm"),
         parent=parent,
         params=params,
+        scaling_params=None if is_old else number("scaling_params", int, 1, most=params),
+        share=model.share,
+        full_steps=None if is_old else number("full_steps", int, 1),
+        cooldown_steps=None if steps is None else steps - number("trunk_steps", int, 1, most=steps),
+        cooled=(model,) if is_old else _cooled(fields, model),
         tokens=tokens,
         lineage_tokens=lineage_tokens,
         flops=flops,
         fisher_flops=fisher,
         growth_flops=growth,
         lineage_flops=number("lineage_flops", int, 1, flops + fisher if parent is None else None),
-        seconds=round(number("seconds", float, 0.0), 9),  # which tokens are divided by
-        val_bpb=bpb,
+        seconds=seconds,
+        val_bpb=model.val_bpb,
         seed=number("seed", int, -_MOST),
         warnings=tuple(notes),
         devices=number("devices", int, 1, 1),
     )
+
+
+def _cooled(fields: _Fields, model: Cooled) -> tuple[Cooled, ...]:
+    """The branches of a record, whose last one has to be the model."""
+    branches: list[Cooled] = []
+    for index, entry in enumerate(fields.take("cooled", list)):
+        own = _Fields(entry, f"{fields.where}: cooled branch {index}")
+        branches.append(
+            Cooled(
+                share=own.number("share", float, _LEAST_SHARE, most=_LARGEST_SHARE),
+                tokens=own.number("tokens", int, 1),
+                flops=own.number("flops", int, 1),
+                seconds=own.number("seconds", float, 0.0),
+                val_bpb=own.loss(),
+            )
+        )
+    shares = [branch.share for branch in branches]
+    if shares != sorted(set(shares)):
+        raise UsageError(
+            f"{fields.where}: the shares of its cooled branches, {shares}, do not rise"
+        )
+    last = branches[-1] if branches else None
+    if last is None or (last.share, last.flops) != (model.share, model.flops):
+        raise UsageError(f"{fields.where}: the last of its cooled branches is not the model itself")
+    return (*branches[:-1], model)
 
 
 def run_settings(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -294,6 +398,20 @@ def rounded(value: float | int | None) -> float | int | None:
     if value is None or isinstance(value, int):
         return value
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+
+
+def without_nan(value: Any) -> Any:
+    """A content for JSON, which has no word for a number that is not finite: it becomes ``None``.
+
+    Example:
+        >>> without_nan({"mean": float("nan"), "values": (1.0, float("inf"))})
+        {'mean': None, 'values': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _without_paths(value: Any) -> Any:

@@ -1,10 +1,9 @@
-"""The figures of a report, each a PNG in memory: arms compared, laws, costs, gates and settings.
+"""The figures of a report, each a PNG in memory: arms compared, laws, costs and gates.
 
 An arm has the same looks in every figure: colour and marker by method, line by controller.
 """
 
 import io
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,11 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.comparisons import (
     Comparison,
-    count_seeds,
     drawn_word,
     is_sweep,
     read_arm,
@@ -31,13 +27,11 @@ from analysis.costs import ModelCost, measured_rows
 from analysis.power_laws import ChinchillaLaw, ComputeLaw
 from analysis.records import Log, Logs, Record, chain
 from analysis.scaling_laws import ArmLaws
-from analysis.sweeps import Grid, Sweep, strength_word
 from common.statistics import Array
 from trainer.arms import Arm
 
 __all__ = [
-    "Style", "bpb_against_depth", "costs", "gates", "grid_map", "loss_against_flops", "scaling",
-    "styles_of", "sweep_curves",
+    "Style", "bpb_against_depth", "costs", "gates", "loss_against_flops", "scaling", "styles_of",
 ]  # fmt: skip
 
 _COLUMNS = 3
@@ -47,7 +41,6 @@ _HEADROOM = 0.15  # above the highest start of a grown model, share of the range
 _CURVE_POINTS = 150  # of a log that has more steps, means of groups are drawn
 _EXTRAPOLATION = 10.0  # how far beyond the largest budget a law is drawn
 _DECADES = 1e6  # of the penalty's share that are shown
-_CLIP = 3.0  # colours of the grid end at so many times the median difference
 _DPI = 130
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the baseline is black.
@@ -276,10 +269,8 @@ def scaling(laws: Sequence[ArmLaws]) -> bytes:
     for arm in fitted:
         assert isinstance(arm.chinchilla, ChinchillaLaw)
         style = styles[arm.arm]
-        measured = np.array([r.val_bpb for r in arm.models])
-        predicted = arm.chinchilla.predict(
-            [r.params for r in arm.models], [r.tokens for r in arm.models]
-        )
+        params, tokens, _, measured = np.array(arm.runs, dtype=np.float64).T
+        predicted = arm.chinchilla.predict(params, tokens)
         panels[1].plot(measured, predicted, style.marker, color=style.colour, markersize=5)
         ends = [measured.min(), measured.max()]
         panels[1].plot(ends, ends, color="#888888", linewidth=0.8, zorder=0)
@@ -386,74 +377,6 @@ def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     size = max(1, len(points) // _CURVE_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [g[-1][0] for g in groups], [sum(v for _, v in g) / len(g) for g in groups]
-
-
-def grid_map(grid: Grid) -> bytes:
-    """The difference to plain growing over lambda and gamma; the proposal's pairs are framed."""
-    rows, columns = grid.lambdas, grid.gammas
-    values = np.full((len(rows), len(columns)), np.nan)
-    figsize = (3.4 + 1.05 * len(columns), 1.8 + 0.6 * len(rows))
-    figure = Figure(figsize=figsize, layout="constrained")
-    axes = figure.subplots()
-    sizes = np.array([abs(cell.difference.mean) for cell in grid.ranked] or [0.0])
-    limit = float(min(sizes.max(), _CLIP * np.median(sizes))) or 1e-9
-    for (i, ewc), (j, subspace) in itertools.product(enumerate(rows), enumerate(columns)):
-        cell = grid.at(ewc, subspace)
-        text, size, colour = "", 8.5, "black"
-        if ewc is subspace is None:
-            values[i, j] = 0.0
-            text, size = "plain growing\n0", 7.5
-        elif cell is not None and cell.diverged:
-            text = "diverged"
-        elif cell is not None:
-            values[i, j] = cell.difference.mean
-            text = cell.difference.plus_minus("+.4f").replace(" ", "\n", 1)
-            colour = "white" if abs(cell.difference.mean) > 0.65 * limit else "black"
-            if cell.proposed:
-                corner = (j - 0.47, i - 0.47)
-                axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, linewidth=2.2))
-        axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
-    image = axes.imshow(values, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -limit, limit), aspect="auto")
-    axes.set_xticks(range(len(columns)), [strength_word(v) for v in columns])
-    axes.set_yticks(range(len(rows)), [strength_word(v) for v in rows])
-    axes.set_xlabel("gamma, strength of the subspace penalty")
-    axes.set_ylabel("lambda, strength of EWC")
-    interval = "mean and 95 % interval of " if grid.seeds > 1 else ""
-    axes.set_title(
-        f"d{grid.parent_depth} grown to d{grid.depth}: bits per byte minus plain growing's\n"
-        f"({interval}{count_seeds(grid.seeds)}; blue is better; framed: the proposal's pairs)",
-        fontsize=9.5,
-    )
-    figure.colorbar(image, extend="both" if sizes.max() > limit else "neither", shrink=0.9)
-    return _png(figure)
-
-
-def sweep_curves(sweeps: Sequence[Sweep]) -> bytes:
-    """The loss over the values of each setting, a panel a setting, a line a depth."""
-    settings = list(dict.fromkeys(s.setting for s in sweeps))
-    figure = Figure(figsize=(1.0 + 3.6 * len(settings), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(settings), squeeze=False)[0]
-    depths = sorted({s.depth for s in sweeps})
-    shades = np.linspace(0.55, 0.0, len(depths))
-    for axes, setting in zip(panels, settings, strict=True):
-        for sweep in (s for s in sweeps if s.setting == setting):
-            colour = str(shades[depths.index(sweep.depth)])
-            losses = [loss.mean for loss in sweep.losses]
-            points = [pair for pair in zip(sweep.values, losses, strict=True) if pair[0] > 0]
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=1.2,
-                      label=f"d{sweep.depth}")  # fmt: skip
-            if sweep.best > 0:
-                axes.plot([sweep.best], [min(losses)], "o", color="#D55E00", markersize=8, zorder=3)
-            if sweep.values[0] == 0:  # which has no place on this axis
-                axes.axhline(losses[0], color=colour, linestyle=":", linewidth=1.2)
-                axes.annotate("without", (1.0, losses[0]), xycoords=("axes fraction", "data"),
-                              ha="right", va="bottom", fontsize=8)  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_xlabel(setting)
-        _polish(axes)
-    panels[0].set_ylabel("validation bits per byte")
-    _legend_beside(figure, list(panels))
-    return _png(figure)
 
 
 def _polish(axes: Axes) -> None:

@@ -20,7 +20,6 @@ from analysis.planned_series import plan_cost, plan_depths, plan_doubling
 from analysis.power_laws import ChinchillaLaw, ComputeLaw
 from analysis.records import Logs, Record, read_logs, read_metrics, run_settings, training_log
 from analysis.scaling_laws import ArmLaws, ScalingLawValidator, fit_series
-from analysis.sweeps import Grid, Sweep, find_grid
 from common.errors import UsageError
 from common.plain_files import write_atomically
 from trainer.recorder import numbers_apart
@@ -54,7 +53,6 @@ class Analysis:
         claims: decided.
         laws: of every arm.
         costs: of every arm and seed.
-        grid: of strengths, if there is one.
         prices: what costs were counted with; the devices are ``None`` where those recorded were.
         core: name of a model -> `analysis.core.CoreResult.to_dict`.
     """
@@ -67,7 +65,6 @@ class Analysis:
     claims: list[Claim]
     laws: list[ArmLaws]
     costs: list[ModelCost]
-    grid: Grid | None
     prices: dict[str, Any]
     core: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -131,7 +128,6 @@ def analyze_runs(
         claims=decide_claims(records, logs, savings),
         laws=fit_series(healthy, ScalingLawValidator(bootstraps=bootstraps)),
         costs=costs,
-        grid=find_grid(records),
         prices={"peak_flops": peak_flops, "devices": devices, "price_per_hour": price_per_hour},
         core=dict(core or {}),
     )
@@ -152,14 +148,12 @@ def write_json(analysis: Analysis, out: Path) -> list[str]:
     Returns:
         The names of the files, relative to ``out``.
     """
-    grid = analysis.grid
     contents: dict[str, Any] = {
         "training_log.json": training_log(analysis.settings, analysis.records, analysis.logs),
         "scaling_laws.json": {
             "claims": [asdict(claim) for claim in analysis.claims],
             "comparisons": [comparison.to_dict() for comparison in analysis.comparisons],
             "savings": [asdict(saving) for saving in analysis.savings],
-            "grid": None if grid is None else grid.to_dict(),
             "arms": [law.to_dict() for law in analysis.laws],
         },
         "cost_analysis.json": {
@@ -177,35 +171,23 @@ def write_json(analysis: Analysis, out: Path) -> list[str]:
     return [f"{_METRICS_FOLDER}/{name}" for name in contents]
 
 
-def write_report(
-    analysis: Analysis, out: Path, sweeps: Sequence[Sweep] = (), *, first: Sequence[str] = ()
-) -> str:
+def write_report(analysis: Analysis, out: Path) -> str:
     """Write the report.
 
     Args:
         analysis: reported.
         out: folder; made if absent.
-        sweeps: settings that were tuned before.
-        first: sentences that go before all conclusions.
 
     Returns:
         The name of the file.
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / REPORT_FILE, render_report(analysis, sweeps, first=first))
+    write_atomically(out / REPORT_FILE, render_report(analysis))
     return REPORT_FILE
 
 
-def render_report(
-    analysis: Analysis, sweeps: Sequence[Sweep] = (), *, first: Sequence[str] = ()
-) -> str:
-    """The report as HTML.
-
-    Args:
-        analysis: reported.
-        sweeps: settings that were tuned before.
-        first: sentences that go before all conclusions.
-    """
+def render_report(analysis: Analysis) -> str:
+    """The report as HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -230,14 +212,12 @@ def render_report(
     return environment.get_template("report.html.j2").render(
         records=analysis.records,
         seeds=sorted({record.seed for record in analysis.records}),
-        headlines=[*first, *headlines(analysis.comparisons)],
+        headlines=headlines(analysis.comparisons),
         claims=analysis.claims,
         warnings=_grouped(analysis.warnings),
         comparisons={words: rows for words, rows in compared.items() if rows},
         count=len(analysis.comparisons),
         savings=analysis.savings,
-        grid=analysis.grid,
-        sweeps=sweeps,
         fitted=fitted,
         refused=refused,
         costs=analysis.costs,
@@ -246,13 +226,13 @@ def render_report(
         core=analysis.core,
         figures={
             name: base64.b64encode(content).decode()
-            for name, content in _figures(analysis, sweeps).items()
+            for name, content in _figures(analysis).items()
             if content is not None
         },
     )
 
 
-def _figures(analysis: Analysis, sweeps: Sequence[Sweep]) -> dict[str, bytes | None]:
+def _figures(analysis: Analysis) -> dict[str, bytes | None]:
     records, logs = analysis.healthy, analysis.logs
     drawn: dict[str, bytes | None] = {}
     if records:
@@ -263,10 +243,6 @@ def _figures(analysis: Analysis, sweeps: Sequence[Sweep]) -> dict[str, bytes | N
             "cost": report_figures.costs(analysis.costs, records),
             "gates": report_figures.gates(logs, records),
         }
-    if analysis.grid is not None:
-        drawn["grid"] = report_figures.grid_map(analysis.grid)
-    if sweeps:
-        drawn["sweeps"] = report_figures.sweep_curves(sweeps)
     return drawn
 
 

@@ -387,7 +387,9 @@ class ArmLaws:
 
     Args:
         arm: the arm.
-        models: fitted, those of all seeds, ancestors of other arms included.
+        models: of all seeds, ancestors of other arms included, to which L(C) was fitted.
+        runs: N, D, C and loss of every cooled branch of these, to which the others were fitted;
+            none of a grown arm.
         chinchilla: L(N, D).
         chinchilla_score: its prediction of the runs with the largest N D.
         compute: L(C).
@@ -397,6 +399,7 @@ class ArmLaws:
 
     arm: str
     models: tuple[Record, ...]
+    runs: tuple[tuple[int, int, int, float], ...]
     chinchilla: ChinchillaLaw | str
     chinchilla_score: HoldOut | str
     compute: ComputeLaw | str
@@ -413,7 +416,7 @@ class ArmLaws:
             value = getattr(self, key)
             found[key] = {"refused": value} if isinstance(value, str) else value.to_dict()
         if isinstance(self.chinchilla, ChinchillaLaw):
-            largest = max(FLOPS_PER_PARAMETER_TOKEN * r.params * r.tokens for r in self.models)
+            largest = max(FLOPS_PER_PARAMETER_TOKEN * n * d for n, d, *_ in self.runs)
             found["chinchilla"]["optimum"] = self.chinchilla.optimum(largest)
         return found
 
@@ -422,10 +425,11 @@ def fit_series(records: Sequence[Record], validator: ScalingLawValidator) -> lis
     """Fit what can be fitted to each arm.
 
     The loss is bits per byte, N counts all parameters, D a model's own tokens and C the operations
-    of its lineage.
+    of its lineage. A model from scratch with cooled branches at several shares of its steps is one
+    run at each of them.
 
     Args:
-        records: of one or more seeds.
+        records: of one or more seeds, without models that diverged.
         validator: with the settings of the fits.
     """
     return [_fit_arm(arm, records, validator) for arm in dict.fromkeys(r.arm for r in records)]
@@ -434,22 +438,28 @@ def fit_series(records: Sequence[Record], validator: ScalingLawValidator) -> lis
 def _fit_arm(arm: str, records: Sequence[Record], validator: ScalingLawValidator) -> ArmLaws:
     seeds = dict.fromkeys(record.seed for record in records)
     models = [record for seed in seeds for record in chain(records, arm, seed)]
-    params = [float(r.params) for r in models]
-    tokens = [float(r.tokens) for r in models]
-    flops = [float(r.lineage_flops) for r in models]
-    losses = [r.val_bpb for r in models]
-    grown = any(record.parent is not None for record in models)
+    compute = [float(r.lineage_flops) for r in models], [r.val_bpb for r in models]
+    runs: list[tuple[int, int, int, float]] = []
+    if all(record.parent is None for record in models):
+        runs = [
+            (record.params, branch.tokens, branch.flops, branch.val_bpb)
+            for record in models
+            for branch in record.cooled
+            if math.isfinite(branch.val_bpb)
+        ]
+    params, tokens, flops, losses = np.array(runs, dtype=np.float64).reshape(-1, 4).T
 
     def in_n_and_d(fit: Callable[[], _Result]) -> _Result | str:
-        return _GROWN if grown else _or_reason(fit)
+        return _or_reason(fit) if runs else _GROWN
 
     return ArmLaws(
         arm=arm,
         models=tuple(models),
+        runs=tuple(runs),
         chinchilla=in_n_and_d(lambda: validator.fit(params, tokens, losses)),
         chinchilla_score=in_n_and_d(lambda: validator.holdout(params, tokens, losses)),
-        compute=_or_reason(lambda: validator.fit_compute(flops, losses)),
-        compute_score=_or_reason(lambda: validator.holdout_compute(flops, losses)),
+        compute=_or_reason(lambda: validator.fit_compute(*compute)),
+        compute_score=_or_reason(lambda: validator.holdout_compute(*compute)),
         isoflop=in_n_and_d(lambda: validator.isoflop(params, tokens, losses, flops)),
     )
 

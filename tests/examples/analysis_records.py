@@ -59,6 +59,89 @@ def two_arms(seed: int = 0, gain: float = 0.1) -> list[dict[str, Any]]:
     return [scratch[0], grown[0], scratch[1], grown[1], scratch[2]]
 
 
+def trained(
+    name: str,
+    losses: float | dict[float, float],
+    parent: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    fisher: int = 0,
+    extra: int = 0,
+) -> dict[str, Any]:
+    """The record of a model as the trainer writes it, in round numbers.
+
+    A model dN has 1000 N parameters in products. From scratch it is trained for 100 steps, 10 of
+    them cooled, of 100 N tokens, at 6 operations a parameter and token.
+
+    Args:
+        name: such as "d3-grown".
+        losses: of its cooled branches by their shares; a number alone is that of share 1.
+        parent: record of the model that it grew out of, at the end of its trunk.
+        seed: of the run.
+        fisher: operations of the Fisher pass.
+        extra: operations a step that the arm adds.
+    """
+    depth, arm = int(name[1:].split("-", 1)[0]), name.split("-", 1)[1]
+    branches = losses if isinstance(losses, dict) else {1.0: losses}
+    tokens, flops = 100 * depth, 6 * 1000 * depth * 100 * depth + extra
+    cooled = [
+        {"share": share, "start": round(100 * share) - 10, "steps": round(100 * share),
+         "tokens": round(100 * share) * tokens, "flops": round(100 * share) * flops,
+         "seconds": share * depth**2, "val_bpb": bpb}
+        for share, bpb in branches.items()
+    ]  # fmt: skip
+    last = cooled[-1]
+    growth = 0 if parent is None else 4 * 2000 * depth
+    prior_flops = prior_tokens = 0
+    if parent is not None:
+        trunk = parent["trunk_steps"]
+        prior_flops = parent["prior_flops"] + trunk * parent["flops_per_step"] + growth + fisher
+        prior_tokens = parent["prior_tokens"] + trunk * parent["tokens"] // parent["steps"]
+    return {
+        "name": name,
+        "size": f"d{depth}",
+        "depth": depth,
+        "width": 64 * depth,
+        "arm": arm,
+        "parent": None if parent is None else parent["name"],
+        "params": 2000 * depth,
+        "scaling_params": 1000 * depth,
+        "share": last["share"],
+        "full_steps": 100,
+        "trunk_steps": last["start"],
+        "steps": last["steps"],
+        "tokens": last["tokens"],
+        "prior_tokens": prior_tokens,
+        "lineage_tokens": prior_tokens + last["tokens"],
+        "cooled": cooled,
+        "flops_per_step": flops,
+        "flops": last["flops"],
+        "fisher_flops": fisher,
+        "growth_flops": growth,
+        "prior_flops": prior_flops,
+        "lineage_flops": prior_flops + last["flops"],
+        "seconds": last["seconds"],
+        "val_bpb": last["val_bpb"],
+        "warnings": [],
+        "seed": seed,
+        "devices": 1,
+    }
+
+
+def grown_series(
+    seed: int = 0, gain: float = 0.05, arm: str = "grown", root: str = "scratch", **more: int
+) -> list[dict[str, Any]]:
+    """d2, d4 and d6 from scratch and grown, these better by ``gain`` at 0.4 of the steps."""
+    twins = [trained(f"d{d}-{root}", bpb, seed=seed) for d, bpb in ((2, 3.0), (4, 2.5), (6, 2.2))]
+    records, parent = [twins[0]], twins[0]
+    for twin in twins[1:]:
+        bpb = twin["val_bpb"] - gain
+        losses = {0.2: bpb + 0.2, 0.4: bpb}
+        parent = trained(f"{twin['size']}-{arm}", losses, parent, seed=seed, **more)
+        records += [parent, twin]
+    return records
+
+
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
     """Write a ``metrics.json``."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ from analysis.comparisons import (
     Pairing,
     compare_arms,
     headlines,
-    is_sweep,
     pairings,
     without_strengths,
 )
@@ -164,14 +163,6 @@ def test_seeds_that_diverged_are_not_left_to_the_others(
     assert second.conclusion == "better"
     (line,) = headlines([first])
     assert line.endswith(f"No benefit shown. {words[0].upper()}{words[1:]}: grown at d3.")
-
-
-def test_a_sweep_is_not_compared(tmp_path: Path) -> None:
-    again = {**entry("d3-grown", 2.0, "d2-scratch"), "name": "d3-again"}
-    found = read_metrics([write(tmp_path / "m.json", [*two_arms(), again])])
-    assert is_sweep([r for r in found if r.arm == "grown"])
-    assert not is_sweep([r for r in found if r.arm == "scratch"])
-    assert compare_arms(found) == []
 
 
 def test_headlines_say_first_what_was_not_gained(tmp_path: Path) -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_records import DEMO, chain_of, curve, entry, two_arms, write, write_run
+from analysis_records import (
+    DEMO,
+    chain_of,
+    curve,
+    entry,
+    grown_series,
+    trained,
+    two_arms,
+    write,
+    write_run,
+)
 
 from analysis.records import (
     chain,
@@ -14,6 +24,7 @@ from analysis.records import (
     read_metrics,
     rounded,
     run_settings,
+    sizes_of,
     thinned_curve,
 )
 from common.errors import UsageError
@@ -45,6 +56,65 @@ def test_fields_that_follow_may_be_absent(tmp_path: Path) -> None:
     record["growth_flops"] = 7
     (found,) = read_metrics([write(tmp_path / "metrics.json", [record])])
     assert found.own_flops == record["flops"] + 7
+
+
+def test_a_record_knows_its_cooled_branches(tmp_path: Path) -> None:
+    records = grown_series()
+    del records[3:]
+    found = read_metrics([write(tmp_path / "metrics.json", records)])
+    assert [r.size for r in found] == ["d2", "d4", "d4"]
+    assert sizes_of(found[::-1]) == ["d2", "d4"]
+    first, grown, twin = found
+    assert (grown.share, grown.full_steps, grown.cooldown_steps) == (0.4, 100, 10)
+    assert (first.scaling_params, grown.scaling_params) == (2000, 4000)
+    assert [(b.share, b.val_bpb, b.tokens) for b in grown.cooled] == [
+        (0.2, pytest.approx(2.65), 20 * 400), (0.4, pytest.approx(2.45), 40 * 400),
+    ]  # fmt: skip
+    assert grown.cooled[-1].flops == grown.flops == 40 * twin.flops // 100
+
+
+def test_a_record_of_the_old_trainer_is_its_own_only_branch() -> None:
+    for record in read_metrics([DEMO]):
+        assert record.size == f"d{record.depth}"
+        assert (record.share, record.full_steps, record.cooldown_steps) == (1.0, None, None)
+        (branch,) = record.cooled
+        assert (branch.flops, branch.val_bpb) == (record.flops, record.val_bpb)
+
+
+def branches(*shares: float, **changes: Any) -> dict[str, Any]:
+    record = trained("d3-scratch", dict.fromkeys(shares, 2.0))
+    record["cooled"][0] |= changes
+    return record
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({**branches(0.5, 1.0), "cooled": []}, "the last of its cooled branches is not the model"),
+        ({**branches(0.5, 1.0), "share": 0.5}, "the last of its cooled branches is not the model"),
+        ({**branches(0.5, 1.0), "flops": 5}, "the last of its cooled branches is not the model"),
+        (branches(1.0, 0.5), "the shares of its cooled branches, [1.0, 0.5], do not rise"),
+        (branches(0.5, 1.0, share=0.0), "cooled branch 0: share is 0.0, not from 1e-06"),
+        (branches(0.5, 1.0, val_bpb="low"), "cooled branch 0: val_bpb is 'low'"),
+        ({**branches(1.0), "cooled": [3]}, "cooled branch 0 is not an object"),
+        ({**branches(1.0), "cooled": 3}, "cooled is 3, not of type list"),
+        ({**branches(1.0), "trunk_steps": 101}, "trunk_steps is 101, not from 1 to 100"),
+        ({**branches(1.0), "size": "4/5"}, "size is '4/5', not a printable word"),
+        ({**branches(1.0), "full_steps": 0}, "full_steps is 0, not from 1"),
+    ],
+)
+def test_bad_branches_are_refused_by_name(
+    tmp_path: Path, record: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        read_metrics([write(tmp_path / "metrics.json", [record])])
+    assert f"d3-scratch: {message}" in str(caught.value)
+
+
+def test_one_model_of_a_size_arm_and_seed(tmp_path: Path) -> None:
+    records = [*two_arms(), {**entry("d3-grown", 2.0, "d2-scratch"), "name": "again"}]
+    with pytest.raises(UsageError, match="again and d3-grown are both d3 of the arm grown with se"):
+        read_metrics([write(tmp_path / "metrics.json", records)])
 
 
 def change(key: str, value: Any) -> Callable[[list[dict[str, Any]]], None]:

@@ -26,7 +26,6 @@ from analysis.run_report import (
     render_report,
     write_run_analysis,
 )
-from analysis.sweeps import Sweep
 from ars.models import GPT, miniseries_config
 from common.errors import UsageError
 
@@ -65,11 +64,11 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def render(analysis: Analysis, sweeps: tuple[Sweep, ...] = (), *, draw: bool = False) -> Page:
+def render(analysis: Analysis, *, draw: bool = False) -> Page:
     with pytest.MonkeyPatch.context() as patch:
         if not draw:  # which takes longest
             patch.setattr(run_report, "_figures", lambda *_: {})
-        html = render_report(analysis, sweeps)
+        html = render_report(analysis)
     page = Page(html)
     assert page.fetched == []
     assert all(image.startswith(b"\x89PNG") and len(image) > 5000 for image in page.images)
@@ -251,21 +250,6 @@ def test_the_shares_of_the_operations_are_those_of_the_first_seed(
         "Fisher pass": [0, fisher],
         "growing": [0, growth],
     }
-
-
-def test_tuning_and_strengths_have_their_sections(tmp_path: Path) -> None:
-    arms = ("grown", "grown+ewc=0.5+subspace=0.05", "grown+ewc=1", "grown+subspace=0.1")
-    records = [entry("d2-scratch", 3.0)]
-    for i, arm in enumerate(arms):
-        records += chain_of(arm, "scratch", [2.4 + 0.01 * i])
-    sweep = Sweep.of("AdamW learning rate", 2, {1e-3: [2.0], 3e-3: [1.9], 6e-3: [2.1]})
-    edge = Sweep.of("AdamW learning rate", 3, {1e-3: [1.8], 3e-3: [1.9]})
-    page = render(analyze(write(tmp_path / "m.json", records)), (sweep, edge), draw=True)
-    assert len(page.images) == 6
-    assert "A search, not a test: 1 seed. Of 3 pairs, 0 end below plain growing" in page.text
-    losses = "0.001: 2.0000, 0.003: 1.9000, 0.006: 2.1000"
-    assert f"AdamW learning rate d2 {losses} 0.003 yes" in page.text
-    assert "0.001 no, at the edge" in page.text
 
 
 def test_curves_of_other_lengths_are_averaged_where_all_have_points() -> None:

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from analysis_records import DEMO, entry, two_arms, write
+from analysis_records import DEMO, entry, trained, two_arms, write
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
@@ -397,22 +396,19 @@ def test_grown_models_have_a_law_in_their_lineages_compute_only(tmp_path: Path) 
     assert found.compute_score.rms_relative_error < 1e-6
 
 
-def test_a_sweep_has_a_law_in_n_and_d(tmp_path: Path) -> None:
-    records: list[dict[str, Any]] = []
+def test_cooled_branches_at_several_shares_have_a_law_in_n_and_d(tmp_path: Path) -> None:
+    records = []
     for depth in (2, 3, 4, 5):
-        for i, tokens in enumerate((10**6, 10**7, 10**8)):
-            params = 10**5 * depth**3
-            bpb = 0.9 + 30 * params**-0.3 + 60 * tokens**-0.28
-            record = {
-                **entry(f"d{depth}-sweep", bpb),
-                "params": params,
-                "tokens": tokens,
-                "lineage_tokens": tokens,
-            }
-            flops = 6 * params * tokens
-            records.append({**record, "name": f"s{depth}-{i}", "flops": flops})
-            records[-1]["lineage_flops"] = flops
-    found = laws(write(tmp_path / "m.json", records))["sweep"]
+        record = trained(f"d{depth}-scratch", {0.2: 0.0, 0.5: 0.0, 1.0: 0.0})
+        record["params"] = record["scaling_params"] = 10**5 * depth**3
+        for branch, tokens in zip(record["cooled"], (10**6, 10**7, 10**8), strict=True):
+            bpb = 0.9 + 30 * record["params"] ** -0.3 + 60 * tokens**-0.28
+            branch |= {"tokens": tokens, "val_bpb": bpb}
+        record |= {"tokens": 10**8, "lineage_tokens": 10**8, "val_bpb": bpb}
+        records.append(record)
+    records[0]["cooled"][0]["val_bpb"] = None  # that one diverged
+    found = laws(write(tmp_path / "m.json", records))["scratch"]
+    assert (len(found.models), len(found.runs)) == (4, 11)
     assert isinstance(found.chinchilla, ChinchillaLaw)
     assert (found.chinchilla.alpha, found.chinchilla.beta) == pytest.approx((0.3, 0.28), rel=1e-3)
     assert isinstance(found.chinchilla_score, HoldOut)

@@ -22,7 +22,6 @@ import analysis.run_report
 import analyze
 import continual.digits_results
 import continual_digits
-import inheritance
 import miniseries
 import narcissus
 import stability
@@ -40,7 +39,6 @@ PROGRAMS: dict[str, tuple[Program, list[str]]] = {
     "miniseries": (miniseries.main, [*TINY, "--data", "text.txt"]),
     "continual_digits": (continual_digits.main, ["--methods", "none", "--quick"]),
     "narcissus": (narcissus.main, ["--oscillation", "--seeds", "1"]),
-    "inheritance": (inheritance.main, ["--size", "quick", "--data", "text.txt"]),
     "stability": (stability.main, []),
     "analyze": (analyze.main, ["--metrics", "metrics.json", "--bootstraps", "0"]),
 }

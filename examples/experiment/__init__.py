@@ -1,1 +1,0 @@
-"""The experiment of examples/inheritance.py: its runs, and what they say."""
