@@ -27,10 +27,10 @@ __all__ = ["draw_scenarios", "draw_sensitivity", "summarize", "tables", "write_s
 Row = dict[str, Any]
 
 _AVERAGED = ("final", "peak_norm", "recovery", "wasted", "mean_phi", "mean_phi_before")
-_HEADER = (
+_OUTCOME = (
     "arm", "runs", "diverged [95 %]", "final bits", "against base", "against clipped AdamW",
-    "peak norm", "recovery", "wasted", "mean Phi",
 )  # fmt: skip
+_COURSE = ("arm", "peak norm", "recovery", "wasted", "mean Phi")
 
 
 def _runs(jobs: Sequence[Job], records: Sequence[Record]) -> pd.DataFrame:
@@ -87,26 +87,38 @@ def _interval(values: pd.Series) -> tuple[float, float | None] | None:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """The rows as tables of GitHub's markdown, one a scenario and learning rate."""
+    """The rows in GitHub's Markdown, two tables a scenario and learning rate: end and course."""
     parts = []
     for scenario, rate in dict.fromkeys((row["scenario"], row["rate"]) for row in rows):
         mine = [r for r in rows if (r["scenario"], r["rate"]) == (scenario, rate)]
         title = SCENARIOS[scenario].title
         title += f", learning rate x {rate:g}" if len(SCENARIOS[scenario].rates) > 1 else ""
-        parts.append(f"### {title}\n\n{markdown([_HEADER, *map(_cells, mine)], 'lr')}")
+        outcome = markdown([_OUTCOME, *map(_outcome, mine)], "lr")
+        course = markdown([_COURSE, *map(_course, mine)], "lr")
+        parts.append(f"### {title}\n\n{outcome}\n\n{course}")
     return "\n\n".join(parts) + "\n"
 
 
-def _cells(row: Row) -> list[str]:
+def _arm(row: Row) -> str:
     changed = "".join(f", {name}={value}" for name, value in row["changes"].items())
+    return ARMS[row["arm"]].title + changed
+
+
+def _outcome(row: Row) -> list[str]:
     low, high = row["diverged_interval"]
     return [
-        ARMS[row["arm"]].title + changed,
+        _arm(row),
         str(row["runs"]),
         f"{row['diverged'] / row['runs']:.0%} [{low:.0%}, {high:.0%}]",
         _text(row, "final", "{:.3f}"),
         _text(row, "against_base", "{:+.3f}"),
         _text(row, "against_clipped", "{:+.3f}"),
+    ]
+
+
+def _course(row: Row) -> list[str]:
+    return [
+        _arm(row),
         _text(row, "peak_norm", "{:.2f}"),
         _text(row, "recovery", "{:.0f}"),
         _text(row, "wasted", "{:.0f}"),

@@ -88,7 +88,7 @@ def test_arms_on_adamw_are_paired_with_the_clipped_control(
     assert mean == pytest.approx(-1 / 3)
     assert half == pytest.approx(4.303 / 6, rel=1e-3)
     assert found["adamw-clip"] is found["sgd"] is None
-    assert f"| {mean:+.3f} ± {half:.3f} | 1.50 ± 0.00 |" in tables(rows)
+    assert f"| {mean:+.3f} ± {half:.3f} |\n" in tables(rows)
 
 
 def test_table_and_files(
@@ -100,6 +100,7 @@ def test_table_and_files(
     assert "| AdamW | 3 | 100% [44%, 100%] | 9.500 ± 6.353 (1 not finite) |" in text
     line = "| default | 3 | 0% [0%, 56%] | 4.500 ± 1.242 | -5.250 ± 3.177 (1 not finite) |"
     assert line in text
+    assert "| default | 1.50 ± 0.00 | 4 ± 0 | 2 ± 0 | 0.900 ± 0.000 |" in text
     with open(tmp_path / "runs.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [(line["arm"], line["seed"]) for line in lines] == [(j.arm, str(j.seed)) for j in jobs]
