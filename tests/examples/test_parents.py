@@ -10,9 +10,13 @@ import pytest
 import torch
 from small_series import Series, Stop, results
 
+from ars.models import GPT, GPTConfig, grow
+from ars.regularizers import ProgressiveInheritance
 from common.errors import RunInterruptedError
 from trainer import series_plan, training_loop, training_state
+from trainer.arms import parse_arm
 from trainer.series_plan import settings_of
+from trainer.settings import SeriesConfig
 
 
 @pytest.mark.parametrize("stop", [15, 25])
@@ -80,3 +84,26 @@ def test_what_growing_warns_of_is_said_when_training_begins(
     series(tmp_path, None, "--arms", "grown+ewc", "--curve-points", "2")
     said = "warning: d2-grown+ewc: the importance is 0 everywhere"
     assert capsys.readouterr().err.count(said) == 1
+
+
+@pytest.mark.parametrize("blocks", ["appended", "inserted"])
+def test_penalties_hold_the_parents_part_wherever_its_blocks_are(blocks: str) -> None:
+    """Old coordinates by the EWC, new columns of old tensors by the subspace, new blocks not."""
+    parent = GPT(GPTConfig(16, 8, n_layer=2, n_head=1, n_embd=8))
+    config = GPTConfig(16, 8, n_layer=3, n_head=2, n_embd=16)
+    growth = grow(parent, config, torch.Generator().manual_seed(0), blocks=blocks)
+    importance = {name: torch.ones_like(weight) for name, weight in parent.named_parameters()}
+    arm = parse_arm("grown+ewc=1+subspace=1")
+    kept = training_state.inherit_penalties(growth, arm, SeriesConfig(), importance).penalty
+    assert isinstance(kept, ProgressiveInheritance)
+    assert not any(part.detach() for part in kept.parts().values())
+    old = set(growth.names.values())
+    assert len(old) == 14
+    for name, weight in growth.model.named_parameters():
+        for place, part in (((0, 0), "ewc"), ((0, -1), "subspace")):
+            with torch.no_grad():
+                weight[place] += 1.0
+            moved = {key for key, value in kept.parts().items() if value.detach() > 0.01}
+            assert moved == ({part} if name in old else set()), name
+            with torch.no_grad():
+                weight[place] -= 1.0
