@@ -1,4 +1,4 @@
-"""Analyse a trained miniseries: scaling laws, costs, arms compared, one HTML report.
+"""Analyse a trained miniseries: what growing saved, arms compared, scaling laws, one HTML report.
 
     python examples/analyze.py --metrics out/demo/metrics.json
     python examples/analyze.py --help
@@ -19,8 +19,8 @@ from trainer.settings import PEAK_FLOPS
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 _DESCRIPTION = """\
-Compare the arms of a trained series, decide the proposal's claims, fit scaling laws, count costs,
-and write report.html and, in metrics/, training_log.json, scaling_laws.json and
+Say what a grown series saved, compare the arms, decide the proposal's claims, fit scaling laws,
+count costs, and write report.html and, in metrics/, training_log.json, scaling_laws.json and
 cost_analysis.json."""
 
 
@@ -146,7 +146,8 @@ def run(arguments: Arguments) -> str:
         written = write_json(analysis, out)
         write_atomically(out / REPORT_FILE, report)
         output.check()
-    lines = headlines(analysis.comparisons)
+    lines = [" ".join(account.sentences) for account in analysis.accounts]
+    lines += headlines(analysis.comparisons)
     lines += [f"{claim.verdict}: {claim.claim}." for claim in analysis.claims]
     lines += [f"warning: {name}, seed {seed}: {text}" for name, seed, text in analysis.warnings]
     return "\n".join([*lines, f"Written to {out}: {', '.join([*written, REPORT_FILE])}."])

@@ -1,17 +1,18 @@
 """The proposal's claims, decided from records: holds, does not hold, or not shown.
 
-* 60 % cheaper: a grown model reaches the loss of the model from scratch for at most 0.40 of its
-  operations, all its parents' counted.
-* The same score with under 75 % of the tokens, of the whole lineage.
-* Monotonic improvement: the bits per byte of every grown series fall with depth, in every seed.
+* 60 % cheaper: a grown series takes at most 0.40 of the operations of its twins from scratch, each
+  trunk paid once, and no member of any seed ends above its twin.
+* The same score with under 75 % of the tokens: the largest member ends at or below its twin in
+  every seed, and its whole lineage has read less than 0.75 of the twin's tokens. What it read
+  itself, and what the series read in all, is said beside it.
+* Monotonic improvement: the bits per byte of every grown series fall with size, in every seed.
 * No divergence: every loss is finite, and none that validation measured is above that of the model
   before its training.
 
-A cost is decided by the interval over the seeds, at least 3, at the depth with the most parents. It
-holds if the cost of the baseline's final loss is below the limit. That cost is an upper bound (see
-`analysis.costs`), so the claim fails only if the cost between the trunks is above the limit too,
-or if some seed never reached that loss at all. A cost that is a bound only, or that some seed's
-divergence leaves open, makes nothing fail. A failure that one seed shows is a failure.
+The first two are decided for each grown arm beside its twins, from at least 3 seeds. They fail
+where as much was paid, or read, as the limit, and yet a member ended above its twin by its interval
+over the seeds; what costs more than the limit at equal loss leaves open whether less would do.
+A failure that one seed shows is a failure of the last two.
 """
 
 import math
@@ -19,11 +20,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from analysis.comparisons import count_seeds, read_arm, single_arms
-from analysis.costs import Ratios, Saving
+from analysis.comparisons import read_arm
 from analysis.planned_series import chain_saving
-from analysis.records import Logs, Record, chain
-from common.statistics import MIN_SEEDS, Estimate
+from analysis.records import Logs, Record, chain, sizes_of
+from analysis.series_account import MemberAccount, SeriesAccount, own_accounts
+from common.statistics import MIN_SEEDS, Estimate, count_seeds
 
 __all__ = ["FAILS", "HOLDS", "NOT_SHOWN", "Claim", "decide_claims"]
 
@@ -31,6 +32,7 @@ HOLDS, FAILS, NOT_SHOWN = "holds", "does not hold", "not shown"
 
 _FLOPS_LIMIT = 0.40
 _TOKENS_LIMIT = 0.75
+_LADDER = (0.25, 0.5, 0.75, 1.0)
 _SHOWN_FAILURES = 3
 
 
@@ -42,7 +44,7 @@ class Claim:
         claim: in words.
         verdict: "holds", "does not hold" or "not shown".
         evidence: the numbers, in words.
-        details: the verdict of every arm, where it is decided for each.
+        details: arm, verdict and evidence, where it is decided for each arm.
     """
 
     claim: str
@@ -51,158 +53,126 @@ class Claim:
     details: tuple[dict[str, str], ...] = ()
 
 
-def decide_claims(records: Sequence[Record], logs: Logs, savings: Sequence[Saving]) -> list[Claim]:
+def decide_claims(
+    records: Sequence[Record], logs: Logs, accounts: Sequence[SeriesAccount]
+) -> list[Claim]:
     """Decide every claim.
 
     Args:
         records: of one or more seeds, those that diverged included.
         logs: of their steps, as far as there are any.
-        savings: of `analysis.costs.find_savings`.
+        accounts: of `analysis.series_account.find_accounts`.
     """
-    grown = [s for s in savings if _is_grown(s.arm)]
+    own = own_accounts(accounts)
     return [
-        _cost_claim(
-            "60 % cheaper: the baseline's loss for at most 0.40 of its FLOPs, parents included",
-            grown, _FLOPS_LIMIT, lambda ratios: ratios.with_parents, _ladder(grown),
+        _of_accounts(
+            "60 % cheaper: the series for at most 0.40 of its twins' FLOPs, no member worse",
+            own, _is_cheaper, _cost_words, _ladder(),
         ),
-        _cost_claim(
-            "The same score with under 75 % of the tokens, parents' included",
-            grown, _TOKENS_LIMIT, lambda ratios: ratios.tokens_with_parents, _own_tokens(grown),
+        _of_accounts(
+            "The same score with under 75 % of the tokens, its ancestors' included",
+            own, _reads_less, _token_words, "",
         ),
         _monotonic(records),
         _no_divergence(records, logs),
     ]  # fmt: skip
 
 
-def _is_grown(word: str) -> bool:
-    arm = read_arm(word)
-    return arm is None or arm.grown
-
-
-def _deepest(savings: Sequence[Saving]) -> list[Saving]:
-    depth = max((s.depth for s in savings), default=0)
-    return [s for s in savings if s.depth == depth]
-
-
-def _cost_claim(
+def _of_accounts(
     claim: str,
-    savings: Sequence[Saving],
-    limit: float,
-    cost: Callable[[Ratios], Estimate],
+    accounts: Sequence[SeriesAccount],
+    decide: Callable[[SeriesAccount], str],
+    words: Callable[[SeriesAccount], str],
     note: str,
 ) -> Claim:
-    deepest = _deepest(savings)
-    if not deepest:
-        return Claim(claim, NOT_SHOWN, "no grown arm has logs beside a model from scratch")
-    verdicts = {s.arm: _decide(s, limit, cost) for s in deepest}
-    found = set(verdicts.values())
-    verdict = HOLDS if HOLDS in found else FAILS if found == {FAILS} else NOT_SHOWN
-
-    def rank(saving: Saving) -> tuple[int, bool, float]:
-        ratios = saving.final or saving.trunk
-        order = (HOLDS, NOT_SHOWN, FAILS).index(verdicts[saving.arm])
-        mean = math.inf if ratios is None else cost(ratios).mean
-        return order, saving.final is None, mean
-
-    best = min(deepest, key=rank)
-    of = f"best of {len(deepest)} grown arms" if len(deepest) > 1 else "the only grown arm"
-    if verdict == NOT_SHOWN and FAILS in found:  # what leaves it open may be wide, not low
-        failed = sum(v == FAILS for v in verdicts.values())
-        of = f"{failed} of {len(deepest)} grown arms do not hold it; best of the others"
-    evidence = f"{of} at d{best.depth}, {best.arm}: {_cost_words(best, cost)}. {note}"
-    details = tuple(
-        {
-            "arm": s.arm,
-            "depth": f"d{s.depth}",
-            "verdict": _decide(s, limit, cost),
-            "evidence": _cost_words(s, cost),
-        }
-        for s in savings
-    )
-    return Claim(claim, verdict, evidence.strip(), details)
+    if not accounts:
+        return Claim(claim, NOT_SHOWN, "no grown series beside twins that were trained in full")
+    details = [
+        {"arm": account.arm, "verdict": decide(account), "evidence": words(account)}
+        for account in accounts
+    ]
+    order = (HOLDS, NOT_SHOWN, FAILS)
+    best = min(details, key=lambda row: order.index(row["verdict"]))
+    of = f"best of {len(details)} grown arms, " if len(details) > 1 else ""
+    evidence = f"{of}{best['arm']}: {best['evidence']}. {note}".strip()
+    return Claim(claim, best["verdict"], evidence, tuple(details))
 
 
-def _decide(saving: Saving, limit: float, cost: Callable[[Ratios], Estimate]) -> str:
-    if saving.seeds < MIN_SEEDS or saving.diverged:
+def _is_cheaper(account: SeriesAccount) -> str:
+    worse = any(_is_above(member) for member in account.members)
+    return _decide(account, account.paid, _FLOPS_LIMIT, reached=account.at_equal_loss, worse=worse)
+
+
+def _reads_less(account: SeriesAccount) -> str:
+    last = account.members[-1]
+    inherited = Estimate.of([
+        whole - own
+        for whole, own in zip(last.lineage_tokens.values, last.tokens.values, strict=True)
+    ])  # fmt: skip
+    if inherited.known is not None and inherited.known[0] >= _TOKENS_LIMIT:
+        return FAILS  # whatever its own share
+    reached, worse = not (last.worse or last.diverged), _is_above(last)
+    return _decide(account, last.lineage_tokens, _TOKENS_LIMIT, reached=reached, worse=worse)
+
+
+def _decide(
+    account: SeriesAccount, cost: Estimate, limit: float, *, reached: bool, worse: bool
+) -> str:
+    if cost.known is None or account.diverged:
         return NOT_SHOWN
-    if saving.final is None:
-        return FAILS
-    final = cost(saving.final).known
-    assert final is not None, "there are as many values as seeds"
-    if final[1] <= limit:
+    if reached and cost.known[1] <= limit:
         return HOLDS
-    bounds = [ratios for ratios in (saving.final, saving.trunk) if ratios is not None]
-    intervals = [cost(ratios).known for ratios in bounds]
-    above = all(interval is not None and interval[0] > limit for interval in intervals)
-    return FAILS if above and not any(ratios.is_bound for ratios in bounds) else NOT_SHOWN
+    return FAILS if worse and cost.known[0] >= limit else NOT_SHOWN
 
 
-def _cost_words(saving: Saving, cost: Callable[[Ratios], Estimate]) -> str:
-    if saving.diverged:
-        where = f"{saving.diverged} of {count_seeds(saving.seeds)}"
-        return f"it or {saving.baseline} diverged in {where}"
-    if saving.final is None:
-        words = f"its final loss was reached in {saving.reached} of {saving.seeds} seeds"
-    else:
-        words = f"{_ratio(saving.final, cost)} to its final loss"
-    if saving.trunk is not None:
-        words += f", {_ratio(saving.trunk, cost)} trunk against trunk"
-    return f"{words} ({count_seeds(saving.seeds)})"
+def _is_above(member: MemberAccount) -> bool:
+    return member.difference.known is not None and member.difference.known[0] > 0
 
 
-def _ratio(ratios: Ratios, cost: Callable[[Ratios], Estimate]) -> str:
-    return f"{'at most ' if ratios.is_bound else ''}{cost(ratios):.2f}"
-
-
-def _ladder(savings: Sequence[Saving]) -> str:
-    """The transfer efficiency, and what it would save on paper for d10 ... d20.
-
-    It is that of a model with one ancestor: see `chain_saving`.
-    """
-    steps = (0.0, 0.25, 0.5, 0.75, 1.0)
-    ladder = " / ".join(f"{100 * chain_saving(e):.0f}" for e in steps)
-    needed = 0.6 / chain_saving(1.0)
-    known = _deepest([s for s in savings if s.efficiency is not None and s.ancestors == 1])
-    measured = ""
-    if known:
-        plain = next((s for s in known if s.arm == "grown"), known[0])
-        assert plain.efficiency is not None
-        e = min(1.0, max(0.0, plain.efficiency.mean))
-        measured = (
-            f"Measured at d{plain.depth} for {plain.arm}, with one ancestor: "
-            f"e = {plain.efficiency:.2f}, on that ladder {chain_saving(e):.0%}."
-        )
+def _cost_words(account: SeriesAccount) -> str:
+    e = "" if account.efficiency is None else f", transfer efficiency {account.efficiency:.2f}"
     return (
-        "Transfer efficiency e, fresh tokens that an inherited one is worth: a d10 ... d20 chain "
-        f"saves {ladder} % at e = 0 / 0.25 / 0.5 / 0.75 / 1, and 60 % needs e = {needed:.2f}. "
-        f"{measured}"
+        f"{account.paid.mean:.2f} of the FLOPs, {account.worse} of {account.compared} models "
+        f"above their twins{e} ({count_seeds(account.seeds)})"
     )
 
 
-def _own_tokens(savings: Sequence[Saving]) -> str:
-    known = [(s, s.final) for s in _deepest(savings) if s.final is not None]
-    if not known:
-        return ""
-    best, ratios = min(known, key=lambda pair: pair[1].tokens_without_parents.mean)
-    own = ratios.tokens_without_parents
-    return f"Without the parents' tokens, the best is {best.arm} with {own:.2f}."
+def _token_words(account: SeriesAccount) -> str:
+    last = account.members[-1]
+    return (
+        f"the lineage of {last.size} read {last.lineage_tokens.mean:.2f} of its twin's tokens, "
+        f"{last.tokens.mean:.2f} of them as {last.size} itself, and ended "
+        f"{last.difference:+.4f} bits per byte from it; the whole series read "
+        f"{account.tokens.mean:.2f} of its twins' tokens ({count_seeds(account.seeds)})"
+    )
+
+
+def _ladder() -> str:
+    saved = " / ".join(f"{100 * chain_saving(e):.0f}" for e in _LADDER)
+    return (
+        f"By arithmetic alone a chain d10 ... d20 saves {saved} % at a transfer efficiency of "
+        f"{' / '.join(f'{e:g}' for e in _LADDER)}."
+    )
 
 
 def _monotonic(records: Sequence[Record]) -> Claim:
-    claim = "Monotonic improvement: bits per byte fall with depth in every grown series"
+    claim = "Monotonic improvement: bits per byte fall with size in every grown series"
+    sizes = sizes_of(records)
     details, failures, series = [], [], 0
     seeds: set[int] = set()
-    for arm in single_arms(records):
+    for arm in dict.fromkeys(r.arm for r in records):
+        read = read_arm(arm)
+        is_grown = read is None or read.grown
         steps, rises = 0, []
         for seed in dict.fromkeys(r.seed for r in records if r.arm == arm):
-            models = sorted(chain(records, arm, seed), key=lambda r: r.depth)
+            models = sorted(chain(records, arm, seed), key=lambda r: sizes.index(r.size))
             steps += len(models) > 1
-            if _is_grown(arm) and len(models) > 1:
+            if is_grown and len(models) > 1:
                 series += 1
                 seeds.add(seed)
             # Written so that a loss that is no number counts as a rise.
             rises += [
-                f"d{b.depth} {b.val_bpb:.4f} after d{a.depth} {a.val_bpb:.4f} (seed {seed})"
+                f"{b.size} {b.val_bpb:.4f} after {a.size} {a.val_bpb:.4f} (seed {seed})"
                 for a, b in pairwise(models)
                 if not b.val_bpb < a.val_bpb
             ]
@@ -210,11 +180,11 @@ def _monotonic(records: Sequence[Record]) -> Claim:
             continue
         verdict = FAILS if rises else HOLDS if steps >= MIN_SEEDS else NOT_SHOWN
         evidence = "; ".join(rises) or f"falls at every step of {steps} series"
-        details.append({"arm": arm, "depth": "all", "verdict": verdict, "evidence": evidence})
-        if _is_grown(arm):
+        details.append({"arm": arm, "verdict": verdict, "evidence": evidence})
+        if is_grown:
             failures += [f"{arm}: {rise}" for rise in rises]
     if not series:
-        return Claim(claim, NOT_SHOWN, "no grown series of two depths", tuple(details))
+        return Claim(claim, NOT_SHOWN, "no grown series of two sizes", tuple(details))
     if failures:
         return Claim(claim, FAILS, _some(failures), tuple(details))
     verdict = HOLDS if len(seeds) >= MIN_SEEDS else NOT_SHOWN
@@ -227,6 +197,11 @@ def _no_divergence(records: Sequence[Record], logs: Logs) -> Claim:
     failures, logged = [], 0
     for record in records:
         where = f"{record.name} (seed {record.seed})"
+        failures += [
+            f"the cooled branch of {where} at {branch.share:g} ended at {branch.val_bpb}"
+            for branch in record.cooled[:-1]
+            if not math.isfinite(branch.val_bpb)
+        ]
         if record.diverged:
             failures.append(f"{where} ended at {record.val_bpb}")
             continue

@@ -1,7 +1,9 @@
 """Which ways of training are compared, and what may be said of them: no more than seeds allow.
 
-Every arm is compared with the tuned model from scratch. What was added to an arm is compared with
-the arm without it: the controller with the same arm uncontrolled, a penalty with plain growing.
+A grown model is held against its twin, the model from scratch of its size with the same optimizer
+and controller; it has its share of the twin's steps, so the operations that both took are said too.
+What was added to an arm is compared with the arm without it, at the same share: the controller with
+the same arm uncontrolled, a penalty or a teacher with plain growing, Muon with AdamW.
 """
 
 import math
@@ -11,34 +13,36 @@ from typing import Any
 
 import numpy as np
 
-from analysis.records import Record
+from analysis.records import Record, sizes_of, without_nan
 from common.errors import UsageError
-from common.statistics import MIN_SEEDS, Estimate, Interval
+from common.statistics import MIN_SEEDS, Estimate, Interval, count_seeds
 from trainer.arms import Arm, parse_arm
 
 __all__ = [
-    "QUESTIONS", "Comparison", "Pairing", "compare_arms", "count_seeds", "drawn_word", "headlines",
-    "is_sweep", "paired_records", "pairings", "read_arm", "single_arms", "without_strengths",
+    "PLAIN", "QUESTIONS", "Comparison", "Pairing", "compare_arms", "drawn_word", "headlines",
+    "paired_records", "pairings", "read_arm", "twin_of", "without_strengths",
 ]  # fmt: skip
 
 # Question -> its words, in the order of the report.
 QUESTIONS = {
-    "inheriting": "Does inheriting beat training from scratch at equal FLOPs?",
-    "penalty": "Do the penalties add anything to plain growing?",
+    "inheriting": "Is a grown model better than its twin from scratch, which takes more steps?",
+    "penalty": "Do penalties or a teacher add anything to plain growing?",
     "controller": "Does the controller add anything?",
-    "muon": "Does growing with AdamW beat Muon from scratch?",
-    "control": "How far is the other optimizer from tuned AdamW, both from scratch?",
+    "muon": "Does growing with AdamW beat Muon from scratch, which takes more steps?",
+    "optimizer": "How far is Muon from AdamW?",
 }
 
+PLAIN = Arm(False, (), None).name  # AdamW, from scratch
 _MUON = (("muon", None),)
-_SAME_BUDGET = 0.02  # largest relative difference of lineage FLOPs
+_OTHER_SHARES = ("inheriting", "muon")  # questions in which the baseline takes more steps
+_SAME_SHARE = 0.01
 
 _WORDS = {
     "better": "fewer bits per byte",
     "worse": "more bits per byte",
     "no difference shown": "no difference beyond chance",
     "too few seeds": f"no conclusion from fewer than {MIN_SEEDS} seeds",
-    "budgets differ": "not comparable, the FLOPs differ by more than 2 %",
+    "shares differ": "not comparable, trained for other shares of the steps",
 }
 
 
@@ -50,13 +54,11 @@ class Pairing:
         arm: compared.
         baseline: compared with.
         question: a key of `QUESTIONS`.
-        from_scratch: whether the baseline is the model from scratch that every arm is held against.
     """
 
     arm: str
     baseline: str
     question: str
-    from_scratch: bool
 
 
 def read_arm(word: str) -> Arm | None:
@@ -85,15 +87,15 @@ def without_strengths(word: str) -> str:
     return Arm(arm.grown, tuple((part, None) for part, _ in arm.parts), arm.controller).name
 
 
-def is_sweep(models: Sequence[Record]) -> bool:
-    """Whether an arm has several models of one depth and seed, which differ by their budgets."""
-    return len({(r.depth, r.seed) for r in models}) < len(models)
+def twin_of(word: str) -> str:
+    """How the twins of an arm are trained: from scratch, with its optimizer and controller.
 
-
-def single_arms(records: Sequence[Record]) -> list[str]:
-    """The arms in the order of the records, sweeps left out: which model would be a choice."""
-    arms = dict.fromkeys(r.arm for r in records)
-    return [arm for arm in arms if not is_sweep([r for r in records if r.arm == arm])]
+    Example:
+        >>> twin_of("grown+ewc+ars"), twin_of("unheard-of")
+        ('scratch+ars', 'scratch')
+    """
+    arm = read_arm(word)
+    return PLAIN if arm is None else arm.root.name
 
 
 def pairings(records: Sequence[Record]) -> list[Pairing]:
@@ -102,7 +104,7 @@ def pairings(records: Sequence[Record]) -> list[Pairing]:
     Args:
         records: of one or more seeds.
     """
-    arms = single_arms(records)
+    arms = list(dict.fromkeys(r.arm for r in records))
     found = [pairing for arm in arms for pairing in _of(arm, arms)]
     order = list(QUESTIONS)
     return sorted(found, key=lambda pairing: order.index(pairing.question))
@@ -110,55 +112,49 @@ def pairings(records: Sequence[Record]) -> list[Pairing]:
 
 def _of(word: str, arms: Sequence[str]) -> list[Pairing]:
     arm = read_arm(word)
-    wanted: list[tuple[Arm, str]] = []
-    scratch = Arm(False, (), None)
-    if scratch.name not in arms and arm is not None:
-        scratch = Arm(False, (), arm.controller)
-    if arm is None:
-        wanted.append((scratch, "inheriting"))
-    else:
-        question = "control" if arm.parts else "controller"
-        wanted.append((scratch, "inheriting" if arm.grown else question))
+    wanted: list[tuple[str, str]] = []
+    if arm is None or arm.grown:
+        wanted.append((twin_of(word) if twin_of(word) in arms else PLAIN, "inheriting"))
+    if arm is not None:
+        with_muon = _MUON if arm.has("muon") else ()
+        if arm.parts != with_muon:
+            wanted.append((Arm(arm.grown, with_muon, arm.controller).name, "penalty"))
         if arm.controller is not None:
-            wanted.append((Arm(arm.grown, arm.parts, None), "controller"))
-        if arm.grown and arm.parts:
-            wanted.append((Arm(True, (), arm.controller), "penalty"))
+            wanted.append((Arm(arm.grown, arm.parts, None).name, "controller"))
         if arm.grown and not arm.parts:
-            wanted.append((Arm(False, _MUON, arm.controller), "muon"))
-    baselines: dict[str, Pairing] = {}
-    for baseline, question in wanted:
-        name = baseline.name
-        if name != word and name in arms:
-            baselines.setdefault(name, Pairing(word, name, question, baseline == scratch))
-    return list(baselines.values())
+            wanted.append((Arm(False, _MUON, arm.controller).name, "muon"))
+        if arm.parts == _MUON:
+            wanted.append((Arm(arm.grown, (), arm.controller).name, "optimizer"))
+    return [Pairing(word, name, question) for name, question in wanted if name in arms]
 
 
 def paired_records(
     records: Sequence[Record],
-) -> Iterator[tuple[Pairing, int, list[tuple[Record, Record]]]]:
-    """Every pairing and depth with the models of the seeds that both arms have, arm first.
+) -> Iterator[tuple[Pairing, str, list[tuple[Record, Record]]]]:
+    """Every pairing and size with the models of the seeds that both arms have, arm first.
 
     Args:
         records: of one or more seeds.
     """
-    found = {(r.arm, r.depth, r.seed): r for r in records}
+    found = {(r.arm, r.size, r.seed): r for r in records}
+    sizes = sizes_of(records)
     for pairing in pairings(records):
-        for depth in sorted({r.depth for r in records if r.arm == pairing.arm}):
+        for size in sizes:
             pairs = [
-                (record, found[pairing.baseline, depth, seed])
-                for (a, d, seed), record in found.items()
-                if (a, d) == (pairing.arm, depth) and (pairing.baseline, depth, seed) in found
+                (record, found[pairing.baseline, size, seed])
+                for (a, s, seed), record in found.items()
+                if (a, s) == (pairing.arm, size) and (pairing.baseline, size, seed) in found
             ]
             if pairs:
-                yield pairing, depth, pairs
+                yield pairing, size, pairs
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against a baseline at one depth, paired by seed.
+    """An arm against a baseline at one size, paired by seed.
 
     Args:
-        depth: of both.
+        size: of both.
         arm: compared.
         baseline: compared with.
         question: that this answers, a key of `QUESTIONS`.
@@ -166,12 +162,13 @@ class Comparison:
         difference: mean bits per byte, arm minus baseline; negative if the arm is better, no number
             if either diverged in some seed: the mean of the others would flatter it.
         interval: 95 % t interval of the mean; ``None`` below 2 seeds or without a mean.
-        flops_ratio: mean lineage FLOPs, arm over baseline.
-        conclusion: "better", "worse", "no difference shown", "too few seeds", "budgets differ", or
+        flops_ratio: mean operations, arm over baseline, each with its growth and Fisher pass and
+            without its ancestors.
+        conclusion: "better", "worse", "no difference shown", "too few seeds", "shares differ", or
             in how many seeds the arm or the baseline diverged.
     """
 
-    depth: int
+    size: str
     arm: str
     baseline: str
     question: str
@@ -182,13 +179,13 @@ class Comparison:
     conclusion: str
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON keeps, which has no word for a difference that is no number."""
-        difference = self.difference if math.isfinite(self.difference) else None
-        return {**asdict(self), "difference": difference}
+        """What JSON keeps."""
+        found: dict[str, Any] = without_nan(asdict(self))
+        return found
 
 
 def compare_arms(records: Sequence[Record]) -> list[Comparison]:
-    """Compare arms wherever both trained a model of the same depth.
+    """Compare arms wherever both trained a model of the same size.
 
     Args:
         records: of one or more seeds.
@@ -196,15 +193,16 @@ def compare_arms(records: Sequence[Record]) -> list[Comparison]:
     return [_compare(*found) for found in paired_records(records)]
 
 
-def _compare(pairing: Pairing, depth: int, pairs: Sequence[tuple[Record, Record]]) -> Comparison:
-    ratio = float(np.mean([o.lineage_flops / t.lineage_flops for o, t in pairs]))
+def _compare(pairing: Pairing, size: str, pairs: Sequence[tuple[Record, Record]]) -> Comparison:
+    ratio = float(np.mean([o.own_flops / t.own_flops for o, t in pairs]))
+    alike = all(abs(o.share - t.share) <= _SAME_SHARE for o, t in pairs)
     difference = Estimate.of([o.val_bpb - t.val_bpb for o, t in pairs])
     diverged = _diverged(pairing, pairs)
     if diverged:
         difference = Estimate(math.nan, None, difference.values)
         conclusion = diverged
-    elif abs(ratio - 1.0) > _SAME_BUDGET:
-        conclusion = "budgets differ"
+    elif not alike and pairing.question not in _OTHER_SHARES:
+        conclusion = "shares differ"
     elif difference.known is None:
         conclusion = "too few seeds"
     elif difference.known[0] <= 0.0 <= difference.known[1]:
@@ -212,7 +210,7 @@ def _compare(pairing: Pairing, depth: int, pairs: Sequence[tuple[Record, Record]
     else:
         conclusion = "better" if difference.mean < 0 else "worse"
     return Comparison(
-        depth=depth,
+        size=size,
         arm=pairing.arm,
         baseline=pairing.baseline,
         question=pairing.question,
@@ -241,7 +239,7 @@ def headlines(comparisons: Sequence[Comparison]) -> list[str]:
         comparisons: of `compare_arms`.
     """
     if not comparisons:
-        return ["There is nothing to compare: no two arms trained a model of the same depth."]
+        return ["There is nothing to compare: no two arms trained a model of the same size."]
     lines = []
     for question, words in QUESTIONS.items():
         ours = [c for c in comparisons if c.question == question]
@@ -254,19 +252,19 @@ def _answer(comparisons: Sequence[Comparison]) -> str:
     parts = []
     for conclusion in dict.fromkeys([*_WORDS, *(c.conclusion for c in comparisons)]):
         words = _WORDS.get(conclusion, conclusion)
-        depths: dict[str, list[str]] = {}
+        sizes: dict[str, list[str]] = {}
         for c in comparisons:
             if c.conclusion == conclusion:
-                depths.setdefault(c.arm, []).append(f"d{c.depth}")
+                sizes.setdefault(c.arm, []).append(c.size)
         arms: dict[str, list[str]] = {}
-        for arm, found in depths.items():
+        for arm, found in sizes.items():
             arms.setdefault(", ".join(found), []).append(arm)
         if arms:
             groups = [f"{_names(names)} at {where}" for where, names in arms.items()]
             parts.append(f"{words}: {'; '.join(groups)}")
     conclusions = {c.conclusion for c in comparisons}
     start = "" if "better" in conclusions else "No benefit shown. "
-    if conclusions <= {"too few seeds", "budgets differ"}:
+    if conclusions <= {"too few seeds", "shares differ"}:
         start = "Nothing is shown either way. "
     text = ". ".join(part[0].upper() + part[1:] for part in parts)
     return f"{start}{text}."
@@ -281,13 +279,3 @@ def _names(arms: Sequence[str]) -> str:
         words[0] if len(words) == 1 else f"{method} ({len(words)} strengths)"
         for method, words in groups.items()
     )
-
-
-def count_seeds(count: int) -> str:
-    """The number in words.
-
-    Example:
-        >>> count_seeds(1), count_seeds(3)
-        ('1 seed', '3 seeds')
-    """
-    return f"{count} seed{'' if count == 1 else 's'}"

@@ -15,9 +15,9 @@ Reference:
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
+from analysis.series_account import formula_saving
 from common.tables import aligned
 from corpus.tokenizer import vocabulary_of
 from trainer.arguments import PlanArguments
@@ -153,17 +153,14 @@ def plan_cost(
 
 
 def chain_saving(
-    efficiency: float, plan: Sequence[PlannedModel] | None = None, *, cooldown: float = 0.2
+    efficiency: float, plan: Sequence[PlannedModel] | None = None, *, cooldown: float = 0.1
 ) -> float:
-    """Share of the operations that a chain on paper saves, grown from trunk to trunk.
+    """Share of the operations that a chain on paper saves, by `formula_saving`.
 
-    Every model needs its planned tokens, the last ``cooldown`` share of them in a cooled branch of
-    its own. A token that the parent's trunk was planned with replaces ``efficiency`` fresh ones.
-    Of a parent that was grown itself not all of these are trained, while `analysis.costs` counts
-    the tokens that were, those of all ancestors: the two agree for a model with one ancestor.
+    The growth factor is the geometric mean of the plan's, of tokens: these are what is inherited.
 
     Args:
-        efficiency: e, fresh tokens that one of the parent's is worth, in [0, 1].
+        efficiency: e, tokens of a child that one of its parent's trunk is worth, in [0, 1].
         plan: the models, in order; ``None`` for the d10 ... d20 of `plan_depths`.
         cooldown: share of a model's tokens, in [0, 1).
 
@@ -172,17 +169,14 @@ def chain_saving(
 
     Example:
         >>> [f"{chain_saving(e):.0%}" for e in (0, 0.25, 0.5, 0.75, 1)]
-        ['0%', '17%', '34%', '51%', '68%']
+        ['0%', '19%', '38%', '57%', '75%']
     """
-    for name, value in (("efficiency", efficiency), ("cooldown", cooldown)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+    if not 0 <= efficiency <= 1:
+        raise ValueError(f"efficiency must lie between 0 and 1, got {efficiency}")
     models = plan_depths() if plan is None else plan
-    saved = sum(
-        model.flops * (1 - cooldown) * efficiency * parent.tokens / model.tokens
-        for parent, model in pairwise(models)
-    )
-    return saved / sum(model.flops for model in models)
+    steps = len(models) - 1
+    growth = (models[-1].tokens / models[0].tokens) ** (1 / steps) if steps else 1.0
+    return formula_saving(efficiency, growth, cooldown, len(models))
 
 
 _PAPER: dict[str, tuple[Callable[[], tuple[PlannedModel, ...]], str]] = {

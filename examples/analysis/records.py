@@ -57,7 +57,6 @@ class Record:
     Args:
         name: unique in a run; another seed may use it again.
         size: label of its size, such as "d5" or "4x56"; with the arm unique in a run.
-        depth: layers.
         arm: how it was trained, such as "scratch" or "grown+ewc+ars".
         parent: name of the model it was grown from, or ``None``.
         params: number of all parameters.
@@ -82,7 +81,6 @@ class Record:
 
     name: str
     size: str
-    depth: int
     arm: str
     parent: str | None
     params: int
@@ -257,7 +255,6 @@ def _record(entry: Any, path: Path, index: int) -> Record:
     flops = number("flops", int, 1)
     fisher = number("fisher_flops", int, 0, 0)
     growth = number("growth_flops", int, 0, 0 if parent is None else GROWTH_OPERATIONS * params)
-    depth = number("depth", int, 1, most=_DEEPEST)
     seconds = round(number("seconds", float, 0.0), 9)  # which tokens are divided by
     is_old = "cooled" not in entry
     model = Cooled(
@@ -270,8 +267,7 @@ def _record(entry: Any, path: Path, index: int) -> Record:
     steps = None if is_old else number("steps", int, 1)
     return Record(
         name=fields.word("name"),
-        size=f"d{depth}" if is_old else fields.word("size"),
-        depth=depth,
+        size=f"d{number('depth', int, 1, most=_DEEPEST)}" if is_old else fields.word("size"),
         arm=fields.word("arm"),
         parent=parent,
         params=params,

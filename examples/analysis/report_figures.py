@@ -1,4 +1,4 @@
-"""The figures of a report, each a PNG in memory: arms compared, laws, costs and gates.
+"""The figures of a report, each a PNG in memory: series, arms compared, laws, costs and gates.
 
 An arm has the same looks in every figure: colour and marker by method, line by controller.
 """
@@ -15,29 +15,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from analysis.comparisons import (
-    Comparison,
-    drawn_word,
-    is_sweep,
-    read_arm,
-    single_arms,
-    without_strengths,
-)
-from analysis.costs import ModelCost, measured_rows
+from analysis.comparisons import Comparison, drawn_word, read_arm, without_strengths
+from analysis.costs import ModelCost
+from analysis.equal_loss import Bounded
 from analysis.power_laws import ChinchillaLaw, ComputeLaw
-from analysis.records import Log, Logs, Record, chain
+from analysis.records import Logs, Record, chain, sizes_of
 from analysis.scaling_laws import ArmLaws
-from common.statistics import Array
+from analysis.series_account import MemberAccount, SeriesAccount
+from common.statistics import Array, Estimate
 from trainer.arms import Arm
 
 __all__ = [
-    "Style", "bpb_against_depth", "costs", "gates", "loss_against_flops", "scaling", "styles_of",
+    "Style", "cooled_branches", "costs", "gates", "losses_by_size", "scaling", "series_costs",
+    "styles_of",
 ]  # fmt: skip
 
-_COLUMNS = 3
-_GRID_POINTS = 60  # of the mean over seeds whose curves have points at different places
+_COLUMNS = 4
+_UPRIGHT = 8  # more labels than these are turned
 _MANY_ARMS = 16  # of more, those with strengths of their own are not named one by one
-_HEADROOM = 0.15  # above the highest start of a grown model, share of the range shown
 _CURVE_POINTS = 150  # of a log that has more steps, means of groups are drawn
 _EXTRAPOLATION = 10.0  # how far beyond the largest budget a law is drawn
 _DECADES = 1e6  # of the penalty's share that are shown
@@ -48,12 +43,13 @@ _METHODS = {
     "scratch": ("#000000", "o"),
     "scratch+muon": ("#8A8A8A", "s"),
     "grown": ("#D55E00", "^"),
-    "grown+ewc": ("#0072B2", "D"),
+    "grown+muon": ("#0072B2", ">"),
+    "grown+ewc": ("#56B4E9", "D"),
     "grown+subspace": ("#E69F00", "<"),
     "grown+ewc+subspace": ("#009E73", "v"),
     "grown+distill": ("#CC79A7", "P"),
 }
-_OTHERS = (("#56B4E9", "X"), ("#F0E442", ">"), ("#882255", "h"), ("#44AA99", "p"))
+_OTHERS = (("#F0E442", "X"), ("#882255", "h"), ("#44AA99", "p"))
 _LINES = {None: "-", "ars": "--", "paper": ":"}
 
 
@@ -104,140 +100,182 @@ def styles_of(arms: Sequence[str]) -> dict[str, Style]:
     return styles
 
 
-def loss_against_flops(records: Sequence[Record], logs: Logs) -> bytes:
-    """Validation loss over the operations of the lineage, a panel a depth.
+def series_costs(accounts: Sequence[SeriesAccount]) -> bytes:
+    """Loss of each member against what the series had cost up to it: twins, and what was grown.
 
-    The mean over the seeds and the range between the lowest and the highest; where there are no
-    logs, the finished models alone.
+    Means over the seeds with 95 % intervals. A dotted line shows what was saved in all, where no
+    member is worse than its twin.
     """
-    depths = sorted({r.depth for r in records})
-    columns = min(_COLUMNS, len(depths))
-    rows = math.ceil(len(depths) / columns)
-    figure = Figure(figsize=(2.6 + 3.3 * columns, 0.5 + 3.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    styles = styles_of(list(dict.fromkeys(r.arm for r in records)))
-    for axes, depth in zip(panels, depths, strict=False):
-        _draw_depth(axes, [r for r in records if r.depth == depth], logs, styles)
-        axes.set_title(f"d{depth}", fontsize=10)
-    for axes in panels[len(depths) :]:
+    figure = Figure(figsize=(8.6, 4.8), layout="constrained")
+    axes = figure.subplots()
+    styles = styles_of([*(a.baseline for a in accounts), *(a.arm for a in accounts)])
+    labelled: set[str] = set()
+    for account in accounts:
+        members = account.members
+        twins = np.cumsum([m.twin_flops for m in members])
+        grown = np.cumsum([m.twin_flops * m.paid.mean for m in members])
+        name = f"every model from scratch ({drawn_word(account.baseline)})"
+        if name not in labelled:
+            _draw_estimates(axes, twins, [m.twin_loss for m in members], styles[account.baseline],
+                            name)  # fmt: skip
+            for flops, m in zip(twins, members, strict=True):
+                axes.annotate(m.size, (flops, m.twin_loss.mean), xytext=(4, 5),
+                              textcoords="offset points", fontsize=7, color="#555555")  # fmt: skip
+        labelled.add(name)
+        name = f"each grown out of the one before ({drawn_word(account.arm)})"
+        _draw_estimates(axes, grown, [m.loss for m in members], styles[account.arm], name)
+        if account.at_equal_loss:
+            height = members[-1].loss.mean
+            colour = styles[account.arm].colour
+            axes.plot([grown[-1], twins[-1]], [height, height], ":", color=colour, linewidth=1.2)
+            axes.annotate(f"{account.saving.mean:.0%} saved",
+                          ((grown[-1] + twins[-1]) / 2, height), xytext=(0, -4), va="top",
+                          textcoords="offset points", ha="center", color=colour)  # fmt: skip
+    axes.set_xlim(left=0.0)
+    axes.set_xlabel("training FLOPs of the whole series up to this model")
+    axes.set_ylabel("validation bits per byte (lower is better)")
+    _polish(axes)
+    axes.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _draw_estimates(
+    axes: Axes, x: Array, estimates: Sequence[Estimate], style: Style, label: str
+) -> None:
+    """Means over the seeds as a line, with their intervals."""
+    means = [estimate.mean for estimate in estimates]
+    look = {**style.marks, "markersize": 5, "linewidth": 1.5, "capsize": 2}
+    margins = [estimate.margin for estimate in estimates if estimate.margin is not None]
+    error = margins if len(margins) == len(means) else None
+    axes.errorbar(x, means, yerr=error, linestyle=style.line, label=label, **look)
+
+
+def cooled_branches(accounts: Sequence[SeriesAccount]) -> bytes:
+    """Cooled loss over the share of the twin's steps, a panel a grown size.
+
+    The twin's loss is the level; where the line comes down to it the share is marked.
+    """
+    sizes = list(dict.fromkeys(m.size for a in accounts for m in a.members if m.growth_factor))
+    shares = sorted({
+        s for a in accounts for m in a.members if m.growth_factor for s, _ in m.branches
+    })  # fmt: skip
+    columns = min(_COLUMNS, len(sizes))
+    rows = math.ceil(len(sizes) / columns)
+    figure = Figure(figsize=(2.2 + 2.6 * columns, 0.6 + 2.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    styles = styles_of([*(a.baseline for a in accounts), *(a.arm for a in accounts)])
+    for axes, size in zip(panels, sizes, strict=False):
+        levels: set[str] = set()
+        lines = 0
+        for account in accounts:
+            for member in account.members:
+                if member.size == size and member.growth_factor:
+                    _draw_member(axes, member, account, styles, levels, lines)
+                    lines += 1
+        axes.set_title(size, fontsize=10)
+        axes.set_xscale("log")  # on which the interpolation is a straight line
+        _polish(axes)
+        axes.set_xticks(shares, [f"{share:g}" for share in shares])
+    for axes in panels[len(sizes) :]:
         axes.set_visible(False)
-    figure.supxlabel("training FLOPs of the whole lineage", fontsize=10)
+    figure.supxlabel("share of the twin's steps, cooled branch included (logarithmic)", fontsize=10)
     figure.supylabel("validation bits per byte", fontsize=10)
     _legend_beside(figure, list(panels))
     return _png(figure)
 
 
-def _draw_depth(
-    axes: Axes, records: Sequence[Record], logs: Logs, styles: Mapping[str, Style]
+def _draw_member(
+    axes: Axes,
+    member: MemberAccount,
+    account: SeriesAccount,
+    styles: Mapping[str, Style],
+    levels: set[str],
+    line: int,
 ) -> None:
-    starts, ends = [], []
-    for arm in dict.fromkeys(r.arm for r in records):
-        own = [r for r in records if r.arm == arm]
-        style = styles[arm]
-        look: dict[str, Any] = {"color": style.colour, "linestyle": style.line, "linewidth": 1.5}
-        curves = [points for r in own if len(points := _curve(logs.get((r.name, r.seed), []))) > 1]
-        if curves and not is_sweep(own):
-            x, values = _on_one_grid(curves)
-            axes.plot(x, values.mean(axis=0), label=style.label, **look)
-            if len(curves) > 1:
-                low, high = values.min(axis=0), values.max(axis=0)
-                axes.fill_between(x, low, high, color=style.colour, alpha=0.12, linewidth=0)
-            ends.append(float(values[:, -1].max()))
-            if any(r.parent for r in own):
-                starts.append(float(values[:, 0].max()))
-        else:
-            for points in curves:
-                axes.plot(points[:, 0], points[:, 1], alpha=0.6, **look)
-            flops, losses = [r.lineage_flops for r in own], [r.val_bpb for r in own]
-            axes.plot(flops, losses, linestyle="none", label=style.label, **style.marks)
-            ends += losses
-    axes.set_xscale("log")
-    if ends and any(line.get_linestyle() != "None" for line in axes.get_lines()):
-        bottom, top = axes.get_ylim()
-        # What a model from scratch does at first would flatten everything that matters.
-        top = min(top, max(starts, default=0.3 * top + 0.7 * max(ends)))
-        bottom = max(bottom, min(ends) - _HEADROOM * (top - min(ends)))
-        if top > bottom:  # else nothing was learnt, and matplotlib's own limits will do
-            axes.set_ylim(bottom, top + _HEADROOM * (top - bottom))
-    _polish(axes)
+    style = styles[account.arm]
+    shares, losses = zip(*member.branches, strict=True)
+    _draw_estimates(axes, np.array(shares), losses, style, style.label)
+    if account.baseline not in levels:
+        levels.add(account.baseline)
+        twin = styles[account.baseline]
+        label = f"twin ({twin.label}), at 1"
+        axes.axhline(member.twin_loss.mean, color=twin.colour, linewidth=1.2, label=label)
+        if member.twin_loss.interval is not None:
+            axes.axhspan(*member.twin_loss.interval, color=twin.colour, alpha=0.1, linewidth=0)
+    equal = member.equal_steps
+    if equal is None:
+        return
+    if not equal.bound:
+        axes.axvline(equal.value, color=style.colour, linestyle=":", linewidth=1.0)
+    words = f"equal: {Bounded(equal.value, equal.bound):.2f}"
+    axes.annotate(words, (0.97, 0.96 - 0.09 * line), xycoords="axes fraction", ha="right", va="top",
+                  fontsize=8, color=style.colour)  # fmt: skip
 
 
-def _curve(log: Log) -> Array:
-    return np.array([(r["flops"], r["val_bpb"]) for r in measured_rows(log)], dtype=np.float64)
-
-
-def _on_one_grid(curves: Sequence[Array]) -> tuple[Array, Array]:
-    """Operations (P,) and the losses of all curves at them (seeds, P)."""
-    first = curves[0][:, 0]
-    if all(np.array_equal(c[:, 0], first) for c in curves):
-        return first, np.stack([c[:, 1] for c in curves])
-    low, high = max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves)
-    x = np.geomspace(low, high, _GRID_POINTS)
-    return x, np.stack([np.interp(np.log(x), np.log(c[:, 0]), c[:, 1]) for c in curves])
-
-
-def bpb_against_depth(records: Sequence[Record], comparisons: Sequence[Comparison]) -> bytes:
-    """Left: mean bits per byte. Right: differences to the model from scratch, with intervals."""
-    arms = single_arms(records)
+def losses_by_size(records: Sequence[Record], comparisons: Sequence[Comparison]) -> bytes:
+    """Left: mean bits per byte of each arm. Right: what each comparison found, with intervals."""
+    arms = list(dict.fromkeys(r.arm for r in records))
     if len(arms) > _MANY_ARMS:
         arms = [arm for arm in arms if without_strengths(arm) == arm]
     styles = styles_of(list(dict.fromkeys(r.arm for r in records)))
-    rows = [c for c in comparisons if c.question in ("inheriting", "control") and c.arm in arms]
-    rows += [c for c in comparisons if c.question == "controller" and c.baseline == "scratch"
-             and c.arm in arms]  # fmt: skip
-    rows = [c for c in rows if math.isfinite(c.difference)]  # a mean without those that diverged
-    compared = list(dict.fromkeys(c.arm for c in rows))
-    height = max(4.0, 1.2 + 0.3 * len(compared))
+    rows = [c for c in comparisons if c.arm in arms and math.isfinite(c.difference)]
+    pairs = list(dict.fromkeys((c.arm, c.baseline) for c in rows))
+    height = max(4.0, 1.2 + 0.3 * len(pairs))
     figure = Figure(figsize=(12.0 if rows else 8.0, height), layout="constrained")
     panels = figure.subplots(1, 2 if rows else 1, squeeze=False)
     left = panels[0][0]
-    for i, arm in enumerate(arms):
+    sizes = sizes_of(records)
+    for arm in arms:
         seeds = dict.fromkeys(r.seed for r in records if r.arm == arm)
         series = [r for seed in seeds for r in chain(records, arm, seed)]
-        depths = sorted({r.depth for r in series})
-        means = [np.mean([r.val_bpb for r in series if r.depth == d]) for d in depths]
-        places = np.array(depths) + 0.015 * (i - (len(arms) - 1) / 2)  # so that no marks overlap
-        look = {**styles[arm].marks, "markersize": 5, "linewidth": 1.2}
-        left.plot(places, means, styles[arm].line, label=drawn_word(arm), **look)
-    left.set_xticks(sorted({r.depth for r in records}))
-    left.set_xlabel("depth (layers; width 64 x depth)")
+        own = [size for size in sizes if any(r.size == size for r in series)]
+        found = [Estimate.of([r.val_bpb for r in series if r.size == size]) for size in own]
+        places = np.array([sizes.index(size) for size in own], dtype=np.float64)
+        places += 0.02 * (arms.index(arm) - (len(arms) - 1) / 2)  # so that no marks overlap
+        _draw_estimates(left, places, found, styles[arm], drawn_word(arm))
+    left.set_xticks(range(len(sizes)), sizes, rotation=45 if len(sizes) > _UPRIGHT else 0)
+    left.set_xlabel("size")
     left.set_ylabel("validation bits per byte")
     _polish(left)
     if rows:
-        _draw_differences(panels[0][1], rows, compared, styles)
-    else:
-        _legend_beside(figure, [left])
+        _draw_differences(panels[0][1], rows, pairs, sizes, styles)
+    _legend_beside(figure, [left])
     return _png(figure)
 
 
 def _draw_differences(
-    axes: Axes, rows: Sequence[Comparison], arms: Sequence[str], styles: Mapping[str, Style]
+    axes: Axes,
+    rows: Sequence[Comparison],
+    pairs: Sequence[tuple[str, str]],
+    sizes: Sequence[str],
+    styles: Mapping[str, Style],
 ) -> None:
-    depths = sorted({c.depth for c in rows})
+    compared = [size for size in sizes if any(c.size == size for c in rows)]
     markers = "osD^vP<>Xhp"
     for c in rows:
-        k = depths.index(c.depth)
-        place = arms.index(c.arm) + 0.5 * ((k + 0.5) / len(depths) - 0.5)
+        k = compared.index(c.size)
+        place = pairs.index((c.arm, c.baseline)) + 0.5 * ((k + 0.5) / len(compared) - 0.5)
         error = None
         if c.interval is not None:
             error = [[c.difference - c.interval[0]], [c.interval[1] - c.difference]]
         look = {**styles[c.arm].marks, "marker": markers[k % len(markers)], "markersize": 5}
         axes.errorbar([c.difference], [place], xerr=error, capsize=2, linewidth=1.2, **look)
-    for k, depth in enumerate(depths):
-        axes.plot([], [], markers[k % len(markers)], color="#555555", label=f"d{depth}")
+    for k, size in enumerate(compared):
+        axes.plot([], [], markers[k % len(markers)], color="#555555", label=size)
     axes.axvline(0.0, color="#000000", linewidth=0.9)
-    axes.set_yticks(range(len(arms)), map(drawn_word, arms), fontsize=8)
+    words = [f"{drawn_word(arm)} − {drawn_word(baseline)}" for arm, baseline in pairs]
+    axes.set_yticks(range(len(pairs)), words, fontsize=8)
     axes.invert_yaxis()
     if all(c.interval is None for c in rows):
-        words = "one seed, so no intervals"
+        words_of_seeds = "one seed, so no intervals"
     else:
         largest = max(abs(c.difference) for c in rows)
         ends = [min(abs(e), 3 * largest) for c in rows for e in c.interval or ()]
         reach = 1.3 * max(largest, *ends)
         low, high = axes.get_xlim()
         axes.set_xlim(max(low, -reach), min(high, reach))  # two seeds make intervals without end
-        words = "95 % intervals over the seeds"
-    axes.set_xlabel(f"bits per byte, arm − scratch (left is better; {words})", fontsize=9)
+        words_of_seeds = "95 % intervals over the seeds"
+    axes.set_xlabel(f"bits per byte (left is better; {words_of_seeds})", fontsize=9)
     _polish(axes)
     axes.legend(frameon=False, fontsize=8, loc="best")
 
@@ -283,42 +321,40 @@ def scaling(laws: Sequence[ArmLaws]) -> bytes:
 
 
 def costs(found: Sequence[ModelCost], records: Sequence[Record]) -> bytes:
-    """Left: where the operations of each arm's deepest lineage went. Right: seconds and loss."""
+    """Left: where the operations of each arm's series went. Right: seconds and loss."""
     arms = list(dict.fromkeys(c.arm for c in found))
     styles = styles_of(arms)
     height = max(4.0, 1.2 + 0.28 * len(arms))
     figure = Figure(figsize=(13.0, height), layout="constrained")
     left, right = figure.subplots(1, 2)
     first = {arm: next(c.seed for c in found if c.arm == arm) for arm in arms}
-    deepest = {c.arm: c for c in found if c.seed == first[c.arm]}
+    series = {arm: [c for c in found if (c.arm, c.seed) == (arm, first[arm])] for arm in arms}
     base = np.zeros(len(arms))
     kinds: tuple[tuple[str, str, Callable[[ModelCost], int]], ...] = (
-        ("parents' trunks", "#56B4E9", lambda c: c.lineage_flops - c.flops),
-        ("own training", "#0072B2", lambda c: c.training_flops - (c.overhead_flops or 0)),
+        ("training", "#0072B2", lambda c: c.training_flops - (c.overhead_flops or 0)),
         ("what the arm adds to its steps", "#D55E00", lambda c: c.overhead_flops or 0),
         ("Fisher pass", "#E69F00", lambda c: c.fisher_flops),
         ("growing", "#CC79A7", lambda c: c.growth_flops),
     )
     for label, colour, share in kinds:
-        values = np.array([share(deepest[arm]) for arm in arms], dtype=np.float64)
+        values = np.array([sum(map(share, series[arm])) for arm in arms], dtype=np.float64)
         left.barh([drawn_word(arm) for arm in arms], values, left=base, color=colour, label=label)
         base += values
     left.invert_yaxis()
     left.tick_params(axis="y", labelsize=8)
     left.set_xlim(0, 1.02 * base.max())
     seed = found[0].seed
-    left.set_xlabel(f"FLOPs of the lineage of the deepest model (seed {seed})")
+    left.set_xlabel(f"FLOPs of the series (seed {seed})")
     left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     _polish(left)
     bpb = {(r.name, r.seed): r.val_bpb for r in records}
     for arm in arms:
         style = styles[arm]
-        width = 0 if is_sweep([r for r in records if r.arm == arm]) else 1.0
         for k, seed in enumerate(dict.fromkeys(c.seed for c in found if c.arm == arm)):
-            series = [c for c in found if (c.arm, c.seed) == (arm, seed)]
-            seconds = [c.cumulative_seconds for c in series]
-            losses = [bpb.get((c.name, c.seed), math.nan) for c in series]
-            look = {**style.marks, "markersize": 4, "linewidth": width}
+            models = [c for c in found if (c.arm, c.seed) == (arm, seed)]
+            seconds = [c.cumulative_seconds for c in models]
+            losses = [bpb.get((c.name, c.seed), math.nan) for c in models]
+            look = {**style.marks, "markersize": 4, "linewidth": 1.0}
             look["label"] = None if k else style.label
             right.plot(seconds, losses, style.line, **look)
     right.set_xscale("log")
@@ -332,7 +368,7 @@ def costs(found: Sequence[ModelCost], records: Sequence[Record]) -> bytes:
 def gates(logs: Logs, records: Sequence[Record]) -> bytes | None:
     """Phi, psi and the penalty along the lineage of each arm; ``None`` without any.
 
-    Of the first seed; a series goes through its depths one after the other.
+    Of the first seed; a series goes through its sizes one after the other.
     """
     panels: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None]], ...] = (
         ("phi (1: nothing damped)", lambda row: row["phi"]),

@@ -15,11 +15,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from analysis import report_figures
 from analysis.claims import Claim, decide_claims
 from analysis.comparisons import QUESTIONS, Comparison, compare_arms, headlines, read_arm
-from analysis.costs import CostAnalyzer, ModelCost, Saving, find_savings
+from analysis.costs import CostAnalyzer, ModelCost
 from analysis.planned_series import plan_cost, plan_depths, plan_doubling
 from analysis.power_laws import ChinchillaLaw, ComputeLaw
 from analysis.records import Logs, Record, read_logs, read_metrics, run_settings, training_log
 from analysis.scaling_laws import ArmLaws, ScalingLawValidator, fit_series
+from analysis.series_account import ACCOUNT_NOTE, SeriesAccount, find_accounts, own_accounts
 from common.errors import UsageError
 from common.plain_files import write_atomically
 from trainer.recorder import numbers_apart
@@ -49,7 +50,7 @@ class Analysis:
         records: of all models.
         logs: of their steps, as far as there are any.
         comparisons: of the arms.
-        savings: of the arms, where there are logs.
+        accounts: of the grown series, beside their twins.
         claims: decided.
         laws: of every arm.
         costs: of every arm and seed.
@@ -61,7 +62,7 @@ class Analysis:
     records: list[Record]
     logs: Logs
     comparisons: list[Comparison]
-    savings: list[Saving]
+    accounts: list[SeriesAccount]
     claims: list[Claim]
     laws: list[ArmLaws]
     costs: list[ModelCost]
@@ -118,14 +119,14 @@ def analyze_runs(
         costs = analyzer.analyze(records)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    savings = find_savings(records, logs)
+    accounts = find_accounts(records)
     return Analysis(
         settings=run_settings(paths),
         records=records,
         logs=logs,
         comparisons=compare_arms(records),
-        savings=savings,
-        claims=decide_claims(records, logs, savings),
+        accounts=accounts,
+        claims=decide_claims(records, logs, accounts),
         laws=fit_series(healthy, ScalingLawValidator(bootstraps=bootstraps)),
         costs=costs,
         prices={"peak_flops": peak_flops, "devices": devices, "price_per_hour": price_per_hour},
@@ -153,11 +154,11 @@ def write_json(analysis: Analysis, out: Path) -> list[str]:
         "scaling_laws.json": {
             "claims": [asdict(claim) for claim in analysis.claims],
             "comparisons": [comparison.to_dict() for comparison in analysis.comparisons],
-            "savings": [asdict(saving) for saving in analysis.savings],
             "arms": [law.to_dict() for law in analysis.laws],
         },
         "cost_analysis.json": {
             **analysis.prices,
+            "series": [account.to_dict() for account in analysis.accounts],
             "models": [asdict(cost) for cost in analysis.costs],
             "on_paper": analysis.plans,
         },
@@ -212,12 +213,16 @@ def render_report(analysis: Analysis) -> str:
     return environment.get_template("report.html.j2").render(
         records=analysis.records,
         seeds=sorted({record.seed for record in analysis.records}),
-        headlines=headlines(analysis.comparisons),
+        headlines=[
+            *(" ".join(account.sentences) for account in analysis.accounts),
+            *headlines(analysis.comparisons),
+        ],
         claims=analysis.claims,
         warnings=_grouped(analysis.warnings),
         comparisons={words: rows for words, rows in compared.items() if rows},
         count=len(analysis.comparisons),
-        savings=analysis.savings,
+        accounts=analysis.accounts,
+        account_note=ACCOUNT_NOTE,
         fitted=fitted,
         refused=refused,
         costs=analysis.costs,
@@ -237,12 +242,14 @@ def _figures(analysis: Analysis) -> dict[str, bytes | None]:
     drawn: dict[str, bytes | None] = {}
     if records:
         drawn = {
-            "flops": report_figures.loss_against_flops(records, logs),
-            "depth": report_figures.bpb_against_depth(records, analysis.comparisons),
+            "sizes": report_figures.losses_by_size(records, analysis.comparisons),
             "scaling": report_figures.scaling(analysis.laws),
             "cost": report_figures.costs(analysis.costs, records),
             "gates": report_figures.gates(logs, records),
         }
+    if records and (accounts := own_accounts(analysis.accounts)):
+        drawn["series"] = report_figures.series_costs(accounts)
+        drawn["cooled"] = report_figures.cooled_branches(accounts)
     return drawn
 
 

@@ -31,23 +31,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from analysis.comparisons import count_seeds
+from analysis.comparisons import PLAIN, twin_of
 from analysis.equal_loss import ABOVE, AT_MOST, EXACT, Bounded, equal_share, mean_of
 from analysis.records import Cooled, Record, chain, sizes_of, without_nan
-from common.errors import UsageError
-from common.statistics import MIN_SEEDS, Estimate
+from common.statistics import MIN_SEEDS, Estimate, count_seeds
 from common.tables import markdown
-from trainer.arms import Arm, parse_arm
 
 __all__ = [
-    "AT_LEAST", "BELOW", "PLAIN", "MemberAccount", "SeriesAccount", "account_of",
-    "describe_account", "find_accounts", "formula_saving", "transfer_efficiency", "twin_of",
+    "ACCOUNT_NOTE", "AT_LEAST", "BELOW", "MemberAccount", "SeriesAccount", "account_of",
+    "describe_account", "find_accounts", "formula_saving", "own_accounts", "transfer_efficiency",
 ]  # fmt: skip
 
-PLAIN = Arm(False, (), None).name  # AdamW, from scratch
 AT_LEAST, BELOW = "at least", "below"
 _OF_EFFICIENCY = {EXACT: EXACT, AT_MOST: AT_LEAST, ABOVE: BELOW}  # less share, more efficiency
-_NOTE = (
+ACCOUNT_NOTE = (
     "Twin: the model from scratch of the same size and optimizer, trained in full. Paid: own "
     "trunk, cooled branch, growth and Fisher pass, in operations, as a share of the twin's. Equal "
     "at: the share of the twin's steps at which the cooled member has the twin's loss. With "
@@ -129,9 +126,13 @@ class MemberAccount:
         tokens: it was trained on itself.
         lineage_flops: operations of everything that went into it.
         lineage_tokens: it and its ancestors were trained on.
+        twin_flops: operations of the twin, mean.
+        branches: share of the steps and bits per byte of its cooled branches, the member last;
+            those that all seeds have.
         equal_steps: share of the steps at equal loss; ``None`` without one.
         equal_flops: share of the operations at equal loss; ``None`` without one.
-        efficiency: e; ``None`` without a parent or a share at equal loss.
+        efficiency: e; ``None`` without a parent or a share at equal loss, and beside twins of
+            another optimizer.
     """
 
     size: str
@@ -149,6 +150,8 @@ class MemberAccount:
     tokens: Estimate
     lineage_flops: Estimate
     lineage_tokens: Estimate
+    twin_flops: float
+    branches: tuple[tuple[float, Estimate], ...]
     equal_steps: Bounded | None
     equal_flops: Bounded | None
     efficiency: Bounded | None
@@ -168,7 +171,8 @@ class SeriesAccount:
         seconds: the same of seconds; ``None`` where none were measured.
         tokens: the same of tokens.
         growth_factor: geometric mean of the members'.
-        efficiency: e, the mean of the members'; ``None`` unless all have one.
+        efficiency: e, the mean of the members'; ``None`` unless all have one, and beside twins of
+            another optimizer, which say nothing of it.
     """
 
     arm: str
@@ -181,6 +185,11 @@ class SeriesAccount:
     tokens: Estimate
     growth_factor: float
     efficiency: Bounded | None
+
+    @property
+    def has_own_twins(self) -> bool:
+        """Whether the twins have the optimizer and controller of the members."""
+        return self.baseline == twin_of(self.arm)
 
     @property
     def saving(self) -> Estimate:
@@ -217,13 +226,12 @@ class SeriesAccount:
     def sentences(self) -> list[str]:
         """The account in words."""
         first, last = self.members[0], self.members[-1]
-        seconds = "" if self.seconds is None else f" ({self.seconds.mean:.0%} of the seconds)"
+        seconds = "" if self.seconds is None else f" and {self.seconds.mean:.0%} of their seconds"
         saving = self.saving.mean
         saved = f"{abs(saving):.0%} {'saved' if saving >= 0 else 'more'}"
         lines = [
-            f"The series {first.size} ... {last.size}, {self.arm}, took {self.paid.mean:.0%} of "
-            f"the operations of its twins, {self.baseline}{seconds}: {saved}, "
-            f"{self._at_what_loss()}.",
+            f"The series {first.size} ... {last.size} ({self.arm}) took {self.paid.mean:.0%} of "
+            f"its twins' operations ({self.baseline}){seconds}: {saved}, {self._at_what_loss()}.",
             f"This is what a series saves. {last.size} alone, with everything it grew out of, cost "
             f"{last.lineage_flops.mean:.2f} of its twin's operations, and its lineage has read "
             f"{last.lineage_tokens.mean:.2f} times its twin's tokens.",
@@ -244,11 +252,11 @@ class SeriesAccount:
 
     def _at_what_loss(self) -> str:
         if self.diverged:
-            return f"at no known loss: of {self.compared} pairs {self.diverged} diverged"
+            return f"at no known loss: {self.diverged} of {self.compared} pairs diverged"
         if self.at_equal_loss:
-            return f"at equal loss: all {self.compared} grown members end at or below their twins"
+            return f"at equal loss: all {self.compared} models compared end at or below their twins"
         return (
-            f"at unequal loss: {self.worse} of {self.compared} grown members end above their twins "
+            f"at unequal loss: {self.worse} of {self.compared} models end above their twins "
             f"(largest mean difference {self.deficit:+.4f} bits per byte)"
         )
 
@@ -293,6 +301,7 @@ class _Pair:
 
     ours: Record
     twin: Cooled
+    has_own_twin: bool  # of its own optimizer
     is_twin: bool
     params: int
     growth_factor: float | None
@@ -312,6 +321,7 @@ class _Pair:
         return cls(
             ours=ours,
             twin=twin,
+            has_own_twin=theirs.arm == twin_of(ours.arm),
             is_twin=same,
             params=params,
             growth_factor=None if inherited is None else params / inherited,
@@ -346,7 +356,7 @@ class _Pair:
     @property
     def efficiency(self) -> Bounded | None:
         share = self.equal_steps
-        if share is None or self.growth_factor is None:
+        if share is None or self.growth_factor is None or not self.has_own_twin:
             return None
         # Of steps, so that what the method adds is not in it.
         e = transfer_efficiency(share.value, self.growth_factor, self.cooldown)
@@ -435,6 +445,8 @@ def _member(pairs: Sequence[_Pair]) -> MemberAccount:
     first = pairs[0]
     paid = _paid(alone)
     steps = [p.ours.tokens / p.twin.tokens for p in pairs]
+    curves = [{branch.share: branch.val_bpb for branch in p.ours.cooled} for p in pairs]
+    shares = [share for share in curves[0] if all(share in curve for curve in curves)]
     return MemberAccount(
         size=first.ours.size,
         params=first.params,
@@ -451,23 +463,12 @@ def _member(pairs: Sequence[_Pair]) -> MemberAccount:
         tokens=Estimate.of(steps),
         lineage_flops=_share(alone, lambda p: p.ours.lineage_flops, lambda p: p.twin.flops),
         lineage_tokens=_share(alone, lambda p: p.lineage_tokens, lambda p: p.twin.tokens),
+        twin_flops=Estimate.of([p.twin.flops for p in pairs]).mean,
+        branches=tuple((s, Estimate.of([curve[s] for curve in curves])) for s in shares),
         equal_steps=_mean([pair.equal_steps for pair in pairs]),
         equal_flops=_mean([pair.equal_flops for pair in pairs]),
         efficiency=_mean([pair.efficiency for pair in pairs]),
     )
-
-
-def twin_of(arm: str) -> str:
-    """How the twins of an arm are trained: from scratch, with its optimizer and controller.
-
-    Example:
-        >>> twin_of("grown+ewc+ars"), twin_of("unheard-of")
-        ('scratch+ars', 'scratch')
-    """
-    try:
-        return parse_arm(arm).root.name
-    except UsageError:
-        return PLAIN
 
 
 def find_accounts(records: Sequence[Record]) -> list[SeriesAccount]:
@@ -481,6 +482,14 @@ def find_accounts(records: Sequence[Record]) -> list[SeriesAccount]:
         for baseline in dict.fromkeys([twin_of(arm), PLAIN]):
             found.append(account_of(arm, baseline, records, records))
     return [account for account in found if account is not None]
+
+
+def own_accounts(accounts: Sequence[SeriesAccount]) -> list[SeriesAccount]:
+    """One account an arm: beside its own twins, or else beside those that are there."""
+    found: dict[str, SeriesAccount] = {}
+    for account in sorted(accounts, key=lambda account: not account.has_own_twins):
+        found.setdefault(account.arm, account)
+    return list(found.values())
 
 
 def describe_account(records: Sequence[Record]) -> str:
@@ -499,4 +508,4 @@ def describe_account(records: Sequence[Record]) -> str:
     for account in accounts:
         table = markdown(account.rows, "lrlr", padded=True)
         parts.append("\n\n".join([table, " ".join(account.sentences)]))
-    return "\n\n".join([*parts, _NOTE]) + "\n"
+    return "\n\n".join([*parts, ACCOUNT_NOTE]) + "\n"

@@ -8,13 +8,26 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-__all__ = ["MIN_SEEDS", "Array", "Estimate", "Interval", "bootstrap_interval", "share_interval"]
+__all__ = [
+    "MIN_SEEDS", "Array", "Estimate", "Interval", "bootstrap_interval", "count_seeds",
+    "share_interval",
+]  # fmt: skip
 
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
 
 MIN_SEEDS = 3  # two give an interval 13 deviations wide
 _CONFIDENCE = 0.95
+
+
+def count_seeds(count: int) -> str:
+    """The number in words.
+
+    Example:
+        >>> count_seeds(1), count_seeds(3)
+        ('1 seed', '3 seeds')
+    """
+    return f"{count} seed{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
-from analysis_records import chain_of, entry, two_arms, write
+from analysis_records import grown_series, trained, write
 
 from analysis.comparisons import (
     QUESTIONS,
@@ -12,6 +13,7 @@ from analysis.comparisons import (
     compare_arms,
     headlines,
     pairings,
+    twin_of,
     without_strengths,
 )
 from analysis.records import Record, read_metrics
@@ -25,41 +27,36 @@ ALL = (*METHODS, *(f"{method}+ars" for method in METHODS))
 
 
 def found(tmp_path: Path, *arms: str) -> list[Pairing]:
-    records = [entry(f"d3-{arm}", 2.5) for arm in arms]
+    records = [trained(f"d3-{arm}", 2.5) for arm in arms]
     return pairings(read_metrics([write(tmp_path / "m.json", records)]))
 
 
-def test_the_experiment_has_all_its_comparisons(tmp_path: Path) -> None:
+def test_every_arm_has_its_comparisons(tmp_path: Path) -> None:
     pairs = found(tmp_path, *ALL)
-    by_question = {q: [p for p in pairs if p.question == q] for q in QUESTIONS}
+    by_question = {q: [(p.arm, p.baseline) for p in pairs if p.question == q] for q in QUESTIONS}
     grown = [arm for arm in ALL if parse_arm(arm).grown]
-    assert [(p.arm, p.baseline) for p in by_question["inheriting"]] == [
-        (arm, "scratch") for arm in grown
+    assert by_question["inheriting"] == [
+        (arm, "scratch+ars" if arm.endswith("+ars") else "scratch") for arm in grown
     ]
-    assert {(p.arm, p.baseline) for p in by_question["controller"]} == {
-        (f"{method}+ars", method) for method in METHODS
-    }
-    assert [(p.arm, p.baseline) for p in by_question["penalty"]] == [
+    assert set(by_question["controller"]) == {(f"{method}+ars", method) for method in METHODS}
+    assert by_question["penalty"] == [
         (arm, "grown+ars" if arm.endswith("+ars") else "grown")
         for arm in grown
         if parse_arm(arm).parts
     ]
-    assert [(p.arm, p.baseline) for p in by_question["control"]] == [
-        ("scratch+muon", "scratch"), ("scratch+muon+ars", "scratch"),
+    assert by_question["muon"] == [("grown", "scratch+muon"), ("grown+ars", "scratch+muon+ars")]
+    assert by_question["optimizer"] == [
+        ("scratch+muon", "scratch"), ("scratch+muon+ars", "scratch+ars"),
     ]  # fmt: skip
-    assert [(p.arm, p.baseline) for p in by_question["muon"]] == [
-        ("grown", "scratch+muon"), ("grown+ars", "scratch+muon+ars"),
-    ]  # fmt: skip
-    held = {p.arm for p in pairs if p.from_scratch}
-    assert held == set(ALL) - {"scratch"}, "every arm is held against the model from scratch"
     assert len({(p.arm, p.baseline) for p in pairs}) == len(pairs), "nothing is compared twice"
 
 
-def test_without_a_plain_model_the_one_with_the_same_controller_is_the_baseline(
-    tmp_path: Path,
-) -> None:
+def test_twins_have_the_controller_and_plain_ones_stand_in_for_them(tmp_path: Path) -> None:
+    assert twin_of("grown+ewc+ars") == "scratch+ars"
     (pair,) = found(tmp_path, "scratch+ars", "grown+ewc+ars")
-    assert (pair.arm, pair.baseline, pair.from_scratch) == ("grown+ewc+ars", "scratch+ars", True)
+    assert (pair.arm, pair.baseline) == ("grown+ewc+ars", "scratch+ars")
+    (pair,) = found(tmp_path, "scratch", "grown+ewc+ars")
+    assert (pair.arm, pair.baseline) == ("grown+ewc+ars", "scratch")
     assert found(tmp_path, "scratch+ars", "grown+ewc") == []
 
 
@@ -101,7 +98,8 @@ def test_strengths_leave_the_legend(word: str, plain: str) -> None:
 
 def records(tmp_path: Path, gains: list[float]) -> list[Record]:
     return read_metrics([
-        write(tmp_path / f"{seed}.json", two_arms(seed, gain)) for seed, gain in enumerate(gains)
+        write(tmp_path / f"{seed}.json", grown_series(seed, gain))
+        for seed, gain in enumerate(gains)
     ])  # fmt: skip
 
 
@@ -117,43 +115,51 @@ def records(tmp_path: Path, gains: list[float]) -> list[Record]:
 )
 def test_conclusions(tmp_path: Path, gains: list[float], conclusion: str) -> None:
     found = compare_arms(records(tmp_path, gains))
-    assert [(c.arm, c.depth, c.seeds) for c in found] == [
-        ("grown", 3, len(gains)), ("grown", 4, len(gains)),
+    assert [(c.arm, c.size, c.seeds) for c in found] == [
+        ("grown", "d4", len(gains)), ("grown", "d6", len(gains)),
     ]  # fmt: skip
     for comparison in found:
         assert comparison.conclusion == conclusion
         assert comparison.difference == pytest.approx(-sum(gains) / len(gains))
         assert (comparison.interval is None) == (len(gains) == 1)
-        assert comparison.flops_ratio == 1.0
+    # 40 of 100 steps, and growing: 8 operations a parameter of 60,000 a parameter and step.
+    assert found[0].flops_ratio == pytest.approx(0.4 + 8 / 60_000 / 4)
 
 
-def test_an_arm_with_more_operations_is_not_compared(tmp_path: Path) -> None:
-    runs = [two_arms(seed, 0.1 + 0.01 * seed) for seed in range(3)]
-    for run in runs:
-        run[1]["lineage_flops"] = int(1.03 * run[1]["lineage_flops"])
-    paths = [write(tmp_path / f"{i}.json", run) for i, run in enumerate(runs)]
-    first, second = compare_arms(read_metrics(paths))
-    assert (first.conclusion, second.conclusion) == ("budgets differ", "better")
+def with_penalty(seed: int, share: float) -> list[dict[str, Any]]:
+    """The made-up series, and d4 grown with a penalty at another share of the steps."""
+    run = grown_series(seed, 0.1)
+    bpb = 2.3 - 0.01 * seed
+    return [*run, trained("d4-grown+ewc", {share: bpb}, run[0], seed=seed)]
 
 
-def test_depths_without_a_counterpart_are_left_out(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "m.json", [entry("d2-scratch", 3.0), entry("d3-grown", 2, "d2-scratch")]
-    )
-    assert compare_arms(read_metrics([path])) == []
+@pytest.mark.parametrize(("share", "conclusion"), [(0.4, "better"), (0.45, "shares differ")])
+def test_what_is_added_is_compared_at_one_share(
+    tmp_path: Path, share: float, conclusion: str
+) -> None:
+    paths = [write(tmp_path / f"{i}.json", with_penalty(i, share)) for i in range(3)]
+    (penalty,) = (c for c in compare_arms(read_metrics(paths)) if c.question == "penalty")
+    assert penalty.conclusion == conclusion
+    own = next(c for c in compare_arms(read_metrics(paths)) if c.arm == "grown+ewc")
+    assert (own.question, own.conclusion) == ("inheriting", "better")
+
+
+def test_sizes_without_a_counterpart_are_left_out(tmp_path: Path) -> None:
+    first, grown, *_ = grown_series()
+    assert compare_arms(read_metrics([write(tmp_path / "m.json", [first, grown])])) == []
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("d3-grown", "diverged in 2 of 5 seeds"),
-        ("d3-scratch", "scratch diverged in 2 of 5 seeds"),
+        ("d4-grown", "diverged in 2 of 5 seeds"),
+        ("d4-scratch", "scratch diverged in 2 of 5 seeds"),
     ],
 )
 def test_seeds_that_diverged_are_not_left_to_the_others(
     tmp_path: Path, name: str, words: str
 ) -> None:
-    runs = [two_arms(seed, 0.1 + 0.01 * seed) for seed in range(5)]
+    runs = [grown_series(seed, 0.1 + 0.01 * seed) for seed in range(5)]
     for run in runs[:2]:
         next(r for r in run if r["name"] == name)["val_bpb"] = math.nan
     paths = [write(tmp_path / f"{i}.json", run) for i, run in enumerate(runs)]
@@ -162,46 +168,47 @@ def test_seeds_that_diverged_are_not_left_to_the_others(
     assert first.to_dict()["difference"] is None
     assert second.conclusion == "better"
     (line,) = headlines([first])
-    assert line.endswith(f"No benefit shown. {words[0].upper()}{words[1:]}: grown at d3.")
+    assert line.endswith(f"No benefit shown. {words[0].upper()}{words[1:]}: grown at d4.")
 
 
 def test_headlines_say_first_what_was_not_gained(tmp_path: Path) -> None:
     assert headlines([]) == [
-        "There is nothing to compare: no two arms trained a model of the same depth."
+        "There is nothing to compare: no two arms trained a model of the same size."
     ]
     for gains, start in (
-        ([0.1, 0.11, 0.12], "Fewer bits per byte: grown at d3, d4."),
-        ([0.1, -0.09, 0.02], "No benefit shown. No difference beyond chance: grown at d3, d4."),
-        ([-0.1, -0.11, -0.12], "No benefit shown. More bits per byte: grown at d3, d4."),
+        ([0.1, 0.11, 0.12], "Fewer bits per byte: grown at d4, d6."),
+        ([0.1, -0.09, 0.02], "No benefit shown. No difference beyond chance: grown at d4, d6."),
+        ([-0.1, -0.11, -0.12], "No benefit shown. More bits per byte: grown at d4, d6."),
         (
             [0.1],
-            "Nothing is shown either way. No conclusion from fewer than 3 seeds: grown at d3, d4.",
+            "Nothing is shown either way. No conclusion from fewer than 3 seeds: grown at d4, d6.",
         ),
     ):
         (line,) = headlines(compare_arms(records(tmp_path, gains)))
-        assert line == f"Does inheriting beat training from scratch at equal FLOPs? {start}"
+        assert line == f"{QUESTIONS['inheriting']} {start}"
 
 
 def test_every_question_has_its_own_answer(tmp_path: Path) -> None:
     paths = []
     for seed in range(3):
-        noise = 0.001 * seed
-        more = chain_of("grown+ewc", "scratch", [2.45 + noise, 2.15], seed)
-        more += [entry("d2-scratch+ars", 3.0, seed=seed), entry("d3-scratch+ars", 2.5, seed=seed)]
-        paths.append(write(tmp_path / f"{seed}.json", [*two_arms(seed, 0.1 + noise), *more]))
+        run = grown_series(seed, 0.1 + 0.001 * seed)
+        run += [r for r in grown_series(seed, 0.05, "grown+ewc") if r["arm"] == "grown+ewc"]
+        run += [trained(f"{r['size']}-scratch+ars", r["val_bpb"], seed=seed)
+                for r in run if r["arm"] == "scratch"]  # fmt: skip
+        paths.append(write(tmp_path / f"{seed}.json", run))
     lines = headlines(compare_arms(read_metrics(paths)))
     assert len(lines) == 3
-    assert lines[0].endswith("? Fewer bits per byte: grown, grown+ewc at d3, d4.")
-    assert lines[1].startswith("Do the penalties add anything to plain growing? No benefit shown.")
-    assert "More bits per byte: grown+ewc at d3, d4" in lines[1]
+    assert lines[0].endswith("? Fewer bits per byte: grown, grown+ewc at d4, d6.")
+    assert lines[1].startswith(f"{QUESTIONS['penalty']} No benefit shown.")
+    assert "More bits per byte: grown+ewc at d4, d6" in lines[1]
     assert lines[2].endswith(
-        "No benefit shown. No difference beyond chance: scratch+ars at d2, d3."
+        "No benefit shown. No difference beyond chance: scratch+ars at d2, d4, d6."
     )
 
 
 def test_strengths_are_counted_and_not_listed(tmp_path: Path) -> None:
-    more = [entry("d3-grown+ewc=2+ars", 2.4, "d2-scratch")]
+    run = grown_series()
     for word in ("grown+ewc=0.5", "grown+ewc=1", "grown+ewc=2", "grown+subspace=1"):
-        more.append(entry(f"d3-{word}", 2.4, "d2-scratch"))
-    lines = headlines(compare_arms(read_metrics([write(tmp_path / "m.json", two_arms() + more)])))
-    assert lines[1].endswith("3 seeds: grown+ewc (3 strengths), grown+subspace=1 at d3.")
+        run.append(trained(f"d4-{word}", {0.4: 2.4}, run[0]))
+    lines = headlines(compare_arms(read_metrics([write(tmp_path / "m.json", run)])))
+    assert lines[1].endswith("3 seeds: grown+ewc (3 strengths), grown+subspace=1 at d4.")

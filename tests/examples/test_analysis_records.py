@@ -8,12 +8,9 @@ from typing import Any
 import pytest
 from analysis_records import (
     DEMO,
-    chain_of,
     curve,
-    entry,
     grown_series,
     trained,
-    two_arms,
     write,
     write_run,
 )
@@ -40,14 +37,14 @@ def test_the_committed_demo_is_read() -> None:
 
 
 def test_several_seeds_are_several_files(tmp_path: Path) -> None:
-    paths = [write(tmp_path / f"{seed}.json", two_arms(seed)) for seed in (1, 2)]
+    paths = [write(tmp_path / f"{seed}.json", grown_series(seed)) for seed in (1, 2)]
     assert sorted({r.seed for r in read_metrics(paths)}) == [1, 2]
     with pytest.raises(UsageError, match=r"d2-scratch with seed 1 is in .*1\.json already"):
         read_metrics([paths[0], paths[0]])
 
 
 def test_fields_that_follow_may_be_absent(tmp_path: Path) -> None:
-    record = entry("d2-scratch", 3.0)
+    record = trained("d2-scratch", 3.0)
     for key in ("lineage_flops", "lineage_tokens", "fisher_flops", "warnings"):
         del record[key]
     (found,) = read_metrics([write(tmp_path / "metrics.json", [record])])
@@ -75,7 +72,7 @@ def test_a_record_knows_its_cooled_branches(tmp_path: Path) -> None:
 
 def test_a_record_of_the_old_trainer_is_its_own_only_branch() -> None:
     for record in read_metrics([DEMO]):
-        assert record.size == f"d{record.depth}"
+        assert record.size == record.name.split("-")[0]
         assert (record.share, record.full_steps, record.cooldown_steps) == (1.0, None, None)
         (branch,) = record.cooled
         assert (branch.flops, branch.val_bpb) == (record.flops, record.val_bpb)
@@ -112,8 +109,8 @@ def test_bad_branches_are_refused_by_name(
 
 
 def test_one_model_of_a_size_arm_and_seed(tmp_path: Path) -> None:
-    records = [*two_arms(), {**entry("d3-grown", 2.0, "d2-scratch"), "name": "again"}]
-    with pytest.raises(UsageError, match="again and d3-grown are both d3 of the arm grown with se"):
+    records = [*grown_series(), {**trained("d4-grown", 2.0), "name": "again"}]
+    with pytest.raises(UsageError, match="again and d4-grown are both d4 of the arm grown with se"):
         read_metrics([write(tmp_path / "metrics.json", records)])
 
 
@@ -121,14 +118,20 @@ def change(key: str, value: Any) -> Callable[[list[dict[str, Any]]], None]:
     return lambda records: records[1].__setitem__(key, value)
 
 
+def old(**fields: Any) -> Callable[[list[dict[str, Any]]], None]:
+    """A record of the old trainer, without cooled branches, with these fields."""
+    return lambda records: (records[1].pop("cooled"), records[1].update(fields))[1]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (change("params", "many"), "d3-grown: params is 'many', not of type int"),
+        (change("params", "many"), "d4-grown: params is 'many', not of type int"),
         (change("params", True), "params is True"),
         (change("params", 0), "params is 0, not from 1 to 1e+30"),
         (change("flops", 10**31), "flops is 1" + "0" * 31 + ", not from 1 to 1e+30"),
-        (change("depth", 10**9), "depth is 1000000000, not from 1 to 10000"),
+        (old(depth=10**9), "depth is 1000000000, not from 1 to 10000"),
+        (old(depth=None), "depth is None, not of type int"),
         (change("seed", 10**40), "seed is 1"),
         (change("name", "a/b"), "name is 'a/b', not a printable word without a slash"),
         (change("arm", "a\nb"), "arm is 'a\\nb', not a printable word"),
@@ -144,9 +147,9 @@ def change(key: str, value: Any) -> Callable[[list[dict[str, Any]]], None]:
         (change("devices", 0), "devices is 0, not from 1"),
         (change("seconds", None), "seconds is None"),
         (change("seed", 1.5), "seed is 1.5, not of type int"),
-        (change("parent", "d9"), "the parent d9 of d3-grown has no record"),
-        (lambda records: records[1].pop("flops"), "d3-grown has no flops"),
-        (lambda records: records[1].pop("lineage_flops"), "d3-grown has no lineage_flops"),
+        (change("parent", "d9"), "the parent d9 of d4-grown has no record"),
+        (lambda records: records[1].pop("flops"), "d4-grown has no flops"),
+        (lambda records: records[1].pop("lineage_flops"), "d4-grown has no lineage_flops"),
         (lambda records: records[1].pop("name"), "record 1 has no name"),
         (lambda records: records.append(3), "record 5 is not an object"),  # type: ignore[arg-type]
         (lambda records: records.append(dict(records[0])), "d2-scratch with seed 0 is in"),
@@ -156,7 +159,7 @@ def change(key: str, value: Any) -> Callable[[list[dict[str, Any]]], None]:
 def test_bad_records_are_refused_by_name(
     tmp_path: Path, spoil: Callable[[list[dict[str, Any]]], object], message: str
 ) -> None:
-    records = two_arms()
+    records = grown_series()
     spoil(records)
     with pytest.raises(UsageError) as caught:
         read_metrics([write(tmp_path / "metrics.json", records)])
@@ -175,33 +178,36 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_chain_holds_the_ancestors_of_its_arm(tmp_path: Path) -> None:
-    records = read_metrics([write(tmp_path / "metrics.json", two_arms())])
+    records = read_metrics([write(tmp_path / "metrics.json", grown_series())])
     assert [r.name for r in chain(records, "grown", 0)] == [
-        "d2-scratch", "d3-grown", "d4-grown",
+        "d2-scratch", "d4-grown", "d6-grown",
     ]  # fmt: skip
-    assert [r.depth for r in chain(records, "scratch", 0)] == [2, 3, 4]
+    assert [r.size for r in chain(records, "scratch", 0)] == ["d2", "d4", "d6"]
     assert chain(records, "scratch", 1) == []
 
 
 def test_a_model_that_diverged_is_read_as_such(tmp_path: Path) -> None:
     for value in (float("nan"), float("inf")):
-        records = two_arms()
+        records = grown_series()
         records[1]["val_bpb"] = value
         found = read_metrics([write(tmp_path / "metrics.json", records)])
-        assert [r.name for r in found if r.diverged] == ["d3-grown"]
+        assert [r.name for r in found if r.diverged] == ["d4-grown"]
 
 
 def test_arms_of_one_seed_may_lie_in_several_files(tmp_path: Path) -> None:
-    plain = write(tmp_path / "a" / "metrics.json", two_arms())
-    controlled = [entry("d2-scratch+ars", 3.0), *chain_of("grown+ars", "scratch+ars", [2.4])]
+    plain = write(tmp_path / "a" / "metrics.json", grown_series())
+    root = trained("d2-scratch+ars", 3.0)
+    controlled = [root, trained("d4-grown+ars", {0.4: 2.4}, root)]
     other = write(tmp_path / "b" / "metrics.json", controlled)
     found = read_metrics([plain, other])
     assert {r.seed for r in found} == {0}
-    assert [r.name for r in chain(found, "grown+ars", 0)] == ["d2-scratch+ars", "d3-grown+ars"]
+    assert [r.name for r in chain(found, "grown+ars", 0)] == ["d2-scratch+ars", "d4-grown+ars"]
 
 
 def test_logs_beside_the_metrics_are_found(tmp_path: Path) -> None:
-    path = write(tmp_path / "metrics.json", [entry("d2-scratch", 3.0), entry("d3-scratch", 2.5)])
+    path = write(
+        tmp_path / "metrics.json", [trained("d2-scratch", 3.0), trained("d4-scratch", 2.5)]
+    )
     with StepLog(tmp_path / "log_d2-scratch.csv", None) as log:
         log.write({"step": 1, "flops": 100, "phi": 1.0})
     with StepLog(tmp_path / "log_d3-scratch.csv", None):
@@ -212,7 +218,7 @@ def test_logs_beside_the_metrics_are_found(tmp_path: Path) -> None:
 
 
 def test_curves_are_thinned_to_where_validation_was_measured() -> None:
-    record = entry("d2-scratch", 3.0)
+    record = trained("d2-scratch", 3.0)
     rows = curve(record, 8.0, 3.2)
     for row in rows:
         row["phi"] = None
@@ -232,11 +238,11 @@ def test_curves_are_thinned_to_where_validation_was_measured() -> None:
 
 def test_settings_hold_no_paths_of_the_machine(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    path = write_run(folder, two_arms(), data=str(tmp_path / "text.txt"), words=["a/b", "/c/d"])
+    path = write_run(folder, grown_series(), data=str(tmp_path / "text.txt"), words=["a/b", "/c/d"])
     (run,) = run_settings([path, tmp_path / "absent" / "metrics.json"])
     assert run["settings"]["data"] == "text.txt"
     assert run["settings"]["words"] == ["a/b", "d"]
-    assert run["settings"]["depths"] == [2, 3, 4]
+    assert run["settings"]["depths"] == [2, 4, 6]
 
 
 def test_json_has_no_word_for_what_is_no_number() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from analysis_records import DEMO, byte_tokens, chain_of, entry, two_arms, write, write_run
+from analysis_records import DEMO, byte_tokens, grown_series, trained, write, write_run
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from analysis import report_figures, run_report
 from analysis.bundle import MINI_BUNDLE, load_bundle
@@ -26,6 +27,7 @@ from analysis.run_report import (
     render_report,
     write_run_analysis,
 )
+from analysis.series_account import find_accounts
 from ars.models import GPT, miniseries_config
 from common.errors import UsageError
 
@@ -86,25 +88,25 @@ METHODS = (
 
 
 def experiment(tmp_path: Path, seeds: int) -> list[Path]:
-    """Thirteen arms on three depths, as the experiment has them, in a folder a controller."""
+    """Thirteen arms on three sizes, as an experiment has them, in a folder a controller."""
     paths = []
     for seed in range(seeds):
         for suffix in ("", "+ars"):
-            records = []
+            noise = 0.002 * ((seed + len(suffix)) % 3)
+            run = grown_series(seed, root=f"scratch{suffix}", arm=f"grown{suffix}")
             for i, method in enumerate(METHODS):
-                # Grown arms gain 0.1 and lose 0.01 a penalty; the controller does nothing.
-                noise = 0.002 * ((seed + len(suffix)) % 3)
-                arm = f"{method}{suffix}"
-                if method.startswith("grown"):
-                    losses = [2.4 + 0.01 * i + noise, 2.1 + 0.01 * i + noise]
-                    records += chain_of(arm, f"scratch{suffix}", losses, seed)
-                else:
-                    records += [
-                        entry(f"d{d}-{arm}", bpb + 0.02 * i + noise, seed=seed)
-                        for d, bpb in ((2, 3.0), (3, 2.5), (4, 2.2))
-                    ]
-            records.append(entry(f"d4-other{suffix}", 2.3, seed=seed))
-            paths.append(write_run(tmp_path / f"seed-{seed}{suffix}", records))
+                # A penalty costs 0.01, Muon gains 0.1, the controller does nothing.
+                if method in ("scratch", "grown"):
+                    continue
+                for twin in [r for r in run if r["arm"] == f"scratch{suffix}"]:
+                    if not method.startswith("grown"):
+                        bpb = twin["val_bpb"] - 0.1 + noise
+                        run.append(trained(f"{twin['size']}-{method}{suffix}", bpb, seed=seed))
+                chain = grown_series(seed, 0.03 - 0.01 * i - noise, f"{method}{suffix}",
+                                     f"scratch{suffix}")  # fmt: skip
+                run += [r for r in chain if method.startswith("grown") and r["parent"]]
+            run.append(trained(f"d6-other{suffix}", 2.3, seed=seed))
+            paths.append(write_run(tmp_path / f"seed-{seed}{suffix}", run))
     return paths
 
 
@@ -116,16 +118,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_the_result_stands_first_and_the_claims_follow(whole: Page) -> None:
     words = (
-        "Does inheriting beat training from scratch at equal FLOPs? Fewer bits per byte: grown",
-        "Do the penalties add anything to plain growing? No benefit shown. More bits per byte:",
+        "The series d2 ... d6 (grown) took 44% of its twins' operations (scratch)",
+        "Is a grown model better than its twin from scratch, which takes more steps? Fewer bits",
+        "Do penalties or a teacher add anything to plain growing? No benefit shown. More bits",
         "Does the controller add anything? No benefit shown. No difference beyond chance:",
-        "60 % cheaper: the baseline's loss",
+        "60 % cheaper: the series",
         "The same score with under 75 % of the tokens",
         "Monotonic improvement",
         "No divergence",
         "No warning during training",
+        "What the series cost",
         "Arms compared",
-        "Cost of the model from scratch's loss",
         "Scaling laws",
         "Gates and penalties",
     )
@@ -134,68 +137,70 @@ def test_the_result_stands_first_and_the_claims_follow(whole: Page) -> None:
 
 
 def test_everything_is_in_the_report_of_many_arms(whole: Page) -> None:
-    assert len(whole.images) == 4, "no controller and no penalty is in these logs"
+    assert len(whole.images) == 5, "no controller and no penalty is in these logs"
     for words in (
-        "grown+ewc+subspace+ars grown+ewc+subspace d4 3",  # what the controller does
-        "grown+distill+ars grown+ars d3 3",  # what the penalty adds
-        "grown scratch+muon d4 3",
-        "scratch+muon+ars scratch d2 3",
-        "grown d4 3 of 3",
+        "grown+ewc+subspace+ars grown+ewc+subspace d6 3",  # what the controller does
+        "grown+distill+ars grown+ars d4 3",  # what the penalty adds
+        "grown scratch+muon d6 3",
+        "scratch+muon+ars scratch+ars d2 3",
+        "grown+ewc+ars beside its twins, scratch+ars",
+        "grown+ewc+ars beside its twins, scratch member",
+        "x 2.00 2.5000 ± 0.0000 2.4500 ± 0.0000 -0.0500 ± 0.0000 0.40",
         "d10 ... d20 on paper",
         "7.2B",
         "No logs of a controller or a penalty",
         "L(N, D) does not describe them",
     ):
-        assert words in whole.text
+        assert words in whole.text, words
     assert "CORE" not in whole.text
     # A reason is given once, not once an arm.
     assert whole.text.count("models of this series were grown") == 1
 
 
 def test_the_report_of_one_seed_concludes_nothing(tmp_path: Path) -> None:
-    page = render(analyze(write_run(tmp_path, two_arms())))
-    verdict = "Nothing is shown either way. No conclusion from fewer than 3 seeds: grown at d3, d4."
+    page = render(analyze(write_run(tmp_path, grown_series())))
+    verdict = "Nothing is shown either way. No conclusion from fewer than 3 seeds: grown at d4, d6."
     assert verdict in page.text
     assert page.text.count("not shown") >= 4
 
 
 def test_metrics_without_logs_are_enough(tmp_path: Path) -> None:
     page = render(analyze(DEMO), draw=True)
-    assert len(page.images) == 4
-    assert "reached" not in page.text.split("Arms compared")[0]
+    assert len(page.images) == 3, "and nothing of a series account, of which it knows nothing"
+    assert "What the series cost" not in page.text
 
 
 def test_a_loss_is_said_first(tmp_path: Path) -> None:
     paths = [
-        write(tmp_path / f"{i}.json", two_arms(i, -g)) for i, g in enumerate((0.1, 0.11, 0.12))
+        write(tmp_path / f"{i}.json", grown_series(i, -g)) for i, g in enumerate((0.1, 0.11, 0.12))
     ]
     page = render(analyze(*paths))
-    sentence = "No benefit shown. More bits per byte: grown at d3, d4."
+    sentence = "No benefit shown. More bits per byte: grown at d4, d6."
     assert page.text.index(sentence) < page.text.index("60 % cheaper")
 
 
 def test_warnings_are_listed_with_their_models(tmp_path: Path) -> None:
-    records = two_arms()
+    records = grown_series()
     records[1]["warnings"] = ["penalty above the task loss", "Omega collapsed"]
     records[3]["warnings"] = ["penalty above the task loss"]
     page = render(analyze(write_run(tmp_path, records)))
-    assert "penalty above the task loss d3-grown (seed 0), d4-grown (seed 0)" in page.text
-    assert "Omega collapsed d3-grown (seed 0)" in page.text
+    assert "penalty above the task loss d4-grown (seed 0), d6-grown (seed 0)" in page.text
+    assert "Omega collapsed d4-grown (seed 0)" in page.text
     records[1]["warnings"] = ["the penalty, 5.2, exceeds the task loss, 1e-03"]
     records[3]["warnings"] = ["the penalty, 7, exceeds the task loss, 1.5"]
     page = render(analyze(write_run(tmp_path, records)))
-    words = "task loss, … d3-grown (seed 0: 5.2, 1e-03), d4-grown (seed 0: 7, 1.5)"
+    words = "task loss, … d4-grown (seed 0: 5.2, 1e-03), d6-grown (seed 0: 7, 1.5)"
     assert f"the penalty, …, exceeds the {words}" in page.text
     assert "No warning" not in page.text
 
 
 def test_a_model_that_diverged_is_said_and_left_out_of_the_figures(tmp_path: Path) -> None:
-    records = two_arms()
+    records = grown_series()
     records[3]["val_bpb"] = math.nan
     analysis = analyze(write_run(tmp_path, records))
-    assert [r.name for r in analysis.records if r not in analysis.healthy] == ["d4-grown"]
+    assert [r.name for r in analysis.records if r not in analysis.healthy] == ["d6-grown"]
     page = render(analysis, draw=True)
-    assert "d4-grown (seed 0) ended at nan" in page.text
+    assert "d6-grown (seed 0) ended at nan" in page.text
     for record in records:
         record["val_bpb"] = math.nan
     page = render(analyze(write_run(tmp_path, records)), draw=True)
@@ -203,7 +208,7 @@ def test_a_model_that_diverged_is_said_and_left_out_of_the_figures(tmp_path: Pat
 
 
 def test_gates_of_controllers_and_penalties(tmp_path: Path) -> None:
-    records = read_metrics([write_run(tmp_path, two_arms())])
+    records = read_metrics([write_run(tmp_path, grown_series())])
     rows: Log = [
         {"step": s, "tokens": 10 * s, "flops": 10**7 * s, "loss": 5.0 / s, "val_bpb": None,
          "phi": 0.5 if s == 7 else 1.0, "psi": 0.75, "penalty": 1e-3}
@@ -211,17 +216,17 @@ def test_gates_of_controllers_and_penalties(tmp_path: Path) -> None:
     ]  # fmt: skip
     rows.insert(0, {**dict.fromkeys(rows[0]), "step": 0, "flops": 0, "val_bpb": 8.0})
     silent: Log = [{**row, "phi": None, "psi": None, "penalty": None} for row in rows]
-    logs = {("d3-grown", 0): rows, ("d3-scratch", 0): silent}
+    logs = {("d4-grown", 0): rows, ("d4-scratch", 0): silent}
     (gate,) = gate_rows(records, logs)
-    assert (gate["name"], gate["steps"], gate["psi"]) == ("d3-grown", 400, 0.75)
+    assert (gate["name"], gate["steps"], gate["psi"]) == ("d4-grown", 400, 0.75)
     assert gate["phi"] == pytest.approx(1 - 0.5 / 400)
     assert gate["damped"] == 1 / 400
     assert gate["penalty"] == pytest.approx(1e-3 / (5.0 / 400))
     page = render(replace(analyze(tmp_path / "metrics.json"), logs=logs))
     assert "No logs of a controller" not in page.text
-    assert "d3-grown 0 400 0.9988 0.2% 0.7500" in page.text
+    assert "d4-grown 0 400 0.9988 0.2% 0.7500" in page.text
     assert report_figures.gates(logs, records) is not None
-    assert report_figures.gates({("d3-scratch", 0): silent}, records) is None
+    assert report_figures.gates({("d4-scratch", 0): silent}, records) is None
 
 
 def test_the_shares_of_the_operations_are_those_of_the_first_seed(
@@ -233,44 +238,70 @@ def test_the_shares_of_the_operations_are_those_of_the_first_seed(
         assert arms == ["scratch", "grown"]
         drawn[label] = list(values)
 
-    runs = [two_arms(seed) for seed in (0, 1)]
-    for record in runs[1]:
-        record["flops"] *= 3
-        record["lineage_flops"] *= 3
+    runs = [grown_series(0, fisher=10**6), grown_series(1, fisher=10**7)]
     records = read_metrics([write(tmp_path / f"{i}.json", run) for i, run in enumerate(runs)])
     monkeypatch.setattr(Axes, "barh", barh)
     monkeypatch.setattr(Axes, "legend", lambda *_, **__: None)
     monkeypatch.setattr(Axes, "set_xlim", lambda *_, **__: None)
     report_figures.costs(CostAnalyzer().analyze(records), records)
-    fisher, growth = 10**8, 4 * 4000
+    d2, d4, d6 = (60_000_000 * d * d for d in (2, 4, 6))
     assert drawn == {
-        "parents' trunks": [4e9, 4e9 - fisher - growth],
-        "own training": [4e9, 4e9],
+        "training": [d2 + d4 + d6, d2 + (d4 + d6) * 2 // 5],
         "what the arm adds to its steps": [0, 0],
-        "Fisher pass": [0, fisher],
-        "growing": [0, growth],
+        "Fisher pass": [0, 2 * 10**6],
+        "growing": [0, 4 * 2000 * (4 + 6)],
     }
 
 
-def test_curves_of_other_lengths_are_averaged_where_all_have_points() -> None:
-    straight = [np.array([(x, -np.log10(x)) for x in points]) for points in
-                ((1e3, 1e5, 1e7), (1e4, 1e6))]  # fmt: skip
-    x, values = report_figures._on_one_grid(straight)
-    assert (x[0], x[-1]) == pytest.approx((1e4, 1e6))
-    assert values == pytest.approx(np.stack([-np.log10(x)] * 2)), "linear in the logarithm"
-    same = [np.array([(1.0, 2.0), (2.0, 1.0)]), np.array([(1.0, 4.0), (2.0, 3.0)])]
-    x, values = report_figures._on_one_grid(same)
-    assert values.mean(axis=0).tolist() == [3.0, 2.0]
+def test_the_figures_of_an_account_show_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [grown_series(seed, 0.05 + 0.01 * seed) for seed in range(3)]
+    records = read_metrics([write(tmp_path / f"{i}.json", run) for i, run in enumerate(runs)])
+    accounts = find_accounts(records)
+    figures: list[Figure] = []
+    monkeypatch.setattr(report_figures, "_png", lambda figure: figures.append(figure) or b"")
+    report_figures.series_costs(accounts)
+    report_figures.cooled_branches(accounts)
+    (axes,) = figures[0].axes
+    d2, d4, d6 = (60_000_000 * d * d for d in (2, 4, 6))
+    own = [d2, d2 + 0.4 * d4 + 32_000, d2 + 0.4 * (d4 + d6) + 80_000]
+    points = [line.get_xydata() for line in axes.get_lines() if len(line.get_xydata()) == 3]
+    assert np.asarray(points[0]) == pytest.approx(
+        np.array([(d2, 3.0), (d2 + d4, 2.5), (d2 + d4 + d6, 2.2)])
+    )
+    grown = next(p for p in points if p[1][0] < d2 + d4)
+    assert np.asarray(grown) == pytest.approx(
+        np.array(list(zip(own, (3.0, 2.44, 2.14), strict=True)))
+    )
+    assert "56% saved" in [text.get_text() for text in axes.texts]
+    panels = [axes for axes in figures[1].axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == ["d4", "d6"]
+    equal = accounts[0].members[1].equal_steps
+    assert equal is not None
+    assert [text.get_text() for text in panels[0].texts] == [f"equal: {equal.value:.2f}"]
+
+
+def test_no_saving_is_drawn_where_a_member_is_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = read_metrics([write(tmp_path / "m.json", grown_series(gain=-0.01))])
+    figures: list[Figure] = []
+    monkeypatch.setattr(report_figures, "_png", lambda figure: figures.append(figure) or b"")
+    report_figures.series_costs(find_accounts(records))
+    report_figures.cooled_branches(find_accounts(records))
+    assert not [t for t in figures[0].axes[0].texts if "saved" in t.get_text()]
+    assert figures[1].axes[0].texts[0].get_text() == "equal: above 0.40"
 
 
 def test_tasks_that_are_not_core_are_not_called_core() -> None:
     analysis = analyze(DEMO)
     model = GPT(miniseries_config(1, sequence_len=64))
     result = evaluate(model, load_bundle(MINI_BUNDLE), byte_tokens, bos=10, max_tokens=64)
-    page = render(replace(analysis, core={"d4-grown": result.to_dict()}))
-    assert "Tasks: d4-grown" in page.text
+    page = render(replace(analysis, core={"d6-grown": result.to_dict()}))
+    assert "Tasks: d6-grown" in page.text
     assert "not CORE: 22 of 22 tasks are missing" in page.text
-    assert "CORE: d4-grown" not in page.text
+    assert "CORE: d6-grown" not in page.text
     assert "mini_schema" in page.text
     tasks = tuple(TaskResult(t, 100, 0.7, 0.4, 0.3, 0.05, 0.06, 2, 0, 3) for t in CORE_TASKS)
     broken = CoreResult((replace(tasks[0], cut=7), *tasks[1:]), (), (), max_per_task=100)
@@ -285,7 +316,7 @@ def test_tasks_that_are_not_core_are_not_called_core() -> None:
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
-    record = {**two_arms()[0], "name": "<b>&d2", "arm": "<i>scratch"}
+    record = {**grown_series()[0], "name": "<b>&d2", "arm": "<i>scratch"}
     page = render(analyze(write(tmp_path / "m.json", [record])))
     assert "<b>&d2" in page.text
     assert "There is nothing to compare" in page.text
@@ -298,7 +329,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_figures")
 def test_the_files_of_a_run_lie_in_its_folder(tmp_path: Path) -> None:
-    records = two_arms()
+    records = grown_series()
     records[3]["warnings"] = ["penalty above the task loss"]
     write_run(tmp_path, records, lr=3e-3)
     names = write_run_analysis(tmp_path, peak_flops=1e12, price_per_hour=2.0)
@@ -312,9 +343,9 @@ def test_the_files_of_a_run_lie_in_its_folder(tmp_path: Path) -> None:
     assert (run["run"], run["settings"]["lr"]) == (tmp_path.name, 3e-3)
     models = {model["name"]: model for model in log["models"]}
     assert list(models) == [record["name"] for record in records]
-    assert models["d4-grown"]["warnings"] == ["penalty above the task loss"]
-    assert models["d4-grown"]["curve"]["val_bpb"][-1] == pytest.approx(2.1)
-    assert models["d3-grown"]["curve"]["step"] == list(range(9))
+    assert models["d6-grown"]["warnings"] == ["penalty above the task loss"]
+    assert models["d6-grown"]["curve"]["val_bpb"][-1] == pytest.approx(2.15)
+    assert models["d4-grown"]["curve"]["step"] == list(range(9))
     cost = json.loads((tmp_path / "metrics" / "cost_analysis.json").read_text())
     assert (cost["peak_flops"], cost["price_per_hour"], cost["devices"]) == (1e12, 2.0, None)
     assert "penalty above the task loss" in (tmp_path / "report.html").read_text()
@@ -324,17 +355,17 @@ def test_the_files_of_a_run_lie_in_its_folder(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_figures")
 def test_the_number_of_devices_is_the_recorded_one(tmp_path: Path) -> None:
-    records = [{**record, "devices": 4} for record in two_arms()]
+    records = [{**record, "devices": 4} for record in grown_series()]
     write_run(tmp_path, records)
     write_run_analysis(tmp_path, price_per_hour=3600.0)
     cost = json.loads((tmp_path / "metrics" / "cost_analysis.json").read_text())
     assert cost["models"][0]["devices"] == 4
-    assert cost["models"][0]["price"] == pytest.approx(20.0 * 4)
+    assert cost["models"][0]["price"] == pytest.approx(4.0 * 4)
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_run_that_diverged_is_reported_all_the_same(tmp_path: Path) -> None:
-    records = two_arms()
+    records = grown_series()
     for record in records[1:]:
         record["val_bpb"] = math.nan
     write_run(tmp_path, records)
@@ -350,15 +381,15 @@ def test_a_run_that_diverged_is_reported_all_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_run_that_is_not_finished_is_reported_as_far_as_it_is(tmp_path: Path) -> None:
-    write_run(tmp_path, two_arms())
-    write(tmp_path / "metrics.json", two_arms()[:2])
+    write_run(tmp_path, grown_series())
+    write(tmp_path / "metrics.json", grown_series()[:2])
     write_run_analysis(tmp_path)
     assert "There is nothing to compare" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_peak_that_cannot_be_true_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    write_run(tmp_path, two_arms())
+    write_run(tmp_path, grown_series())
     with pytest.raises(UsageError, match="true peak"):
         write_run_analysis(tmp_path, peak_flops=10.0)
     assert not (tmp_path / "metrics").exists()

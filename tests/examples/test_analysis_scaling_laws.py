@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from analysis_records import DEMO, entry, trained, two_arms, write
+from analysis_records import DEMO, trained, write
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
@@ -381,9 +381,9 @@ def test_the_committed_demo_is_too_small_for_any_law() -> None:
 
 
 def test_grown_models_have_a_law_in_their_lineages_compute_only(tmp_path: Path) -> None:
-    records = two_arms()
-    for depth in (5, 6, 7):
-        records.append(entry(f"d{depth}-grown", 0, f"d{depth - 1}-grown"))
+    records = [trained("d2-scratch", 0.0)]
+    for depth in (4, 6, 8, 12, 16):
+        records.append(trained(f"d{depth}-grown", {0.4: 0.0}, records[-1]))
     for record in records:
         record["val_bpb"] = 1.1 + 300 * record["lineage_flops"] ** -0.25
     found = laws(write(tmp_path / "m.json", records))["grown"]

@@ -20,8 +20,8 @@ from analysis.series_account import (
     describe_account,
     find_accounts,
     formula_saving,
+    own_accounts,
     transfer_efficiency,
-    twin_of,
 )
 
 Entries = list[dict[str, Any]]
@@ -103,8 +103,8 @@ def test_a_saving_at_equal_loss_needs_every_member_of_every_seed(tmp_path: Path)
     assert (account.at_equal_loss, account.worse, account.compared) == (True, 0, 6)
     assert account.deficit == pytest.approx(-0.06)
     assert account.sentences[0].endswith(
-        "44% of the seconds): 56% saved, at equal loss: all 6 grown members end at or below their "
-        "twins."
+        "44% of their seconds: 56% saved, at equal loss: all 6 models compared end at or below "
+        "their twins."
     )
     (d4,) = (r for r in runs[1] if r["name"] == "d4-grown")
     d4["val_bpb"] = d4["cooled"][-1]["val_bpb"] = 2.7
@@ -112,8 +112,8 @@ def test_a_saving_at_equal_loss_needs_every_member_of_every_seed(tmp_path: Path)
     assert (account.at_equal_loss, account.worse) == (False, 1)
     assert by_size(account)["d4"].difference.mean == pytest.approx((0.2 - 0.05 - 0.07) / 3)
     assert account.sentences[0].endswith(
-        "56% saved, at unequal loss: 1 of 6 grown members end above their twins (largest mean "
-        "difference +0.0267 bits per byte)."
+        "56% saved, at unequal loss: 1 of 6 models end above their twins (largest mean difference "
+        "+0.0267 bits per byte)."
     )
 
 
@@ -142,7 +142,7 @@ def test_a_model_that_diverged_claims_nothing(tmp_path: Path) -> None:
         account = only(tmp_path, *runs)
         assert (account.at_equal_loss, account.worse, account.diverged) == (False, 0, 1)
         assert account.efficiency is None
-        assert "at no known loss: of 6 pairs 1 diverged" in account.sentences[0]
+        assert "at no known loss: 1 of 6 pairs diverged" in account.sentences[0]
         content = json.dumps(account.to_dict(), allow_nan=False)
         assert json.loads(content)["members"][1]["difference"]["mean"] is None
 
@@ -175,7 +175,6 @@ def test_a_model_from_scratch_that_was_not_trained_in_full_is_no_twin(tmp_path: 
 
 
 def test_twins_have_the_optimizer_and_the_controller_and_adamw_is_shown_too(tmp_path: Path) -> None:
-    assert twin_of("grown+ewc+ars") == "scratch+ars"
     run = grown_series() + grown_series(arm="grown+ewc+ars", root="scratch+ars")
     pairs = [(a.arm, a.baseline) for a in find_accounts(read(tmp_path, run))]
     assert pairs == [
@@ -183,6 +182,12 @@ def test_twins_have_the_optimizer_and_the_controller_and_adamw_is_shown_too(tmp_
     ]  # fmt: skip
     account = find_accounts(read(tmp_path, run))[2]
     assert (account.members[0].is_twin, account.compared) == (False, 3)
+    assert account.efficiency is account.members[1].efficiency is None, "of another optimizer"
+    own = own_accounts(find_accounts(read(tmp_path, run)))
+    assert [(a.arm, a.baseline) for a in own] == pairs[:2]
+    without = [r for r in run if r["name"] != "d6-scratch+ars"]
+    own = own_accounts(find_accounts(read(tmp_path, without)))
+    assert [(a.arm, a.baseline) for a in own] == [pairs[0], pairs[2]]
 
 
 def test_twins_may_come_from_other_runs(tmp_path: Path) -> None:

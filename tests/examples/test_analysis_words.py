@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from analysis_records import two_arms
+from analysis_records import grown_series
 
 from analyze import main
 
@@ -15,7 +15,7 @@ from analyze import main
 def test_any_printable_word_is_shown(
     arm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    records = json.loads(json.dumps(two_arms()).replace('"grown"', json.dumps(arm)))
+    records = json.loads(json.dumps(grown_series()).replace('"grown"', json.dumps(arm)))
     assert arm in {record["arm"] for record in records}
     (tmp_path / "metrics.json").write_text(json.dumps(records))
     out = tmp_path / "out"

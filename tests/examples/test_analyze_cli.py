@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from analysis_records import DEMO, two_arms, write, write_run
+from analysis_records import DEMO, grown_series, write, write_run
 
 import analyze
 from analysis.bundle import MINI_BUNDLE
@@ -28,7 +28,7 @@ def test_everything_is_written(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "folder"
-    records = two_arms()
+    records = grown_series()
     records[1]["warnings"] = ["the penalty is large"]
     metrics = write_run(tmp_path / "run", records)
     words = ["--metrics", str(metrics), "--out", str(out), "--device", "a100", "--price", "2"]
@@ -36,9 +36,10 @@ def test_everything_is_written(
     assert main([*words, str(checkpoint), "--max-per-task", "4", "--sequence-len", "40"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert "No conclusion from fewer than 3 seeds: grown at d3, d4" in printed.out
+    assert "No conclusion from fewer than 3 seeds: grown at d4, d6" in printed.out
+    assert "56% saved, at equal loss" in printed.out
     assert "not shown: 60 % cheaper" in printed.out
-    assert "warning: d3-grown, seed 0: the penalty is large" in printed.out
+    assert "warning: d4-grown, seed 0: the penalty is large" in printed.out
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == [
         "metrics/core.json", "metrics/cost_analysis.json", "metrics/scaling_laws.json",
         "metrics/training_log.json", "report.html",
@@ -46,17 +47,20 @@ def test_everything_is_written(
     laws = json.loads((out / "metrics" / "scaling_laws.json").read_text())
     assert [arm["arm"] for arm in laws["arms"]] == ["scratch", "grown"]
     assert len(laws["claims"]) == 4
-    assert laws["comparisons"][1]["difference"] == pytest.approx(-0.1)
-    assert [s["depth"] for s in laws["savings"]] == [3, 4]
+    assert laws["comparisons"][1]["difference"] == pytest.approx(-0.05)
     cost = json.loads((out / "metrics" / "cost_analysis.json").read_text())
     assert (cost["peak_flops"], cost["price_per_hour"], cost["devices"]) == (312e12, 2.0, None)
-    assert cost["models"][0]["price"] == pytest.approx(20.0 / 3600 * 2)
+    assert cost["models"][0]["price"] == pytest.approx(4.0 / 3600 * 2)
+    (series,) = cost["series"]
+    assert (series["arm"], series["at_equal_loss"]) == ("grown", True)
+    assert series["saving"]["mean"] == pytest.approx(0.557, abs=1e-3)
+    assert [m["size"] for m in series["members"]] == ["d2", "d4", "d6"]
     assert next(f"{plan['flops']:.3g}" for plan in cost["on_paper"].values()) == "4.64e+19"
     core = json.loads((out / "metrics" / "core.json").read_text())["d2-scratch"]
     assert core["core_v1"] is None
     assert [task["items"] for task in core["tasks"]] == [4, 4, 4]
     assert [task["cropped"] for task in core["tasks"]] == [4, 4, 4]
-    assert "d4-grown" in (out / "report.html").read_text()
+    assert "d6-grown" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,7 @@ def test_a_missing_module_is_one_line(
 
 
 def test_it_runs_as_a_program_from_anywhere(tmp_path: Path) -> None:
-    path = write(tmp_path / "metrics.json", two_arms())
+    path = write(tmp_path / "metrics.json", grown_series())
     program = Path(__file__).resolve().parents[2] / "examples" / "analyze.py"
     done = subprocess.run(
         [sys.executable, str(program), "--metrics", path.name, "--bootstraps", "0"],

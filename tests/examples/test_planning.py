@@ -202,11 +202,12 @@ def test_unfit_plans_are_refused(call: Callable[[], object], name: str) -> None:
 
 
 def test_the_ladder_of_the_transfer_efficiency() -> None:
-    assert [round(100 * chain_saving(e)) for e in (0, 0.25, 0.5, 0.75, 1)] == [0, 17, 34, 51, 68]
-    assert 0.6 / chain_saving(1.0) == pytest.approx(0.88, abs=0.005)
-    # Two models of 10 and 20 tokens at 1 and 2 operations: 8 of the second's trunk are inherited.
+    assert [round(100 * chain_saving(e)) for e in (0, 0.25, 0.5, 0.75, 1)] == [0, 19, 38, 57, 75]
+    # Two models of 10 and 20 tokens, 1 and 4 parts of the cost: 9 of the second's 20 are inherited.
     plan = [PlannedModel("a", 1, 1, 10, 10), PlannedModel("b", 2, 2, 20, 40)]
-    assert chain_saving(0.5, plan) == pytest.approx(0.5 * 8 * 2 / 50)
+    assert chain_saving(0.5, plan) == pytest.approx(0.5 * 9 / 20 * 4 / 5)
+    assert chain_saving(0.5, plan, cooldown=0.2) == pytest.approx(0.5 * 8 / 20 * 4 / 5)
+    assert chain_saving(1.0, plan[:1]) == 0.0
     for bad in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="efficiency"):
             chain_saving(bad)
