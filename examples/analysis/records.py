@@ -359,22 +359,21 @@ def training_log(
     }
 
 
-def thinned_curve(log: Log, columns: Sequence[str] = (*_COLUMNS, *_MEANS)) -> dict[str, list[Any]]:
+def thinned_curve(log: Log) -> dict[str, list[Any]]:
     """The steps at which validation was measured, as columns; empty ones are left out.
 
     What is noisy (loss, gates, norms, speed) is the mean over the steps since the point before.
 
     Args:
         log: rows of a log.
-        columns: wanted.
     """
-    curve: dict[str, list[Any]] = {column: [] for column in columns}
+    curve: dict[str, list[Any]] = {column: [] for column in (*_COLUMNS, *_MEANS)}
     since: Log = []
     for row in log:
         since.append(row)
         if row["val_bpb"] is None:
             continue
-        for column in columns:
+        for column in curve:
             values = [r[column] for r in since if r.get(column) is not None]
             value = row.get(column)
             if column in _MEANS:

@@ -27,7 +27,7 @@ from trainer.recorder import numbers_apart
 
 __all__ = [
     "REPORT_FILE", "Analysis", "analyze_runs", "gate_rows", "render_report", "write_json",
-    "write_report", "write_run_analysis",
+    "write_run_analysis",
 ]  # fmt: skip
 
 REPORT_FILE = "report.html"
@@ -170,21 +170,6 @@ def write_json(analysis: Analysis, out: Path) -> list[str]:
     for name, content in contents.items():
         write_atomically(folder / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
     return [f"{_METRICS_FOLDER}/{name}" for name in contents]
-
-
-def write_report(analysis: Analysis, out: Path) -> str:
-    """Write the report.
-
-    Args:
-        analysis: reported.
-        out: folder; made if absent.
-
-    Returns:
-        The name of the file.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / REPORT_FILE, render_report(analysis))
-    return REPORT_FILE
 
 
 def render_report(analysis: Analysis) -> str:
@@ -351,4 +336,6 @@ def write_run_analysis(
         peak_flops=peak_flops,
         price_per_hour=price_per_hour,
     )
-    return [*write_json(analysis, folder), write_report(analysis, folder)]
+    written = write_json(analysis, folder)
+    write_atomically(folder / REPORT_FILE, render_report(analysis))
+    return [*written, REPORT_FILE]
