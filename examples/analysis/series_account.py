@@ -45,10 +45,10 @@ __all__ = [
 AT_LEAST, BELOW = "at least", "below"
 _OF_EFFICIENCY = {EXACT: EXACT, AT_MOST: AT_LEAST, ABOVE: BELOW}  # less share, more efficiency
 ACCOUNT_NOTE = (
-    "Twin: the model from scratch of the same size and optimizer, trained in full. Paid: own "
-    "trunk, cooled branch, growth and Fisher pass, in operations, as a share of the twin's. Equal "
-    "at: the share of the twin's steps at which the cooled member has the twin's loss. With "
-    "lineage: all operations that went into the member."
+    "Twin: the model from scratch of the same size, trained in full. Paid: own trunk, cooled "
+    "branch, growth and Fisher pass, in operations, as a share of the twin's. Equal at: the share "
+    "of the twin's steps at which the cooled member has the twin's loss. With lineage: all "
+    "operations that went into the member."
 )
 
 
@@ -227,16 +227,14 @@ class SeriesAccount:
         """The account in words."""
         first, last = self.members[0], self.members[-1]
         seconds = "" if self.seconds is None else f" and {self.seconds.mean:.0%} of their seconds"
-        saving = self.saving.mean
-        saved = f"{abs(saving):.0%} {'saved' if saving >= 0 else 'more'}"
         lines = [
             f"The series {first.size} ... {last.size} ({self.arm}) took {self.paid.mean:.0%} of "
-            f"its twins' operations ({self.baseline}){seconds}: {saved}, {self._at_what_loss()}.",
+            f"its twins' operations ({self.baseline}){seconds}: {self._verdict()}.",
             f"This is what a series saves. {last.size} alone, with everything it grew out of, cost "
             f"{last.lineage_flops.mean:.2f} of its twin's operations, and its lineage has read "
             f"{last.lineage_tokens.mean:.2f} times its twin's tokens.",
         ]
-        if self.efficiency is not None:
+        if self.efficiency is not None and self.efficiency.bound != BELOW:
             lines.append(
                 f"A token of a parent's trunk was worth {self.efficiency:.2f} of a child's "
                 f"(transfer efficiency e, at a growth factor of {self.growth_factor:.2f})."
@@ -250,14 +248,19 @@ class SeriesAccount:
             )
         return lines
 
-    def _at_what_loss(self) -> str:
+    def _verdict(self) -> str:
         if self.diverged:
-            return f"at no known loss: {self.diverged} of {self.compared} pairs diverged"
-        if self.at_equal_loss:
-            return f"at equal loss: all {self.compared} models compared end at or below their twins"
+            return f"no saving is claimed, as {self.diverged} of {self.compared} pairs diverged"
+        if self.worse:
+            return (
+                f"no saving is claimed, as this is at unequal loss, {self.worse} of "
+                f"{self.compared} models end above their twins (largest mean difference "
+                f"{self.deficit:+.4f} bits per byte)"
+            )
+        saving = self.saving.mean
         return (
-            f"at unequal loss: {self.worse} of {self.compared} models end above their twins "
-            f"(largest mean difference {self.deficit:+.4f} bits per byte)"
+            f"{abs(saving):.0%} {'saved' if saving >= 0 else 'more'} at equal loss, all "
+            f"{self.compared} models compared end at or below their twins"
         )
 
     @property
@@ -493,7 +496,7 @@ def own_accounts(accounts: Sequence[SeriesAccount]) -> list[SeriesAccount]:
 
 
 def describe_account(records: Sequence[Record]) -> str:
-    """All accounts as Markdown: a table each and what it says; how to get one if there is none.
+    """All accounts as Markdown: what each says and its table; how to get one if there is none.
 
     Args:
         records: of one or more seeds.
@@ -507,5 +510,5 @@ def describe_account(records: Sequence[Record]) -> str:
     parts = []
     for account in accounts:
         table = markdown(account.rows, "lrlr", padded=True)
-        parts.append("\n\n".join([table, " ".join(account.sentences)]))
+        parts += [" ".join(account.sentences), table]
     return "\n\n".join([*parts, ACCOUNT_NOTE]) + "\n"

@@ -94,7 +94,9 @@ def test_bounds_are_said(tmp_path: Path, gain: float, share: float, bound: str, 
     assert by_size(account)["d4"].equal_steps == Bounded(share, bound)
     assert by_size(account)["d4"].efficiency == Bounded(pytest.approx((1 - share) * 2 / 0.9), of_e)
     assert account.efficiency == Bounded(pytest.approx((1 - share) * 1.75 / 0.9), of_e)
-    assert f"{bound} {share:.2f}" in describe_account(read(tmp_path, grown_series(gain=gain)))
+    text = describe_account(read(tmp_path, grown_series(gain=gain)))
+    assert f"{bound} {share:.2f}" in text
+    assert ("was worth" in text) == (of_e == AT_LEAST), "an upper bound of e says nothing"
 
 
 def test_a_saving_at_equal_loss_needs_every_member_of_every_seed(tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_a_saving_at_equal_loss_needs_every_member_of_every_seed(tmp_path: Path)
     assert (account.at_equal_loss, account.worse, account.compared) == (True, 0, 6)
     assert account.deficit == pytest.approx(-0.06)
     assert account.sentences[0].endswith(
-        "44% of their seconds: 56% saved, at equal loss: all 6 models compared end at or below "
+        "44% of their seconds: 56% saved at equal loss, all 6 models compared end at or below "
         "their twins."
     )
     (d4,) = (r for r in runs[1] if r["name"] == "d4-grown")
@@ -112,8 +114,8 @@ def test_a_saving_at_equal_loss_needs_every_member_of_every_seed(tmp_path: Path)
     assert (account.at_equal_loss, account.worse) == (False, 1)
     assert by_size(account)["d4"].difference.mean == pytest.approx((0.2 - 0.05 - 0.07) / 3)
     assert account.sentences[0].endswith(
-        "56% saved, at unequal loss: 1 of 6 models end above their twins (largest mean difference "
-        "+0.0267 bits per byte)."
+        "no saving is claimed, as this is at unequal loss, 1 of 6 models end above their twins "
+        "(largest mean difference +0.0267 bits per byte)."
     )
 
 
@@ -142,7 +144,7 @@ def test_a_model_that_diverged_claims_nothing(tmp_path: Path) -> None:
         account = only(tmp_path, *runs)
         assert (account.at_equal_loss, account.worse, account.diverged) == (False, 0, 1)
         assert account.efficiency is None
-        assert "at no known loss: 1 of 6 pairs diverged" in account.sentences[0]
+        assert "no saving is claimed, as 1 of 6 pairs diverged" in account.sentences[0]
         content = json.dumps(account.to_dict(), allow_nan=False)
         assert json.loads(content)["members"][1]["difference"]["mean"] is None
 
@@ -215,7 +217,9 @@ def test_records_of_the_old_trainer_have_no_account() -> None:
 
 def test_a_reader_sees_the_table_and_what_it_says(tmp_path: Path) -> None:
     text = describe_account(read(tmp_path, grown_series()))
-    lines = text.splitlines()
+    assert text.startswith("The series d2 ... d6 (grown) took 44% of its twins' operations")
+    assert "A token of a parent's trunk was worth 1.29 of a child's" in text
+    lines = text.splitlines()[2:]
     assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == [
         "member", "parameters", "growth", "twin's loss", "its loss", "difference", "paid",
         "equal at", "with lineage",
@@ -232,13 +236,13 @@ def test_a_reader_sees_the_table_and_what_it_says(tmp_path: Path) -> None:
         "lineage has read 0.90 times its twin's tokens." in text
     )
     assert "An example, not a proof: 1 seed." in text
-    assert "Twin: the model from scratch of the same size and optimizer" in lines[-1]
+    assert "Twin: the model from scratch of the same size, trained in full." in lines[-1]
 
 
 def test_more_than_the_twins_is_not_called_saved(tmp_path: Path) -> None:
     account = only(tmp_path, grown_series(fisher=D6))
     assert account.saving.mean < -0.5
-    assert f"{-account.saving.mean:.0%} more, at equal loss" in account.sentences[0]
+    assert f"{-account.saving.mean:.0%} more at equal loss" in account.sentences[0]
 
 
 def test_the_formula_is_that_of_a_series_whose_members_cost_g_squared() -> None:

@@ -37,7 +37,7 @@ def test_everything_is_written(
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "No conclusion from fewer than 3 seeds: grown at d4, d6" in printed.out
-    assert "56% saved, at equal loss" in printed.out
+    assert "56% saved at equal loss" in printed.out
     assert "not shown: 60 % cheaper" in printed.out
     assert "warning: d4-grown, seed 0: the penalty is large" in printed.out
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == [
