@@ -1,6 +1,6 @@
 """Grow a miniseries of GPTs, each out of its predecessor, and compare with training from scratch.
 
-    python examples/miniseries.py            # d2 -> d3 -> d4 on two CPU cores, about five minutes
+    python examples/miniseries.py            # four small models on two CPU cores, some minutes
     python examples/miniseries.py --quick    # the same path in under a minute
     python examples/miniseries.py plan       # what that will cost, without training
     python examples/miniseries.py sample --checkpoint FILE --prompt "def "
@@ -71,6 +71,8 @@ def _train(words: Sequence[str]) -> int:
                 _write_analysis(run)
             output.check()
         print(table, end="")
+        if any(word.startswith("grown") for word in run.config.arms):
+            print(f"\n{_account(out)}", end="")
         if nothing_to_do:
             print(f"\nEvery model was already trained in {out}; delete it to train again.")
         else:
@@ -81,6 +83,14 @@ def _train(words: Sequence[str]) -> int:
         _check_finite(out)
 
     return exit_status(out, work)
+
+
+def _account(out: Path) -> str:
+    """What the series cost beside its twins, and the share of theirs at equal loss."""
+    from analysis.records import read_metrics
+    from analysis.series_account import describe_account
+
+    return describe_account(read_metrics([out / "metrics.json"]))
 
 
 def _check_finite(out: Path) -> None:
@@ -100,9 +110,9 @@ def _resolved(run: "Run") -> str:
     from trainer.series_plan import plans_of
     from trainer.series_report import models_table, settings_table
 
-    vocab_size, length = run.corpus.vocab_size, run.config.sequence_len
-    plans = plans_of(run.config, vocab_size)
-    return f"{settings_table(plans, vocab_size, length)}\n{models_table(plans, length)}"
+    length = run.config.sequence_len
+    plans = plans_of(run.config, run.corpus.vocab_size)
+    return f"{settings_table(plans, length)}\n{models_table(plans, length)}"
 
 
 def _write_analysis(run: "Run") -> None:

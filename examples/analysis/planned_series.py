@@ -208,19 +208,41 @@ def describe_plan(asked: PlanArguments) -> str:
     vocab_size = vocabulary_of(asked.arguments.tokenizer)
     length = config.sequence_len
     plans = checked_plans(config, asked.arguments.machine, vocab_size)
-    models = [_as_planned(plan, vocab_size, length) for plan in plans]
+    models = [_as_planned(plan, length) for plan in plans]
+    branches = [branch for plan in plans for branch in plan.branch_plans]
+    measured = sum(branch.cooldown * branch.flops_per_step for branch in branches)
     return (
         f"{vocab_size} tokens, sequences of {length}, {config.precision}.\n\n"
-        f"{settings_table(plans, vocab_size, length)}\n"
-        f"{models_table(plans, length, *_cost_cells(models, asked))}{_total(models, asked)}"
+        f"{settings_table(plans, length)}\n"
+        f"{models_table(plans, length, *_cost_cells(models, asked))}"
+        f"{_whole_series(plans)}{_total(models, asked, measured)}"
     )
 
 
-def _as_planned(plan: ModelPlan, vocab_size: int, sequence_len: int) -> PlannedModel:
-    shape = shape_of(plan.depth, vocab_size, sequence_len)
+def _own_flops(plan: ModelPlan) -> int:
+    return plan.flops + plan.fisher_flops + plan.growth_flops
+
+
+def _whole_series(plans: Sequence[ModelPlan]) -> str:
+    """What each series that is grown costs, its first model included, beside its twins."""
+    found = {(plan.size, plan.arm.name): plan for plan in plans}
+    text = ""
+    for arm in dict.fromkeys(plan.arm for plan in plans if plan.arm.grown):
+        sizes = dict.fromkeys(plan.size for plan in plans)
+        twins = [found.get((size, arm.root.name)) for size in sizes]
+        own = [found.get((size, arm.name), twin) for size, twin in zip(sizes, twins, strict=True)]
+        chain = sum(_own_flops(plan) for plan in own if plan is not None)
+        text += f"\n{arm.name}: {chain:.2e} FLOPs for the whole series"
+        if None not in twins:
+            scratch = sum(_own_flops(twin) for twin in twins if twin is not None)
+            text += f", {chain / scratch:.2f} of its twins', {arm.root.name}"
+    return f"{text}\n" if text else ""
+
+
+def _as_planned(plan: ModelPlan, sequence_len: int) -> PlannedModel:
+    shape = shape_of(plan.model)
     tokens = plan.steps * plan.settings.batch_size * sequence_len
-    own = plan.flops + plan.fisher_flops + plan.growth_flops
-    return PlannedModel(plan.name, shape.params, shape.scaling_params, tokens, own)
+    return PlannedModel(plan.name, shape.params, shape.scaling_params, tokens, _own_flops(plan))
 
 
 def _costs(models: Sequence[PlannedModel], asked: PlanArguments) -> dict[str, Any] | None:
@@ -258,9 +280,13 @@ def _paper_table(models: Sequence[PlannedModel], asked: PlanArguments) -> str:
     return aligned(rows)
 
 
-def _total(models: Sequence[PlannedModel], asked: PlanArguments) -> str:
-    line = f"\nAll of it: {sum(model.flops for model in models):.2e} FLOPs"
-    costs = _costs(models, asked)
+def _total(models: Sequence[PlannedModel], asked: PlanArguments, measured: int = 0) -> str:
+    """All that is trained; ``measured`` are the operations of branches that are no models."""
+    everything = [*models, PlannedModel("branches", 0, 0, 0, measured)]
+    line = f"\nAll of it: {sum(model.flops for model in everything):.2e} FLOPs"
+    if measured:
+        line += f", {measured:.2e} of them for cooled branches that are only measured"
+    costs = _costs(everything, asked)
     if costs is None:
         return f"{line}; with --peak-flops, hours too.\n"
     peak = asked.arguments.machine.peak_flops

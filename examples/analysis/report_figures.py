@@ -174,6 +174,7 @@ def cooled_branches(accounts: Sequence[SeriesAccount]) -> bytes:
                     lines += 1
         axes.set_title(size, fontsize=10)
         axes.set_xscale("log")  # on which the interpolation is a straight line
+        axes.set_xlim(shares[0] / 1.1, shares[-1] * 1.1)  # also where all have diverged
         _polish(axes)
         axes.set_xticks(shares, [f"{share:g}" for share in shares])
     for axes in panels[len(sizes) :]:

@@ -275,9 +275,9 @@ class SeriesAccount:
                 m.size,
                 f"{m.params:,}",
                 "from scratch" if m.growth_factor is None else f"x {m.growth_factor:.2f}",
-                m.twin_loss.plus_minus(".4f"),
-                m.loss.plus_minus(".4f"),
-                "" if m.is_twin else m.difference.plus_minus("+.4f"),
+                _bits(m.twin_loss, ".4f"),
+                _bits(m.loss, ".4f"),
+                "" if m.is_twin or m.diverged else m.difference.plus_minus("+.4f"),
                 f"{m.paid.mean:.2f}",
                 "" if m.is_twin or m.equal_steps is None else f"{m.equal_steps:.2f}",
                 f"{m.lineage_flops.mean:.2f}",
@@ -296,6 +296,10 @@ class SeriesAccount:
             "deficit": self.deficit,
         })  # fmt: skip
         return found
+
+
+def _bits(loss: Estimate, form: str) -> str:
+    return loss.plus_minus(form) if math.isfinite(loss.mean) else "diverged"
 
 
 @dataclass(frozen=True)

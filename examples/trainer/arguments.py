@@ -18,7 +18,7 @@ from common.command_line import (
     path,
     text,
 )  # fmt: skip
-from trainer.settings import QUICK, Files, Machine, SeriesConfig, default_steps
+from trainer.settings import QUICK, Files, Machine, SeriesConfig
 
 __all__ = [
     "Arguments", "PlanArguments", "SampleArguments", "parse_arguments", "parse_plan",
@@ -26,10 +26,10 @@ __all__ = [
 ]  # fmt: skip
 
 _DESCRIPTION = """\
-Train a miniseries of GPTs (width 64 x depth, heads of 64 channels), by default of bytes and on the
-source of Python's own standard library. Models are grown out of the one before them,
-function-preserving, with their whole training state, and compared with models of the same size
-from scratch that get the FLOPs of the whole lineage.
+Train a miniseries of GPTs, by default of bytes and on the source of Python's own standard library.
+Each model is grown out of the one before it, function-preserving, with its whole training state,
+and held against its twin: the model of the same size from scratch. The report says what share of
+its twin's operations each needs for the same loss, and what the whole series saves.
 
 Other modes: miniseries.py plan --help, miniseries.py sample --help."""
 
@@ -177,9 +177,9 @@ def _training(program: str, description: str, epilog: str = "") -> CommandLine:
 def _arguments(line: CommandLine, values: dict[str, Any]) -> Arguments:
     series = dict(values)
     if series["ratio"] is None:
-        steps = series["steps"] or default_steps(series["depths"])
-        series["steps"] = steps * len(series["depths"]) if len(steps) == 1 else steps
         series["ratio"] = SeriesConfig.ratio
+        if series["steps"] is not None and len(series["steps"]) == 1:
+            series["steps"] *= len(series["depths"])
     config = line.build(SeriesConfig, series)
     if values["print_config"]:
         print(line.as_file({**series, "ratio": values["ratio"]}), end="")

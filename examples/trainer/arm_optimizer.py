@@ -56,18 +56,6 @@ class Optimizer:
         self._whole: Any = self.parts[0] if len(self.parts) == 1 else _Together(self.parts)
 
     @property
-    def adamw(self) -> ARSAdamW:
-        """The only part.
-
-        Raises:
-            TypeError: there is another, or it is not AdamW.
-        """
-        (only,) = self.parts
-        if not isinstance(only, ARSAdamW):
-            raise TypeError(f"the optimizer is {type(only).__name__}, not ARSAdamW")
-        return only
-
-    @property
     def rate(self) -> float:
         """AdamW's learning rate."""
         return float(self.parts[0].param_groups[0]["lr"])

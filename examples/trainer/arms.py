@@ -1,13 +1,13 @@
 """The ways to train a model of the series, each a word that says what it is made of.
 
     scratch[+muon][+ars | +paper]
-    grown[+ewc[=S]][+subspace[=S]][+distill[=S]][+ars | +paper]
+    grown[+muon][+ewc[=S]][+subspace[=S]][+distill[=S]][+ars | +paper]
 
 ``scratch`` begins with random weights, ``grown`` out of the model before it, function-preserving,
-with its whole training state. ``muon`` takes torch's Muon for the matrices of the blocks, the
-others take AdamW; ``ewc`` and ``subspace`` are penalties in the optimizer's step, ``distill`` one
-on the predictions, each with a strength S of its own or the run's; ``ars`` and ``paper`` are this
-package's controller and the proposal's.
+with its whole training state. ``muon`` takes torch's Muon for the matrices of the blocks, and AdamW
+for the embedding and the head; ``ewc`` and ``subspace`` are penalties in AdamW's step, ``distill``
+one on the predictions, each with a strength S of its own or the run's; ``ars`` and ``paper`` are
+this package's controller and the proposal's.
 
 What an arm adds to the operations of a training step is counted from its formulas.
 
@@ -30,7 +30,8 @@ from common.errors import UsageError
 __all__ = ["GROWTH_OPERATIONS", "Arm", "Shape", "parse_arm", "step_overhead"]
 
 _SCRATCH = ("muon",)
-_GROWN = ("ewc", "subspace", "distill")
+_GROWN = ("muon", "ewc", "subspace", "distill")
+_PENALTIES = ("ewc", "subspace")  # of AdamW's step, which beside Muon has no matrix of a block
 _CONTROLLERS = ("ars", "paper")
 _STRONGEST = 1e12
 # Growing multiplies each weight, its two moments and its Fisher information by one factor each.
@@ -67,7 +68,8 @@ class Arm:
     @property
     def root(self) -> "Arm":
         """How the first model of its chain is trained, which has nothing to grow out of."""
-        return Arm(False, (), self.controller) if self.grown else self
+        kept = tuple(part for part in self.parts if part[0] in _SCRATCH)
+        return Arm(False, kept, self.controller) if self.grown else self
 
     def has(self, part: str) -> bool:
         """Whether it contains a part."""
@@ -103,13 +105,18 @@ def parse_arm(word: str) -> Arm:
     found: dict[str, float | None] = {}
     for text in words:
         part, _, value = text.partition("=")
-        if part in _SCRATCH + _GROWN and part not in allowed:
-            other = "scratch" if first == "grown" else "grown"
-            raise UsageError(f"--arms {word}: {part} goes with {other} only, not with {first}")
+        if part in _GROWN and part not in allowed:
+            raise UsageError(f"--arms {word}: {part} goes with grown only, not with {first}")
         _check_known(word, part, (*allowed, *_CONTROLLERS))
         if part in found:
             raise UsageError(f"--arms {word}: {part} stands there twice; name it once")
         found[part] = _strength(word, part, value) if "=" in text else None
+    without = next((part for part in _PENALTIES if part in found), None)
+    if "muon" in found and without is not None:
+        raise UsageError(
+            f"--arms {word}: {without} is a penalty of AdamW's step, which leaves the blocks to "
+            "muon; drop one"
+        )
     controllers = [part for part in found if part in _CONTROLLERS]
     if len(controllers) > 1:
         raise UsageError(f"--arms {word}: one controller at a time; drop {controllers[-1]}")
@@ -130,7 +137,7 @@ def _digits(value: float) -> str:
 
 
 def _strength(word: str, part: str, text: str) -> float:
-    if part not in _GROWN:
+    if part not in _GROWN or part in _SCRATCH:
         raise UsageError(f"--arms {word}: {part} takes none, not {shortened(text)}")
     try:
         return number(0, _STRONGEST)(text)

@@ -1,8 +1,9 @@
 """The states of a model in training that are kept, and what is done about one that is damaged.
 
-    checkpoints/d3-grown/00000120.pt    the states after so many steps, the last few
-    checkpoints/d3-grown-trunk.pt       the state at the end of the trunk, which children grow from
-    checkpoints/d3-grown.pt             the finished model and its record; then the states go
+    checkpoints/d3-grown/00000120.pt         the states after so many steps, the last few
+    checkpoints/d3-grown-trunk-00000096.pt   a state of the trunk that cooled branches or children
+                                             begin with; it goes when all of them are finished
+    checkpoints/d3-grown.pt                  the finished model and its record; then the states go
 
 A state that is damaged, or of another run, is put aside under another name and the one before it
 is used: nothing of the user's is overwritten.
@@ -17,7 +18,7 @@ from common.checkpoint_file import load_checkpoint, save_checkpoint
 from common.errors import DamagedError, UsageError, understanding
 from common.output_folder import put_aside
 from trainer.series_plan import ModelPlan
-from trainer.series_report import markdown_table
+from trainer.series_report import check_record
 from trainer.series_run import Run
 from trainer.step_log import check_log
 from trainer.training_state import TrainingState
@@ -37,29 +38,30 @@ class Keeper:
         self.run = run
         self._name = plan.name
         self._model = plan.name, plan.depth, plan.arm.name
+        self._kept = plan.kept
         self._fingerprint = run.fingerprint(plan)
         self._states = run.checkpoints / plan.name
-        self._trunk = run.checkpoints / f"{plan.name}-trunk.pt"
-        self._used: Path | None = None
+        self._used: Path | None = None  # the state that `latest` gave
+        self._whole: set[int] = set()  # states of the trunk that have been read or written
         self._final = run.checkpoints / f"{plan.name}.pt"
 
-    def save(self, state: TrainingState, *, at_trunk_end: bool) -> None:
+    def save(self, state: TrainingState) -> None:
         """Keep a state, and drop later ones and those older than the last few.
 
         Args:
-            state: to keep.
-            at_trunk_end: whether children grow out of it.
+            state: to keep; what others begin with is kept for them too.
         """
         if not self.run.parallel.is_first:
             return
         self.run.output.check()
         content = {**state.to_dict(), "run": self._fingerprint}
-        if at_trunk_end:
-            save_checkpoint(self._trunk, content)
+        if state.step in self._kept:
+            save_checkpoint(self._trunk(state.step), content)
+            self._whole.add(state.step)
         self._states.mkdir(exist_ok=True)
         self._drop_unfinished()
         for path in self._found():
-            if int(path.stem) > state.step:  # of a run that went on from a trunk since lost
+            if int(path.stem) > state.step:  # the trunk before it was lost, and is trained again
                 path.unlink()
         save_checkpoint(self._states / f"{state.step:08d}.pt", content)
         for old in self._found()[: -self.run.machine.keep]:
@@ -72,6 +74,7 @@ class Keeper:
         self.run.output.check()
         content = {
             "step": state.step,
+            "heads": state.model.config.n_head,
             "model": state.model.state_dict(),
             "log": state.log,
             "record": record,
@@ -104,33 +107,62 @@ class Keeper:
             with understanding(f"the record in {self._final}", "it is put aside"):
                 if (record["name"], record["depth"], record["arm"]) != self._model:
                     raise ValueError(f"it is of another model than {self._name}")
-                markdown_table([record])
+                check_record(record)
         except UsageError as error:
-            self.reject(error)
+            _reject(self._final, error)
             return None
         return dict(record)
 
-    def reject(self, error: UsageError) -> None:
-        """Put the file aside that was used last, because nothing can be made of its content.
+    def begin_again(self) -> None:
+        """Drop the finished model, if there is one: it is trained once more for its trunk."""
+        if self.run.parallel.is_first and self._final.exists():
+            self.run.output.check()
+            self._final.unlink()
+
+    def trunk(self, step: int) -> dict[str, Any] | None:
+        """The state of the trunk at a step for branches and children, if it has been reached."""
+        return self._usable(self._trunk(step))
+
+    def has_trunk(self, step: int) -> bool:
+        """Whether the state of the trunk at a step is there and whole; it is read but once."""
+        if step not in self._whole and self.trunk(step) is not None:
+            self._whole.add(step)
+        return step in self._whole and self._trunk(step).exists()
+
+    def drop_trunk(self, step: int) -> None:
+        """Drop a state of the trunk that nothing needs any more."""
+        if self._trunk(step).exists():
+            self._trunk(step).unlink()
+
+    def reject_trunk(self, step: int, error: UsageError) -> None:
+        """Put the state of the trunk at a step aside, because nothing can be made of its content.
+
+        Args:
+            step: of the trunk.
+            error: says why.
+        """
+        _reject(self._trunk(step), error)
+
+    def _trunk(self, step: int) -> Path:
+        return self.run.checkpoints / f"{self._name}-trunk-{step:08d}.pt"
+
+    def latest(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest state that is whole and its step, the older behind it; ``None`` for none."""
+        for path in reversed(self._found()):
+            content = self._usable(path)
+            if content is not None:
+                self._used = path
+                return int(path.stem), content
+        return None
+
+    def reject_latest(self, error: UsageError) -> None:
+        """Put what `latest` gave aside, because nothing can be made of its content.
 
         Args:
             error: says why.
         """
         assert self._used is not None, "only what was read can be rejected"
-        aside = put_aside(self._used)
-        print(f"warning: {error} as {aside.name}, and what was before it is used", file=sys.stderr)
-
-    def trunk(self) -> dict[str, Any] | None:
-        """The state that children grow out of, if it has been reached."""
-        return self._usable(self._trunk)
-
-    def latest(self) -> dict[str, Any] | None:
-        """The newest state that is whole, the older ones behind it; ``None`` for none."""
-        for path in reversed(self._found()):
-            content = self._usable(path)
-            if content is not None:
-                return content
-        return None
+        _reject(self._used, error)
 
     def _found(self) -> list[Path]:
         return sorted(path for path in self._states.glob("*.pt") if path.stem.isdigit())
@@ -144,12 +176,16 @@ class Keeper:
     def _usable(self, path: Path) -> dict[str, Any] | None:
         if not path.exists():
             return None
-        self._used = path
         try:
             content = load_checkpoint(path, remedy="it is put aside")
             if content.get("run") != self._fingerprint:
                 raise DamagedError(f"{path} belongs to another run: it is put aside")
         except DamagedError as error:
-            self.reject(error)
+            _reject(path, error)
             return None
         return content
+
+
+def _reject(path: Path, error: UsageError) -> None:
+    aside = put_aside(path)
+    print(f"warning: {error} as {aside.name}, and what was before it is used", file=sys.stderr)

@@ -1,68 +1,74 @@
-"""Which models a series trains, and what each may cost.
+"""Which models a series trains, and what each costs.
 
 Costs are floating point operations of training: a step costs ``flops_per_token`` of the model times
 the tokens of a batch, and what the arm adds to it; a Fisher pass one forward and backward for each
 of its sequences; growing four operations a parameter. Evaluating is not counted.
 
-The lineage of a grown model is everything that went into it: the trunks of all its parents, every
-Fisher pass and growth on the way, its own trunk and its own cooled branch. The parents' cooled
-branches are for their own reports and nothing grows out of them.
-
-All arms have one budget at each depth: the lineage of a chain that is grown and nothing else. What
-an arm adds it pays for with steps of its own, rounded down; a model from scratch has the whole
-budget, rounded up to a whole step. So what is compared with is never given less. Where no arm is
-grown there is no chain to compare with, and the budget of a depth is that of its own steps.
-
-The learning rate warms up, stays, and is cooled:
+A model from scratch is trained for ``--ratio`` tokens a parameter in matrix products, or for
+``--steps``. It is the twin of the grown models of its size, whose steps are shares of its own.
+Every model is a trunk at the peak rate and a cooled branch out of it. A branch at the share s has
+s times the twin's steps in all, the trunk up to there included:
 
     step < warmup              peak (step + 1) / warmup
     step < trunk               peak
-    step < trunk + cooldown    peak (trunk + cooldown - step) / cooldown
+    step < trunk + cooldown    peak (1 - sqrt(x)), or peak (1 - x),  x = (step - trunk) / cooldown
 
-A child grows out of the end of the trunk, where the rate is still the peak, and never out of the
-cooled branch: warming up again would throw away what cooling gained.
+The trunk of a model goes on to its last branch, which is the model. Branches at smaller shares are
+measurements: each begins at a state of the trunk that was kept, reads what the trunk reads next,
+and nothing depends on it.
 
-Batch, learning rates and decay follow the depth where the user says "rule". With N parameters in
-matrix products and N_0 those of depth 12 with the same vocabulary, B tokens a step and B_0 = 2^19,
+A child grows out of the trunk, where the rate is still the peak, and never out of a cooled branch:
+warming up again would throw away what cooling gained. It reads on where its parent's trunk was left
+and so repeats nothing that its ancestors have read.
+
+There are two accounts. In that of a single model everything that went into it counts, its lineage:
+the trunks of all its parents up to where they were left, every Fisher pass and growth on the way,
+its own trunk and cooled branch. In that of a series every model is wanted, so each trunk is paid
+once, by its own model.
+
+Batch, learning rates and decay follow the size where the user says "rule". With width D, N
+parameters in matrix products and N_0 those of depth 12 and width 768 with the same vocabulary, B
+tokens a step and B_0 = 2^19,
 
     B             = 2^round(log2(B_0 (N / N_0)^0.383))           tokens a step, a power of two
-    lr            = 6e-4 sqrt(B / B_0) sqrt(12 / depth)          AdamW
+    lr            = 6e-4 sqrt(B / B_0) sqrt(768 / D)             AdamW
     muon_lr       = 0.02 sqrt(B / B_0)                           Muon
-    muon_adamw_lr = 0.008 sqrt(B / B_0) sqrt(12 / depth)         AdamW beside Muon
+    muon_adamw_lr = 0.008 sqrt(B / B_0) sqrt(768 / D)            AdamW beside Muon
     decay         = 0.1 sqrt(B / B_0) N_0 / N                    decoupled, of either
 
 These are nanochat's: batch and decay follow the tokens D of a model's training, of which every
-depth has equally many a parameter, so D / D_0 = N / N_0; two of the rates follow the width, which
-is proportional to the depth. 6e-4 with 0.5 million tokens is GPT-3's rate for the width of depth
-12, 0.02 and 0.008 (its head's) are nanochat's. They are a start for large batches and were not
-tuned here. Whoever names a batch gets the others for that batch.
+size has equally many a parameter, so D / D_0 = N / N_0; two of the rates follow the width. 6e-4
+with 0.5 million tokens is GPT-3's rate for the width of depth 12, 0.02 and 0.008 (its head's) are
+nanochat's. They are a start for large batches and were not tuned here. Whoever names a batch gets
+the others for that batch.
 
 References:
     Karpathy, "nanochat", github.com/karpathy/nanochat, scripts/base_train.py. Bergsma et al.,
     arXiv:2505.13738 (the batch). Wang and Aitchison, arXiv:2405.13698 (the decay). Brown et al.,
-    arXiv:2005.14165, table 2.1 (the rate of AdamW).
+    arXiv:2005.14165, table 2.1 (the rate of AdamW). Haegele et al., arXiv:2405.18392 (constant
+    rates and the cooldown 1 - sqrt).
 """
 
+import dataclasses
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from ars.models import GPT, miniseries_config
+from ars.models import GPT, GPTConfig, miniseries_config
 from common.errors import UsageError
 from trainer.arms import GROWTH_OPERATIONS, Arm, Shape, parse_arm, step_overhead
-from trainer.settings import RULE, Machine, SeriesConfig
+from trainer.settings import RULE, CooldownShape, Machine, SeriesConfig, Size
 
 __all__ = [
-    "ModelPlan", "Settings", "checked_plans", "cooldown_steps", "learning_rate", "plan_series",
-    "plans_of", "settings_of", "shape_of", "split_steps",
+    "ModelPlan", "Settings", "checked_plans", "learning_rate", "plans_of", "settings_of",
+    "shape_of",
 ]  # fmt: skip
 
-# The rule: what holds at this depth and batch, and how the batch grows.
+# The rule: what holds at this size and batch, and how the batch grows.
 _DEPTH = 12
+_WIDTH = 768
 _BATCH_TOKENS = 2**19
 _BATCH_EXPONENT = 0.383
 _LR = 6e-4
@@ -73,7 +79,7 @@ _WEIGHT_DECAY = 0.1
 
 @dataclass(frozen=True)
 class Settings:
-    """What depends on the depth of a model.
+    """What depends on the size of a model.
 
     Args:
         batch_size: sequences a step, over all processes.
@@ -90,29 +96,30 @@ class Settings:
     weight_decay: float
 
 
-def settings_of(depth: int, config: SeriesConfig, shape_of: Callable[[int], Shape]) -> Settings:
-    """The settings of a depth: the user's where named, the rule's elsewhere.
+def settings_of(model: GPTConfig, config: SeriesConfig) -> Settings:
+    """The settings of a size: the user's where named, the rule's elsewhere.
 
     Args:
-        depth: layers.
+        model: of that size.
         config: of the series.
-        shape_of: sizes of the model of a depth.
 
     Example:
+        >>> from ars.models import miniseries_config
         >>> from trainer.settings import SeriesConfig
         >>> config = SeriesConfig(batch_size="rule", lr="rule", sequence_len=2048)
-        >>> chosen = settings_of(12, config, lambda depth: Shape(depth, depth**3, 0, ()))
+        >>> chosen = settings_of(miniseries_config(12), config)
         >>> chosen.batch_size * 2048 == 2**19, chosen.lr
         (True, 0.0006)
     """
-    horizon = shape_of(depth).scaling_params / shape_of(_DEPTH).scaling_params
+    reference = dataclasses.replace(model, n_layer=_DEPTH, n_embd=_WIDTH, n_head=_DEPTH)
+    horizon = shape_of(model).scaling_params / shape_of(reference).scaling_params
     if config.batch_size == RULE:
         tokens = 2 ** round(math.log2(_BATCH_TOKENS * horizon**_BATCH_EXPONENT))
         batch_size = max(1, tokens // config.sequence_len)
     else:
         batch_size = int(config.batch_size)
     share = math.sqrt(batch_size * config.sequence_len / _BATCH_TOKENS)
-    narrow = math.sqrt(_DEPTH / depth)
+    narrow = math.sqrt(_WIDTH / model.n_embd)
 
     def chosen(value: float | str, rule: float) -> float:
         return rule if value == RULE else float(value)
@@ -126,53 +133,47 @@ def settings_of(depth: int, config: SeriesConfig, shape_of: Callable[[int], Shap
     )
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, trunk: int, cooldown: int) -> float:
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    warmup: int,
+    trunk: int,
+    cooldown: int,
+    shape: CooldownShape = "1-sqrt",
+) -> float:
     """The rate of the update that follows ``step`` earlier ones.
 
     Example:
-        >>> [learning_rate(s, peak=1.0, warmup=2, trunk=4, cooldown=2) for s in range(7)]
-        [0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
+        >>> [learning_rate(s, peak=1.0, warmup=2, trunk=4, cooldown=4) for s in (0, 1, 3, 4, 5, 8)]
+        [0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
     """
     if step < trunk:
         return peak * min(1.0, (step + 1) / warmup) if warmup else peak
-    return peak * (max(0, trunk + cooldown - step) / cooldown)
-
-
-def cooldown_steps(trunk: int, share: float) -> int:
-    """Steps of the cooled branch of a trunk, at least one.
-
-    Example:
-        >>> cooldown_steps(150, 0.25)
-        38
-    """
-    return max(1, round(trunk * share))
-
-
-def split_steps(total: int, share: float) -> tuple[int, int]:
-    """Divide a total into a trunk and a cooled branch of ``share`` times the trunk.
-
-    Example:
-        >>> split_steps(250, 0.25)
-        (200, 50)
-    """
-    trunk = min(total - 1, max(1, round(total / (1 + share))))
-    return trunk, total - trunk
+    done = min(1.0, (step - trunk) / cooldown)
+    return peak * (1.0 - (math.sqrt(done) if shape == "1-sqrt" else done))
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One model of the series.
+    """One model of the series, or a cooled branch beside it.
 
     Args:
-        depth: number of layers.
+        size: label of its size, such as ``d3`` or ``4x56``.
+        model: its sizes.
         arm: how it is trained.
         parent: name of the model it is grown from, or ``None``.
-        parent_depth: layers of that model, or ``None``.
-        has_child: whether a later model is grown from this one's trunk.
+        parent_model: sizes of that model, or ``None``.
+        grown_at: step of the parent's trunk at which it grows; 0 without a parent.
         settings: batch, learning rates and weight decay.
+        full_steps: of the model from scratch of its size.
+        share: of these steps, its own.
         trunk: steps at the constant rate (warm-up included).
         cooldown: steps of the cooled branch.
         warmup: steps of warm-up; 0 for a grown model.
+        branches: share and first step of the cooled branches at smaller shares.
+        kept: steps at which the state of the trunk is kept, for branches and children.
+        branch_of: name of the model whose trunk this branches off, ``None`` for a model.
         first_sample: where in the order of the data it begins: behind what its ancestors have read,
             after a whole number of its own batches.
         flops_per_step: of one training step, what the arm adds included.
@@ -183,15 +184,21 @@ class ModelPlan:
         prior_tokens: that the lineage has been trained on before.
     """
 
-    depth: int
+    size: str
+    model: GPTConfig
     arm: Arm
     parent: str | None
-    parent_depth: int | None
-    has_child: bool
+    parent_model: GPTConfig | None
+    grown_at: int
     settings: Settings
+    full_steps: int
+    share: float
     trunk: int
     cooldown: int
     warmup: int
+    branches: tuple[tuple[float, int], ...]
+    kept: tuple[int, ...]
+    branch_of: str | None
     first_sample: int
     flops_per_step: int
     fisher_flops: int
@@ -201,8 +208,13 @@ class ModelPlan:
 
     @property
     def name(self) -> str:
-        """Stem of the model's files, such as ``d3-grown+ewc``."""
-        return f"d{self.depth}-{self.arm.name}"
+        """Stem of the model's files, such as ``d3-grown+ewc``, and ``d3-grown@0.2`` of a branch."""
+        return f"{self.size}-{self.arm.name}" + (f"@{self.share}" if self.branch_of else "")
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.model.n_layer
 
     @property
     def steps(self) -> int:
@@ -219,38 +231,34 @@ class ModelPlan:
         """Of everything that went into the model."""
         return self.prior_flops + self.flops
 
+    @property
+    def branch_plans(self) -> tuple["ModelPlan", ...]:
+        """The cooled branches at smaller shares, each as a model of its own."""
+        return tuple(
+            dataclasses.replace(
+                self, share=share, trunk=start, branches=(), kept=(), branch_of=self.name
+            )
+            for share, start in self.branches
+        )
 
-def shape_of(depth: int, vocab_size: int, sequence_len: int) -> Shape:
-    """Sizes and operations of the series' model of a depth, without making one.
+
+def shape_of(model: GPTConfig) -> Shape:
+    """Sizes and operations of a model, without making one.
 
     Example:
-        >>> shape_of(2, 256, 64).params
+        >>> from ars.models import miniseries_config
+        >>> shape_of(miniseries_config(2)).params
         458752
     """
     with torch.device("meta"):  # shapes only: no memory, no initial values
-        config = miniseries_config(depth, vocab_size=vocab_size, sequence_len=sequence_len)
-        model = GPT(config)
-    inside = [w for name, w in model.named_parameters() if name.startswith("blocks.")]
+        made = GPT(model)
+    inside = [w for name, w in made.named_parameters() if name.startswith("blocks.")]
     return Shape(
-        params=model.num_parameters(),
-        scaling_params=model.num_scaling_parameters(),
-        flops_per_token=model.flops_per_token(),
+        params=made.num_parameters(),
+        scaling_params=made.num_scaling_parameters(),
+        flops_per_token=made.flops_per_token(),
         matrices=tuple((w.shape[0], w.shape[1]) for w in inside),
     )
-
-
-def plans_of(config: SeriesConfig, vocab_size: int) -> tuple[ModelPlan, ...]:
-    """The models of a series over a vocabulary, in the order they are trained.
-
-    Args:
-        config: the settings.
-        vocab_size: number of token values.
-
-    Raises:
-        UsageError: the settings make no series.
-    """
-    shape = partial(shape_of, vocab_size=vocab_size, sequence_len=config.sequence_len)
-    return plan_series(config, shape)
 
 
 def checked_plans(config: SeriesConfig, machine: Machine, vocab_size: int) -> tuple[ModelPlan, ...]:
@@ -269,7 +277,7 @@ def checked_plans(config: SeriesConfig, machine: Machine, vocab_size: int) -> tu
     part = machine.device_batch_size
     for plan in plans:
         batch = plan.settings.batch_size
-        by_rule = f", d{plan.depth}'s by rule," if config.batch_size == RULE else ""
+        by_rule = f", {plan.size}'s by rule," if config.batch_size == RULE else ""
         if batch % world:
             raise UsageError(
                 f"--batch-size {batch}{by_rule} is not divisible by the {world} processes of the "
@@ -284,160 +292,144 @@ def checked_plans(config: SeriesConfig, machine: Machine, vocab_size: int) -> tu
     return plans
 
 
-def plan_series(config: SeriesConfig, shape_of: Callable[[int], Shape]) -> tuple[ModelPlan, ...]:
-    """The models of a series in the order they are trained: depth by depth, parents first.
+def plans_of(config: SeriesConfig, vocab_size: int) -> tuple[ModelPlan, ...]:
+    """The models of a series over a vocabulary, in the order they are trained.
 
-    The first model of a chain has nothing to grow out of, so chains whose first models are trained
-    alike share it, and it is the model from scratch of that depth.
+    That is size by size, parents first. The first model of a chain has nothing to grow out of, so
+    chains whose first models are trained alike share it, and it is the model from scratch of that
+    size.
 
     Args:
         config: the settings.
-        shape_of: sizes and operations of the model of a depth, be it one of the series or not.
+        vocab_size: number of token values.
 
     Raises:
-        UsageError: an arm is none, what it adds costs more than a whole trunk, or there is but one
-            depth and nothing to grow.
+        UsageError: an arm is none, a branch has no step of its own, or there is but one size and
+            nothing to grow.
     """
-    series = _Planner(config, shape_of)
-    for depth in config.depths:
+    series = _Planner(config, vocab_size)
+    for size in config.depths:
         for arm in series.arms:
-            series.add(depth, arm)
-    return tuple(series.plans.values())
+            series.add(size, arm)
+    return series.finished()
+
+
+@dataclass(frozen=True)
+class _Member:
+    label: str
+    model: GPTConfig
+    shape: Shape
+    settings: Settings
+    tokens_per_step: int
+    steps: int
 
 
 class _Planner:
-    def __init__(self, config: SeriesConfig, shape_of: Callable[[int], Shape]) -> None:
+    def __init__(self, config: SeriesConfig, vocab_size: int) -> None:
         self.config = config
         self.arms = [parse_arm(word) for word in config.arms]
         grown = next((arm.name for arm in self.arms if arm.grown), None)
         if len(config.depths) == 1 and grown is not None:
             raise UsageError(
-                f"--depths {config.depths[0]} is one depth, out of which nothing grows, and "
-                f"{grown} asks for growing: give two or more depths, or --arms scratch"
+                f"--depths {config.depths[0]} is one size, out of which nothing grows, and "
+                f"{grown} asks for growing: give two or more, or --arms scratch"
             )
         self.plans: dict[str, ModelPlan] = {}
-        self.shapes = {depth: shape_of(depth) for depth in config.depths}
-        self.settings = {depth: settings_of(depth, config, shape_of) for depth in config.depths}
-        self.trunks, self.cooldowns = self._reference_steps()
-        # Of the chain without overhead: what its trunks cost before each depth's own begins.
-        self.priors: dict[int, int] = {}
-        for depth in config.depths:
-            parent = self._parent_depth(depth)
-            self.priors[depth] = (
-                0 if parent is None else self.priors[parent] + self._trunk_budget(parent)
-            )
+        self.members = {size: self._member(size, vocab_size) for size in config.depths}
 
-    def _reference_steps(self) -> tuple[dict[int, int], dict[int, int]]:
+    def _member(self, size: Size, vocab_size: int) -> _Member:
         config = self.config
-        if config.steps is not None:
-            trunks = dict(zip(config.depths, config.steps, strict=True))
-            return trunks, {d: cooldown_steps(n, config.cooldown) for d, n in trunks.items()}
-        pairs = {}
-        for depth in config.depths:
-            tokens = config.ratio * self.shapes[depth].scaling_params
-            total = max(2, round(tokens / self._batch_tokens(depth)))
-            pairs[depth] = split_steps(total, config.cooldown)
-        return {d: pair[0] for d, pair in pairs.items()}, {d: pair[1] for d, pair in pairs.items()}
-
-    def _batch_tokens(self, depth: int) -> int:
-        return self.settings[depth].batch_size * self.config.sequence_len
-
-    def _step_flops(self, depth: int) -> int:
-        return self.shapes[depth].flops_per_token * self._batch_tokens(depth)
-
-    def _overhead(self, depth: int, arm: Arm, parent: Shape | None) -> int:
-        tokens, strength = self._batch_tokens(depth), self.config.ewc_strength
-        return step_overhead(arm, self.shapes[depth], parent, tokens, strength)
-
-    def _trunk_budget(self, depth: int) -> int:
-        return self.trunks[depth] * self._step_flops(depth)
-
-    def _parent_depth(self, depth: int) -> int | None:
-        if not any(arm.grown for arm in self.arms):
-            return None
-        allowed = self.config.depths if self.config.parents is None else self.config.parents
-        return max((d for d in allowed if d < depth), default=None)
-
-    def add(self, depth: int, arm: Arm) -> None:
-        parent_depth = self._parent_depth(depth)
-        if not arm.grown or parent_depth is None:
-            plan = self._from_scratch(depth, arm.root)
+        layers, width = config.layers_and_width(size)
+        model = miniseries_config(
+            layers,
+            width=width,
+            head_dim=config.width_of_heads,
+            vocab_size=vocab_size,
+            sequence_len=config.sequence_len,
+        )
+        shape, settings = shape_of(model), settings_of(model, config)
+        tokens = settings.batch_size * config.sequence_len
+        if config.steps is None:
+            steps = max(2, round(config.ratio * shape.scaling_params / tokens))
         else:
-            plan = self._grown(depth, arm, self._parent(parent_depth, arm))
+            steps = config.steps[config.depths.index(size)]
+        label = size if isinstance(size, str) else f"d{size}"
+        return _Member(label, model, shape, settings, tokens, steps)
+
+    def _parent_size(self, size: Size) -> Size | None:
+        depths, allowed = self.config.depths, self.config.parents
+        before = [s for s in depths[: depths.index(size)] if allowed is None or s in allowed]
+        return before[-1] if before else None
+
+    def add(self, size: Size, arm: Arm) -> None:
+        parent_size = self._parent_size(size)
+        if not arm.grown or parent_size is None:
+            plan = self._plan(self.members[size], arm.root, None)
+        else:
+            is_root = self._parent_size(parent_size) is None
+            name = (arm.root if is_root else arm).name
+            parent = self.plans[f"{self.members[parent_size].label}-{name}"]
+            plan = self._plan(self.members[size], arm, parent)
         self.plans.setdefault(plan.name, plan)
 
-    def _parent(self, depth: int, arm: Arm) -> ModelPlan:
-        is_root = self._parent_depth(depth) is None
-        name = f"d{depth}-{(arm.root if is_root else arm).name}"
-        return self.plans[name]
-
-    def _has_child(self, depth: int, arm: Arm) -> bool:
-        is_root = self._parent_depth(depth) is None
-        mine = [a for a in self.arms if a.grown and (a.root if is_root else a) == arm]
-        return bool(mine) and any(self._parent_depth(d) == depth for d in self.config.depths)
-
-    def _from_scratch(self, depth: int, arm: Arm) -> ModelPlan:
-        step = self._step_flops(depth) + self._overhead(depth, arm, None)
-        if step == self._step_flops(depth) and self._parent_depth(depth) is None:
-            trunk, cooldown = self.trunks[depth], self.cooldowns[depth]
-        else:
-            total = max(2, -(-self._budget(depth) // step))  # rounded up
-            trunk, cooldown = split_steps(total, self.config.cooldown)
-        return ModelPlan(
-            depth=depth,
-            arm=arm,
-            parent=None,
-            parent_depth=None,
-            has_child=self._has_child(depth, arm),
-            settings=self.settings[depth],
-            trunk=trunk,
-            cooldown=cooldown,
-            warmup=min(self.config.warmup_steps, trunk),
-            first_sample=0,
-            flops_per_step=step,
-            fisher_flops=0,
-            growth_flops=0,
-            prior_flops=0,
-            prior_tokens=0,
+    def finished(self) -> tuple[ModelPlan, ...]:
+        """The plans, which now keep what their children grow out of."""
+        return tuple(
+            dataclasses.replace(plan, kept=tuple(sorted({*plan.kept, *self._grown_at(plan)})))
+            for plan in self.plans.values()
         )
 
-    def _budget(self, depth: int) -> int:
-        """Operations of the lineage of every model of a depth."""
-        own = self.trunks[depth] + self.cooldowns[depth]
-        return self.priors[depth] + own * self._step_flops(depth)
+    def _grown_at(self, plan: ModelPlan) -> set[int]:
+        return {child.grown_at for child in self.plans.values() if child.parent == plan.name}
 
-    def _grown(self, depth: int, arm: Arm, parent: ModelPlan) -> ModelPlan:
-        config, shape, old = self.config, self.shapes[depth], self.shapes[parent.depth]
-        step = self._step_flops(depth) + self._overhead(depth, arm, old)
-        fisher = 0
-        if arm.has("ewc") and arm.strength("ewc", config.ewc_strength) > 0:
-            fisher = old.flops_per_token * config.sequence_len * config.fisher_samples
-        growth = GROWTH_OPERATIONS * shape.params
-        prior = parent.prior_flops + parent.trunk * parent.flops_per_step + fisher + growth
-        total = (self._budget(depth) - prior) // step  # rounded down
-        if total < 2:
+    def _plan(self, member: _Member, arm: Arm, parent: ModelPlan | None) -> ModelPlan:
+        config, shape = self.config, member.shape
+        old = None if parent is None else shape_of(parent.model)
+        step = shape.flops_per_token * member.tokens_per_step
+        step += step_overhead(arm, shape, old, member.tokens_per_step, config.ewc_strength)
+        fisher = growth = grown_at = prior = prior_tokens = first = 0
+        if parent is not None and old is not None:
+            if arm.has("ewc") and arm.strength("ewc", config.ewc_strength) > 0:
+                fisher = old.flops_per_token * config.sequence_len * config.fisher_samples
+            growth = GROWTH_OPERATIONS * shape.params
+            grown_at = max(1, round(config.grow_at * parent.trunk))
+            prior = parent.prior_flops + grown_at * parent.flops_per_step + fisher + growth
+            sequences = grown_at * parent.settings.batch_size
+            prior_tokens = parent.prior_tokens + sequences * config.sequence_len
+            size = member.settings.batch_size
+            first = -(-(parent.first_sample + sequences) // size) * size  # rounded up
+        shares = config.scratch_shares if parent is None else config.shares
+        cooldown = max(1, round(config.cooldown * member.steps))
+        starts = [round(share * member.steps) - cooldown for share in shares]
+        name = f"{member.label}-{arm.name}"
+        if starts[0] < 1 or len(set(starts)) < len(starts):
+            shown = ",".join(f"{share:g}" for share in shares)
             raise UsageError(
-                f"the Fisher pass and growth of d{depth}-{arm.name} cost as much as its training: "
-                "lower --fisher-samples or raise --steps or --ratio"
+                f"{name}: the {member.steps} steps of a model from scratch are too few for cooled "
+                f"branches of {cooldown} at the shares {shown}: raise --steps or --ratio, or name "
+                "fewer shares"
             )
-        trunk, cooldown = split_steps(total, config.cooldown)
-        parent_sequences = parent.trunk * parent.settings.batch_size
-        batch_size = self.settings[depth].batch_size
-        batches_before = -(-(parent.first_sample + parent_sequences) // batch_size)  # rounded up
+        branches = tuple(zip(shares[:-1], starts[:-1], strict=True))
         return ModelPlan(
-            depth=depth,
+            size=member.label,
+            model=member.model,
             arm=arm,
-            parent=parent.name,
-            parent_depth=parent.depth,
-            has_child=self._has_child(depth, arm),
-            settings=self.settings[depth],
-            trunk=trunk,
+            parent=None if parent is None else parent.name,
+            parent_model=None if parent is None else parent.model,
+            grown_at=grown_at,
+            settings=member.settings,
+            full_steps=member.steps,
+            share=shares[-1],
+            trunk=starts[-1],
             cooldown=cooldown,
-            warmup=0,
-            first_sample=batches_before * batch_size,
+            warmup=min(config.warmup_steps, starts[-1]) if parent is None else 0,
+            branches=branches,
+            kept=tuple(start for _, start in branches),
+            branch_of=None,
+            first_sample=first,
             flops_per_step=step,
             fisher_flops=fisher,
             growth_flops=growth,
             prior_flops=prior,
-            prior_tokens=parent.prior_tokens + parent_sequences * config.sequence_len,
+            prior_tokens=prior_tokens,
         )

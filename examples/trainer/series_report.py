@@ -6,24 +6,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ars.models import miniseries_config
 from common.plain_files import write_atomically
 from common.tables import aligned, markdown
-from trainer.arms import Arm, parse_arm
+from trainer.arms import parse_arm
 from trainer.series_plan import ModelPlan, shape_of
 from trainer.step_log import read_log
 
 __all__ = [
-    "FIGURES", "diverged", "markdown_table", "models_table", "settings_table", "write_metrics",
-    "write_report",
+    "FIGURES", "check_record", "diverged", "markdown_table", "models_table", "settings_table",
+    "write_metrics", "write_report",
 ]  # fmt: skip
 
 Record = dict[str, Any]
 
 _HEADER = (
-    "arm", "depth", "params", "tokens", "FLOPs", "lineage FLOPs", "seconds", "val bpb",
+    "size", "arm", "params", "tokens", "share", "FLOPs", "lineage FLOPs", "seconds", "val bpb",
     "against scratch",
 )  # fmt: skip
+_PANELS = 4  # of a figure, side by side
 FIGURES = ("loss_validation.png", "loss_training.png")
 Points = tuple[list[float], list[float]]
 _SMOOTHING = 10  # steps that a point of the training curve is the mean of
@@ -31,26 +31,28 @@ _SMOOTHING = 10  # steps that a point of the training curve is the mean of
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 
 
-def settings_table(plans: Sequence[ModelPlan], vocab_size: int, sequence_len: int) -> str:
-    """What the depth of each model decides, by rule or as the user named it, a line a depth.
+def settings_table(plans: Sequence[ModelPlan], sequence_len: int) -> str:
+    """What the size of each model decides, by rule or as the user named it, a line a size.
 
     Args:
         plans: of the series.
-        vocab_size: number of token values.
         sequence_len: tokens a sequence.
     """
     rows: list[Sequence[str]] = [(
-        "depth", "width", "heads", "parameters", "in products", "sequences", "tokens a step",
-        "lr", "Muon lr", "beside it", "decay",
+        "size", "layers", "width", "heads", "parameters", "in products", "growth", "sequences",
+        "tokens a step", "lr", "Muon lr", "beside it", "decay",
     )]  # fmt: skip
-    for depth, chosen in {plan.depth: plan.settings for plan in plans}.items():
-        shape = shape_of(depth, vocab_size, sequence_len)
+    before = 0
+    for size, plan in {plan.size: plan for plan in plans}.items():
+        shape, chosen = shape_of(plan.model), plan.settings
         rows.append((
-            f"d{depth}",
-            f"{miniseries_config(depth).n_embd}",
-            f"{depth}",
+            size,
+            f"{plan.model.n_layer}",
+            f"{plan.model.n_embd}",
+            f"{plan.model.n_head}",
             f"{shape.params:,}",
             f"{shape.scaling_params:,}",
+            f"x {shape.scaling_params / before:.2f}" if before else "-",
             f"{chosen.batch_size}",
             f"{chosen.batch_size * sequence_len:,}",
             f"{chosen.lr:.3g}",
@@ -58,6 +60,7 @@ def settings_table(plans: Sequence[ModelPlan], vocab_size: int, sequence_len: in
             f"{chosen.muon_adamw_lr:.3g}",
             f"{chosen.weight_decay:.3g}",
         ))  # fmt: skip
+        before = shape.scaling_params
     return aligned(rows)
 
 
@@ -75,11 +78,12 @@ def models_table(
         header: of more columns.
         cells: of these, for each model.
     """
-    rows = [["model", "trunk", "cooled", "tokens", "Fisher", "growth", "FLOPs", "lineage FLOPs",
-             *header]]  # fmt: skip
+    rows = [["model", "share", "trunk", "cooled", "tokens", "Fisher", "growing", "FLOPs",
+             "lineage FLOPs", *header]]  # fmt: skip
     for plan, more in zip(plans, cells or [()] * len(plans), strict=True):
         rows.append([
             plan.name,
+            f"{plan.share:g}",
             f"{plan.trunk}",
             f"{plan.cooldown}",
             f"{plan.steps * plan.settings.batch_size * sequence_len:,}",
@@ -97,17 +101,20 @@ def write_metrics(folder: Path, records: Sequence[Record]) -> None:
 
     JSON has no NaN: of a model that diverged ``val_bpb`` is null, and ``diverged`` true.
     """
-    content = [
-        {**record, "val_bpb": None if diverged(record) else record["val_bpb"],
-         "diverged": diverged(record)}
-        for record in records
-    ]  # fmt: skip
+    content = []
+    for record in records:
+        cooled = [_without_nan(branch) for branch in record["cooled"]]
+        content.append({**_without_nan(record), "cooled": cooled, "diverged": diverged(record)})
     text = json.dumps(content, indent=2, allow_nan=False)
     write_atomically(folder / "metrics.json", text + "\n")
 
 
+def _without_nan(record: Record) -> Record:
+    return {**record, "val_bpb": None if diverged(record) else record["val_bpb"]}
+
+
 def diverged(record: Record) -> bool:
-    """Whether the loss of a model is not a number."""
+    """Whether the loss of a model or a cooled branch is not a number."""
     return not math.isfinite(record["val_bpb"])
 
 
@@ -128,30 +135,38 @@ def write_report(folder: Path, records: Sequence[Record], plans: Sequence[ModelP
     return text
 
 
-def _baseline(record: Record) -> str:
-    """The arm from scratch with the same controller."""
-    return Arm(False, (), parse_arm(record["arm"]).controller).name
+def check_record(record: Record) -> None:
+    """See that a report can be made of the record of a model or a branch.
+
+    Raises:
+        KeyError, TypeError, ValueError: it cannot.
+    """
+    markdown_table([record])
+    cooled = record["cooled"]
+    f"{cooled['share']:g} {cooled['steps']:d} {cooled['flops']:d} {cooled['val_bpb']:g}"
 
 
 def markdown_table(records: Sequence[Record]) -> str:
     """The table in GitHub's markdown, and what has to be known to read it.
 
     Args:
-        records: one a model; differences are taken to the model from scratch of the same depth.
+        records: one a model; differences are taken to its twin: the model from scratch of the same
+            size and optimizer.
     """
-    found = {(record["depth"], record["arm"]): record for record in records}
+    found = {(record["size"], record["arm"]): record for record in records}
     rows = [_HEADER]
     for record in records:
         difference = ""
-        baseline = found.get((record["depth"], _baseline(record)))
+        baseline = found.get((record["size"], parse_arm(record["arm"]).root.name))
         pair = [record] if baseline is None or baseline is record else [record, baseline]
         if len(pair) == 2 and not any(map(diverged, pair)):
             difference = f"{pair[0]['val_bpb'] - pair[1]['val_bpb']:+.4f}"
         rows.append((
+            record["size"],
             record["arm"],
-            f"d{record['depth']}",
             f"{record['params']:,}",
             f"{record['tokens']:,}",
+            f"{record['share']:g}",
             f"{record['flops']:.3e}",
             f"{record['lineage_flops']:.3e}",
             f"{record['seconds']:.1f}",
@@ -160,18 +175,18 @@ def markdown_table(records: Sequence[Record]) -> str:
         ))  # fmt: skip
     root = records[0]
     notes = [
-        f"- d{root['depth']} has no parent: there a grown arm and scratch are one run.",
-        "- lineage FLOPs: parents' trunks, Fisher passes, growing, own trunk and cooled branch. At "
-        "each depth all arms have one budget; what an arm adds it pays for with steps. Evaluating "
-        "is not counted.",
+        f"- {root['size']} has no parent: there a grown model and its twin are one run.",
+        "- share: steps, as a share of those of the twin, the model from scratch of the same size.",
+        "- FLOPs: of the model's own trunk and cooled branch. lineage FLOPs: of its parents' "
+        "trunks, Fisher passes and growing too. Evaluating is not counted.",
         f"- val bpb: bits per byte on {root['val_bytes']:,} bytes that no model was trained on; "
-        "lower is better. A negative difference is a gain over the model from scratch.",
+        "lower is better. A negative difference is a gain over the twin.",
         f"- seconds: growing and training of this model alone. One seed ({root['seed']}): "
         "a demonstration, not a measurement of significance.",
     ]
     for record in records:
         notes += [f"- warning: {record['name']}: {text}" for text in record.get("warnings", [])]
-    return "\n".join([markdown(rows, "lr", padded=True), "", *notes]) + "\n"
+    return "\n".join([markdown(rows, "ll", padded=True), "", *notes]) + "\n"
 
 
 def draw_losses(folder: Path, plans: Sequence[ModelPlan], logs: dict[str, list[Record]]) -> None:
@@ -212,13 +227,17 @@ def _plot(
     from matplotlib.figure import Figure  # not above: importing matplotlib takes seconds
     from matplotlib.ticker import NullFormatter
 
-    depths = sorted({plan.depth for plan in plans})
+    sizes = list(dict.fromkeys(plan.size for plan in plans))
     arms = list(dict.fromkeys(plan.arm.name for plan in plans))
-    figure = Figure(figsize=(3.0 + 2.8 * len(depths), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(depths), sharey=True, squeeze=False)
-    for axes, depth in zip(panels[0], depths, strict=True):
+    columns = min(len(sizes), _PANELS)
+    rows = -(-len(sizes) // columns)
+    figure = Figure(figsize=(3.0 + 2.8 * columns, 0.6 + 3.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes in panels.flat[len(sizes) :]:
+        axes.set_visible(False)
+    for axes, size in zip(panels.flat, sizes, strict=False):
         for plan in plans:
-            if plan.depth == depth:
+            if plan.size == size:
                 axes.plot(
                     *points(logs[plan.name]),
                     color=_COLOURS[arms.index(plan.arm.name) % len(_COLOURS)],
@@ -226,11 +245,12 @@ def _plot(
                     linewidth=1.4,
                     label=plan.arm.name,
                 )
-        axes.set_title(f"d{depth}", fontsize=10)
+        axes.set_title(size, fontsize=10)
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())  # within a decade its labels overlap
         axes.set_xlabel("training FLOPs of the lineage")
         axes.grid(visible=True, which="both", linewidth=0.3)
         axes.legend(frameon=False, fontsize=8)
-    panels[0][0].set_ylabel(title)
+    for row in panels:
+        row[0].set_ylabel(title)
     figure.savefig(path, dpi=150)

@@ -1,7 +1,8 @@
 """Every setting of a run: its name, its default, what it may be and what it means, once."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,22 +27,25 @@ from common.errors import UsageError
 from trainer.arms import parse_arm
 
 __all__ = [
-    "PEAK_FLOPS", "QUICK", "RULE", "Files", "Machine", "SeriesConfig", "default_steps",
-    "peak_flops",
+    "PEAK_FLOPS", "QUICK", "RULE", "Files", "Machine", "SeriesConfig", "Size", "peak_flops",
 ]  # fmt: skip
 
 RULE = "rule"
 ByRule = Literal["rule"]
 Precision = Literal["fp32", "bf16", "fp16"]
+CooldownShape = Literal["1-sqrt", "linear"]
+Blocks = Literal["appended", "inserted"]
+Size = int | str  # a depth, or layers x width as in "4x56"
 
 # What --quick makes of the defaults.
 QUICK: dict[str, Any] = {
     "out": Path("out/quick"),
-    "depths": (1, 2, 3),
-    "steps": (24,),
-    "batch_size": 8,
+    "depths": ("2x32", "3x32", "3x48"),
+    "steps": (60,),
+    "batch_size": 4,
     "sequence_len": 64,
     "fisher_samples": 16,
+    "eval_windows": 64,
 }
 
 # Dense bfloat16 operations a second of one device, by the manufacturers' data sheets.
@@ -57,9 +61,9 @@ PEAK_FLOPS = {
 }
 
 _LARGEST_DEPTH = 20
+_LARGEST_WIDTH = 8192
+_LARGEST_HEAD = 64
 _LARGEST_BETA = 0.999999  # those beyond it come too close to 1 for float32
-_STEPS = {2: 450}  # of the trunk, where the user names none
-_OTHER_STEPS = 240
 
 
 def _arms(given: Any) -> tuple[str, ...]:
@@ -75,23 +79,39 @@ def _arms(given: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _ascending(what: str, example: str) -> Callable[[Any], tuple[int, ...]]:
-    depth = integer(1, _LARGEST_DEPTH)
+def _size(given: Any) -> Size:
+    layers, width = integer(1, _LARGEST_DEPTH), integer(2, _LARGEST_WIDTH)
+    if isinstance(given, str) and re.fullmatch(r"\d+x\d+", given):
+        first, second = given.split("x")
+        return f"{layers(first)}x{width(second)}"
+    value: int = layers(given)
+    return value
 
-    def parse(given: Any) -> tuple[int, ...]:
-        try:
-            if isinstance(given, str) and "-" in given:
-                first, last = (depth(part) for part in given.split("-"))
-                found = tuple(range(first, last + 1))
-            else:
-                found = tuple(depth(part) for part in items(given))
-        except ValueError:
-            found = ()
+
+def _sizes(given: Any) -> tuple[Size, ...]:
+    try:
+        if isinstance(given, str) and re.fullmatch(r"\d+-\d+", given):
+            first, last = (integer(1, _LARGEST_DEPTH)(part) for part in given.split("-"))
+            found: tuple[Size, ...] = tuple(range(first, last + 1))
+        else:
+            found = tuple(_size(part) for part in items(given))
+    except ValueError:
+        found = ()
+    if not found:
+        raise OptionError(
+            f"{_together(given)} is not a series: give ascending depths from 1 to "
+            f"{_LARGEST_DEPTH}, such as 2-4 or 2,3,4, or layers x width, such as 3x48,4x48"
+        )
+    return found
+
+
+def _shares(most: float) -> Any:
+    share = number(0, most, above=True)
+
+    def parse(given: Any) -> tuple[float, ...]:
+        found = tuple(share(part) for part in items(given))
         if not found or any(a >= b for a, b in pairwise(found)):
-            raise OptionError(
-                f"{_together(given)} is {what}: give ascending depths from 1 to "
-                f"{_LARGEST_DEPTH}, such as {example}"
-            )
+            raise OptionError(f"{_together(given)} are not ascending shares, such as 0.2,0.3,0.4")
         return found
 
     return parse
@@ -132,6 +152,7 @@ def _together(given: Any) -> str:
 
 _SHARE = number(0, 1, above=True)
 _RATE = word_or(RULE, _SHARE)
+_MOST_OF_A_TWIN = 10.0
 _STRENGTH = number(0, 1e12)
 _WINDOWS = integer(1, 10_000_000)
 
@@ -164,15 +185,29 @@ class SeriesConfig:
     The defaults are the demonstration's, for two CPU cores.
 
     Args:
-        arms: ways to train that are compared: scratch or grown, then +muon (scratch); +ewc,
-            +subspace, +distill (grown); +ars or +paper, the controllers.
-        depths: layers of each model, as 2-4 or 2,3,4.
-        parents: depths that larger ones are grown out of, each out of the largest below it;
+        arms: ways to train that are compared: scratch or grown, then +muon, +ewc, +subspace,
+            +distill (the last three of grown); +ars or +paper, the controllers.
+        depths: the sizes of the models, ascending: depths, as 2-4 or 2,3,4, or layers x width, as
+            3x48,4x48,4x56.
+        width_per_depth: width of a model that is named by its depth, per layer.
+        head_dim: channels of an attention head, even, a divisor of every width; ``None``: the
+            largest up to 64.
+        parents: sizes that larger ones are grown out of, each out of the largest below it;
             ``None``: all.
-        steps: trunk steps, one number for all depths or one for each; the cooled branch is extra;
-            ``None``: by the ratio, or 450 for depth 2 and 240 for others.
-        ratio: instead of steps: tokens, trunk and cooled branch, per parameter in matrix products;
-            about 10 is optimal for a model from scratch.
+        steps: of a model from scratch, trunk and cooled branch, one number for all sizes or one
+            for each; ``None``: by the ratio.
+        ratio: instead of steps: tokens per parameter in matrix products of a model from scratch, 8
+            if neither is named; about 10 is optimal for a single model.
+        cooldown: steps of a cooled branch, as a share of those of the model from scratch of the
+            same size.
+        cooldown_shape: how the learning rate falls to 0 in it: 1-sqrt or linear.
+        shares: cooled branches of a grown model, as shares of the steps of the model from scratch:
+            its own trunk up to there and the branch. The largest is the model; the trunk goes on
+            until there. The others are measured, and nothing depends on them.
+        scratch_shares: the same of models from scratch; the last is 1.
+        grow_at: where in its parent's trunk a model grows, as a share of that trunk.
+        blocks: where growing puts new blocks: appended, after the last; inserted, between the old
+            ones as copies whose writes are 0.
         batch_size: sequences a step over all processes, or rule: by the depth.
         sequence_len: tokens a sequence.
         lr: learning rate of the trunk, or rule.
@@ -182,7 +217,6 @@ class SeriesConfig:
         betas: of Adam.
         max_grad_norm: the norm of the gradients is clipped to it; 0 clips none.
         warmup_steps: of models that are not grown.
-        cooldown: steps of the cooled branch per step of the trunk.
         ewc_strength: weight of ewc; 0 spares its Fisher pass.
         subspace_strength: weight of subspace.
         distill_strength: weight of distill.
@@ -198,15 +232,21 @@ class SeriesConfig:
         OptionError: a setting is none; the message begins with its name.
     """
 
-    arms: tuple[str, ...] = option(("scratch+ars", "grown+ewc+ars"), _arms)
-    depths: tuple[int, ...] = option((2, 3, 4), _ascending("not a series", "2-4 or 2,3,4"))
-    parents: tuple[int, ...] | None = option(
-        None, optional(_ascending("no choice of parents", "10,13,17"))
-    )
-    steps: tuple[int, ...] | None = option((450, 240, 240), optional(_steps))
-    ratio: float = option(10.5, optional(number(0, 1000, above=True)))
+    arms: tuple[str, ...] = option(("scratch+ars", "grown+ars"), _arms)
+    depths: tuple[Size, ...] = option(("3x48", "4x48", "4x56", "5x56"), _sizes)
+    width_per_depth: int = option(64, integer(2, 1024))
+    head_dim: int | None = option(None, optional(integer(2, 1024)))
+    parents: tuple[Size, ...] | None = option(None, optional(_sizes))
+    steps: tuple[int, ...] | None = option(None, optional(_steps))
+    ratio: float = option(8.0, optional(number(0, 1000, above=True)))
+    cooldown: float = option(0.1, number(0, 0.9, above=True))
+    cooldown_shape: CooldownShape = option("1-sqrt", choice("1-sqrt", "linear"))
+    shares: tuple[float, ...] = option((0.2, 0.3, 0.4), _shares(_MOST_OF_A_TWIN))
+    scratch_shares: tuple[float, ...] = option((1.0,), _shares(1.0))
+    grow_at: float = option(1.0, _SHARE)
+    blocks: Blocks = option("appended", choice("appended", "inserted"))
     batch_size: int | ByRule = option(4, word_or(RULE, integer(1, 4096)))
-    sequence_len: int = option(256, integer(8, 8192))
+    sequence_len: int = option(128, integer(8, 8192))
     lr: float | ByRule = option(3e-3, _RATE)
     muon_lr: float | ByRule = option(0.02, _RATE)
     muon_adamw_lr: float | ByRule = option(0.012, _RATE)
@@ -214,7 +254,6 @@ class SeriesConfig:
     betas: tuple[float, float] = option((0.9, 0.95), _betas)
     max_grad_norm: float = option(1.0, _STRENGTH)
     warmup_steps: int = option(20, integer(0, 10_000_000))
-    cooldown: float = option(0.25, _SHARE)
     # Weak: both models read the same kind of text, so there is nothing to forget, and every
     # strength that was tried from 0.01 on costs (docs/miniseries.md).
     ewc_strength: float = option(1e-4, _STRENGTH)
@@ -230,19 +269,71 @@ class SeriesConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_sizes()
         if self.steps is not None and len(self.steps) != len(self.depths):
             raise OptionError(
                 f"steps: {len(self.steps)} numbers for {len(self.depths)} depths: give one for all "
                 "or one for each"
             )
+        if self.steps is None and self.ratio is None:
+            raise OptionError("ratio: none, and no steps: name one of them")
+        for name in ("shares", "scratch_shares"):
+            least = getattr(self, name)[0]
+            if least <= self.cooldown:
+                raise OptionError(
+                    f"{name}: {least:g} is not above the cooldown, {self.cooldown:g}, which is a "
+                    "part of it: name a larger share or a shorter cooldown"
+                )
+        if self.scratch_shares[-1] != 1.0:
+            raise OptionError(
+                f"scratch_shares: the last is {self.scratch_shares[-1]:g}, not 1, the whole model "
+                "from scratch: add 1"
+            )
+
+    def _check_sizes(self) -> None:
+        shown = ",".join(map(str, self.depths))
+        sizes = [self.layers_and_width(size) for size in self.depths]
+        for before, after in pairwise(sizes):
+            if before == after or before[0] > after[0] or before[1] > after[1]:
+                raise OptionError(
+                    f"depths: {shown} are not ascending: {after[0]} layers of width {after[1]} do "
+                    f"not grow out of {before[0]} of width {before[1]}"
+                )
+        for _, width in sizes:
+            if width % self.width_of_heads or self.width_of_heads % 2:
+                raise OptionError(
+                    f"head_dim: {self.width_of_heads} is no even divisor of the width {width} in "
+                    f"--depths {shown}: name one, or widths that have one"
+                )
         if self.parents is not None:
-            strangers = [depth for depth in self.parents if depth not in self.depths]
+            strangers = [size for size in self.parents if size not in self.depths]
             if strangers:
-                raise OptionError(f"parents: {strangers[0]} is not among --depths "
-                                  f"{','.join(map(str, self.depths))}")  # fmt: skip
+                raise OptionError(f"parents: {strangers[0]} is not among --depths {shown}")
             if self.parents[0] != self.depths[0]:
                 raise OptionError(f"parents: the first depth, {self.depths[0]}, has to be there: "
                                   "every chain begins with it")  # fmt: skip
+
+    def layers_and_width(self, size: Size) -> tuple[int, int]:
+        """Of a size of the series.
+
+        Example:
+            >>> config = SeriesConfig(depths=(2, "3x192"))
+            >>> [config.layers_and_width(size) for size in config.depths], config.width_of_heads
+            ([(2, 128), (3, 192)], 64)
+        """
+        if isinstance(size, str):
+            layers, width = size.split("x")
+            return int(layers), int(width)
+        return size, size * self.width_per_depth
+
+    @property
+    def width_of_heads(self) -> int:
+        """Channels of a head, of every model: it cannot grow."""
+        if self.head_dim is not None:
+            return self.head_dim
+        common = math.gcd(*(self.layers_and_width(size)[1] for size in self.depths))
+        divisors = (n for n in range(min(common, _LARGEST_HEAD), 1, -1) if common % n == n % 2 == 0)
+        return next(divisors, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON has them (lists for tuples)."""
@@ -289,13 +380,3 @@ class Machine:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-
-def default_steps(depths: tuple[int, ...]) -> tuple[int, ...]:
-    """Trunk steps of each depth when the user names none.
-
-    Example:
-        >>> default_steps((2, 3, 4)), default_steps((4, 5))
-        ((450, 240, 240), (240, 240))
-    """
-    return tuple(_STEPS.get(depth, _OTHER_STEPS) for depth in depths)

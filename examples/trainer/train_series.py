@@ -2,6 +2,7 @@
 
 The checkpoints are the only memory. A model whose ``checkpoints/<name>.pt`` is there is finished;
 one that has states in ``checkpoints/<name>/`` is continued; the report is rebuilt from the records.
+A cooled branch beside a model is trained after it like a model of its own, ``<name>@<share>``.
 """
 
 import json
@@ -67,13 +68,15 @@ class Series:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.plans = plans_of(run.config, run.corpus.vocab_size)
+        self.models = plans_of(run.config, run.corpus.vocab_size)
+        self.plans = [each for plan in self.models for each in (plan, *plan.branch_plans)]
         self._keepers = {plan.name: Keeper(plan, run) for plan in self.plans}
+        self._read: dict[str, dict[str, Any]] = {}  # records of models that were found finished
+        self._done: dict[str, dict[str, Any]] = {}  # records of those whose turn is over
 
     def train_all(self) -> tuple[str, bool]:
         """Finish every model in order; return the table and whether there was nothing to do."""
         run = self.run
-        records = []
         nothing_to_do = True
         for plan in self.plans:
             record = run.parallel.from_first(partial(self._finished, plan))
@@ -82,37 +85,114 @@ class Series:
                 if run.parallel.any(run.stop.requested):
                     run.stop.leave()
                 record = self._train(plan)
-            records.append(record)
-            if not nothing_to_do and run.parallel.is_first:
+            self._done[plan.name] = record
+            if run.parallel.is_first:
                 run.output.check()
-                series_report.write_metrics(run.folder, records)
+                self._drop_trunks()
+                if not nothing_to_do:
+                    series_report.write_metrics(run.folder, self._records())
         if not run.parallel.is_first:
             return "", nothing_to_do
+        records = self._records()
         if nothing_to_do:
             series_report.write_metrics(run.folder, records)
-        return series_report.write_report(run.folder, records, self.plans), nothing_to_do
+        return series_report.write_report(run.folder, records, self.models), nothing_to_do
 
-    def _trunk_is_missing(self, plan: ModelPlan) -> bool:
-        """Whether a child still has to grow out of a trunk that is not on the disk."""
-        children = [p for p in self.plans if p.parent == plan.name]
-        needed = any(self._keepers[child.name].record() is None for child in children)
-        return needed and self._keepers[plan.name].trunk() is None
+    def _records(self) -> list[dict[str, Any]]:
+        """One record a model, with the cooled branches beside it that are finished."""
+        records = []
+        for plan in self.models:
+            if plan.name not in self._done:
+                continue
+            own = self._done[plan.name]
+            branches = [self._done[b.name] for b in plan.branch_plans if b.name in self._done]
+            cooled = [each["cooled"] for each in (*branches, own)]
+            said = own.get("warnings", [])
+            more = [
+                f"at the share {branch['share']:g}: {text}"
+                for branch in branches
+                for text in branch.get("warnings", [])
+                if text not in said  # the trunk up to there was warned of, too
+            ]
+            records.append({**own, "cooled": cooled, "warnings": [*said, *more]})
+        return records
+
+    def _needing(self, plan: ModelPlan) -> dict[int, list[str]]:
+        """The steps of a trunk that are kept, and the models that begin with each."""
+        users: dict[int, list[str]] = {step: [] for step in plan.kept}
+        for branch in plan.branch_plans:
+            users[branch.trunk].append(branch.name)
+        for child in self.models:
+            if child.parent == plan.name:
+                users[child.grown_at].append(child.name)
+        return users
+
+    def _trunk_is_missing(self, plan: ModelPlan, upto: int | None = None) -> bool:
+        """Whether a model still has to begin with a state of a trunk that is not on the disk.
+
+        Args:
+            plan: of the trunk.
+            upto: only states up to this step count; ``None`` for all.
+        """
+        return any(
+            (upto is None or step <= upto)
+            and not self._keepers[plan.name].has_trunk(step)
+            and any(map(self._has_to_begin, names))
+            for step, names in self._needing(plan).items()
+        )
+
+    def _has_to_begin(self, name: str) -> bool:
+        """Whether a model has to be trained and has no state to go on from."""
+        plan = self._plan_of(name)
+        return self._has_to_be_trained(plan) and self._own_state(plan) is None
+
+    def _has_to_be_trained(self, plan: ModelPlan) -> bool:
+        """Whether a model is not finished, or its trunk is needed and gone."""
+        if plan.name in self._done:
+            return False
+        if plan.name not in self._read:
+            record = self._keepers[plan.name].record()
+            if record is None:
+                return True
+            self._read[plan.name] = record
+        return self._trunk_is_missing(plan)
+
+    def _own_state(self, plan: ModelPlan) -> dict[str, Any] | None:
+        """The newest state of a model, unless a state before it is gone that others begin with."""
+        found = self._keepers[plan.name].latest()
+        if found is None or self._trunk_is_missing(plan, upto=found[0]):
+            return None
+        return found[1]
+
+    def _plan_of(self, name: str) -> ModelPlan:
+        return next(plan for plan in self.plans if plan.name == name)
+
+    def _drop_trunks(self) -> None:
+        """Drop the states of trunks whose branches and children are all finished."""
+        for plan in self.models:
+            for step, names in self._needing(plan).items():
+                if all(name in self._done for name in names):
+                    self._keepers[plan.name].drop_trunk(step)
 
     def _finished(self, plan: ModelPlan) -> dict[str, Any] | None:
-        record = self._keepers[plan.name].record()
-        if record is None or self._trunk_is_missing(plan):
+        if self._has_to_be_trained(plan):
             return None
         self._keepers[plan.name].clear()  # a kill may have come before that
-        return record
+        return self._read[plan.name]
 
     def _begin(self, plan: ModelPlan) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """The state to go on from, or else the parent's trunk."""
-        content = self._keepers[plan.name].latest()
-        if content is not None and content["step"] >= plan.trunk and self._trunk_is_missing(plan):
-            content = None  # only a new run of the trunk can bring it back
-        if content is not None or plan.parent is None:
+        """The state to go on from, or else that of the trunk it begins with."""
+        content = self._own_state(plan)
+        source, step = self._origin(plan)
+        if content is not None or source is None:
             return content, None
-        return None, self._keepers[plan.parent].trunk()
+        return None, self._keepers[source].trunk(step)
+
+    def _origin(self, plan: ModelPlan) -> tuple[str | None, int]:
+        """The model whose trunk another begins with, and the step of it."""
+        if plan.branch_of is not None:
+            return plan.branch_of, plan.trunk
+        return plan.parent, plan.grown_at
 
     def _train(self, plan: ModelPlan) -> dict[str, Any]:
         run = self.run
@@ -123,60 +203,85 @@ class Series:
             try:
                 state = restore(plan, run, content)
             except DamagedError as error:
-                run.parallel.from_first(partial(keeper.reject, error))
+                run.parallel.from_first(partial(keeper.reject_latest, error))
                 content, trunk = run.parallel.from_first(partial(self._begin, plan))
         resumed = state is not None
         if state is None:
             state = self._new(plan, trunk)
+            run.parallel.from_first(keeper.begin_again)
         bpb = train(state, plan, run, keeper, resumed=resumed)
         record = self._record(plan, state, bpb)
         run.parallel.from_first(partial(keeper.finish, state, record))
         return record
 
     def _new(self, plan: ModelPlan, trunk: dict[str, Any] | None) -> TrainingState:
-        """A model that begins: from random weights, or grown out of its parent's trunk."""
+        """A model that begins: from random weights, or with a state of a trunk."""
         run = self.run
-        if plan.parent is None:
+        source, step = self._origin(plan)
+        if source is None:
             return build_from_scratch(plan, run)
         started = time.perf_counter()
-        parent = next(p for p in self.plans if p.name == plan.parent)
+        origin = self._plan_of(source)
         try:
-            if trunk is None:  # it was there when the parent's turn came
-                raise DamagedError(f"the trunk of {plan.parent} is gone")
-            grown = inherit(plan, run, restore(parent, run, trunk))
+            if trunk is None:  # it was there when the origin's turn came
+                raise DamagedError(f"the trunk of {source} is gone")
+            begun = restore(origin, run, trunk)
+            if plan.branch_of is None:
+                begun = inherit(plan, run, begun)
         except DamagedError as error:
             if trunk is not None:
-                run.parallel.from_first(partial(self._keepers[plan.parent].reject, error))
+                reject = self._keepers[source].reject_trunk
+                run.parallel.from_first(partial(reject, step, error))
             raise UsageError(
-                f"{plan.name} cannot grow, because {error}: run the same command again, which "
-                f"trains {plan.parent} once more"
+                f"{plan.name} cannot begin, because {error}: run the same command again, which "
+                f"trains {source} once more"
             ) from None
-        grown.seconds = time.perf_counter() - started
-        return grown
+        if plan.branch_of is None:
+            begun.seconds = time.perf_counter() - started
+        return begun
 
     def _record(self, plan: ModelPlan, state: TrainingState, bpb: float) -> dict[str, Any]:
         config = self.run.config
-        tokens = plan.steps * plan.settings.batch_size * config.sequence_len
+        per_step = plan.settings.batch_size * config.sequence_len
+        tokens = plan.steps * per_step
         muon = plan.arm.has("muon")
+        seconds = round(state.seconds, 3)
         return {
             "name": plan.name,
+            "size": plan.size,
             "depth": plan.depth,
+            "width": plan.model.n_embd,
             "arm": plan.arm.name,
             "parent": plan.parent,
             "params": state.model.num_parameters(),
             "scaling_params": state.model.num_scaling_parameters(),
             "tokens": tokens,
+            "prior_tokens": plan.prior_tokens,
             "lineage_tokens": plan.prior_tokens + tokens,
+            "share": plan.share,
+            "full_steps": plan.full_steps,
+            "trunk_steps": plan.trunk,
             "steps": plan.steps,
+            "cooled": {
+                "share": plan.share,
+                "start": plan.trunk,
+                "steps": plan.steps,
+                "tokens": tokens,
+                "flops": plan.flops,
+                "seconds": seconds,
+                "val_bpb": bpb,
+            },
             "batch_size": plan.settings.batch_size,
             "lr": plan.settings.muon_adamw_lr if muon else plan.settings.lr,  # of AdamW
             "muon_lr": plan.settings.muon_lr if muon else None,
             "muon_adamw_lr": plan.settings.muon_adamw_lr if muon else None,
+            "flops_per_step": plan.flops_per_step,
             "flops": plan.flops,
             "fisher_flops": plan.fisher_flops,
             "growth_flops": plan.growth_flops,
+            "prior_flops": plan.prior_flops,
             "lineage_flops": plan.lineage_flops,
-            "seconds": round(state.seconds, 3),
+            "seconds": seconds,
             "val_bpb": bpb,
             "val_bytes": self._validation_bytes(),
             "warnings": state.warnings,

@@ -35,8 +35,7 @@ def train(
         state: where to start; advanced in place.
         plan: of this model.
         run: asked to stop after every step that is waited for.
-        keeper: of the model's states, and of the one at the end of the trunk, which a child grows
-            from.
+        keeper: of the model's states, and of those that branches and children begin with.
         resumed: whether ``state`` came from a checkpoint, whose log is to be continued.
 
     Returns:
@@ -67,12 +66,13 @@ def train(
         def measure() -> float:
             return score(state.model, curve_windows, corpus.token_bytes)
 
-        def keep(*, at_trunk_end: bool) -> None:
+        def keep() -> None:
             state.log = recorder.flush()
-            keeper.save(state, at_trunk_end=at_trunk_end)
+            keeper.save(state)
 
         if not resumed:
-            progress.say(state.warnings)  # of how it was grown
+            if plan.branch_of is None:
+                progress.say(state.warnings)  # of how it was grown
             recorder.add(state, None, measure())
             recorder.read(state)
         saved_at = time.monotonic()
@@ -80,7 +80,8 @@ def train(
         compiling = run.machine.compile  # in the first step, which `pace` waits for
         while state.step < plan.steps:
             update = step(state, plan, run)
-            is_point = state.step % every == 0 or state.step in (plan.trunk, plan.steps)
+            kept = state.step in plan.kept
+            is_point = kept or state.step % every == 0 or state.step in (plan.trunk, plan.steps)
             if not (is_point or pace.is_due(state.step)):
                 recorder.add(state, update, None)
                 continue
@@ -94,11 +95,10 @@ def train(
             recorder.add(state, update, measured)
             recorder.read(state)
             pace.waited(state)
-            at_trunk_end = state.step == plan.trunk and plan.has_child
             due = time.monotonic() - saved_at >= run.machine.checkpoint_seconds
             due, asked = run.parallel.any(due), run.parallel.any(run.stop.requested)
-            if asked or due or at_trunk_end or state.step == plan.steps:
-                run.parallel.from_first(partial(keep, at_trunk_end=at_trunk_end))
+            if asked or due or kept or state.step == plan.steps:
+                run.parallel.from_first(keep)
                 saved_at = time.monotonic()
             if asked:
                 run.stop.leave()
@@ -195,7 +195,12 @@ def step(state: TrainingState, plan: ModelPlan, run: Run) -> Update:
         run: whose next batch it is.
     """
     share = learning_rate(
-        state.step, peak=1.0, warmup=plan.warmup, trunk=plan.trunk, cooldown=plan.cooldown
+        state.step,
+        peak=1.0,
+        warmup=plan.warmup,
+        trunk=plan.trunk,
+        cooldown=plan.cooldown,
+        shape=run.config.cooldown_shape,
     )
     state.optimizer.set_rate(share)
     state.optimizer.zero_grad()

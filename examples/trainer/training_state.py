@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ars.models import GPT, Growth, grow, miniseries_config
+from ars.models import GPT, GPTConfig, Growth, grow
 from ars.regularizers import (
     EWC,
     DiagonalFisher,
@@ -38,6 +38,7 @@ __all__ = [
     "TrainingState", "build_from_scratch", "inherit", "inherit_penalties", "model_of", "restore",
 ]  # fmt: skip
 
+_OLD_HEAD = 64
 _FISHER_BATCH = 16  # sequences at a time; the result does not depend on it
 Penalty = EWC | SubspacePenalty | ProgressiveInheritance
 
@@ -190,6 +191,7 @@ class TrainingState:
             "warnings": list(self.warnings),
             "seen": self.seen,
             "log": self.log,
+            "heads": self.model.config.n_head,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "inheritance": self.inheritance.to_dict(),
@@ -216,8 +218,9 @@ def model_of(content: dict[str, Any], label: str, sequence_len: int) -> GPT:
         raise UsageError(f"{label} holds no model: {remedy}")
     with understanding(label, remedy, "another kind of model than the miniseries'"):
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        vocab_size = weights["wte.weight"].shape[0]
-        shape = miniseries_config(depth, vocab_size=vocab_size, sequence_len=sequence_len)
+        vocab_size, width = weights["wte.weight"].shape
+        heads = content.get("heads", width // _OLD_HEAD)  # earlier versions had one width of heads
+        shape = GPTConfig(vocab_size, sequence_len, n_layer=depth, n_head=heads, n_embd=width)
         with torch.device("meta"):  # shapes first: a wrong one may be larger than the memory
             expected = GPT(shape).state_dict()
         for name, value in expected.items():
@@ -235,16 +238,17 @@ def model_of(content: dict[str, Any], label: str, sequence_len: int) -> GPT:
 
 def build_from_scratch(plan: ModelPlan, run: Run) -> TrainingState:
     """A model with random weights and an empty optimizer."""
-    return _assemble(_empty(plan.depth, run, _weights(plan, run)), plan, run, Inheritance())
+    model = _empty(plan.model, run, _weights(plan, run))
+    return _assemble(model, plan, run, Inheritance())
 
 
 def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
-    """Grow a parent at the end of its trunk.
+    """Grow a parent out of its trunk.
 
     Args:
         plan: of the grown model.
         run: whose training split gives the sequences of the Fisher information.
-        parent: its state at the end of its trunk.
+        parent: its state at the step of its trunk at which the model grows.
 
     Raises:
         RunInterruptedError: a signal arrived during the Fisher pass.
@@ -254,7 +258,7 @@ def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if plan.fisher_flops:
-            signs = _generator(run.config.seed, f"d{plan.depth} Fisher", run.parallel.device)
+            signs = _generator(run.config.seed, f"{plan.size} Fisher", run.parallel.device)
             fisher = DiagonalFisher(
                 parent.model,
                 estimator="sketch",
@@ -271,12 +275,13 @@ def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
                     "Fisher information): lower the learning rate, or leave out arms with ewc, and "
                     "name another folder with --out"
                 ) from None
-        growth = grow(parent.model, _model_config(plan.depth, run), _weights(plan, run))
+        growth = grow(parent.model, plan.model, _weights(plan, run), blocks=run.config.blocks)
         kept = inherit_penalties(growth, plan.arm, run.config, importance)
     state = _assemble(growth.model, plan, run, kept)
     state.warnings += [str(warning.message) for warning in caught]
-    moments = growth.optimizer_state(parent.optimizer.adamw, state.optimizer.adamw)
-    state.optimizer.adamw.load_state_dict(moments)
+    pairs = zip(parent.optimizer.parts, state.optimizer.parts, strict=True)
+    for part, moments in [(new, growth.optimizer_state(old, new)) for old, new in pairs]:
+        part.load_state_dict(moments)
     if state.scaler is not None and parent.scaler is not None:
         state.scaler.load_state_dict(parent.scaler.state_dict())
     return state
@@ -293,12 +298,12 @@ def restore(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingState
 
 
 def _restored(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingState:
-    model = _empty(plan.depth, run)
+    model = _empty(plan.model, run)
     model.load_state_dict(content["model"])
     teacher = None
     if content["inheritance"]["teacher"] is not None:
-        assert plan.parent_depth is not None, "a teacher is a parent"
-        teacher = _empty(plan.parent_depth, run)
+        assert plan.parent_model is not None, "a teacher is a parent"
+        teacher = _empty(plan.parent_model, run)
     kept = restore_penalties(model, teacher, plan.arm, run.config, content["inheritance"])
     state = _assemble(model, plan, run, kept)
     state.optimizer.load_state_dict(content["optimizer"])
@@ -318,6 +323,8 @@ def _restored(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingSta
         raise ValueError(f"its step is {state.step!r}")
     if not (isinstance(state.seconds, float) and 0 <= state.seconds < math.inf):
         raise ValueError(f"its seconds are {state.seconds!r}")
+    if content["heads"] != plan.model.n_head:
+        raise ValueError(f"its heads are {content['heads']!r}")
     if not all(isinstance(text, str) for text in state.warnings):
         raise ValueError("its warnings are no texts")
     if state.seen is not None:
@@ -339,19 +346,13 @@ def _assemble(model: GPT, plan: ModelPlan, run: Run, kept: Inheritance) -> Train
     return TrainingState(model, run.parallel.wrap(forward), optimizer, kept, scaler)
 
 
-def _empty(depth: int, run: Run, generator: torch.Generator | None = None) -> GPT:
-    return GPT(_model_config(depth, run), generator).to(run.parallel.device)
-
-
-def _model_config(depth: int, run: Run) -> Any:
-    return miniseries_config(
-        depth, vocab_size=run.corpus.vocab_size, sequence_len=run.config.sequence_len
-    )
+def _empty(model: GPTConfig, run: Run, generator: torch.Generator | None = None) -> GPT:
+    return GPT(model, generator).to(run.parallel.device)
 
 
 def _weights(plan: ModelPlan, run: Run) -> torch.Generator:
     """The same for every arm of a depth: they then differ by what they add alone."""
-    return _generator(run.config.seed, f"d{plan.depth}-scratch weights")
+    return _generator(run.config.seed, f"{plan.size}-scratch weights")
 
 
 def _generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -377,7 +378,7 @@ def _fisher_batches(plan: ModelPlan, run: Run) -> Iterator[tuple[Tensor, Tensor]
         run.stop.check()
         inputs, targets = batch(
             run.corpus.train,
-            stream=f"fisher d{plan.depth} {run.config.seed}",
+            stream=f"fisher {plan.size} {run.config.seed}",
             step=index,
             batch_size=_FISHER_BATCH,
             sequence_len=run.config.sequence_len,

@@ -65,30 +65,38 @@ def test_the_defaults_are_those_of_the_dataclasses() -> None:
 def test_quick() -> None:
     quick = parse_arguments(["--quick"])
     assert quick.out == Path("out/quick")
-    assert quick.config == SeriesConfig(
-        depths=(1, 2, 3), steps=(24, 24, 24), batch_size=8, sequence_len=64, fisher_samples=16
-    )
-    both = parse_arguments(["--quick", "--steps", "7", "--depths", "2,4", "--seed", "5"])
-    assert both.config.steps == (7, 7)
+    named = {key: value for key, value in settings.QUICK.items() if key not in ("out", "steps")}
+    assert quick.config == SeriesConfig(**named, steps=settings.QUICK["steps"] * 3)
+    both = parse_arguments(["--quick", "--steps", "70", "--depths", "2,4", "--seed", "5"])
+    assert both.config.steps == (70, 70)
     assert both.config.seed == 5
     file = written("batch_size: 2\n")
     assert parse_arguments(["--config", file, "--quick"]).config.batch_size == 2
 
 
-def test_steps_follow_the_depths() -> None:
+def test_one_number_of_steps_is_that_of_every_size() -> None:
     assert doctest.testmod(settings).failed == 0
-    assert parse_arguments(["--depths", "4-6"]).config.steps == (240, 240, 240)
+    assert parse_arguments([]).config.ratio == 8.0
+    assert parse_arguments(["--depths", "4-6", "--steps", "9"]).config.steps == (9, 9, 9)
     assert parse_arguments(["--depths", "2,3", "--steps", "9,8"]).config.steps == (9, 8)
-    ratio = parse_arguments(["--ratio", "8"]).config
-    assert (ratio.steps, ratio.ratio) == (None, 8.0)
+    ratio = parse_arguments(["--ratio", "12"]).config
+    assert (ratio.steps, ratio.ratio) == (None, 12.0)
 
 
 def test_every_field_is_an_option() -> None:
     words = {
         "arms": ("scratch+muon,grown+ars+distill", ("scratch+muon", "grown+distill+ars")),
         "depths": ("10-12", (10, 11, 12)),
+        "width_per_depth": ("32", 32),
+        "head_dim": ("16", 16),
         "parents": ("10,11", (10, 11)),
         "steps": ("5,6,7", (5, 6, 7)),
+        "cooldown": ("0.15", 0.15),
+        "cooldown_shape": ("linear", "linear"),
+        "shares": ("0.25,1.5", (0.25, 1.5)),
+        "scratch_shares": ("0.5,1", (0.5, 1.0)),
+        "grow_at": ("0.5", 0.5),
+        "blocks": ("inserted", "inserted"),
         "batch_size": ("rule", "rule"),
         "sequence_len": ("512", 512),
         "lr": ("rule", "rule"),
@@ -98,7 +106,6 @@ def test_every_field_is_an_option() -> None:
         "betas": ("0.8,0.9", (0.8, 0.9)),
         "max_grad_norm": ("0", 0.0),
         "warmup_steps": ("0", 0),
-        "cooldown": ("0.5", 0.5),
         "ewc_strength": ("1e-3", 1e-3),
         "subspace_strength": ("2e-3", 2e-3),
         "distill_strength": ("0.2", 0.2),
@@ -133,9 +140,7 @@ def test_the_command_line_wins_over_files_and_later_files_over_earlier() -> None
     found = parse_arguments([
         "--lr", "2e-3", "--config", first, "--no-compile", f"--config={second}", "--threads=none",
     ])  # fmt: skip
-    assert found.config == SeriesConfig(
-        lr=2e-3, seed=2, depths=(2, 3), steps=(450, 240), betas=(0.8, 0.9)
-    )
+    assert found.config == SeriesConfig(lr=2e-3, seed=2, depths=(2, 3), betas=(0.8, 0.9))
     assert found.machine == Machine(keep=5)
     assert parse_arguments(["--config", second, "--config", first]).config.seed == 1
 
@@ -144,8 +149,8 @@ def test_the_last_of_steps_and_ratio_wins() -> None:
     by_ratio, by_steps = written("ratio: 4\n", "ratio.yaml"), written("steps: 5\n", "steps.yaml")
     words = ["--config", by_ratio]
     assert parse_arguments(words).config.steps is None
-    assert parse_arguments([*words, "--steps", "5"]).config == SeriesConfig(steps=(5, 5, 5))
-    assert parse_arguments([*words, "--config", by_steps]).config.steps == (5, 5, 5)
+    assert parse_arguments([*words, "--steps", "5"]).config == SeriesConfig(steps=(5,) * 4)
+    assert parse_arguments([*words, "--config", by_steps]).config.steps == (5,) * 4
     words = ["--config", by_steps]
     assert parse_arguments([*words, "--ratio", "3"]).config == SeriesConfig(steps=None, ratio=3.0)
     assert parse_arguments([*words, "--config", by_ratio]).config.ratio == 4.0
@@ -165,7 +170,8 @@ def test_the_last_of_steps_and_ratio_wins() -> None:
         ("seed: true\n", "seed: True is not a whole number"),
         ("compile: maybe\n", "compile: 'maybe' is neither true nor false"),
         ("compile: 1\n", "compile: 1 is neither true nor false"),
-        ("depths: [2, 2]\n", "depths: '2,2' is not a series"),
+        ("shares: [0.4, 0.2]\n", "shares: '0.4,0.2' are not ascending shares"),
+        ("blocks: middle\n", "is not one of 'appended', 'inserted'"),
         ("depths: []\n", "is not a series"),
         ("depths: [2.0, 3.0]\n", "is not a series"),
         ("arms: [grown+ecw]\n", "arms: grown+ecw: there is no 'ecw'; did you mean ewc?"),
@@ -201,7 +207,7 @@ def test_a_mistake_after_a_file_is_not_laid_to_it(capsys: pytest.CaptureFixture[
     line = refused(["--config", written("seed: 3\n"), "--lr", "fast"], capsys)
     assert line.startswith("error: argument --lr: 'fast'")
     line = refused(["--config", written("steps: [1, 2]\n")], capsys)
-    assert "2 numbers for 3 depths" in line
+    assert "2 numbers for 4 depths" in line
 
 
 @pytest.mark.parametrize(
@@ -211,6 +217,7 @@ def test_a_mistake_after_a_file_is_not_laid_to_it(capsys: pytest.CaptureFixture[
         ["--quick"],
         ["--ratio", "8", "--batch-size", "rule", "--lr", "rule", "--out", "somewhere/else"],
         ["--depths", "2-5", "--parents", "2,4", "--peak-flops", "h100", "--compile"],
+        ["--depths", "3x48,5x64", "--shares", "0.25,0.35", "--head-dim", "8"],
         ["--data", "hf:some/name", "--column", "text", "--cache", "tokens", "--no-recompute"],
         ["--betas", "0.5,0.75", "--ewc-strength", "1e-12", "--arms", "grown+ewc,scratch+muon"],
     ],
@@ -235,7 +242,7 @@ def test_the_file_with_every_default(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("name", "depths"),
-    [("d10-d20", tuple(range(10, 21))), ("gpu-d4-d10", (4, 6, 8, 10))],
+    [("d10-d20", tuple(range(10, 21))), ("gpu-d4-d10", tuple(range(4, 11)))],
 )
 def test_the_files_of_larger_series(name: str, depths: tuple[int, ...]) -> None:
     found = parse_arguments(["--config", str(EXAMPLES / f"configs/{name}.yaml")])
@@ -271,8 +278,20 @@ def test_a_file_can_be_overruled_with_none() -> None:
         ({"lr": 2.0}, "lr: 2.0 is not a number above 0 and up to 1, nor 'rule'"),
         ({"seed": -1}, "seed: -1 is not a whole number from 0"),
         ({"arms": ("grwn",)}, "arms: grwn: there is no 'grwn'; did you mean grown?"),
-        ({"steps": (5,)}, "steps: 1 numbers for 3 depths"),
-        ({"parents": (2, 9)}, "parents: 9 is not among --depths 2,3,4"),
+        ({"steps": (5,)}, "steps: 1 numbers for 4 depths"),
+        ({"ratio": None}, "ratio: none, and no steps: name one of them"),
+        ({"parents": ("3x48", 9)}, "parents: 9 is not among --depths 3x48,4x48,4x56,5x56"),
+        ({"parents": ("4x48",)}, "parents: the first depth, 3x48, has to be there"),
+        ({"depths": (4, 3)}, "depths: 4,3 are not ascending: 3 layers of width 192 do not grow"),
+        ({"depths": ("3x64", "4x48")}, "depths: 3x64,4x48 are not ascending"),
+        ({"depths": (2, "2x128")}, "depths: 2,2x128 are not ascending"),
+        ({"depths": ("3x33", "3x66")}, "head_dim: 1 is no even divisor of the width 33"),
+        ({"head_dim": 32}, "head_dim: 32 is no even divisor of the width 48 in --depths 3x48"),
+        ({"head_dim": 7, "depths": ("3x49",)}, "head_dim: 7 is no even divisor of the width 49"),
+        ({"shares": (0.4, 0.2)}, "shares: '0.4,0.2' are not ascending shares"),
+        ({"shares": (0.1, 0.2)}, "shares: 0.1 is not above the cooldown, 0.1"),
+        ({"scratch_shares": (0.5, 0.8)}, "scratch_shares: the last is 0.8, not 1"),
+        ({"scratch_shares": (0.05, 1.0)}, "scratch_shares: 0.05 is not above the cooldown"),
     ],
 )
 def test_settings_are_held_to_their_ranges_wherever_they_come_from(
@@ -282,3 +301,13 @@ def test_settings_are_held_to_their_ranges_wherever_they_come_from(
         SeriesConfig(**changes)
     with pytest.raises(OptionError, match=r"^keep: 0 is not a whole number"):
         Machine(keep=0)
+
+
+@pytest.mark.parametrize(
+    ("depths", "heads"),
+    [((2, 3), 64), (("3x48", "4x56"), 8), (("3x96",), 48), (("2x256", 5), 64), (("2x34",), 34)],
+)
+def test_heads_are_the_largest_that_fit_every_width(
+    depths: tuple[int | str, ...], heads: int
+) -> None:
+    assert SeriesConfig(depths=depths).width_of_heads == heads

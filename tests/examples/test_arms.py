@@ -1,12 +1,13 @@
-"""Arms by their words, and what depth decides where nobody names it."""
+"""Arms by their words, and what the size decides where nobody names it."""
 
 import re
 
 import pytest
 
+from ars.models import GPTConfig, miniseries_config
 from common.errors import UsageError
-from trainer.arms import Shape, parse_arm
-from trainer.series_plan import settings_of
+from trainer.arms import parse_arm
+from trainer.series_plan import settings_of, shape_of
 from trainer.settings import SeriesConfig
 
 
@@ -23,6 +24,8 @@ def test_an_arm_is_what_its_word_says() -> None:
     assert arm.strength("distill", 3.0) == 3.0
     assert arm.root.name == "scratch+ars"
     assert parse_arm("scratch+muon+paper").root.name == "scratch+muon+paper"
+    assert parse_arm("grown+ars+distill=2+muon").name == "grown+muon+distill=2+ars"
+    assert parse_arm("grown+muon+distill=2+ars").root.name == "scratch+muon+ars"
 
 
 @pytest.mark.parametrize(
@@ -30,8 +33,9 @@ def test_an_arm_is_what_its_word_says() -> None:
     [
         ("scrach", "there is no 'scrach'; did you mean scratch?"),
         ("grown+ewx", "there is no 'ewx'; did you mean ewc?"),
-        ("grown+9", "there is no '9'; use ewc, subspace, distill, ars, paper"),
-        ("grown+muon", "muon goes with scratch only, not with grown"),
+        ("grown+9", "there is no '9'; use muon, ewc, subspace, distill, ars, paper"),
+        ("grown+ewc+muon", "ewc is a penalty of AdamW's step, which leaves the blocks to muon"),
+        ("grown+muon+subspace=1", "subspace is a penalty of AdamW's step"),
         ("scratch+ewc", "ewc goes with grown only, not with scratch"),
         ("grown+ewc+ewc=1", "ewc stands there twice"),
         ("grown+ars+paper", "one controller at a time; drop paper"),
@@ -50,10 +54,8 @@ def test_what_is_no_arm_is_refused(word: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def shape(depth: int) -> Shape:
-    """Parameters in matrix products of a model of 32768 tokens, as nanochat counts them."""
-    width = 64 * depth
-    return Shape(0, 12 * depth * width**2 + 32768 * width, 0, ())
+def model(depth: int) -> GPTConfig:
+    return miniseries_config(depth, vocab_size=32768, sequence_len=2048)
 
 
 def test_the_rule_is_nanochats_and_follows_a_named_batch() -> None:
@@ -65,20 +67,24 @@ def test_the_rule_is_nanochats_and_follows_a_named_batch() -> None:
         weight_decay="rule",
         sequence_len=2048,
     )
-    found = {depth: settings_of(depth, rule, shape) for depth in (8, 10, 12, 16, 18, 20)}
+    found = {depth: settings_of(model(depth), rule) for depth in (8, 10, 12, 16, 18, 20)}
     # The batch follows the tokens of the training, which are in proportion to the parameters.
     assert {depth: chosen.batch_size * 2048 for depth, chosen in found.items()} == {
         8: 2**18, 10: 2**19, 12: 2**19, 16: 2**19, 18: 2**20, 20: 2**20,
     }  # fmt: skip
     d8, d12, d20 = found[8], found[12], found[20]
     assert (d12.lr, d12.muon_lr, d12.muon_adamw_lr, d12.weight_decay) == (6e-4, 0.02, 0.008, 0.1)
+    products = {depth: shape_of(model(depth)).scaling_params for depth in (8, 12, 20)}
     for chosen, share, depth in ((d8, 0.5, 8), (d20, 2.0, 20)):
         assert chosen.lr == pytest.approx(6e-4 * share**0.5 * (12 / depth) ** 0.5)
         assert chosen.muon_lr == pytest.approx(0.02 * share**0.5)
         assert chosen.muon_adamw_lr == pytest.approx(0.008 * share**0.5 * (12 / depth) ** 0.5)
-        horizon = shape(depth).scaling_params / shape(12).scaling_params
-        assert chosen.weight_decay == pytest.approx(0.1 * share**0.5 / horizon)
+        assert chosen.weight_decay == pytest.approx(
+            0.1 * share**0.5 * products[12] / products[depth]
+        )
     assert d20.weight_decay == pytest.approx(0.0358, rel=1e-3)
-    named = settings_of(12, SeriesConfig(batch_size=64, lr="rule", sequence_len=2048), shape)
+    # Rates follow the width, and the depth only through the parameters.
+    wide = miniseries_config(8, width=768, vocab_size=32768, sequence_len=2048)
+    named = settings_of(wide, SeriesConfig(batch_size=64, lr="rule", sequence_len=2048))
     assert named.lr == pytest.approx(3e-4)
     assert (named.batch_size, named.muon_lr) == (64, SeriesConfig().muon_lr)

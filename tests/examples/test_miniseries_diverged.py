@@ -11,13 +11,12 @@ import torch
 import miniseries
 from analysis.records import read_metrics
 from trainer import training_loop
-from trainer.series_report import write_metrics
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 99
 SMALL = [
-    "--depths", "1,2", "--batch-size", "2", "--sequence-len", "16", "--fisher-samples", "3",
-    "--threads", "1", "--steps", "4", "--eval-windows", "2", "--curve-windows", "2",
-    "--curve-points", "2",
+    "--depths", "1,2", "--width-per-depth", "16", "--batch-size", "2", "--sequence-len", "16",
+    "--fisher-samples", "3", "--threads", "1", "--steps", "5", "--cooldown", "0.2",
+    "--shares", "0.6,0.8", "--eval-windows", "2", "--curve-windows", "2", "--curve-points", "2",
 ]  # fmt: skip
 
 
@@ -63,13 +62,14 @@ def test_it_is_said_everywhere_and_all_files_are_json(
             f"error: {', '.join(names)} diverged, the loss is not a number: lower the"
             in (captured.err.splitlines()[-1])
         )
-        assert captured.out.count("| diverged |") == 2
+        assert captured.out.count(" diverged |") == 5  # of the table, and of the account
         assert "nan" not in captured.out.replace("nanosecond", "")
         out = tmp_path / "out"
         records = strict(out / "metrics.json")
         assert [(r["diverged"], r["val_bpb"] is None) for r in records] == [
             (True, True), (True, True), (False, False),
         ]  # fmt: skip
+        assert [branch["val_bpb"] for branch in records[1]["cooled"]] == [None, None]
         for path in out.rglob("*.json"):
             strict(path)
         assert [r.diverged for r in read_metrics([out / "metrics.json"])] == [True, True, False]
@@ -84,6 +84,19 @@ def test_it_is_said_while_it_trains(
     assert capsys.readouterr().err.count(said) == 1
 
 
+def test_a_cooled_branch_that_diverges_is_said_to_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("grown", "d2-grown@0.6", monkeypatch, tmp_path) == 0
+    said = "diverged: at step 3 its loss is not a number"
+    captured = capsys.readouterr()
+    assert captured.err.count(f"warning: d2-grown@0.6: {said}") == 1
+    assert f"- warning: d2-grown: at the share 0.6: {said}" in captured.out
+    branch, model = strict(tmp_path / "out/metrics.json")[-1]["cooled"]
+    assert (branch["val_bpb"], branch["share"]) == (None, 0.6)
+    assert model["val_bpb"] > 0
+
+
 def test_nothing_is_inherited_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,7 +107,7 @@ def test_nothing_is_inherited_from_it(
     assert (record["name"], record["val_bpb"], record["diverged"]) == ("d1-scratch", None, True)
 
 
-def test_records_of_older_files_are_read_and_written_anew(tmp_path: Path) -> None:
+def test_records_of_older_files_are_read(tmp_path: Path) -> None:
     """They have NaN and no flag."""
     path = Path(__file__).with_name("old_demo_metrics.json")
     records = json.loads(path.read_text())
@@ -102,10 +115,6 @@ def test_records_of_older_files_are_read_and_written_anew(tmp_path: Path) -> Non
     records[0]["val_bpb"] = math.nan
     (tmp_path / "old.json").write_text(json.dumps(records))
     assert read_metrics([tmp_path / "old.json"])[0].diverged
-    write_metrics(tmp_path, records)
-    assert strict(tmp_path / "metrics.json")[0]["val_bpb"] is None
-    found = read_metrics([tmp_path / "metrics.json"])
-    assert [r.diverged for r in found] == [True] + [False] * (len(records) - 1)
 
 
 @pytest.mark.parametrize(

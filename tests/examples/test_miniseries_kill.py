@@ -19,10 +19,11 @@ from trainer.arguments import parse_arguments
 from trainer.series_run import prepare
 from trainer.train_series import run_series
 
-# Two models of three steps or so, with a state after each of them, of which the last is kept.
+# A model of four steps, one of three grown out of it and a cooled branch of one step, with a state
+# after each of them, of which the last is kept.
 SHORT = (
-    "--arms", "grown+ewc+ars", "--steps", "2", "--checkpoint-seconds", "0", "--keep", "1",
-    "--eval-windows", "2", "--curve-windows", "2",
+    "--arms", "grown+ewc+ars", "--steps", "4", "--cooldown", "0.25", "--shares", "0.5,0.75",
+    "--checkpoint-seconds", "0", "--keep", "1", "--eval-windows", "2", "--curve-windows", "2",
 )  # fmt: skip
 DONE, KILLED = 0, 9
 

@@ -14,9 +14,11 @@ from common.errors import RunInterruptedError, UsageError
 from trainer.series_report import markdown_table
 
 
-# d1 trains 10 steps and the grown d2 about as many, with a question before each: within a trunk, at
-# its end, at the end of a model, before and at the first step of the next one, at its end.
-@pytest.mark.parametrize("step", [6, 9, 11, 12, 13, 22])
+# Questions before each model and after each step: 1 to 11 of d1, to 22 of the d2 from scratch, to
+# 31 of the grown one, to 34 of the branch beside it. Within a trunk, at its end, at the end of a
+# model, before and at the first step of the next; before and after growing, where the branch
+# begins, at the end; before, in and at the end of the branch.
+@pytest.mark.parametrize("step", [6, 9, 11, 12, 13, 23, 24, 26, 31, 32, 33, 34])
 def test_stopped_and_resumed(
     series: Series, straight: dict[str, Any], tmp_path: Path, step: int
 ) -> None:
@@ -38,29 +40,28 @@ def test_stopping_at_every_step_gets_there_too(
             done = True
         except RunInterruptedError:
             stops += 1
-    models = straight["records"]  # a stop before each but the first one
-    assert stops == sum(record["steps"] for record in models) + len(models) - 1
+    assert stops == (10 + 10 + 8 + 2) + 4 - 1  # and before each model but the first one
     assert results(tmp_path) == straight
 
 
 @pytest.mark.parametrize(
     "every", [0.0, 86400.0], ids=["checkpoints each step", "none within a model"]
 )
-@pytest.mark.parametrize(("step", "saved", "at_trunk_end"), [(4, 3, 0), (9, 3, 1), (14, 2, 0)])
+@pytest.mark.parametrize(("step", "saved", "kept"), [(4, 3, 0), (9, 3, 1), (29, 3, 1), (33, 1, 0)])
 def test_killed_and_resumed(
     series: Series,
     straight: dict[str, Any],
     tmp_path: Path,
     step: int,
     saved: int,
-    at_trunk_end: int,
+    kept: int,
     every: float,
 ) -> None:
     words = ("--checkpoint-seconds", str(every), "--keep", "3")
     with pytest.raises(KilledError):
         series(tmp_path, Stop(step, kill=True), *words)
     states = [path.stem for path in sorted(tmp_path.glob("checkpoints/*/*.pt"))]
-    assert len(states) == (at_trunk_end if every else saved)
+    assert len(states) == (kept if every else saved)
     series(tmp_path, None, *words)
     assert results(tmp_path) == straight
     assert not list(tmp_path.glob("checkpoints/*/*.pt"))
@@ -69,17 +70,14 @@ def test_killed_and_resumed(
 @pytest.mark.parametrize(
     "words",
     [
-        ("--arms", "scratch,grown"),
-        ("--arms", "grown+paper"),
+        ("--arms", "grown+paper", "--grow-at", "0.5", "--blocks", "inserted"),
         ("--arms", "grown+ewc=0"),
-        ("--arms", "grown+ewc+subspace=0.5"),
         ("--arms", "grown+subspace=0.5"),
-        ("--arms", "grown+distill=0.5+ars"),
         ("--arms", "grown+ewc+subspace+distill"),
-        ("--arms", "scratch+muon,scratch+muon+ars"),
+        ("--arms", "grown+muon"),
+        ("--arms", "grown+muon+distill=0.5+ars", "--precision", "fp16"),
         ("--arms", "grown", "--precision", "bf16"),
         ("--arms", "grown+ewc+ars", "--precision", "fp16"),
-        ("--arms", "scratch+muon", "--precision", "fp16"),
         ("--arms", "grown", "--device-batch-size", "1", "--recompute"),
     ],
     ids=" ".join,
@@ -88,8 +86,9 @@ def test_resuming_with_every_kind_of_state(
     series: Series, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     series(tmp_path / "straight", None, *words)
-    with pytest.raises(RunInterruptedError):
-        series(tmp_path / "stopped", Stop(4 if "muon" in words[1] else 17), *words)
+    for step in (17, 6):  # within the grown model, and in the branch beside it
+        with pytest.raises(RunInterruptedError):
+            series(tmp_path / "stopped", Stop(step), *words)
     series(tmp_path / "stopped", None, *words)
     assert results(tmp_path / "stopped") == results(tmp_path / "straight")
 
@@ -120,7 +119,7 @@ def _damage(path: Path) -> bytes:
     return bytes(content)
 
 
-@pytest.mark.parametrize("name", ["d1-scratch+ars", CHAIN])
+@pytest.mark.parametrize("name", ["d1-scratch+ars", CHAIN, f"{CHAIN}@0.5"])
 def test_a_damaged_model_is_put_aside_and_trained_again(
     series: Series,
     straight: dict[str, Any],
@@ -173,32 +172,6 @@ def test_the_state_before_a_damaged_one_is_used(
     assert (folder / "00000006.pt.damaged").read_bytes() == bad
 
 
-def test_a_damaged_or_missing_trunk(
-    series: Series, straight: dict[str, Any], tmp_path: Path
-) -> None:
-    for damage in ("empty", "missing"):
-        out = tmp_path / damage
-        with pytest.raises(RunInterruptedError):
-            series(out, Stop(12))  # d1 is done, d2 has not begun
-        trunk = out / "checkpoints/d1-scratch+ars-trunk.pt"
-        trunk.write_bytes(b"") if damage == "empty" else trunk.unlink()
-        series(out)  # trains d1 again, since d2 has to grow out of it
-        assert results(out) == straight
-
-
-def test_a_trunk_lost_in_the_cooled_branch_is_trained_again_in_pieces(
-    series: Series, straight: dict[str, Any], tmp_path: Path
-) -> None:
-    with pytest.raises(RunInterruptedError):
-        series(tmp_path, Stop(10))  # one step into the cooled branch of d1
-    (tmp_path / "checkpoints/d1-scratch+ars-trunk.pt").unlink()
-    for _ in range(5):
-        with pytest.raises(RunInterruptedError):
-            series(tmp_path, Stop(4))
-    series(tmp_path, Stop(20))  # d1 is done by now, and d2 needs less
-    assert results(tmp_path) == straight
-
-
 def test_a_model_that_cannot_be_read_is_left_as_it_is(
     series: Series, straight: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +220,7 @@ def test_a_grown_model_inherits_the_scale_of_the_loss(
         series(tmp_path, Stop(13), "--arms", "grown", "--precision", "fp16")
     trunk, child = (
         torch.load(tmp_path / "checkpoints" / name, weights_only=True)
-        for name in ("d1-scratch-trunk.pt", "d2-grown/00000001.pt")
+        for name in ("d1-scratch-trunk-00000008.pt", "d2-grown/00000001.pt")
     )
     assert trunk["scaler"]["scale"] == 2.0 ** (40 - 8)
     assert child["scaler"]["scale"] == 2.0 ** (40 - 9)
@@ -260,6 +233,6 @@ def test_a_warning_that_takes_several_looks_is_not_lost(series: Series, tmp_path
     (warning,) = expected["records"][-1]["warnings"]
     assert "exactly 0 3 times" in warning
     with pytest.raises(RunInterruptedError):
-        series(tmp_path / "stopped", Stop(19), *words)  # d2 is looked at twice before, and after
+        series(tmp_path / "stopped", Stop(18), *words)  # d2 is looked at twice before, and after
     series(tmp_path / "stopped", None, *words)
     assert results(tmp_path / "stopped") == expected

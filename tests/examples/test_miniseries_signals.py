@@ -55,7 +55,7 @@ def test_signals_save_and_say_how_to_resume(
         assert last.endswith("` again to resume")
         assert f"--out {tmp_path}" in last
         (saved,) = (tmp_path / "checkpoints" / name).glob("*.pt")
-        assert 0 < int(saved.stem) < 75  # in the middle of the model
+        assert 0 < int(saved.stem) < 60  # in the middle of the model
     assert run(command(text, tmp_path))[0] == 0
     assert results(tmp_path) == long_straight
 
@@ -65,7 +65,7 @@ def test_killed_for_real(text: Path, long_straight: dict[str, Any], tmp_path: Pa
     words = command(text, tmp_path, checkpoint_each_step=True)
     assert run(words, when=saved, send=signal.SIGKILL)[0] == -signal.SIGKILL
     newest = max(saved.parent.glob("*.pt"))
-    assert 2 <= torch.load(newest, weights_only=True)["step"] < 75
+    assert 2 <= torch.load(newest, weights_only=True)["step"] < 48
     assert run(command(text, tmp_path))[0] == 0
     assert results(tmp_path) == long_straight
 

@@ -1,19 +1,22 @@
 """The log, the table and the figures."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from trainer.arms import Shape
-from trainer.series_plan import plan_series
+from trainer.series_plan import plans_of
 from trainer.series_report import markdown_table, write_metrics, write_report
 from trainer.settings import SeriesConfig
 from trainer.step_log import FIELDS, StepLog, read_log
 
 
 def record(depth: int, arm: str, bpb: float) -> dict[str, Any]:
+    share = 0.4 if arm.startswith("grown") else 1.0
     return {
         "name": f"d{depth}-{arm}",
+        "size": f"d{depth}",
+        "share": share,
         "depth": depth,
         "arm": arm,
         "params": 1234567,
@@ -24,6 +27,7 @@ def record(depth: int, arm: str, bpb: float) -> dict[str, Any]:
         "val_bpb": bpb,
         "val_bytes": 131072,
         "seed": 3,
+        "cooled": [{"share": share / 2, "val_bpb": math.nan}, {"share": share, "val_bpb": bpb}],
     }
 
 
@@ -42,13 +46,11 @@ def test_the_table_has_one_row_a_model_and_signed_differences() -> None:
     lines = markdown_table(RECORDS).splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines if "|" in line]
     assert len(cells) == 2 + 7
-    assert all(len(row) == 9 for row in cells)
-    assert set(cells[1][0]) == {"-"}
-    assert all(set(c) == {"-", ":"} and c.endswith(":") for c in cells[1][1:])
-    # A controller is compared with the model from scratch that has one, where there is one.
+    assert all(len(row) == 10 for row in cells)
+    # Twins have the same optimizer and controller; of d3-grown+ars there is none.
     assert [row[-1] for row in cells[2:]] == ["", "", "", "-0.2500", "", "", "+0.1250"]
-    assert cells[5][:8] == [
-        "grown+ewc", "d3", "1,234,567", "4,096", "1.000e+12", "2.000e+12", "12.3", "2.2500",
+    assert cells[5][:9] == [
+        "d3", "grown+ewc", "1,234,567", "4,096", "0.4", "1.000e+12", "2.000e+12", "12.3", "2.2500",
     ]  # fmt: skip
     assert len({len(line) for line in lines if "|" in line}) == 1
 
@@ -97,9 +99,8 @@ def test_a_new_log_forgets_an_old_one(tmp_path: Path) -> None:
 
 
 def test_the_report_is_written(tmp_path: Path) -> None:
-    shape = Shape(params=100, scaling_params=80, flops_per_token=500, matrices=())
     config = SeriesConfig(arms=("scratch", "scratch+ars", "grown+ewc", "grown+ars"))
-    plans = plan_series(config, lambda _: shape)
+    plans = plans_of(config, 10)
     for plan in plans:
         with StepLog(tmp_path / f"log_{plan.name}.csv", None) as log:
             log.write({"step": 0, "flops": 0, "val_bpb": 8.0})
@@ -108,9 +109,11 @@ def test_the_report_is_written(tmp_path: Path) -> None:
     write_metrics(tmp_path, RECORDS)
     text = write_report(tmp_path, RECORDS, plans)
     assert (tmp_path / "table.md").read_text() == text
-    assert json.loads((tmp_path / "metrics.json").read_text()) == [
-        {**record, "diverged": False} for record in RECORDS
-    ]
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    for record in RECORDS:  # of branches that diverged, too, the loss is null
+        branch, end = record["cooled"]
+        cooled = [{**branch, "val_bpb": None}, end]
+        assert found.pop(0) == {**record, "cooled": cooled, "diverged": False}
     for figure in ("loss_validation.png", "loss_training.png"):
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / figure).stat().st_size > 5000

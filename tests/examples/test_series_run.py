@@ -33,8 +33,7 @@ def prepared(words: Sequence[str]) -> Run:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--fisher-samples", "99999"], "lower --fisher-samples"),
-        (["--tokenizer", "bpe:9999", "--fisher-samples", "99999"], "lower --fisher-samples"),
+        (["--tokenizer", "bpe:9999", "--steps", "3"], "the 3 steps of a model from scratch are"),
         (["--device-batch-size", "3"], "--device-batch-size 3 does not divide the 4 sequences"),
         (["--tokenizer", "missing.json"], "--tokenizer missing.json does not exist"),
         (["--out", "taken"], "--out taken holds files that are not a run"),

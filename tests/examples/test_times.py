@@ -47,11 +47,12 @@ def test_a_row_has_the_time_and_speed_of_its_own_step(
     words = ("--checkpoint-seconds", "0", "--peak-flops", "1e9", "--curve-points", "3")
     series(tmp_path, None, *words)
     paths = list(tmp_path.glob("log_*.csv"))
-    assert len(paths) == 3
+    assert len(paths) == 4
     for path in paths:
         first, *rows = read_log(path)
-        assert any(row["val_bpb"] is None for row in rows)  # both kinds of rows are there
-        assert sum(row["val_bpb"] is not None for row in rows) > 2
+        if "@" not in path.name:
+            assert any(row["val_bpb"] is None for row in rows)  # both kinds of rows are there
+            assert sum(row["val_bpb"] is not None for row in rows) > 2
         before = first
         for row in rows:
             spent = lasts(row["step"])

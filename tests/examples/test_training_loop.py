@@ -85,7 +85,7 @@ def test_compiled_models_are_the_same_and_compiled_once_each(
     # have been trained: one must do for each model.
     with dynamo.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         series(tmp_path, None, *ARMS, "--compile")
-    assert compiled == len(bits(whole)) == 4
+    assert compiled == len(bits(whole)) + 1 == 5  # and the branch beside the grown one
     assert results(tmp_path) == results(whole)
 
 
@@ -96,9 +96,8 @@ def test_half_precision_stays_near(
     series(tmp_path, None, *ARMS, "--precision", precision)
     assert bits(tmp_path) == pytest.approx(bits(whole), abs=0.02)
     assert bits(tmp_path) != bits(whole)
-    content = torch.load(tmp_path / "checkpoints/d1-scratch+ars-trunk.pt", weights_only=True)
+    content = torch.load(tmp_path / "checkpoints/d1-scratch+ars.pt", weights_only=True)
     assert {w.dtype for w in content["model"].values()} == {torch.float32}
-    assert (content["scaler"] is not None) == (precision == "fp16")
 
 
 def test_gradients_that_overflow_move_nothing(

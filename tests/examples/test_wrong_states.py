@@ -63,7 +63,7 @@ def stopped(series: Series, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was interrupted in the middle of the second model."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(RunInterruptedError):
-        series(folder, Stop(16), *WORDS)
+        series(folder, Stop(17), *WORDS)
     assert len(list(folder.glob(f"checkpoints/{CHAIN}/*.pt"))) > 1
     return folder
 
@@ -128,9 +128,9 @@ def test_a_wrong_trunk_is_one_line_and_trained_again(
     for folder in (whole, wrong):
         shutil.copytree(stopped, folder)
         shutil.rmtree(folder / "checkpoints" / CHAIN)
-    (trunk,) = wrong.glob("checkpoints/*-trunk.pt")
+    (trunk,) = wrong.glob("checkpoints/d1-*-trunk-*.pt")
     spoil(trunk, "/optimizer", remove)
-    with pytest.raises(UsageError, match=r"cannot grow, because .*: run the same command again"):
+    with pytest.raises(UsageError, match=r"cannot begin, because .*: run the same command again"):
         series(wrong, None, *WORDS)
     assert trunk.with_name(f"{trunk.name}.damaged").exists()
     series(wrong, None, *WORDS)
