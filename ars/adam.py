@@ -338,16 +338,16 @@ class ARSAdam(torch.optim.Adam):
         self._implementation = "loop"
         self._step_supports_amp_scaling = False
         if not self._buffer.is_meta:  # parameters there may get data, elsewhere, before a step
-            self._place()
+            self._move_to_parameters()
 
     def _follow_parameters(self) -> None:
         """Follow parameters that have moved since, and a penalty that has other tensors now."""
         if choose.is_misplaced(self.param_groups, self._buffer.device):
-            self._place()
+            self._move_to_parameters()
         if getattr(self._penalty, "version", 0) != self._version:
             self.penalty = self._penalty
 
-    def _place(self) -> None:
+    def _move_to_parameters(self) -> None:
         """Choose the implementation, and bring what the step keeps, where the parameters are.
 
         Raises:
@@ -396,7 +396,7 @@ class ARSAdam(torch.optim.Adam):
             device, new = self._buffer.device, param_group["params"]
             if any(p.device != device or is_traceable_wrapper_subclass(p) for p in new):
                 try:
-                    self._place()
+                    self._move_to_parameters()
                 except (RuntimeError, TypeError, ValueError):
                     self.param_groups.pop()
                     raise

@@ -223,10 +223,10 @@ class _NormWatch:
             self._tolerance = max(3 * eps, 1e-5)
             self._copy, self._event = _to_host(window)
         if self._copy is not None and (self._event is None or self._event.query()):
-            self._judge(self._copy)
+            self._warn_if_constant(self._copy)
             self._copy, self._event, self._seen = None, None, (None, 0)
 
-    def _judge(self, norms: Tensor) -> None:
+    def _warn_if_constant(self, norms: Tensor) -> None:
         low, high = norms.min().item(), norms.max().item()
         if high <= 0:
             return
@@ -238,11 +238,11 @@ class _NormWatch:
                 f"of the last {norms.numel()} steps, so it sees nothing. If the gradients are "
                 "clipped before the step, pass step(loss=loss), or clip in the step instead: "
                 "ARSAdamW(..., max_grad_norm=1.0)",
-                stacklevel=_callers_level(),
+                stacklevel=_caller_stacklevel(),
             )
 
 
-def _callers_level() -> int:
+def _caller_stacklevel() -> int:
     """How many frames above the function that asks the first one is that is not ours or torch's."""
     level, frame = 0, inspect.currentframe()
     while frame is not None and frame.f_globals["__name__"].partition(".")[0] in ("ars", "torch"):

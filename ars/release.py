@@ -16,7 +16,7 @@ from ars.config import ARSConfig
 from ars.controller import ARSController
 from ars.penalty import parameter_names, refresh_
 from ars.step import choose
-from ars.step.batch import DIAGNOSTICS, Batch, Collector, Hyper, Options, check_terms, gated
+from ars.step.batch import DIAGNOSTICS, Batch, Collector, Hyper, Options, apply_gate, check_terms
 from ars.step.compile import OPTIMIZERS
 from ars.step.eager import take_proximal_step_
 from ars.surprise import check_watched, choose_surprise, read_surprise
@@ -327,7 +327,7 @@ class _ParameterwiseStep:
         optimizer._buffer[PENALTY] = 0.0  # without a penalty of its own, it writes none
         self._step(batch, hypers, options, self._first)
         self._given = hypers, options
-        self._repeat(hypers, options)
+        self._reuse_gate(hypers, options)
 
     def _take_next(self, param: Tensor, options: Options, hypers: list[Hyper]) -> None:
         part = self._parts.setdefault(param, _Part())
@@ -358,7 +358,7 @@ class _ParameterwiseStep:
         finally:
             batch.grads = []
 
-    def _repeat(self, hypers: list[Hyper], options: Options) -> None:
+    def _reuse_gate(self, hypers: list[Hyper], options: Options) -> None:
         """Make of the first part's settings those that give the others the same gate."""
         buffer = options.diagnostics
         if self._scratch.device != buffer.device:
@@ -369,8 +369,8 @@ class _ParameterwiseStep:
             return
         config = options.controller.config
         if self._optimizer._implementation != "triton":
-            repeated = _Repeated(config, reference.Signals.read(buffer))
-            self._options = self._options._replace(controller=repeated)
+            recorded = _RecordedController(config, reference.Signals.read(buffer))
+            self._options = self._options._replace(controller=recorded)
             return
         # A kernel observes by itself. So it gets what is gated already, of its group alone, and a
         # controller that is open whatever it observes, with the constants it is compiled for.
@@ -393,7 +393,7 @@ class _Part:
         self.steppers = choose.Steppers()
 
 
-class _Repeated(ARSController):
+class _RecordedController(ARSController):
     """Says again what a controller has said to the first parameter of a step."""
 
     def __init__(self, config: ARSConfig, signals: reference.Signals) -> None:
@@ -408,6 +408,6 @@ def _gate_on_device(hyper: Hyper, diagnostics: Tensor, gate: tuple[str, ...]) ->
     """Apply the gate on the device, in float64 as the kernel does."""
     signals = reference.Signals(*diagnostics[: len(reference.Signals._fields)].clone().unbind())
     lr = torch.as_tensor(hyper.lr, dtype=torch.float64, device=diagnostics.device)
-    hyper = gated(hyper._replace(lr=lr), signals, tuple({*gate} - {"betas"}))
+    hyper = apply_gate(hyper._replace(lr=lr), signals, tuple({*gate} - {"betas"}))
     # The kernel needs the betas as they are, too.
     return hyper._replace(beta_factor=signals.phi) if "betas" in gate else hyper

@@ -194,7 +194,7 @@ class Replicas:
         count = distributed.get_world_size(self.group)
         if count == 1:
             return value
-        place = _place(self.group, device)
+        place = _exchange_device(self.group, device)
         total = value.detach().to(place, torch.float64, non_blocking=True, copy=True)
         distributed.all_reduce(total, group=self.group)
         return total / count
@@ -208,7 +208,7 @@ class Replicas:
         return {"group": None if named else self.group, "_is_lost": named or self._is_lost}
 
 
-def _place(group: "ProcessGroup | None", device: torch.device) -> torch.device:
+def _exchange_device(group: "ProcessGroup | None", device: torch.device) -> torch.device:
     """Return the device, or another one that the group can exchange tensors of."""
     backends = distributed.get_backend_config(group).split(",")  # as in "cpu:gloo,cuda:nccl"
     kinds = [backend.partition(":")[0] for backend in backends]

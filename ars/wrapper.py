@@ -22,7 +22,7 @@ from ars.surprise import Group, Replicas, check_watched, choose_surprise
 __all__ = ["ARSOptimizer"]
 
 # The signals before the first step.
-UNSEEN = reference.Signals(surprise=math.nan, rho=0.0, psi=1.0, phi=1.0, chi=0.0)
+NOT_OBSERVED = reference.Signals(surprise=math.nan, rho=0.0, psi=1.0, phi=1.0, chi=0.0)
 
 
 class ARSOptimizer(torch.optim.Optimizer):
@@ -89,7 +89,7 @@ class ARSOptimizer(torch.optim.Optimizer):
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._watches: str | None = None
         self._controller = ARSController(config, self._device())
-        self._buffer = torch.tensor(UNSEEN, dtype=torch.float64, device=self._device())
+        self._buffer = torch.tensor(NOT_OBSERVED, dtype=torch.float64, device=self._device())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -198,7 +198,7 @@ class ARSOptimizer(torch.optim.Optimizer):
         _check_groups(base, groups, config)
         replay, returned = None, None
         if closure is not None:
-            replay = _Replay(closure, groups, careful=not _evaluates_first(base))
+            replay = _Replay(closure, groups, careful=not _calls_closure_first(base))
             known = (
                 loss is not None if config.surprise in ("auto", "loss") else surprise is not None
             )
@@ -217,7 +217,7 @@ class ARSOptimizer(torch.optim.Optimizer):
                     result = base.step(replay)
             finally:
                 gradients.restore()
-        if signals is not UNSEEN and self._watches == "grad_norm":
+        if signals is not NOT_OBSERVED and self._watches == "grad_norm":
             self._controller.check_norm(groups)
         return result
 
@@ -236,21 +236,21 @@ class ARSOptimizer(torch.optim.Optimizer):
         closure, loss, surprise = given
         loss = returned if loss is None else loss
         if not grads and loss is None and surprise is None:
-            return UNSEEN  # the base may still count the step
+            return NOT_OBSERVED  # the base may still count the step
         if loss is None and closure is not None and self._watches == "loss":
             loss = self._controller.latest()
         watches, watched = choose_surprise(self._controller, loss, surprise)
         check_watched(self._watches, watches)
         watched = self._replicas.mean(watched, self._device())
         if not grads:
-            return UNSEEN
+            return NOT_OBSERVED
         if watched is None:
             if any(grad.is_sparse for grad in grads):
                 raise RuntimeError(
                     "the norm of sparse gradients cannot be the surprise: pass step(loss=loss)"
                 )
             watched = reference.grad_norm(grads)
-        self._place()
+        self._move_controller()
         signals = self._controller.observe(watched)
         self._watches = watches
         if isinstance(signals.phi, Tensor):
@@ -265,7 +265,7 @@ class ARSOptimizer(torch.optim.Optimizer):
         first: Tensor | None = next(params, None)
         return torch.device("cpu") if first is None else first.device
 
-    def _place(self) -> None:
+    def _move_controller(self) -> None:
         """Bring the controller to where the parameters are."""
         device = self._device()
         if device == self._buffer.device:
@@ -274,7 +274,7 @@ class ARSOptimizer(torch.optim.Optimizer):
         self._controller = ARSController(self._controller.config, device)
         if not self._buffer.is_meta:
             self._controller.load_state_dict(memory)
-        self._buffer = torch.tensor(UNSEEN, dtype=torch.float64, device=device)
+        self._buffer = torch.tensor(NOT_OBSERVED, dtype=torch.float64, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict, with the controller under ``"controller"``."""
@@ -315,7 +315,7 @@ class ARSOptimizer(torch.optim.Optimizer):
 
     def _load(self, state_dict: dict[str, Any], saved: Any) -> None:
         """Load the base's state, and what was saved of the controller."""
-        self._place()
+        self._move_controller()
         if saved is not None:
             self._controller.check_state_dict(saved)
 
@@ -568,12 +568,12 @@ class _Replay:
         """Return the first evaluation, or make another one."""
         self._gradients.restore()
         first, self._is_new = self._is_new, False
-        returned = self._first if first and self._is_as_left() else self._closure()
+        returned = self._first if first and self._is_unchanged() else self._closure()
         with torch.no_grad():
             self._gradients.put()
         return returned
 
-    def _is_as_left(self) -> bool:
+    def _is_unchanged(self) -> bool:
         """Whether the base has changed nothing; if so, give it the first evaluation's gradients."""
         if not self._careful:
             return True
@@ -619,7 +619,7 @@ def _is_equal(tensor: Tensor, copy: Tensor) -> bool:
     return torch.equal(tensor, copy)
 
 
-def _evaluates_first(base: torch.optim.Optimizer) -> bool:
+def _calls_closure_first(base: torch.optim.Optimizer) -> bool:
     """Whether a base is known to call its closure before it does anything else.
 
     torch's own optimizers and this package's do, without hooks.

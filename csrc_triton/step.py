@@ -116,13 +116,13 @@ class FusedAdam:
                 decoupled=decoupled, proximal=proximal, seed=seed, diagnostics=diagnostics,
             )  # fmt: skip
         self.diagnostics = self._launches.diagnostics
-        self._like = _likeness(params)
+        self._like = _layouts(params)
         self._devices = {params[0].get_device()}
         self._filled = [param.numel() > 0 for param in params]
         self._layout: object = None
         self._strided = [i for i, param in enumerate(params) if not param.is_contiguous()]
 
-    def moved(self) -> bool:
+    def is_outdated(self) -> bool:
         """Whether a tensor lies elsewhere than the tables say; then make another FusedAdam."""
         return self._addresses != list(map(Tensor.data_ptr, self._tensors))
 
@@ -182,16 +182,16 @@ class FusedAdam:
             raise ValueError(f"{len(grads)} gradients for {len(self._params)} parameters")
         try:
             found = list(map(Tensor.data_ptr, grads))
-            right = seen or self._like == _likeness(grads)
+            right = seen or self._like == _layouts(grads)
         except RuntimeError:  # a sparse tensor, say, has no address: found out below
             found, right = [], False
-        if right and self._gradients.moved(found):
+        if right and self._gradients.needs_upload(found):
             somewhere = 0 not in compress(found, self._filled)
             right = somewhere and set(map(Tensor.get_device, grads)) == self._devices
         for index in self._strided if right else range(len(grads)):
             param = self._params[index]
             check_same("gradient", index, grads[index], param, param.dtype)
-        if not right and self._like != _likeness(self._params):
+        if not right and self._like != _layouts(self._params):
             self._addresses = []  # they have moved, in a way
             raise ValueError(
                 "a parameter has another dtype, shape or memory order than when its gradient was "
@@ -215,7 +215,7 @@ class FusedAdam:
         return number.detach()
 
 
-def _likeness(tensors: list[Tensor]) -> tuple[list[Any], ...]:
+def _layouts(tensors: list[Tensor]) -> tuple[list[Any], ...]:
     """What a gradient must have in common with its parameter, as fast as it can be had."""
     dtypes, shapes = map(_DTYPE, tensors), map(_SHAPE, tensors)
     return list(dtypes), list(shapes), list(map(Tensor.is_contiguous, tensors))

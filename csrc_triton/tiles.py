@@ -81,7 +81,7 @@ class GradientTable:
         pinned = self._table.is_cuda
         return list(torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=pinned))
 
-    def moved(self, addresses: list[int]) -> bool:
+    def needs_upload(self, addresses: list[int]) -> bool:
         """Whether any gradient is elsewhere than in the last uploaded table."""
         return addresses != self._addresses
 
@@ -105,7 +105,7 @@ class GradientTable:
             return table
         if not self._spares:
             self._spares = self._pinned()
-        if self.moved(addresses):
+        if self.needs_upload(addresses):
             values = torch.frombuffer(array("q", addresses), dtype=torch.int64)
             values = values.pin_memory() if self._table.is_cuda else values
             self._table.copy_(values, non_blocking=True)

@@ -21,7 +21,7 @@ from ars.atomic import replacing
 __all__ = ["load_penalty", "save_penalty"]
 
 _FORMAT = "ars-triton penalty 1"
-_LEAF = "tensor"  # the key that tells the record of a tensor from a part of a state
+_TENSOR_KEY = "tensor"  # the key that tells the record of a tensor from a part of a state
 
 
 class Stateful(Protocol):
@@ -166,7 +166,7 @@ def _recorded(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[place] = tensor = value.detach().cpu().contiguous()
         return {
-            _LEAF: place,
+            _TENSOR_KEY: place,
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype),
             "crc32": _checksum(tensor),
@@ -180,7 +180,7 @@ def _restored(record: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Return the state of a record, once each tensor is what was saved."""  # noqa: DOC501
     if not isinstance(record, dict):
         return record
-    if not isinstance(name := record.get(_LEAF), str):
+    if not isinstance(name := record.get(_TENSOR_KEY), str):
         return {key: _restored(value, tensors) for key, value in record.items()}
     if name not in tensors:
         raise ValueError(f"the file is damaged: it lacks {name!r}, which its record has")

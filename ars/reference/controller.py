@@ -422,11 +422,11 @@ def remember_(window: Tensor, counts: Tensor, value: Scalar, finite: Any) -> Non
         return
     if finite:
         window[counts[0] % window.numel()] = value
-    counts += _taken(finite)
+    counts += _count_increment(finite)
 
 
 @functools.cache
-def _taken(finite: bool) -> Tensor:
+def _count_increment(finite: bool) -> Tensor:
     return torch.tensor([int(finite), 1], device="cpu")
 
 
@@ -448,7 +448,7 @@ def oldest_first(window: Tensor, count: Tensor) -> tuple[Tensor, Count]:
     return torch.where(age < valid, ordered, 0.0), valid
 
 
-def _used(values: Tensor, valid: Count) -> Tensor | None:
+def _valid_mask(values: Tensor, valid: Count) -> Tensor | None:
     """Return which values count, or None if all do."""
     if isinstance(valid, int):
         return None
@@ -485,7 +485,7 @@ def autocorrelation(values: Tensor, valid: Count, scale: Scalar) -> Scalar:
     pairs = valid - 1
     if isinstance(pairs, int) and pairs < 2:
         return 0.0
-    used = _used(values[1:], pairs)
+    used = _valid_mask(values[1:], pairs)
     n = divisor(pairs)
     # Subtracting the first value makes a constant window vary by exactly 0, whatever its level.
     shifted = values - values[0]
@@ -524,7 +524,7 @@ def trend(values: Tensor, valid: Count, *, linear: bool) -> tuple[Tensor, Scalar
     """
     if isinstance(valid, int) and valid == 0:
         return values, 0.0, 0.0
-    used = _used(values, valid)
+    used = _valid_mask(values, valid)
     n = divisor(valid)
     first = read(values[0])
     # As in autocorrelation: a constant window must leave residuals of exactly 0.

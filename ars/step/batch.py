@@ -27,8 +27,8 @@ except ImportError:  # torch's own, and for compiled code: it may take it away
     TensorGuards = None  # type: ignore[assignment, misc]
 
 __all__ = [
-    "DIAGNOSTICS", "Batch", "Begun", "Collector", "Hyper", "Options", "begin", "check_terms",
-    "gated", "has_gradient", "hyper_rows", "is_decoupled", "make_operands", "read_hyper",
+    "DIAGNOSTICS", "Batch", "Collector", "Hyper", "Options", "StepStart", "apply_gate", "begin",
+    "check_terms", "has_gradient", "hyper_rows", "is_decoupled", "make_operands", "read_hyper",
     "to_device", "write_diagnostics",
 ]  # fmt: skip
 
@@ -198,7 +198,7 @@ def is_decoupled(groups: list[dict[str, Any]]) -> bool:
     return kinds.pop()
 
 
-class Begun(NamedTuple):
+class StepStart(NamedTuple):
     """How far every step goes before it updates a tensor."""
 
     hypers: list[Hyper]  # gated
@@ -220,7 +220,7 @@ def begin(
     hypers: list[Hyper],
     options: Options,
     grad_norm: Callable[[list[Tensor]], Scalar] = reference.grad_norm,
-) -> Begun | None:
+) -> StepStart | None:
     """Begin a step: unscale, take the norm, observe, gate and clip; the kernels do it themselves.
 
     Scalars stay where they are, so nothing waits for a device; but ``found_inf`` is read.
@@ -245,28 +245,28 @@ def begin(
     controller = options.controller
     if controller is not None:
         signals = controller.observe(norm if options.surprise is None else options.surprise)
-        hypers = [gated(hyper, signals, controller.config.gate) for hyper in hypers]
+        hypers = [apply_gate(hyper, signals, controller.config.gate) for hyper in hypers]
     factor = unscale
     if options.max_norm is not None:
         factor = reference.clip_coefficient(norm, options.max_norm) * unscale
     first = hypers[0]
     values = {**signals._asdict(), "lr": first.lr, "beta1": first.beta1, "beta2": first.beta2}
-    return Begun(hypers, factor, {**values, "grad_norm": norm})
+    return StepStart(hypers, factor, {**values, "grad_norm": norm})
 
 
-def gated(hyper: Hyper, signals: reference.Signals, gate: tuple[str, ...]) -> Hyper:
+def apply_gate(hyper: Hyper, signals: reference.Signals, gate: tuple[str, ...]) -> Hyper:
     """Apply the controller's signals: ``lr (1 + chi)``, and Phi to what ``gate`` names.
 
     A tensor among them is brought to Phi's device, if Phi is one.
     """
     phi, factor = signals.phi, 1 + signals.chi
 
-    def beside(value: Any) -> Any:
-        return to_device(value, phi.device) if isinstance(phi, Tensor) else value
+    def scaled(value: Any, scale: Scalar) -> Any:
+        return (to_device(value, phi.device) if isinstance(phi, Tensor) else value) * scale
 
-    hyper = hyper._replace(lr=beside(hyper.lr) * (factor * phi if "lr" in gate else factor))
+    hyper = hyper._replace(lr=scaled(hyper.lr, factor * phi if "lr" in gate else factor))
     if "betas" in gate:
-        hyper = hyper._replace(beta1=beside(hyper.beta1) * phi, beta2=beside(hyper.beta2) * phi)
+        hyper = hyper._replace(beta1=scaled(hyper.beta1, phi), beta2=scaled(hyper.beta2, phi))
     return hyper._replace(factor=phi) if "grad" in gate else hyper
 
 
@@ -303,7 +303,7 @@ _LAYOUT: tuple[Callable[[Tensor], Any], ...] = (
     *map(attrgetter, ("layout", "dtype", "device", "shape")),
     Tensor.stride,
 )
-_MUST_FIT: tuple[Callable[[Tensor], Any], ...] = (
+_MUST_MATCH: tuple[Callable[[Tensor], Any], ...] = (
     attrgetter("shape"),
     attrgetter("device"),
     Tensor.is_complex,
@@ -315,7 +315,7 @@ Append = Callable[[Batch, int, int, Tensor], None]
 Check = Callable[[Tensor, Tensor | None], None]
 
 
-class _Gathered(NamedTuple):
+class _CachedBatch(NamedTuple):
     """A batch, and the objects it was made of."""
 
     batch: Batch
@@ -353,10 +353,10 @@ class _Gathered(NamedTuple):
             self.terms is terms
             and self.present == present
             and list(self.zeros) == absent
-            and _are_same(self.params, params)
+            and _are_same_objects(self.params, params)
             and self.sizes == _group_sizes(groups)
-            and _are_same(self.states, list(state.values()))
-            and _are_same(self.values, _entries(self.active))
+            and _are_same_objects(self.states, list(state.values()))
+            and _are_same_objects(self.values, _state_values(self.active))
             and self.addresses == list(map(Tensor.data_ptr, self.viewed))
             and self.have_layout(*self.operands)
         )
@@ -383,7 +383,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.rebuilds = 0
-        self._gathered: _Gathered | None = None
+        self._cached: _CachedBatch | None = None
         self._have_layout = _layout_test([])  # of the last gradients that fitted
 
     def collect(
@@ -434,11 +434,9 @@ class Collector:
             absent, proximal_only = _without_gradient(params, present, terms, proximal=proximal)
             for number in proximal_only:
                 check(params[number], None)
-        gathered = self._gathered
-        if gathered is None or not gathered.is_current(
-            params, present, absent, groups, state, terms
-        ):
-            self._gathered = None  # lest it stay when making the new one fails
+        cached = self._cached
+        if cached is None or not cached.is_current(params, present, absent, groups, state, terms):
+            self._cached = None  # lest it stay when making the new one fails
             if whole:
                 check_terms(terms, params)
             included = list(present)
@@ -446,30 +444,30 @@ class Collector:
                 included[number] = True
             for param, grad in compress(zip(params, grads, strict=True), included):
                 check(param, grad)
-            gathered = _gather(params, present, included, groups, state, terms, append)
-            grads = gathered.fill(grads)
-            self._gathered = gathered
-            self._have_layout, gathered.batch.layout = _layout_test(grads), object()
+            cached = _gather(params, present, included, groups, state, terms, append)
+            grads = cached.fill(grads)
+            self._cached = cached
+            self._have_layout, cached.batch.layout = _layout_test(grads), object()
             self.rebuilds += 1
         else:
-            grads = gathered.fill(grads)
+            grads = cached.fill(grads)
             if not self._have_layout(*grads):
-                _check_gradients(list(compress(params, gathered.included)), grads, check)
-                self._have_layout, gathered.batch.layout = _layout_test(grads), object()
-        batch = gathered.batch
+                _check_gradients(list(compress(params, cached.included)), grads, check)
+                self._have_layout, cached.batch.layout = _layout_test(grads), object()
+        batch = cached.batch
         batch.grads = grads
         batch.proximal_only = None
         if proximal_only:
             batch.proximal_only, owners = Batch(), _owners(groups)
             for number in proximal_only:
                 append(batch.proximal_only, owners[number], number, params[number])
-        if gathered.viewed:
+        if cached.viewed:
             batch.grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
         return batch
 
     def has_unused(self) -> bool:
         """Whether the last batch has parameters without a gradient."""
-        return self._gathered is not None and self._gathered.batch.unused
+        return self._cached is not None and self._cached.batch.unused
 
 
 def check_terms(terms: dict[Tensor, Term], params: Iterable[Tensor]) -> None:
@@ -520,7 +518,7 @@ def _owners(groups: Groups) -> list[int]:
     return list(chain.from_iterable(owners))
 
 
-def _zeros(params: dict[int, Tensor]) -> dict[int, Tensor]:
+def _zero_gradients(params: dict[int, Tensor]) -> dict[int, Tensor]:
     """Return a gradient of 0 for each parameter, all in the same memory."""
     sizes: dict[tuple[torch.dtype, torch.device], int] = {}
     for param in params.values():
@@ -550,7 +548,7 @@ def _layout_test(tensors: list[Tensor]) -> Callable[..., bool]:
 
 def _check_gradients(params: list[Tensor], grads: list[Tensor], check: Check) -> None:
     """Look whether gradients of another layout than before fit, which they may."""
-    fit = all(list(map(what, grads)) == list(map(what, params)) for what in _MUST_FIT)
+    fit = all(list(map(what, grads)) == list(map(what, params)) for what in _MUST_MATCH)
     if not fit or any(map(_IS_SPARSE, grads)):
         for param, grad in zip(params, grads, strict=True):
             check(param, grad)
@@ -564,7 +562,7 @@ def _gather(
     state: State,
     terms: dict[Tensor, Term],
     append: Append,
-) -> _Gathered:
+) -> _CachedBatch:
     batch, owners = Batch(), _owners(groups)
     active, viewed, operands, absent = [], [], [], {}
     for number, (param, index) in compress(enumerate(zip(params, owners, strict=True)), included):
@@ -578,17 +576,17 @@ def _gather(
         if param.is_complex():
             viewed += shaped
     batch.unused = bool(absent)
-    return _Gathered(
+    return _CachedBatch(
         batch=batch,
         params=params,
         present=present,
-        zeros=_zeros(absent),
+        zeros=_zero_gradients(absent),
         included=included,
         sizes=_group_sizes(groups),
         terms=terms,
         states=list(state.values()),
         active=active,
-        values=_entries(active),
+        values=_state_values(active),
         viewed=viewed,
         addresses=list(map(Tensor.data_ptr, viewed)),
         operands=operands,
@@ -601,11 +599,11 @@ def _group_sizes(groups: Groups) -> list[tuple[int, bool]]:
     return [(len(group["params"]), group["amsgrad"]) for group in groups]
 
 
-def _entries(states: list[dict[str, Any]]) -> list[Any]:
+def _state_values(states: list[dict[str, Any]]) -> list[Any]:
     """All entries of the parameters' states, one after the other."""
     return list(chain.from_iterable(map(dict.values, states)))
 
 
-def _are_same(ours: list[Any], theirs: list[Any]) -> bool:
+def _are_same_objects(ours: list[Any], theirs: list[Any]) -> bool:
     """Whether two lists hold the same objects; ``==`` would compare the tensors' elements."""
     return len(ours) == len(theirs) and all(map(is_, ours, theirs))

@@ -27,7 +27,7 @@ __all__ = ["CpuStep"]
 BLOCK = 1 << 17
 # A step at which every beta ** step is 0, that of a beta next to 1 too, so that torch's own bias
 # corrections are 1.
-FOREVER = torch.tensor(torch.finfo(torch.float32).max, dtype=torch.float32, device="cpu")
+INFINITE_STEP = torch.tensor(torch.finfo(torch.float32).max, dtype=torch.float32, device="cpu")
 # What has an entry for each element of the parameter, and what of that the update changes.
 ELEMENTWISE = (
     "param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor", "importance", "pull",
@@ -53,24 +53,24 @@ class CpuStep:
             foreach: Use torch's foreach kernels instead of its fused one.
         """
         hypers = list(map(_as_numbers, hypers))
-        begun = begin(batch, hypers, options, grad_norm)
-        if begun is None:
+        start = begin(batch, hypers, options, grad_norm)
+        if start is None:
             return
         penalty = 0.0 if options.penalty is None else float(options.penalty)
         counters = self._counters
-        if counters is None or not counters.are_of(batch):
+        if counters is None or not counters.is_current(batch):
             counters = self._counters = Counters(batch)
-        products = counters.advance_(hypers, begun.hypers)
-        kinds = batch.groups if products is None else counters.alike(products)
-        factor = float(begun.factor)
-        scaled = factor * float(begun.hypers[0].factor) != 1.0
+        products = counters.advance_(hypers, start.hypers)
+        kinds = batch.groups if products is None else counters.number_by_products(products)
+        factor = float(start.factor)
+        scaled = factor * float(start.hypers[0].factor) != 1.0
         division = self._division
-        if division is None or not division.is_of(batch, kinds, scaled=scaled):
+        if division is None or not division.is_current(batch, kinds, scaled=scaled):
             division = self._division = Division(batch, kinds, self._scratch, scaled=scaled)
         stretches = division.cut_gradients(batch.grads)
         for part in division.parts:
             pair = None if products is None else products[part.first].tolist()
-            hyper = begun.hypers[batch.groups[part.first]]
+            hyper = start.hypers[batch.groups[part.first]]
             update = _Update(hyper, pair, options, factor, foreach)
             if part.whole.indices:
                 update.update_whole(part.whole, batch.grads)
@@ -78,7 +78,7 @@ class CpuStep:
                 penalty += update.update_run(run, stretches)
             for run, gradients in division.runs_of_strided(part, self._scratch):
                 penalty += update.update_run(run, gradients)
-        begun.report(options.diagnostics, penalty)
+        start.report(options.diagnostics, penalty)
 
 
 def grad_norm(grads: list[Tensor]) -> float:
@@ -124,7 +124,7 @@ class Counters:
         self._members = steps + products + of
         self._addresses = list(map(Tensor.data_ptr, self._members))
         self._steps, self._products, self._products_steps = (
-            list(_neighbours(tensors)) for tensors in (steps, products, of)
+            list(_merge_adjacent(tensors)) for tensors in (steps, products, of)
         )
         # A tensor is added to many three times as fast as a number; to integers only an integer.
         exact = all(map(Tensor.is_floating_point, steps))
@@ -134,7 +134,7 @@ class Counters:
         firsts = [first.setdefault(group, i) for i, group in enumerate(batch.groups)]
         self._firsts = torch.tensor(firsts, device="cpu")  # of each one's group
 
-    def are_of(self, batch: Batch) -> bool:
+    def is_current(self, batch: Batch) -> bool:
         """Whether these are the batch's counters, where they are now."""
         return batch is self._batch and self._addresses == list(map(Tensor.data_ptr, self._members))
 
@@ -149,18 +149,18 @@ class Counters:
             The products (6), (tensors, 2), or None.
         """
         if self._products:
-            steps, of = _joined(self._steps), _joined(self._products_steps)
+            steps, of = _concatenated(self._steps), _concatenated(self._products_steps)
             if steps.dtype != of.dtype or not torch.equal(steps, of):
-                old, powers = _joined(self._products), self._betas(given)
+                old, powers = _concatenated(self._products), self._betas(given)
                 old = reference.next_product(old, of[:, None], steps[:, None], powers, 1.0)
                 _write_(self._products, old)
                 _write_(self._products_steps, steps)
             betas, sizes = self._betas(hypers), list(map(len, self._products))
             torch._foreach_mul_(self._products, list(betas.split(sizes)))
         torch._foreach_add_(self._steps + self._products_steps, self._one, alpha=1)
-        return _joined(self._products) if self._products else None
+        return _concatenated(self._products) if self._products else None
 
-    def alike(self, products: Tensor) -> list[int]:
+    def number_by_products(self, products: Tensor) -> list[int]:
         """Return a number for each tensor, the same for those of a group with the same products."""
         groups = self._batch.groups
         if torch.equal(products, products[self._firsts]):
@@ -174,7 +174,7 @@ class Counters:
         return torch.tensor(pairs, dtype=torch.float64, device="cpu")[self._groups]
 
 
-def _joined(memories: list[Tensor]) -> Tensor:
+def _concatenated(memories: list[Tensor]) -> Tensor:
     return memories[0] if len(memories) == 1 else torch.cat(memories)
 
 
@@ -182,19 +182,19 @@ def _write_(memories: list[Tensor], values: Tensor) -> None:
     torch._foreach_copy_(memories, list(values.split(list(map(len, memories)))))
 
 
-def _neighbours(tensors: list[Tensor]) -> Iterator[Tensor]:
+def _merge_adjacent(tensors: list[Tensor]) -> Iterator[Tensor]:
     """Yield tensors that lie one behind the other as one, a row for each, in their order."""
     stretch: list[Tensor] = []
     for tensor in tensors:
-        if stretch and not _follows(tensor, stretch[-1]):
-            yield _as_one(stretch)
+        if stretch and not _is_adjacent(tensor, stretch[-1]):
+            yield _merged(stretch)
             stretch = []
         stretch.append(tensor.detach())
     if stretch:
-        yield _as_one(stretch)
+        yield _merged(stretch)
 
 
-def _follows(tensor: Tensor, other: Tensor) -> bool:
+def _is_adjacent(tensor: Tensor, other: Tensor) -> bool:
     """Whether a tensor is like another, and begins in its memory where that one ends."""
     return (
         tensor.dtype == other.dtype
@@ -206,7 +206,7 @@ def _follows(tensor: Tensor, other: Tensor) -> bool:
     )
 
 
-def _as_one(stretch: list[Tensor]) -> Tensor:
+def _merged(stretch: list[Tensor]) -> Tensor:
     first, size = stretch[0], stretch[0].numel()
     shape, strides = ((len(stretch), size), (size, 1)) if size > 1 else ((len(stretch),), (1,))
     return first.as_strided(shape, strides, first.storage_offset())
@@ -346,7 +346,7 @@ class Division:
         )
         return Part(indices[0], Whole(whole, *lists), list(_runs(rows, scratch)), strided)
 
-    def is_of(self, batch: Batch, kinds: list[int], *, scaled: bool) -> bool:
+    def is_current(self, batch: Batch, kinds: list[int], *, scaled: bool) -> bool:
         """Whether this is the division of these tensors as they are now, or does as well.
 
         One for gradients that are multiplied does for all: norms that are clipped now and then
@@ -455,7 +455,7 @@ def _runs(tensors: Iterable[tuple[int, Operands]], scratch: _Scratch) -> Iterato
         yield Run(pending, scratch)
 
 
-def _gathered(stretches: list[Tensor], row: Tensor) -> Tensor:
+def _in_one_row(stretches: list[Tensor], row: Tensor) -> Tensor:
     """Return stretches as one, in the dtype of ``row``: a lone one as it is, or copied there."""
     if len(stretches) > 1:
         return torch.cat(stretches, out=row)
@@ -522,27 +522,27 @@ class _Update:
         columns, strength = run.columns, float(self.hyper.strength)
         thetas: list[Tensor] = columns.param
         if any(theta.dtype != run.dtype for theta in thetas):
-            _gathered(thetas, run.theta)
+            _in_one_row(thetas, run.theta)
             thetas = list(run.thetas)
         gradients = [stretches[piece.tensor][piece.part] for piece in run.pieces]
         penalty = 0.0
         coupled = run.penalized and not self.options.proximal
         if run.penalized:
-            anchor = _gathered(columns.anchor, run.pull)
-            delta = torch.sub(_gathered(thetas, run.delta), anchor, out=run.delta)
-            importance = _gathered([piece.importance() for piece in run.pieces], run.pull)
+            anchor = _in_one_row(columns.anchor, run.pull)
+            delta = torch.sub(_in_one_row(thetas, run.delta), anchor, out=run.delta)
+            importance = _in_one_row([piece.importance() for piece in run.pieces], run.pull)
             pull = torch.mul(delta, importance, out=run.pull)
             penalty = 0.5 * strength * float(torch.dot(delta, pull))
         unchanged = self.factor == 1.0 and not (coupled or run.pulled)
         if not unchanged or any(gradient.dtype != run.dtype for gradient in gradients):
             # Converted before the product, which would round to half precision.
-            gradient = _gathered(gradients, run.gradient)
+            gradient = _in_one_row(gradients, run.gradient)
             if self.factor != 1.0:
                 gradient = torch.mul(gradient, self.factor, out=run.gradient)
             if coupled:  # eq. 8
                 gradient = torch.add(gradient, run.pull, alpha=strength, out=run.gradient)
             if run.pulled:
-                pull = _gathered(columns.pull, run.pull)
+                pull = _in_one_row(columns.pull, run.pull)
                 gradient = torch.add(gradient, pull, out=run.gradient)
             gradients = list(run.gradients) if len(gradients) > 1 else [gradient]
 
@@ -568,7 +568,7 @@ class _Update:
         columns, bound = run.columns, torch.finfo(run.dtype).max
         denominator, q, part = run.gradient, run.delta, run.pull  # scratch that is free by now
         seconds = columns.max_exp_avg_sq if run.amsgrad else columns.exp_avg_sq
-        torch.sqrt(_gathered(seconds, denominator), out=denominator)
+        torch.sqrt(_in_one_row(seconds, denominator), out=denominator)
         if self.products is not None:
             roots = [math.sqrt(1 - self.products[1])]
         else:
@@ -581,10 +581,10 @@ class _Update:
                 stretch.div_(root)
         denominator.add_(self.hyper.eps).clamp_(max=bound)
         metric = min(float(self.hyper.lr) * float(self.hyper.strength), bound)
-        torch.mul(_gathered([piece.importance() for piece in run.pieces], q), metric, out=q)
+        torch.mul(_in_one_row([piece.importance() for piece in run.pieces], q), metric, out=q)
         held = q > denominator
         torch.minimum(q, denominator, out=part).div_(denominator.add_(q))
-        anchor = _gathered(columns.anchor, q)
+        anchor = _in_one_row(columns.anchor, q)
         part.mul_(torch.sub(theta, anchor, out=denominator))
         torch.where(held, torch.add(anchor, part, out=denominator), theta.sub_(part), out=theta)
 
@@ -601,7 +601,7 @@ class _Update:
     ) -> None:
         """Call torch's kernel."""
         if self.products is not None:
-            steps = [FOREVER] * len(params)
+            steps = [INFINITE_STEP] * len(params)
         arguments = self.arguments | {"amsgrad": bool(largest), "maximize": maximize}
         if self.foreach:  # torch advances the steps it is given
             steps = [step.float() for step in torch._foreach_sub(steps, 1)]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ars import reference
 from ars.csrc_triton.layout import Operands
 from ars.reference import Scalar
-from ars.step.batch import Batch, Hyper, Options, begin, gated, to_device
+from ars.step.batch import Batch, Hyper, Options, apply_gate, begin, to_device
 
 __all__ = ["may_move", "step_", "take_proximal_step_"]
 
@@ -23,21 +23,21 @@ def step_(batch: Batch, hypers: list[Hyper], options: Options) -> None:
         hypers: The rows of hyperparameters.
         options: What holds for all groups.
     """
-    begun = begin(batch, hypers, options)
-    if begun is None:
+    start = begin(batch, hypers, options)
+    if start is None:
         return
     device = options.diagnostics.device
     values = [] if options.penalty is None else [options.penalty.detach().to(device).double()]
     for i, tensors in enumerate(batch.tensors):
         group, place = batch.groups[i], tensors.param.device
-        hyper = _on_device(begun.hypers[group], place)
+        hyper = _on_device(start.hypers[group], place)
         corrections = _advance_(tensors, hypers[group], hyper)
-        factor = to_device(begun.factor * hyper.factor, place)
+        factor = to_device(start.factor * hyper.factor, place)
         value = _update(batch, i, hyper, corrections, factor, options)
         if value is not None:
             values.append(value.to(device).double())
     penalty: Scalar = torch.stack([v.reshape(()) for v in values]).sum() if values else 0.0
-    begun.report(options.diagnostics, penalty)
+    start.report(options.diagnostics, penalty)
 
 
 def _update(
@@ -68,9 +68,9 @@ def _update(
     result = reference.adam_step(
         theta,
         batch.grads[i],
-        _saved(exp_avg),
-        _saved(exp_avg_sq),
-        None if largest is None else _saved(largest),
+        _copy_for_autograd(exp_avg),
+        _copy_for_autograd(exp_avg_sq),
+        None if largest is None else _copy_for_autograd(largest),
         lr=hyper.lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
@@ -120,7 +120,7 @@ def take_proximal_step_(
         gate = options.controller.config.gate
         # Not the betas: the moments stand, and what is left of them is of the steps before.
         hypers = [
-            gated(hyper, signals, gate)._replace(beta1=hyper.beta1, beta2=hyper.beta2)
+            apply_gate(hyper, signals, gate)._replace(beta1=hyper.beta1, beta2=hyper.beta2)
             for hyper in hypers
         ]
     moves, total = may_move(options), torch.zeros_like(report[0])
@@ -186,7 +186,7 @@ def _pull(
 def _weight(tensors: Operands) -> Tensor:
     """Return a parameter as the step computes with it: its master weight, if there is one."""
     if tensors.remainder is None:
-        return _saved(tensors.param)
+        return _copy_for_autograd(tensors.param)
     return reference.join_master(tensors.param, tensors.remainder)
 
 
@@ -221,7 +221,7 @@ def _rounded(
     )
 
 
-def _saved(tensor: Tensor) -> Tensor:
+def _copy_for_autograd(tensor: Tensor) -> Tensor:
     """Copy what autograd may need after the step has overwritten it (differentiable=True)."""
     return tensor.clone() if torch.is_grad_enabled() else tensor
 

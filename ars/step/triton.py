@@ -118,7 +118,7 @@ class TritonStep:
         assert hyper is not None  # written before the tables are asked for
         key = (batch, hyper, options.controller, options.decoupled, options.proximal)
         fused = self._fused
-        if fused is None or not all(map(is_, self._key, key)) or fused.moved():
+        if fused is None or not all(map(is_, self._key, key)) or fused.is_outdated():
             fused = FusedAdam(
                 batch.tensors,
                 batch.groups,

@@ -278,7 +278,7 @@ class DiagonalFisher:
                 units += len(targets) if batch.units is None else count_units(batch.units)
         if units == 0:
             raise ValueError(f"every position is masked: there is no {self.unit} to average over")
-        return self._keep({name: tensor.div_(units) for name, tensor in total.items()}, seen)
+        return self._store({name: tensor.div_(units) for name, tensor in total.items()}, seen)
 
     @classmethod
     def from_optimizer(
@@ -328,9 +328,9 @@ class DiagonalFisher:
             Gradient Accumulator", arXiv:2507.18807.
         """
         fisher = cls(model, "adam", dtype=dtype)
-        return fisher._keep(*_adam_importance(trainable(model), optimizer, scale))
+        return fisher._store(*_adam_importance(trainable(model), optimizer, scale))
 
-    def _keep(self, importance: dict[str, Tensor], samples: int) -> "DiagonalFisher":
+    def _store(self, importance: dict[str, Tensor], samples: int) -> "DiagonalFisher":
         for name, tensor in importance.items():
             if not tensor.isfinite().all():
                 raise ValueError(

@@ -53,13 +53,13 @@ __all__ = [
     "Estimator",
     "Unit",
     "accumulation_dtype",
-    "and_whether_more",
     "cotangents",
     "count_units",
     "draw_nothing",
     "drawn",
     "sampled_labels",
     "units_of",
+    "with_lookahead",
 ]
 
 Unit: TypeAlias = Literal["sequence", "token", "segment"]
@@ -310,7 +310,7 @@ def cotangents(estimator: str, logits: Tensor, chunk: Chunk) -> Iterator[Tensor]
                 yield part.reshape(logits.shape).to(logits.dtype)
 
 
-def and_whether_more(tensors: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+def with_lookahead(tensors: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     """Yield each tensor and whether another follows, so that the last may free the graph."""
     following = next(tensors, None)
     while following is not None:

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.fisher.estimators import Chunk, and_whether_more, cotangents
+from ars.regularizers.fisher.estimators import Chunk, cotangents, with_lookahead
 from ars.regularizers.fisher.row_proof import Passes, RowProof, computed_in
 from ars.regularizers.fisher.rules import (
     Contribution,
@@ -47,8 +47,8 @@ from ars.regularizers.fisher.rules import (
 __all__ = ["Taps", "UnsupportedModelError"]
 
 # Largest deviation of a sample's logits in a batch from its logits alone that is rounding.
-ALONE = {torch.float64: 1e-8, torch.float32: 1e-2}
-HALF_ALONE = 0.1
+LOGIT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
+HALF_LOGIT_TOLERANCE = 0.1
 
 # What a tap's backward pass is given: (the layer's input, its output's gradient).
 _Record: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -81,10 +81,10 @@ class _Call(NamedTuple):
 
     def is_expanded(self, x: Tensor) -> bool:
         """Whether ``x``, which was the same for all samples, has been expanded to them since."""
-        return len(x) != 1 if self.leads else x.ndim > len(self.shape)
+        return len(x) != 1 if self.has_sample_dim else x.ndim > len(self.shape)
 
     @property
-    def leads(self) -> bool:
+    def has_sample_dim(self) -> bool:
         """Whether the input has a dimension of size 1 for the samples."""
         return len(self.shape) > 1 and self.shape[0] == 1
 
@@ -123,7 +123,7 @@ class Taps:
             self._calls[module].append(_Call(self._sample_dim(module, alone, both), alone))
             uses.update(set(module.parameters(recurse=False)))
         uses.update(p for _, _, p in self._broadcast)
-        self._several = {p for p, n in uses.items() if n > 1}
+        self._shared = {p for p, n in uses.items() if n > 1}
         self._pending: dict[nn.Parameter, list[Contribution]] = {}
         self._generator = torch.Generator(inputs.device).manual_seed(0)
         # What taps add to: a proof, while one is made, or else the sums, but not in the backward
@@ -131,7 +131,7 @@ class Taps:
         self._proof: RowProof | None = None
         self._squaring = False
         self._passes = Passes(model)
-        self._by_itself = False  # whether the model runs without taps for a moment
+        self._without_taps = False  # for a moment
 
     def _tapped_layers(self) -> dict[nn.Module, str]:
         layers = {}
@@ -151,13 +151,13 @@ class Taps:
     def _shapes(self, inputs: Tensor) -> list[tuple[nn.Module, torch.Size]]:
         found = []
 
-        def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def record_shape(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x = _input(args, kwargs)
             if not isinstance(x, Tensor) or not isinstance(output, Tensor):
                 raise UnsupportedModelError(f"{self._layers[module]} does not map one tensor")
             found.append((module, x.shape))
 
-        handles = [m.register_forward_hook(look, with_kwargs=True) for m in self._layers]
+        handles = [m.register_forward_hook(record_shape, with_kwargs=True) for m in self._layers]
         try:
             with torch.no_grad():
                 self._model(inputs)
@@ -185,12 +185,12 @@ class Taps:
         """Run the layers with detached parameters, and ``tap`` right after them."""
 
         def detach(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self._by_itself:
+            if not self._without_taps:
                 module._parameters.update({n: p.detach() for n, p in self._own[module].items()})  # type: ignore[misc]
 
         def attach(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             module._parameters.update(self._own[module])
-            return None if self._by_itself else tap(module, _input(args, kwargs), output)
+            return None if self._without_taps else tap(module, _input(args, kwargs), output)
 
         handles = []
         try:
@@ -258,7 +258,7 @@ class Taps:
             calls[module] += 1
             x = x.detach()
             if call.dim is None and not call.is_expanded(x):
-                skip = int(call.leads)
+                skip = int(call.has_sample_dim)
                 x, output = (t.expand(samples, *t.shape[skip:]) for t in (x, output))
             dim = call.dim or 0
             if any(t.ndim <= dim or t.shape[dim] % samples for t in (x, output)):
@@ -298,7 +298,7 @@ class Taps:
                 self._check_no_other_use(logits)
                 if prove and samples > 1 and self._passes.needs_proof:
                     seen = self._check_rows(logits, root, chunk, tapped, float16=float16)
-                    self._passes.proven(logits, seen, ours=_Tap._backward_cls)
+                    self._passes.mark_proven(logits, seen, ours=_Tap._backward_cls)
             except UnsupportedModelError:
                 raise
             except Exception as error:  # whatever the taps do to the model
@@ -306,7 +306,7 @@ class Taps:
             found = cotangents(estimator, logits.detach(), chunk)
             self._squaring = True
             try:
-                for cotangent, more in and_whether_more(found):
+                for cotangent, more in with_lookahead(found):
                     torch.autograd.grad(
                         logits, root, cotangent, retain_graph=more, allow_unused=True
                     )
@@ -343,7 +343,7 @@ class Taps:
         if (logits.isnan() | (logits == torch.inf)).any():
             # Nor will the importance be finite, which is an error of its own.
             return torch.zeros(1, dtype=torch.bool)
-        self._check_one_alone(logits, chunk)
+        self._check_independence(logits, chunk)
         proof = RowProof(logits.detach(), self._generator, float16=float16)
         self._proof = proof
         try:
@@ -360,23 +360,23 @@ class Taps:
             )
         return evidence.seen
 
-    def _check_one_alone(self, logits: Tensor, chunk: Chunk) -> None:
+    def _check_independence(self, logits: Tensor, chunk: Chunk) -> None:
         """Raise UnsupportedModelError if a random sample's logits depend on the others."""  # noqa: DOC501
         n = int(torch.randint(len(logits), (), generator=self._generator, device=logits.device))
         copies = [module._parameters[name] for module, name, _ in self._broadcast]
-        self._by_itself = True
+        self._without_taps = True
         try:
             for module, name, p in self._broadcast:
                 module._parameters[name] = p
             with torch.no_grad():
                 alone = self._model(chunk.inputs[n : n + 1])
         finally:
-            self._by_itself = False
+            self._without_taps = False
             for (module, name, _), copy in zip(self._broadcast, copies, strict=True):
                 module._parameters[name] = copy
         together = logits.detach()[n : n + 1]
         largest = together[together.isfinite()].abs().amax() if together.isfinite().any() else 0.0
-        allowed = ALONE.get(computed_in(self._names, chunk.inputs), HALF_ALONE)
+        allowed = LOGIT_TOLERANCE.get(computed_in(self._names, chunk.inputs), HALF_LOGIT_TOLERANCE)
         if not torch.isclose(alone, together, rtol=0, atol=float(allowed * largest)).all():
             raise UnsupportedModelError(
                 f"sample {n} of {len(logits)} has other logits by itself: samples influence one "
@@ -394,7 +394,7 @@ class Taps:
                 self._add(total, p, contribution)
 
     def _add(self, total: dict[str, Tensor], p: nn.Parameter, use: Contribution) -> None:
-        if p in self._several:
+        if p in self._shared:
             self._pending.setdefault(p, []).append(use)
         else:
             use.add_squares_(total[self._names[p]])

@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ars.regularizers.fisher.estimators import (
     Chunk,
     accumulation_dtype,
-    and_whether_more,
     cotangents,
+    with_lookahead,
 )
 from ars.regularizers.fisher.hooks import Taps, UnsupportedModelError
 from ars.regularizers.fisher.row_proof import computed_in
@@ -80,7 +80,7 @@ class Differentiator:
         self._model, self._parameters = model, parameters
         self._method, self._chunk_size = method, chunk_size
         self._taps: Taps | None = None
-        self._way: Method = "hooks" if method == "auto" else method
+        self._current_method: Method = "hooks" if method == "auto" else method
         self._compared = 0  # different samples that the taps have been compared on
         self._begun = False
 
@@ -96,15 +96,16 @@ class Differentiator:
             RuntimeError: The method that was asked for cannot do this model.
         """
         for chunk in whole.split(self._chunk_size or len(whole.targets)):
-            if self._way == "hooks":
+            if self._current_method == "hooks":
                 try:
                     self._by_taps(total, estimator, chunk)
                 except UnsupportedModelError as error:  # raised before total was touched
-                    self._way = self._instead(total, chunk, str(error))
+                    self._current_method = self._fall_back(total, chunk, str(error))
                 else:
                     self._begun = True
                     continue
-            parts = [chunk] if self._way == "loop" else chunk.split(self._chunk_size or VMAP_CHUNK)
+            size = self._chunk_size or VMAP_CHUNK
+            parts = [chunk] if self._current_method == "loop" else chunk.split(size)
             for part in parts:
                 self._by_vmap_or_loop(total, estimator, part)
             self._begun = True
@@ -117,7 +118,7 @@ class Differentiator:
     def _compared_taps(self, total: dict[str, Tensor], chunk: Chunk) -> Taps:
         self._compared = min(2, len(chunk.targets))
         try:
-            taps = Taps(self._model, self._parameters, _two(chunk.inputs))
+            taps = Taps(self._model, self._parameters, _two_samples(chunk.inputs))
             self._verify(partial(taps.add_squares, prove=False), total, chunk)
         except UnsupportedModelError:
             raise
@@ -126,19 +127,19 @@ class Differentiator:
         return taps
 
     def _by_vmap_or_loop(self, total: dict[str, Tensor], estimator: str, part: Chunk) -> None:
-        if self._way == "vmap":
+        if self._current_method == "vmap":
             try:
                 add_squares_by_vmap(total, self._model, self._parameters, estimator, part)
             except RuntimeError as error:  # total is as it was
                 if self._method == "vmap":
                     raise
                 self._warn(f"{error}. Samples are taken one by one from here on")
-                self._way = "loop"
+                self._current_method = "loop"
             else:
                 return
         add_squares_one_by_one(total, self._model, self._parameters, estimator, part)
 
-    def _instead(self, total: dict[str, Tensor], chunk: Chunk, reason: str) -> Method:
+    def _fall_back(self, total: dict[str, Tensor], chunk: Chunk, reason: str) -> Method:
         name = type(self._model).__name__
         reason = f"{name} cannot be differentiated in one pass for all samples: {reason}"
         if self._method == "hooks":
@@ -167,9 +168,10 @@ class Differentiator:
         """
         # While nothing has been added, the sums lend their memory.
         free = zero_sums(self._parameters) if self._begun else total
-        inputs = _two(chunk.inputs)
+        inputs = _two_samples(chunk.inputs)
         wide = inputs.to(accumulation_dtype(inputs.dtype)) if inputs.is_floating_point() else inputs
-        targets = torch.zeros_like(_two(chunk.targets))  # of class 0, so that none is masked
+        # Of class 0, so that none is masked.
+        targets = torch.zeros_like(_two_samples(chunk.targets))
         with torch.no_grad():
             logits = self._model(inputs[:1])
         generator = torch.Generator(logits.device).manual_seed(0)
@@ -223,7 +225,7 @@ class Differentiator:
         return found[0] if found else None
 
 
-def _two(samples: Tensor) -> Tensor:
+def _two_samples(samples: Tensor) -> Tensor:
     """Return the first two samples, or the only one twice."""
     return samples[:2] if len(samples) > 1 else samples[[0, 0]]
 
@@ -275,7 +277,7 @@ def add_squares_one_by_one(
     leaves = list(parameters.values())
     for one in chunk.split(1):
         logits = model(one.inputs)
-        for cotangent, more in and_whether_more(cotangents(estimator, logits.detach(), one)):
+        for cotangent, more in with_lookahead(cotangents(estimator, logits.detach(), one)):
             gradients = torch.autograd.grad(
                 logits, leaves, cotangent, retain_graph=more, materialize_grads=True
             )
@@ -326,7 +328,7 @@ def _add_by_vmap(
         leaves: dict[str, Tensor], x: Tensor, y: Tensor, noise: Tensor, units: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         def logits_of(leaves: dict[str, Tensor]) -> Tensor:
-            with _in_place_of(parameters, model, leaves):
+            with _replaced_parameters(parameters, model, leaves):
                 return model(x[None])
 
         one = Chunk(
@@ -349,7 +351,7 @@ def _add_by_vmap(
 
 
 @contextmanager
-def _in_place_of(
+def _replaced_parameters(
     parameters: dict[str, nn.Parameter], model: nn.Module, leaves: dict[str, Tensor]
 ) -> Iterator[None]:
     """Run ``model`` with other tensors at all places of its parameters.

@@ -49,7 +49,7 @@ _PRODUCTS = {
 }
 _SORTS = {"kthvalue", "median", "mode", "nanmedian", "sort", "topk"}
 # Still with integers and Booleans too: they are what is moved, or compared, not where to.
-_STILL = {
+_VALUE_INDEPENDENT = {
     "_to_copy", "_unsafe_view", "all", "amax", "amin", "aminmax", "any", "argmax", "argmin", "cat",
     "clone", "constant_pad_nd", "copy_", "count_nonzero", "cumsum", "empty_like", "fill", "fill_",
     "flip", "full_like", "lift_fresh_copy", "max", "mean", "min", "new_empty", "new_full",
@@ -224,7 +224,7 @@ def _reads_places(func: Any, *arguments: Any) -> bool:
     if func.namespace != "aten":
         return True  # anyone's own
     name, tags = func.overloadpacket.__name__, func.tags
-    if func.is_view or name in _STILL or torch.Tag.pointwise in tags:
+    if func.is_view or name in _VALUE_INDEPENDENT or torch.Tag.pointwise in tags:
         return False
     if func in _PRODUCTS:
         return not arguments[0]
@@ -287,7 +287,7 @@ class Passes:
         seen = self._seen.get(self._key)
         return self._by_value or seen is None or not bool(seen.all())
 
-    def proven(self, outputs: Any, seen: Tensor, *, ours: type | None = None) -> None:
+    def mark_proven(self, outputs: Any, seen: Tensor, *, ours: type | None = None) -> None:
         """Take the last pass as proven, and those like it, unless values decide.
 
         Args:

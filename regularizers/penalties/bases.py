@@ -16,7 +16,13 @@ from ars.regularizers.fisher.covariance import ActivationCovariance
 from ars.regularizers.fisher.estimators import accumulation_dtype
 from ars.regularizers.penalties.penalty_base import check_names
 
-__all__ = ["activation_bases", "check_bases", "covariance_basis", "held_by", "weight_basis"]
+__all__ = [
+    "activation_bases",
+    "check_bases",
+    "covariance_basis",
+    "parameters_of_bases",
+    "weight_basis",
+]
 
 # How far U^T U may be from I. A basis orthonormalised in bfloat16 is off by 4e-3 and is refused;
 # one computed in float32 is off by about 1e-6.
@@ -70,7 +76,7 @@ def check_basis(what: str, basis: object, param: Tensor, side: str) -> None:
         )
 
 
-def held_by(bases: object, model: nn.Module) -> dict[str, nn.Parameter]:
+def parameters_of_bases(bases: object, model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that ``bases`` are for, in the model's order.
 
     Args:

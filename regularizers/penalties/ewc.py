@@ -34,7 +34,7 @@ from ars.regularizers.penalties.penalty_base import (
     estimator_of,
     importance_of,
     live_parameters,
-    with_those_of,
+    parameters_in_state,
 )
 from ars.regularizers.penalties.quadratic import Pull, quadratic_value
 from ars.regularizers.penalties.strength import factor_of, layer_factors
@@ -195,7 +195,7 @@ class EWC(PenaltyBase):
                 then.
         """
         decay = checked_decay(decay)
-        for pull, new in self._further(fisher, decay):
+        for pull, new in self._next_task_importances(fisher, decay):
             pull.assign(pull.omega().to(new.dtype) * decay + new, pull.param)
         self._merge_estimator(fisher, decay)
         self.constant = 0.0
@@ -215,7 +215,7 @@ class EWC(PenaltyBase):
             TypeError: As for the constructor. Nothing has changed then.
             ValueError: As for the constructor. Nothing has changed then.
         """
-        for pull, new in self._further(fisher):
+        for pull, new in self._next_task_importances(fisher):
             old, anchor = pull.omega(), pull.anchor.to(new.dtype)
             total = old + new
             # Where no task cares the anchor follows the model.
@@ -283,7 +283,7 @@ class EWC(PenaltyBase):
             ValueError: The state is of another model or holds an invalid value. Nothing has changed
                 then; the message names the first difference.
         """
-        parameters = with_those_of(state, "anchor", self._model, self._parameters)
+        parameters = parameters_in_state(state, "anchor", self._model, self._parameters)
         if isinstance(state, Mapping) and "storage" in state:  # on it depends what else there is
             check_option("storage", state["storage"], self.storage)
         parts = set(self.state_dict()) - {"strength", "mode", "estimator", "constant", "storage"}
@@ -300,13 +300,13 @@ class EWC(PenaltyBase):
         constant = checked_strength(state["constant"], "the state's constant")
         factors = layer_factors(state["layer_strengths"], parameters)
         pulls = self._pulls_of(parameters)
-        self._take(parameters, factors, pulls)
+        self._set_pulls(parameters, factors, pulls)
         self.strength, self.mode, self.constant = strength, mode, float(constant)
         self.estimator = state["estimator"]
         for name, pull in pulls.items():
             pull.assign(importance[name], state["anchor"][name])
 
-    def _further(
+    def _next_task_importances(
         self, fisher: DiagonalFisher | Mapping[str, Tensor], decay: float = 1.0
     ) -> Iterator[tuple[Pull, Tensor]]:
         """Take the parameters of a further task's Fisher in, and drop those that are no more.
@@ -344,7 +344,7 @@ class EWC(PenaltyBase):
                 elif not (pull.omega().to(new.dtype) * decay + new).isfinite().all():
                     raise ValueError(f"the sum of the importances of {name!r} overflows")
             if not last:
-                self._take(parameters, factors, pulls)
+                self._set_pulls(parameters, factors, pulls)
 
     def _pulls_of(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Pull]:
         """Return the pull of each parameter; a new one's has importance 0, anchored where it is."""
@@ -353,7 +353,7 @@ class EWC(PenaltyBase):
             for name, p in parameters.items()
         }
 
-    def _take(
+    def _set_pulls(
         self, parameters: dict[str, nn.Parameter], factors: dict[str, float], pulls: dict[str, Pull]
     ) -> None:
         """Hold these pulls from now on."""

@@ -28,7 +28,7 @@ from ars.regularizers.penalties.penalty_base import (
     checked_decay,
     checked_strength,
     live_parameters,
-    with_those_of,
+    parameters_in_state,
 )
 
 __all__ = ["KroneckerPenalty"]
@@ -273,7 +273,7 @@ class KroneckerPenalty(PenaltyBase):
     def __init__(self, model: nn.Module, factors: Factors, strength: float | Tensor = 1.0) -> None:
         self._model = checked_module(model)
         self._pulls: dict[str, MatrixPull] = {}
-        self._pulls = self._pulls_with(_factors_of(factors))
+        self._pulls = self._pulls_for(_factors_of(factors))
         self.strength = strength
         self.estimator, self.sharing = _source_of(factors)
 
@@ -330,7 +330,7 @@ class KroneckerPenalty(PenaltyBase):
         """
         decay = checked_decay(decay)
         found = _factors_of(factors)
-        pulls = self._pulls_with(found)
+        pulls = self._pulls_for(found)
         for name, pull in pulls.items():
             if name not in self._pulls:  # holds its first factors already
                 continue
@@ -338,13 +338,13 @@ class KroneckerPenalty(PenaltyBase):
                 pull.consolidate(*found[name], decay=decay)
             else:
                 pull.decay_(decay)
-        self._take(pulls)
+        self._set_pulls(pulls)
         source = _source_of(factors)
         if decay and source != (self.estimator, self.sharing):
             source = None, None  # of several
         self.estimator, self.sharing = source
 
-    def _pulls_with(
+    def _pulls_for(
         self, found: Mapping[str, tuple[Tensor, Tensor | None]]
     ) -> dict[str, MatrixPull]:
         """Return the pulls of the layers that are held or found, as far as the model has them.
@@ -375,7 +375,7 @@ class KroneckerPenalty(PenaltyBase):
             raise ValueError(f"{without[0]!r} has no G, others have; give all layers one, or none")
         return pulls
 
-    def _take(self, pulls: dict[str, MatrixPull]) -> None:
+    def _set_pulls(self, pulls: dict[str, MatrixPull]) -> None:
         """Hold these pulls from now on."""
         self.version += pulls.keys() != self._pulls.keys()
         self._pulls = pulls
@@ -409,7 +409,7 @@ class KroneckerPenalty(PenaltyBase):
         options = {"strength", "estimator", "sharing"}
         parts = set(self.state_dict()) - options
         held = {name: pull.parameters[name] for name, pull in self._pulls.items()}
-        named = with_those_of(state, "inputs", self._model, held)
+        named = parameters_in_state(state, "inputs", self._model, held)
         check_state("a KroneckerPenalty", state, options | parts, parts, named)
         strength = checked_strength(state["strength"])
         check_label("estimator", state["estimator"])
@@ -420,10 +420,10 @@ class KroneckerPenalty(PenaltyBase):
         further = {
             name: (state["inputs"][name], outputs.get(name)) for name in named if name not in held
         }
-        pulls = self._pulls | self._pulls_with(further)
+        pulls = self._pulls | self._pulls_for(further)
         for name, pull in pulls.items():
             check_tensor(f"the state's anchor of {name!r}", state["anchor"][name], pull.anchor)
-        self._take(pulls)
+        self._set_pulls(pulls)
         self.strength = strength
         self.estimator, self.sharing = state["estimator"], state["sharing"]
         for name, pull in self._pulls.items():

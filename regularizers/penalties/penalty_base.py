@@ -26,7 +26,7 @@ __all__ = [
     "estimator_of",
     "importance_of",
     "live_parameters",
-    "with_those_of",
+    "parameters_in_state",
 ]
 
 # What wrappers put before the names of parameters.
@@ -179,7 +179,7 @@ def live_parameters(model: nn.Module, held: Mapping[str, Tensor]) -> dict[str, n
     return live
 
 
-def with_those_of(
+def parameters_in_state(
     state: Mapping[str, Any], part: str, model: nn.Module, held: dict[str, nn.Parameter]
 ) -> dict[str, nn.Parameter]:
     """Return what a penalty holds and what else of the model a state has, such as a later head.

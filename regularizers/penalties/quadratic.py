@@ -131,7 +131,7 @@ class _Quadratic(torch.autograd.Function):
             else:
                 dtype = accumulation_dtype(param.dtype)
                 gradient = torch.empty_like(param, dtype=dtype)
-                results = _flat(gradient) if _is_cut(pull) else (gradient,)
+                results = _flat(gradient) if _works_in_blocks(pull) else (gradient,)
                 for (theta, anchor, omega), result in zip(
                     _pieces(param, pull), results, strict=True
                 ):
@@ -145,7 +145,7 @@ def _wide_anchor(pull: Pull) -> Tensor:
     return pull.anchor.to(accumulation_dtype(pull.param.dtype))
 
 
-def _is_cut(pull: Pull) -> bool:
+def _works_in_blocks(pull: Pull) -> bool:
     """Whether to work in blocks: on a CPU, where all operands lie in memory in one order."""
     return pull.param.device.type == "cpu" and pull.param.is_contiguous()
 
@@ -156,7 +156,7 @@ def _flat(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def _pieces(param: Tensor, pull: Pull) -> Iterator[_Operands]:
     operands = (param.detach(), _wide_anchor(pull), pull.omega())
-    if not _is_cut(pull):
+    if not _works_in_blocks(pull):
         yield operands
         return
     yield from zip(*(_flat(t) for t in operands), strict=True)

@@ -131,7 +131,7 @@ class AdaptiveStrength:
         """
         if self.ratio is not None:
             norm = self._grad_norm() if grad_norm is None else grad_norm.to(self._level)
-            self._follow(self.ratio * norm / self._unit_norm())
+            self._update_level(self.ratio * norm / self._unit_norm())
         factor = 1.0
         if self.total_steps is not None:
             left = max(0, self.total_steps - self.steps)
@@ -141,7 +141,7 @@ class AdaptiveStrength:
         self.penalty.strength = self.strength
         self.steps += 1
 
-    def _follow(self, target: Tensor) -> None:
+    def _update_level(self, target: Tensor) -> None:
         valid = target.isfinite() & (target > 0)
         log = self._level.log() * self.smoothing
         log += (1 - self.smoothing) * target.clamp(*self.bounds).log()

@@ -16,7 +16,12 @@ from ars.reference import subspace_value
 from ars.reference.penalties import Protect, Side
 from ars.regularizers.checks import check_can_differentiate, checked_choice, checked_module
 from ars.regularizers.fisher.covariance import ActivationCovariance
-from ars.regularizers.penalties.bases import activation_bases, check_bases, held_by, weight_basis
+from ars.regularizers.penalties.bases import (
+    activation_bases,
+    check_bases,
+    parameters_of_bases,
+    weight_basis,
+)
 from ars.regularizers.penalties.penalty_base import (
     PenaltyBase,
     check_names,
@@ -27,7 +32,7 @@ from ars.regularizers.penalties.penalty_base import (
     checked_strength,
     copy_like,
     live_parameters,
-    with_those_of,
+    parameters_in_state,
 )
 
 __all__ = ["SubspacePenalty"]
@@ -188,7 +193,7 @@ class SubspacePenalty(PenaltyBase):
         protect: Protect = "inside",
     ) -> None:
         self._model = checked_module(model)
-        self._parameters = held_by(bases, model)
+        self._parameters = parameters_of_bases(bases, model)
         self.side: Side = checked_choice("side", side, get_args(Side))
         self.protect: Protect = checked_choice("protect", protect, get_args(Protect))
         self.strength = strength
@@ -314,13 +319,13 @@ class SubspacePenalty(PenaltyBase):
     @torch.no_grad()
     def refresh(self) -> Tensor:
         """Fill the buffers with the gradient at the parameters as they are; return the penalty."""
-        return self._total([r.pull_(2 * self.strength) for r in self._unmoved()])
+        return self._total([r.pull_(2 * self.strength) for r in self._checked_restraints()])
 
     def value(self) -> Tensor:
         """Return the penalty R, 0-d and differentiable, on the first parameter's device."""
-        return self._total([r.value(1.0) for r in self._unmoved()])
+        return self._total([r.value(1.0) for r in self._checked_restraints()])
 
-    def _unmoved(self) -> list[Restraint]:
+    def _checked_restraints(self) -> list[Restraint]:
         """Return the restraints, each of a parameter that is as it was when it was made."""
         for name, restraint in self._restraints.items():
             check_unmoved(name, restraint.param, restraint.buffer, same_dtype=True)
@@ -340,14 +345,14 @@ class SubspacePenalty(PenaltyBase):
         """
         live = live_parameters(self._model, self._parameters)
         kept = {name for name in self._parameters if name in live}
-        held = held_by(bases, self._model)
+        held = parameters_of_bases(bases, self._model)
         parameters = {name: p for name, p in live.items() if name in kept or name in held}
         check_bases(bases, parameters, self.side)
         restraints = self._restraints_of(parameters, bases)
         for name in kept:
             restraints[name].anchor.copy_(restraints[name].param)
             restraints[name].set_basis(bases[name])
-        self._take(parameters, restraints)
+        self._set_restraints(parameters, restraints)
 
     def _restraints_of(
         self, parameters: Mapping[str, nn.Parameter], bases: Mapping[str, Tensor]
@@ -359,7 +364,9 @@ class SubspacePenalty(PenaltyBase):
             for name, p in parameters.items()
         }
 
-    def _take(self, parameters: dict[str, nn.Parameter], restraints: dict[str, Restraint]) -> None:
+    def _set_restraints(
+        self, parameters: dict[str, nn.Parameter], restraints: dict[str, Restraint]
+    ) -> None:
         """Hold these restraints from now on."""
         self.version += restraints.keys() != self._restraints.keys()
         self._parameters, self._restraints = parameters, restraints
@@ -371,7 +378,7 @@ class SubspacePenalty(PenaltyBase):
         Call it after each ``opt.step()`` of an optimizer without this penalty: projecting gradients
         would not do, as Adam's step leaves their subspace.
         """
-        for restraint in self._unmoved():
+        for restraint in self._checked_restraints():
             restraint.pull_(1.0)
             restraint.param.sub_(restraint.buffer)
 
@@ -395,11 +402,11 @@ class SubspacePenalty(PenaltyBase):
             TypeError: An entry has the wrong type.
             ValueError: Another model, side or kind, or a wrong value; names the first difference.
         """
-        self._checked(state)
+        self._check_parts(state)
 
-    def _checked(self, state: Mapping[str, Any]) -> dict[str, nn.Parameter]:
+    def _check_parts(self, state: Mapping[str, Any]) -> dict[str, nn.Parameter]:
         """Return the parameters that a state is of, all that this penalty holds among them."""
-        parameters = with_those_of(state, "bases", self._model, self._parameters)
+        parameters = parameters_in_state(state, "bases", self._model, self._parameters)
         parts = {"anchor", "bases"}
         expected = {"strength", "side", "protect"} | parts
         check_state("a SubspacePenalty", state, expected, parts, parameters)
@@ -419,8 +426,8 @@ class SubspacePenalty(PenaltyBase):
         Args:
             state: As for :meth:`check_state_dict`.
         """
-        parameters = self._checked(state)
-        self._take(parameters, self._restraints_of(parameters, state["bases"]))
+        parameters = self._check_parts(state)
+        self._set_restraints(parameters, self._restraints_of(parameters, state["bases"]))
         self.strength = state["strength"]
         for name, restraint in self._restraints.items():
             restraint.anchor.copy_(state["anchor"][name])

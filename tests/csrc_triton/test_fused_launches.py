@@ -74,10 +74,10 @@ def test_a_tensor_that_lies_elsewhere_is_noticed(name: str, device: str) -> None
         device, shapes=[(5,), (6,)], amsgrad=True, controller="paper", penalty="coupled"
     )
     fused = problem.fused()
-    assert not fused.moved()
+    assert not fused.is_outdated()
     tensor = getattr(problem, name)[-1]
     tensor.data = tensor.data.clone()
-    assert fused.moved()
+    assert fused.is_outdated()
 
 
 def test_amsgrad_may_be_on_for_some_parameters_only(launches: list[str], device: str) -> None:

@@ -95,10 +95,10 @@ def test_moments_and_remainders_that_the_mode_does_not_have_are_refused(device: 
 def test_a_tensor_that_lies_elsewhere_is_noticed(name: str, device: str) -> None:
     problem = make(device)
     fused = problem.fused()
-    assert not fused.moved()
+    assert not fused.is_outdated()
     tensor = getattr(problem, name)[1]
     tensor.data = tensor.data.clone()
-    assert fused.moved()
+    assert fused.is_outdated()
 
 
 @pytest.mark.parametrize("mode", ["master", "stochastic"])

@@ -120,7 +120,7 @@ def test_scaled_half_precision_gradients_are_unscaled_in_float32(implementation)
 
 def test_where_reading_would_wait_the_scaler_skips_the_step_itself():
     optimizer = make("loop", [torch.empty(3, device="meta", requires_grad=True)])
-    optimizer._place()  # as on a GPU: neither torch's CPU kernels nor ours
+    optimizer._move_to_parameters()  # as on a GPU: neither torch's CPU kernels nor ours
     assert optimizer._implementation == "loop"
     assert not optimizer._step_supports_amp_scaling
 

@@ -104,7 +104,7 @@ def test_a_copy_chooses_its_implementation_again(clone, monkeypatch):
     optimizer = ARSAdamW(parameters())
     with monkeypatch.context() as patched:
         patched.setattr(choose, "choose", on_kernels)
-        optimizer._place()
+        optimizer._move_to_parameters()
     other = clone(optimizer)
     assert other._implementation == "fused"
     assert other._step_supports_amp_scaling is True

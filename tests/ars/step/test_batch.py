@@ -78,7 +78,7 @@ def test_python_calls_of_the_tables_do_not_depend_on_the_number_of_tensors():
         optimizer.step(loss=1.0)
         gradients(params, 1)
         fused, grads = optimizer._steppers.triton._fused, [param.grad for param in params]
-        return calls(lambda: (fused.moved(), fused._check_gradients(grads)))
+        return calls(lambda: (fused.is_outdated(), fused._check_gradients(grads)))
 
     assert count(3) == count(20) < 20
 
@@ -187,7 +187,7 @@ def test_gradients_are_let_go():
     optimizer, params = trained()
     gradients(params, 3)
     optimizer.step(loss=1.0)
-    assert optimizer._collector._gathered.batch.grads == []
+    assert optimizer._collector._cached.batch.grads == []
 
 
 def test_gradients_of_a_trial_step_are_let_go():
@@ -195,7 +195,7 @@ def test_gradients_of_a_trial_step_are_let_go():
     optimizer = ARSAdamW(params, lr=0.0)
     gradients(params, 0, scale=0.0)
     optimizer.step()
-    assert optimizer._collector._gathered.batch.grads == []
+    assert optimizer._collector._cached.batch.grads == []
 
 
 def test_a_sparse_gradient_in_a_later_group_starts_no_state():

@@ -283,7 +283,7 @@ def test_the_gradients_of_zero_take_one_memory():
     optimizer = ARSAdamW(params, penalty=Pull(params))
     gradients(params[:1], 0)
     optimizer.step(loss=1.0)
-    zeros = optimizer._collector._gathered.zeros.values()
+    zeros = optimizer._collector._cached.zeros.values()
     assert len({zero.untyped_storage().data_ptr() for zero in zeros}) == 1
     assert all(param.grad is None for param in params[1:])
 
