@@ -3,7 +3,6 @@
 import dataclasses
 import threading
 import weakref
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -124,12 +123,7 @@ class GradientRelease:
     def __enter__(self) -> "GradientRelease":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _add_hooks(self) -> None:
