@@ -134,6 +134,10 @@ class Growth:
     initial: Mapping[str, Tensor]
     names: Mapping[str, str]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; where pickles of version 0.1.0 lack ``names``, parameters keep theirs."""
+        self.__dict__.update({"names": {name: name for name in state["scales"]}} | state)
+
     def importance(self, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Map the parent's importance, Omega' = Omega / c^2, with 0 on every new coordinate.
 
