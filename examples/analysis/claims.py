@@ -140,10 +140,10 @@ def _cost_words(account: SeriesAccount) -> str:
 def _token_words(account: SeriesAccount) -> str:
     last = account.members[-1]
     return (
-        f"the lineage of {last.size} read {last.lineage_tokens.mean:.2f} of its twin's tokens, "
-        f"{last.tokens.mean:.2f} of them as {last.size} itself, and ended "
+        f"the lineage of {last.size} read {last.lineage_tokens.mean:.2f} times its twin's tokens "
+        f"({last.tokens.mean:.2f} times as {last.size} itself) and ended "
         f"{last.difference:+.4f} bits per byte from it; the whole series read "
-        f"{account.tokens.mean:.2f} of its twins' tokens ({count_seeds(account.seeds)})"
+        f"{account.tokens.mean:.2f} times its twins' tokens ({count_seeds(account.seeds)})"
     )
 
 

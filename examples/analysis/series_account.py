@@ -230,7 +230,7 @@ class SeriesAccount:
         lines = [
             f"The series {first.size} ... {last.size} ({self.arm}) took {self.paid.mean:.0%} of "
             f"its twins' operations ({self.baseline}){seconds}: {self._verdict()}.",
-            f"This is what a series saves. {last.size} alone, with everything it grew out of, cost "
+            f"That is the whole series. {last.size} alone, with everything it grew out of, cost "
             f"{last.lineage_flops.mean:.2f} of its twin's operations, and its lineage has read "
             f"{last.lineage_tokens.mean:.2f} times its twin's tokens.",
         ]

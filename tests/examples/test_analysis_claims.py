@@ -105,9 +105,9 @@ def test_tokens_are_those_of_the_lineage(
     assert claim.verdict == verdict
     lineage = (0.9 * 2 + (share - 0.1) * (8 + 12) + share * 16) / 16
     whole = (2 + share * 36) / 38
-    assert f"the lineage of d16 read {lineage:.2f} of its twin's tokens" in claim.evidence
-    assert f"{share:.2f} of them as d16 itself" in claim.evidence
-    assert f"the whole series read {whole:.2f} of its twins' tokens" in claim.evidence
+    assert f"the lineage of d16 read {lineage:.2f} times its twin's tokens" in claim.evidence
+    assert f"({share:.2f} times as d16 itself)" in claim.evidence
+    assert f"the whole series read {whole:.2f} times its twins' tokens" in claim.evidence
 
 
 def test_what_is_arithmetic_is_called_so(tmp_path: Path) -> None:
