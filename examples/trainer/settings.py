@@ -255,7 +255,7 @@ class SeriesConfig:
     max_grad_norm: float = option(1.0, _STRENGTH)
     warmup_steps: int = option(20, integer(0, 10_000_000))
     # Weak: both models read the same kind of text, so there is nothing to forget, and every
-    # strength that was tried from 0.01 on costs (docs/miniseries.md).
+    # strength that was tried from 0.01 on costs (docs/equal_budgets.md).
     ewc_strength: float = option(1e-4, _STRENGTH)
     subspace_strength: float = option(1e-4, _STRENGTH)
     distill_strength: float = option(0.03, _STRENGTH)
@@ -277,7 +277,8 @@ class SeriesConfig:
             )
         if self.steps is None and self.ratio is None:
             raise OptionError("ratio: none, and no steps: name one of them")
-        for name in ("shares", "scratch_shares"):
+        grows = any(arm.startswith("grown") for arm in self.arms)
+        for name in ("shares", "scratch_shares") if grows else ("scratch_shares",):
             least = getattr(self, name)[0]
             if least <= self.cooldown:
                 raise OptionError(

@@ -1,0 +1,1 @@
+"""The experiment of examples/inheritance.py: its runs, and what they say."""

@@ -1,0 +1,222 @@
+"""The runs of the experiment on what growing saves: which, with what settings, and in which order.
+
+A run is small, so that what is stopped loses little: each twin is one of its own, each chain is
+one. Twins and chains of a seed begin with the same weights and read the same text in one order.
+
+The miniature of d10 ... d20 has eleven members whose sizes have the ratios of the real series: 1 to
+8 in parameters, by 1.23 on average from one to the next, depth and width grown in turn. Everything
+is in fp32: on CPUs without matrix units bfloat16 is slower at these sizes.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from trainer.settings import Machine, SeriesConfig, Size
+
+__all__ = ["DESIGNS", "PREDICTION", "STAGES", "Design", "Job", "Stage", "jobs_of"]
+
+Stage = Literal["twin", "miniature", "muon", "factor", "point", "search"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+# Made before the first run that is reported, of the formula in `analysis.series_account` and the
+# published fits of L(N, D) (docs/series.md).
+PREDICTION = {
+    "miniature": {"members": 11, "growth_factor": 1.23, "e": 0.885, "saving": 0.68},
+    "half": {"members": 6, "growth_factor": 1.27, "e": 0.865, "saving": 0.62},
+    "every second of half": {"members": 3, "growth_factor": 1.66, "e": 0.76, "saving": 0.40},
+    "one jump of half": {"members": 2, "growth_factor": 3.27, "e": 0.58, "saving": 0.15},
+}
+
+_TUNING_SEED = 100
+_SEARCH_SEED = 200
+_COOLDOWN = 0.05  # of a chain; half of the twin's
+_LONGER_SHARES = (0.25, 0.35, 0.5, 0.7)  # of chains that grow by more at a time
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the trainer.
+
+    Args:
+        name: of its results, such as ``miniature/seed-0-chain``.
+        config: the settings.
+        machine: what it is trained with.
+    """
+
+    name: str
+    config: SeriesConfig
+    machine: Machine
+
+    @property
+    def title(self) -> str:
+        """What the progress bar and messages call it."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class Design:
+    """A series and what is varied about it.
+
+    Args:
+        base: settings of all runs; its depths are the members.
+        seeds: of twins and chains with AdamW, which are reported.
+        muon_seeds: of the same with Muon.
+        bracket_sizes: at which the twin's settings are bracketed.
+        brackets: setting -> values tried, one setting at a time, the others as in ``base``.
+        subsets: name -> members of chains with larger steps.
+        search: name -> settings of chains that are tried on a seed that is not reported.
+        search_members: how many members these have.
+    """
+
+    base: SeriesConfig
+    seeds: tuple[int, ...]
+    muon_seeds: tuple[int, ...]
+    bracket_sizes: tuple[Size, ...]
+    brackets: dict[str, tuple[float, ...]]
+    subsets: dict[str, tuple[Size, ...]]
+    search: dict[str, dict[str, Any]]
+    search_members: int
+
+
+_MINIATURE: tuple[Size, ...] = (
+    "3x48", "4x48", "4x56", "5x56", "5x64", "6x64", "6x72", "7x72", "7x80", "8x80", "8x88",
+)  # fmt: skip
+
+_BASE = SeriesConfig(
+    arms=("scratch",),
+    depths=_MINIATURE,
+    head_dim=8,
+    ratio=8.0,
+    batch_size=4,
+    sequence_len=128,
+    lr=3e-3,
+    weight_decay=0.05,
+    warmup_steps=20,
+    cooldown=0.1,
+    shares=(0.29, 0.34, 0.39),
+    scratch_shares=(0.39, 0.7, 1.0),
+    eval_windows=512,
+    curve_windows=32,
+    curve_points=5,
+)
+
+_WHOLE = Design(
+    base=_BASE,
+    seeds=(0, 1, 2, 3, 4),
+    muon_seeds=(0, 1, 2),
+    bracket_sizes=("3x48", "5x64", "8x88"),
+    brackets={
+        "lr": (1.5e-3, 3e-3, 6e-3),
+        "batch_size": (2, 4, 8, 16),
+        "cooldown": (0.05, 0.1, 0.2),
+        "warmup_steps": (5, 20, 100),
+        "weight_decay": (0.0, 0.05, 0.2),
+    },
+    subsets={
+        "every-second": _MINIATURE[::2],
+        "every-fifth": _MINIATURE[::5],
+        "one-jump": _MINIATURE[::10],
+    },
+    search={
+        "as-reported": {},
+        "inserted": {"blocks": "inserted"},
+        "at-half": {"grow_at": 0.5},
+        "linear": {"cooldown_shape": "linear"},
+        "cooldown-of-twin": {"cooldown": 0.1},
+        "lr-low": {"lr": 1.5e-3},
+        "lr-high": {"lr": 6e-3},
+        "batch-2": {"batch_size": 2},
+        "batch-8": {"batch_size": 8},
+        "no-decay": {"weight_decay": 0.0},
+    },
+    search_members=6,
+)
+
+DESIGNS = {
+    "miniature": _WHOLE,
+    # An eighth of the operations.
+    "half": replace(
+        _WHOLE,
+        base=replace(_BASE, depths=_MINIATURE[:6]),
+        bracket_sizes=("3x48", "4x56", "6x64"),
+        subsets={"every-second": _MINIATURE[:6:2], "one-jump": _MINIATURE[:6:5]},
+    ),
+    "quick": Design(
+        base=replace(
+            _BASE,
+            depths=("1x16", "2x16", "2x24"),
+            ratio=4.0,
+            sequence_len=32,
+            eval_windows=16,
+            curve_windows=8,
+        ),
+        seeds=(0,),
+        muon_seeds=(0,),
+        bracket_sizes=("1x16",),
+        brackets={"lr": (1.5e-3, 3e-3)},
+        subsets={"one-jump": ("1x16", "2x24")},
+        search={"as-reported": {}, "inserted": {"blocks": "inserted"}},
+        search_members=2,
+    ),
+}  # fmt: skip
+
+
+def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
+    """The runs of a stage, in the order they begin.
+
+    Args:
+        stage: twin: each setting of a model from scratch around the others, at the smallest, a
+            middle and the largest size, on a seed that is not reported. miniature: all twins and
+            the chain, with AdamW. muon: the same with Muon. factor: chains of fewer members, which
+            grow by more. point: growing at a half of the parent's trunk. search: changes to the
+            chain, on a seed that is not reported.
+        design: of the experiment.
+
+    Example:
+        >>> [job.name for job in jobs_of("factor", DESIGNS["quick"])]
+        ['factor/one-jump-of-3-seed-0']
+    """
+    base, of, jobs = design.base, f"of-{len(design.base.depths)}", []
+
+    def add(name: str, **changes: Any) -> None:
+        jobs.append(Job(f"{stage}/{name}", replace(base, **changes), Machine(threads=1)))
+
+    def add_grown(name: str, seed: int, **changes: Any) -> None:
+        add(f"{name}-{of}-seed-{seed}",
+            seed=seed, **{"arms": ("grown",), "cooldown": _COOLDOWN, "scratch_shares": (1.0,), **changes})  # fmt: skip
+
+    if stage == "twin":
+        for size in design.bracket_sizes:
+            alone = {"depths": (size,), "seed": _TUNING_SEED, "scratch_shares": (1.0,)}
+            add(f"{size}-as-reported", **alone)
+            for setting, values in design.brackets.items():
+                for value in values:
+                    if value != getattr(base, setting):
+                        add(f"{size}-{setting}-{value:g}", **{**alone, setting: value})
+    elif stage in ("miniature", "muon"):
+        suffix = "+muon" if stage == "muon" else ""
+        for seed in design.muon_seeds if suffix else design.seeds:
+            # The chain's first member is its own twin.
+            shares = base.scratch_shares
+            add_grown("chain", seed, arms=(f"grown{suffix}",), scratch_shares=shares)
+            for size in reversed(base.depths[1:]):  # the longest first, for two at a time
+                add(
+                    f"twin-{size}-seed-{seed}",
+                    seed=seed,
+                    depths=(size,),
+                    arms=(f"scratch{suffix}",),
+                )
+    elif stage == "factor":
+        for seed in design.muon_seeds:
+            for name, members in design.subsets.items():
+                add_grown(name, seed, depths=members, shares=_LONGER_SHARES)
+    elif stage == "point":
+        for seed in design.muon_seeds:
+            add_grown("at-half", seed, grow_at=0.5)
+    else:
+        members = base.depths[: design.search_members]
+        for size in members[1:]:
+            add(f"twin-{size}", depths=(size,), seed=_SEARCH_SEED, scratch_shares=(1.0,))
+        for name, changes in design.search.items():
+            add_grown(f"chain-{name}", _SEARCH_SEED, depths=members, **changes)
+    return tuple(jobs)

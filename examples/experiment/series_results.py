@@ -1,0 +1,218 @@
+"""What the runs of the experiment say: one JSON file, one page of tables and one figure.
+
+Everything here is made from the records of the runs alone, of those that are there: a series counts
+in the seeds in which its chain and all its twins are finished.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.records import Record, read_metrics
+from analysis.series_account import SeriesAccount, account_of
+from common.plain_files import write_atomically
+from common.statistics import Estimate
+from common.tables import markdown
+from experiment.series_design import PREDICTION, STAGES, Design, Stage, jobs_of
+
+__all__ = ["records_of", "write_results"]
+
+_RUNS = "runs"
+_SCRATCH, _GROWN = "scratch", "grown"
+Runs = Mapping[str, Sequence[Record]]
+
+
+def records_of(name: str, results: Path) -> Path:
+    """Where the records of a run lie, its settings beside them.
+
+    Args:
+        name: of the run.
+        results: folder of the results.
+    """
+    return results / _RUNS / name / "metrics.json"
+
+
+def write_results(results: Path, design: Design) -> str:
+    """Sum up the runs that are there.
+
+    Args:
+        results: folder with their records; ``series.json`` and ``series.md`` are written there.
+        design: of the experiment.
+
+    Returns:
+        What to tell the user.
+    """
+    runs = _read(results, design)
+    accounts = dict(_accounts(runs, design))
+    content = {
+        "prediction": PREDICTION,
+        "saving": {
+            name: _saving(account) for name, account in accounts.items() if name in _REPORTED
+        },
+        "efficiency": [_efficiency(name, account) for name, account in accounts.items()],
+        "same_budget": _same_budget(runs, design),
+        "brackets": _brackets(runs, design),
+        "accounts": {name: account.to_dict() for name, account in accounts.items()},
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    write_atomically(results / "series.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    page = _page(accounts, content)
+    write_atomically(results / "series.md", page)
+    return page
+
+
+_REPORTED = ("adamw", "muon")  # names of the series' own accounts
+
+
+def _read(results: Path, design: Design) -> dict[str, list[Record]]:
+    names = [job.name for stage in STAGES for job in jobs_of(stage, design)]
+    paths = {name: records_of(name, results) for name in names}
+    return {name: read_metrics([path]) for name, path in paths.items() if path.exists()}
+
+
+def _records(runs: Runs, design: Design, stage: Stage) -> list[Record]:
+    """Of all runs of a stage that are there."""
+    names = [job.name for job in jobs_of(stage, design)]
+    return [record for name in names for record in runs.get(name, ())]
+
+
+def _accounts(runs: Runs, design: Design) -> Iterator[tuple[str, SeriesAccount]]:
+    adamw, muon = _records(runs, design, "miniature"), _records(runs, design, "muon")
+    half = _records(runs, design, "point")
+    search = _records(runs, design, "search")
+    found: dict[str, SeriesAccount | None] = {
+        "adamw": account_of("grown", "scratch", adamw, adamw),
+        "muon": account_of("grown+muon", "scratch+muon", muon, muon),
+        "muon beside AdamW's twins": account_of("grown+muon", "scratch", muon, adamw),
+        "grown at a half of the trunk": account_of("grown", "scratch", half, adamw),
+    }
+    for name in design.subsets:
+        found[name] = account_of("grown", "scratch", _named(runs, f"factor/{name}-of-"), adamw)
+    twins = [record for record in search if record.parent is None]
+    for name in design.search:
+        chain = _named(runs, f"search/chain-{name}-of-")
+        found[f"search: {name}"] = account_of("grown", "scratch", chain, twins)
+    for name, account in found.items():
+        if account is not None:
+            yield name, account
+
+
+def _named(runs: Runs, beginning: str) -> list[Record]:
+    """Of the runs whose names begin so."""
+    return [r for name, records in runs.items() if name.startswith(beginning) for r in records]
+
+
+def _saving(account: SeriesAccount) -> dict[str, Any]:
+    saving = account.saving
+    low, high = saving.interval or (None, None)
+    return {
+        "mean": saving.mean,
+        "low": low,
+        "high": high,
+        "seeds": account.seeds,
+        "at_equal_loss": account.at_equal_loss,
+        "worse": account.worse,
+        "compared": account.compared,
+        "deficit": account.deficit if not account.diverged else None,
+    }
+
+
+def _efficiency(name: str, account: SeriesAccount) -> dict[str, Any]:
+    e = account.efficiency
+    low, high = (None, None) if e is None or e.interval is None else e.interval
+    return {
+        "series": name,
+        "members": len(account.members),
+        "growth_factor": account.growth_factor,
+        "e": None if e is None else e.value,
+        "bound": None if e is None else e.bound,
+        "low": low,
+        "high": high,
+        "paid": account.paid.mean,
+        "deficit": account.deficit if not account.diverged else None,
+    }
+
+
+def _same_budget(runs: Runs, design: Design) -> list[dict[str, Any]]:
+    """Members beside models from scratch with the same steps: what growing itself is worth."""
+    records = _records(runs, design, "miniature")
+    share = design.base.shares[-1]
+    rows = []
+    for size in dict.fromkeys(r.size for r in records if r.arm == _GROWN):
+        grown = {r.seed: r.val_bpb for r in records if (r.size, r.arm) == (size, _GROWN)}
+        short = {
+            r.seed: branch.val_bpb
+            for r in records if (r.size, r.arm) == (size, _SCRATCH)
+            for branch in r.cooled if branch.share == share
+        }  # fmt: skip
+        both = [seed for seed in grown if seed in short]
+        if both:
+            found = Estimate.of([grown[seed] - short[seed] for seed in both])
+            low, high = found.interval or (None, None)
+            row = {"size": size, "seeds": len(both)}
+            rows.append({**row, "difference": found.mean, "low": low, "high": high})
+    return rows
+
+
+def _brackets(runs: Runs, design: Design) -> list[dict[str, Any]]:
+    """Each setting of a model from scratch, one at a time, at three sizes."""
+    rows = []
+    jobs = {job.name: job for job in jobs_of("twin", design) if job.name in runs}
+    for size in design.bracket_sizes:
+        usual = f"twin/{size}-as-reported"
+        for setting, values in design.brackets.items():
+            found = {}
+            for value in values:
+                own = value == getattr(design.base, setting)
+                name = usual if own else f"twin/{size}-{setting}-{value:g}"
+                if name in jobs:
+                    found[f"{value:g}"] = runs[name][0].val_bpb
+            if len(found) > 1:
+                rows.append({"size": size, "setting": setting, "bits_per_byte": found})
+    return rows
+
+
+def _page(accounts: Mapping[str, SeriesAccount], content: Mapping[str, Any]) -> str:
+    parts = ["# What growing saves: results of examples/inheritance.py"]
+    for name, account in accounts.items():
+        table = markdown(account.rows, "lrlr", padded=True)
+        parts += [f"## {name}", table, " ".join(account.sentences)]
+    tables = {
+        "Growth factor and efficiency": _efficiency_rows(content["efficiency"]),
+        "The twin's settings, one at a time": _bracket_rows(content["brackets"]),
+        "The same steps from random weights": _budget_rows(content["same_budget"]),
+    }
+    for title, rows in tables.items():
+        if len(rows) > 1:
+            parts += [f"## {title}", markdown(rows, "lr", padded=True)]
+    if len(parts) == 1:
+        parts.append("No series is complete yet.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _efficiency_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("series", "members", "growth", "e", "paid", "largest deficit")]
+    for row in found:
+        e = "" if row["e"] is None else f"{row['bound']} {row['e']:.2f}".strip()
+        deficit = "diverged" if row["deficit"] is None else f"{row['deficit']:+.4f}"
+        paid = f"{row['paid']:.3f}"
+        growth = f"{row['growth_factor']:.2f}"
+        rows.append((row["series"], f"{row['members']}", growth, e, paid, deficit))
+    return rows
+
+
+def _bracket_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("size", "setting", "bits per byte at each value")]
+    for row in found:
+        shown = ", ".join(f"{value}: {bpb:.4f}" for value, bpb in row["bits_per_byte"].items())
+        rows.append((row["size"], row["setting"], shown))
+    return rows
+
+
+def _budget_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("size", "grown minus scratch with the same steps", "seeds")]
+    for row in found:
+        interval = "" if row["low"] is None else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
+        rows.append((row["size"], f"{row['difference']:+.4f}{interval}", f"{row['seeds']}"))
+    return rows
