@@ -182,8 +182,8 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
         jobs.append(Job(f"{stage}/{name}", replace(base, **changes), Machine(threads=1)))
 
     def add_grown(name: str, seed: int, **changes: Any) -> None:
-        add(f"{name}-{of}-seed-{seed}",
-            seed=seed, **{"arms": ("grown",), "cooldown": _COOLDOWN, "scratch_shares": (1.0,), **changes})  # fmt: skip
+        chain = {"arms": ("grown",), "cooldown": _COOLDOWN, "scratch_shares": (1.0,), "seed": seed}
+        add(f"{name}-{of}-seed-{seed}", **{**chain, **changes})
 
     if stage == "twin":
         for size in design.bracket_sizes:

@@ -206,7 +206,7 @@ def _bracket_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("size", "setting", "bits per byte at each value")]
     for row in found:
         shown = ", ".join(f"{value}: {bpb:.4f}" for value, bpb in row["bits_per_byte"].items())
-        rows.append((row["size"], row["setting"], shown))
+        rows.append((f"{row['size']}", row["setting"], shown))
     return rows
 
 

@@ -53,6 +53,7 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -242,6 +243,7 @@ class ModelPlan:
         )
 
 
+@cache
 def shape_of(model: GPTConfig) -> Shape:
     """Sizes and operations of a model, without making one.
 
