@@ -1,6 +1,6 @@
-"""What does growing save? Every member of a series from scratch, and grown out of the one before it.
+"""What growing saves: each member of a series from scratch, and grown out of the one before.
 
-    python examples/inheritance.py --stage twin miniature muon factor point search --workers 2
+    python examples/inheritance.py --design half --stage miniature --workers 2
     python examples/inheritance.py --design quick    # the same path in two minutes
     python examples/inheritance.py --results benchmarks/results/miniseries --stage none
                                                      # tables and figures from the committed records

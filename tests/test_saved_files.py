@@ -21,11 +21,11 @@ from ars.regularizers import (
     dequantize,
     load_penalty,
 )
+from common.errors import UsageError
 from common.output_folder import OutputFolder
 from common.program import StopRequest
 from trainer.arguments import parse_arguments
 from trainer.series_run import prepare
-from trainer.train_series import run_series
 
 SAVED = Path(__file__).parent / "saved"
 
@@ -137,37 +137,14 @@ def test_pickled_penalties_and_fishers_are_read() -> None:
     assert grown.keys() == dict(growth.model.named_parameters()).keys()
 
 
-def test_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    words = [bytes(torch.randint(97, 123, (4,), generator=generator).tolist()) for _ in range(20)]
-    picks = torch.randint(0, 20, (4000,), generator=generator).tolist()
-    text = tmp_path / "text.txt"
-    text.write_bytes(b" ".join(words[i] for i in picks))
-
-    shutil.copytree(SAVED / "run", tmp_path / "saved")
-    for packed in (tmp_path / "saved").rglob("*.pt.xz"):
-        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
-        packed.unlink()
-    threads = torch.get_num_threads()
-    ends = []
-    for name in ("saved", "straight"):
-        out = tmp_path / name
-        options = [
-            "--depths", "1", "--batch-size", "2", "--sequence-len", "16", "--fisher-samples", "3",
-            "--ewc-strength", "1", "--threads", "1", "--steps", "8", "--arms", "scratch+ars",
-            "--data", str(text), "--out", str(out),
-        ]  # fmt: skip
-        with OutputFolder(out) as output:
-            run_series(prepare(parse_arguments(options), StopRequest(), output))
-        model = torch.load(out / "checkpoints" / "d1-scratch+ars.pt", weights_only=True)["model"]
-        log = (out / "log_d1-scratch+ars.csv").read_text().splitlines()
-        ends.append((model, len(log), json.loads((out / "metrics.json").read_text())[0]))
-    torch.set_num_threads(threads)
-    before = (SAVED / "run" / "log_d1-scratch+ars.csv").read_text()
-    assert (tmp_path / "saved" / "log_d1-scratch+ars.csv").read_text().startswith(before)
-    (model, rows, record), (straight, straight_rows, straight_record) = ends
-    assert rows == straight_rows
-    assert record["steps"] == straight_record["steps"]
-    assert record["val_bpb"] == pytest.approx(straight_record["val_bpb"], rel=1e-4)
-    for name, value in model.items():
-        torch.testing.assert_close(value, straight[name], rtol=1e-4, atol=1e-5)
+def test_an_interrupted_run_of_an_earlier_version_is_refused_and_left_alone(
+    tmp_path: Path,
+) -> None:
+    # It has other settings: budgets were shared out over the lineage of a model.
+    out = tmp_path / "saved"
+    shutil.copytree(SAVED / "run", out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    options = parse_arguments(["--depths", "1", "--arms", "scratch+ars", "--out", str(out)])
+    with OutputFolder(out) as output, pytest.raises(UsageError, match="earlier version"):
+        prepare(options, StopRequest(), output)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -102,6 +102,11 @@ def check_folder(folder: Path, config: SeriesConfig, corpus: Corpus | None) -> N
     stored = read_json(stored_path, remedy=remedy)
     with understanding(str(stored_path), remedy):
         settings, data_sha256 = dict(stored["settings"]), stored["data"]["sha256"]
+    if not config.to_dict().keys() <= settings.keys():
+        raise UsageError(
+            f"{folder} holds a run of an earlier version, which this one cannot go on with: name "
+            "another folder with --out"
+        )
     changes = [
         f"{key} {settings.get(key)} (now {value})"
         for key, value in config.to_dict().items()
