@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis import report_figures
 from analysis.records import Record, read_metrics
 from analysis.series_account import SeriesAccount, account_of
+from ars.atomic import replacing
 from common.plain_files import write_atomically
 from common.statistics import Estimate
 from common.tables import markdown
@@ -37,7 +39,8 @@ def write_results(results: Path, design: Design) -> str:
     """Sum up the runs that are there.
 
     Args:
-        results: folder with their records; ``series.json`` and ``series.md`` are written there.
+        results: folder with their records; ``series.json``, ``series.md`` and two figures,
+            ``series.png`` and ``shares.png``, are written there.
         design: of the experiment.
 
     Returns:
@@ -59,6 +62,15 @@ def write_results(results: Path, design: Design) -> str:
     write_atomically(results / "series.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     page = _page(accounts, content)
     write_atomically(results / "series.md", page)
+    reported = [accounts[name] for name in _REPORTED if name in accounts]
+    if reported:
+        figures = {
+            "series.png": report_figures.series_costs(reported),
+            "shares.png": report_figures.cooled_branches(reported),
+        }
+        for name, content in figures.items():
+            with replacing(results / name) as unfinished:
+                unfinished.write_bytes(content)
     return page
 
 
