@@ -68,9 +68,9 @@ def write_results(results: Path, design: Design) -> str:
             "series.png": report_figures.series_costs(reported),
             "shares.png": report_figures.cooled_branches(reported),
         }
-        for name, content in figures.items():
+        for name, figure in figures.items():
             with replacing(results / name) as unfinished:
-                unfinished.write_bytes(content)
+                unfinished.write_bytes(figure)
     return page
 
 
