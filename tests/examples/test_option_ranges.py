@@ -13,6 +13,7 @@ import stability
 from common.command_line import CommandLine, OptionError, integer, number
 from common.errors import UsageError
 from continual import digits_options
+from experiment import experiment_run
 from stress import stress_options
 from trainer import arguments
 from trainer.arms import parse_arm
@@ -26,6 +27,7 @@ PROGRAMS: dict[str, Callable[[list[str]], Any]] = {
     "sample": arguments.parse_sample,
     "analyze.py": analyze.parse_arguments,
     "continual_digits.py": digits_options.parse_options,
+    "inheritance.py": experiment_run.parse_options,
     "narcissus.py": stress_options.parse_options,
     "stability.py": stability.main,
 }
@@ -79,6 +81,7 @@ LIMITS: dict[str, tuple[list[str], list[str]]] = {
     "--tasks": (["2", "100"], ["1", "101"]),
     "--epochs": (["1", "1000"], ["0", "1001"]),
     "--first-seed": (["0", "2147483648"], ["-1", "2147483649"]),
+    "--minutes": (["1e-37", "1e6"], ["0", "1.1e6"]),
     "--workers": (["1", "256"], ["0", "257"]),
 }
 HOSTILE = [
