@@ -295,7 +295,8 @@ class CommandLine(argparse.ArgumentParser):
         try:
             return settings(**{each.name: values[each.name] for each in fields(settings)})
         except OptionError as error:
-            self.error(f"argument --{error}")
+            name, _, what = str(error).partition(": ")
+            self.error(f"argument --{name.replace('_', '-')}: {what}")
 
     def as_file(self, values: Mapping[str, Any]) -> str:
         """A settings file that says what the values say."""

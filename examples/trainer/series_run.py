@@ -37,6 +37,8 @@ TOKENIZER_FILE = "tokenizer.json"
 DATA_FOLDER = "data"  # the text as tokens, made before the run is begun
 _BEFORE_CONFIG = (DATA_FOLDER, LOCK_FILE)  # what a kill can leave without CONFIG_FILE, with its own
 
+_WIDE = 128  # channels from which several CPU threads pay
+
 
 @dataclass(frozen=True)
 class Run:
@@ -161,8 +163,11 @@ def prepare(arguments: "Arguments", stop: StopRequest, output: OutputFolder) -> 
     """
     config, machine = arguments.config, arguments.machine
     use_device(machine.device)
-    if machine.threads is not None:
-        torch.set_num_threads(machine.threads)
+    threads = machine.threads
+    if threads is None and config.layers_and_width(config.depths[-1])[1] < _WIDE:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
     check_tensorboard(asked=machine.tensorboard)
     checked_plans(config, machine, vocabulary_of(arguments.tokenizer))
     parallel = Parallel(machine.device)

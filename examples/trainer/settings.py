@@ -42,7 +42,6 @@ QUICK: dict[str, Any] = {
     "out": Path("out/quick"),
     "depths": ("2x32", "3x32", "3x48"),
     "steps": (60,),
-    "batch_size": 4,
     "sequence_len": 64,
     "fisher_samples": 16,
     "eval_windows": 64,
@@ -208,7 +207,7 @@ class SeriesConfig:
         grow_at: where in its parent's trunk a model grows, as a share of that trunk.
         blocks: where growing puts new blocks: appended, after the last; inserted, between the old
             ones as copies whose writes are 0.
-        batch_size: sequences a step over all processes, or rule: by the depth.
+        batch_size: sequences a step over all processes, or rule: by the size.
         sequence_len: tokens a sequence.
         lr: learning rate of the trunk, or rule.
         muon_lr: the same of Muon, for the matrices of the blocks, or rule.
@@ -233,7 +232,7 @@ class SeriesConfig:
     """
 
     arms: tuple[str, ...] = option(("scratch+ars", "grown+ars"), _arms)
-    depths: tuple[Size, ...] = option(("3x48", "4x48", "4x56", "5x56"), _sizes)
+    depths: tuple[Size, ...] = option(("2x40", "3x40", "3x48", "4x48"), _sizes)
     width_per_depth: int = option(64, integer(2, 1024))
     head_dim: int | None = option(None, optional(integer(2, 1024)))
     parents: tuple[Size, ...] | None = option(None, optional(_sizes))
@@ -241,7 +240,7 @@ class SeriesConfig:
     ratio: float = option(8.0, optional(number(0, 1000, above=True)))
     cooldown: float = option(0.1, number(0, 0.9, above=True))
     cooldown_shape: CooldownShape = option("1-sqrt", choice("1-sqrt", "linear"))
-    shares: tuple[float, ...] = option((0.2, 0.3, 0.4), _shares(_MOST_OF_A_TWIN))
+    shares: tuple[float, ...] = option((0.3, 0.4, 0.5), _shares(_MOST_OF_A_TWIN))
     scratch_shares: tuple[float, ...] = option((1.0,), _shares(1.0))
     grow_at: float = option(1.0, _SHARE)
     blocks: Blocks = option("appended", choice("appended", "inserted"))
@@ -272,7 +271,7 @@ class SeriesConfig:
         self._check_sizes()
         if self.steps is not None and len(self.steps) != len(self.depths):
             raise OptionError(
-                f"steps: {len(self.steps)} numbers for {len(self.depths)} depths: give one for all "
+                f"steps: {len(self.steps)} numbers for {len(self.depths)} sizes: give one for all "
                 "or one for each"
             )
         if self.steps is None and self.ratio is None:
@@ -311,7 +310,7 @@ class SeriesConfig:
             if strangers:
                 raise OptionError(f"parents: {strangers[0]} is not among --depths {shown}")
             if self.parents[0] != self.depths[0]:
-                raise OptionError(f"parents: the first depth, {self.depths[0]}, has to be there: "
+                raise OptionError(f"parents: the first size, {self.depths[0]}, has to be there: "
                                   "every chain begins with it")  # fmt: skip
 
     def layers_and_width(self, size: Size) -> tuple[int, int]:
@@ -352,7 +351,8 @@ class Machine:
 
     Args:
         device: cpu, cuda or cuda:N.
-        threads: CPU threads; numbers repeat bit by bit for one choice; ``None``: torch's choice.
+        threads: CPU threads; numbers repeat bit by bit for one choice; ``None``: one where all
+            models are narrower than 128 channels, as more hardly help there, else torch's choice.
         device_batch_size: sequences a process differentiates at a time; a step's batch is
             accumulated; ``None``: all at once.
         compile: compile the models with torch.compile; the first step, in which it does, counts as

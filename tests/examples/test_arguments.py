@@ -207,7 +207,7 @@ def test_a_mistake_after_a_file_is_not_laid_to_it(capsys: pytest.CaptureFixture[
     line = refused(["--config", written("seed: 3\n"), "--lr", "fast"], capsys)
     assert line.startswith("error: argument --lr: 'fast'")
     line = refused(["--config", written("steps: [1, 2]\n")], capsys)
-    assert "2 numbers for 4 depths" in line
+    assert "2 numbers for 4 sizes" in line
 
 
 @pytest.mark.parametrize(
@@ -278,15 +278,15 @@ def test_a_file_can_be_overruled_with_none() -> None:
         ({"lr": 2.0}, "lr: 2.0 is not a number above 0 and up to 1, nor 'rule'"),
         ({"seed": -1}, "seed: -1 is not a whole number from 0"),
         ({"arms": ("grwn",)}, "arms: grwn: there is no 'grwn'; did you mean grown?"),
-        ({"steps": (5,)}, "steps: 1 numbers for 4 depths"),
+        ({"steps": (5,)}, "steps: 1 numbers for 4 sizes"),
         ({"ratio": None}, "ratio: none, and no steps: name one of them"),
-        ({"parents": ("3x48", 9)}, "parents: 9 is not among --depths 3x48,4x48,4x56,5x56"),
-        ({"parents": ("4x48",)}, "parents: the first depth, 3x48, has to be there"),
+        ({"depths": (2, 3, 4), "parents": (2, 9)}, "parents: 9 is not among --depths 2,3,4"),
+        ({"depths": (2, 3), "parents": (3,)}, "parents: the first size, 2, has to be there"),
         ({"depths": (4, 3)}, "depths: 4,3 are not ascending: 3 layers of width 192 do not grow"),
         ({"depths": ("3x64", "4x48")}, "depths: 3x64,4x48 are not ascending"),
         ({"depths": (2, "2x128")}, "depths: 2,2x128 are not ascending"),
         ({"depths": ("3x33", "3x66")}, "head_dim: 1 is no even divisor of the width 33"),
-        ({"head_dim": 32}, "head_dim: 32 is no even divisor of the width 48 in --depths 3x48"),
+        ({"depths": ("3x48",), "head_dim": 32}, "head_dim: 32 is no even divisor of the width 48"),
         ({"head_dim": 7, "depths": ("3x49",)}, "head_dim: 7 is no even divisor of the width 49"),
         ({"shares": (0.4, 0.2)}, "shares: '0.4,0.2' are not ascending shares"),
         ({"shares": (0.1, 0.2)}, "shares: 0.1 is not above the cooldown, 0.1"),

@@ -16,6 +16,7 @@ import torch
 import miniseries
 from ars.models import GPT, miniseries_config
 from corpus import prepare_corpus, validation_windows
+from trainer.settings import SeriesConfig
 from trainer.step_log import read_log
 from trainer.training_loop import bits_per_byte
 
@@ -26,7 +27,9 @@ SCRATCH, GROWN = "scratch+ars", "grown+ars"
 NAMES = [
     f"2x32-{SCRATCH}", f"3x32-{SCRATCH}", f"3x32-{GROWN}", f"3x48-{SCRATCH}", f"3x48-{GROWN}",
 ]  # fmt: skip
-SHARES = (0.2, 0.3)  # of the branches beside a grown model; the model itself has 0.4
+*SHARES, SHARE = SeriesConfig().shares  # of the branches beside a grown model, and its own
+STARTS = [round(60 * share) - 6 for share in SHARES]
+TRUNK = round(60 * SHARE) - 6
 LOGS = [*NAMES, *(f"{size}-{GROWN}@{share}" for size in ("3x32", "3x48") for share in SHARES)]
 
 
@@ -81,7 +84,10 @@ def test_the_table_is_printed_and_saved(quick: dict[str, Any]) -> None:
         assert f"{record['val_bpb']:.4f}" in row
     account = quick["stdout"][len(table) :]
     assert "The series 2x32 ... 3x48" in account
-    assert re.search(r"\n\| series +\|.* 0\.52 ", account)  # of the twins' operations
+    flops = {record["name"]: record["flops"] for record in quick["records"]}
+    twins = sum(flops[name] for name in NAMES if SCRATCH in name)
+    paid = (flops[NAMES[0]] + sum(flops[name] for name in NAMES if GROWN in name)) / twins
+    assert re.search(rf"\n\| series +\|.* {paid:.2f} ", account)
     assert "metrics.json" in account.splitlines()[-1]
 
 
@@ -106,7 +112,9 @@ def test_the_records_are_complete(quick: dict[str, Any]) -> None:
         assert (record["parent"] is not None) == inherited
         assert (record["growth_flops"] > 0) == inherited
         assert record["full_steps"] == 60
-        assert (record["share"], record["trunk_steps"]) == ((0.4, 18) if inherited else (1.0, 54))
+        assert (record["share"], record["trunk_steps"]) == (
+            (SHARE, TRUNK) if inherited else (1.0, 54)
+        )
         assert record["steps"] == record["trunk_steps"] + 6
 
 
@@ -115,9 +123,9 @@ def test_the_cooled_branches_are_recorded_and_the_last_is_the_model(quick: dict[
         *branches, last = record["cooled"]
         assert (last["share"], last["steps"]) == (record["share"], record["steps"])
         assert [branch["share"] for branch in branches] == (
-            list(SHARES) if record["arm"] == GROWN else []
+            SHARES if record["arm"] == GROWN else []
         )
-        for branch, start in zip(branches, (6, 12), strict=False):
+        for branch, start in zip(branches, STARTS, strict=False):
             assert (branch["start"], branch["steps"]) == (start, start + 6)
             assert branch["tokens"] == branch["steps"] * 4 * 64
             assert branch["flops"] == branch["steps"] * record["flops_per_step"]
@@ -129,7 +137,7 @@ def test_the_cooled_branches_are_recorded_and_the_last_is_the_model(quick: dict[
 
 def test_a_branch_goes_on_from_a_state_of_the_trunk(quick: dict[str, Any]) -> None:
     trunk = read_log(quick["out"] / f"log_3x48-{GROWN}.csv")
-    for share, start in zip(SHARES, (6, 12), strict=True):
+    for share, start in zip(SHARES, STARTS, strict=True):
         first, *rows = read_log(quick["out"] / f"log_3x48-{GROWN}@{share}.csv")
         assert [first["step"], *(r["step"] for r in rows)] == list(range(start, start + 7))
         kept = next(r for r in trunk if r["step"] == start)
@@ -160,7 +168,7 @@ def test_the_logs_agree_with_the_records(quick: dict[str, Any]) -> None:
 
 
 def test_a_grown_model_starts_where_its_parents_trunk_ended(quick: dict[str, Any]) -> None:
-    pairs = ((f"3x32-{GROWN}", f"2x32-{SCRATCH}", 54), (f"3x48-{GROWN}", f"3x32-{GROWN}", 18))
+    pairs = ((f"3x32-{GROWN}", f"2x32-{SCRATCH}", 54), (f"3x48-{GROWN}", f"3x32-{GROWN}", TRUNK))
     for child, parent, step in pairs:
         rows = read_log(quick["out"] / f"log_{parent}.csv")
         trunk_end = next(r for r in rows if r["step"] == step)
@@ -175,8 +183,8 @@ def test_the_schedule_is_in_the_log(quick: dict[str, Any]) -> None:
     grown = read_log(quick["out"] / f"log_3x32-{GROWN}.csv")[1:]
     peak = quick["records"][2]["lr"]
     assert scratch[0]["lr"] == pytest.approx(peak / 20)
-    assert [r["lr"] for r in grown[:19]] == [peak] * 19
-    assert [r["lr"] for r in grown[18:]] == pytest.approx(
+    assert [r["lr"] for r in grown[: TRUNK + 1]] == [peak] * (TRUNK + 1)
+    assert [r["lr"] for r in grown[TRUNK:]] == pytest.approx(
         [peak * (1 - (k / 6) ** 0.5) for k in range(6)]
     )
 

@@ -87,11 +87,14 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--depths", "2,,3"], "such as 2-4 or 2,3,4"),
         (["--depths", "3x48,4by48"], "layers x width, such as 3x48,4x48"),
         (["--parents", "two"], "'two' is not a series"),
-        (["--parents", "3x48,9"], "--parents: 9 is not among --depths 3x48,4x48"),
-        (["--head-dim", "16"], "16 is no even divisor of the width 56"),
+        (["--depths", "2-4", "--parents", "2,9"], "--parents: 9 is not among --depths 2,3,4"),
+        (["--depths", "3x48,3x56", "--head-dim", "16"], "16 is no even divisor of the width 56"),
         (["--shares", "0.3,0.2"], "'0.3,0.2' are not ascending shares, such as 0.2,0.3,0.4"),
         (["--shares", "0.1"], "0.1 is not above the cooldown, 0.1, which is a part of it"),
-        (["--scratch-shares", "0.5"], "the last is 0.5, not 1, the whole model from scratch"),
+        (
+            ["--scratch-shares", "0.5"],
+            "--scratch-shares: the last is 0.5, not 1, the whole model from scratch",
+        ),
         (["--grow-at", "1.5"], "up to 1"),
         (["--blocks", "insert"], "did you mean inserted?"),
         (["--cooldown-shape", "sqrt"], "not one of '1-sqrt', 'linear'"),
@@ -102,7 +105,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--arms", "grown+ewc+ars,grown+ars+ewc"], "grown+ewc+ars stands there twice"),
         (["--arms", ""], "there is no ''"),
         (["--steps", "0"], "whole number from 1"),
-        (["--steps", "50,50"], "2 numbers for 4 depths"),
+        (["--steps", "50,50"], "2 numbers for 4 sizes"),
         (["--steps", "3"], "the 3 steps of a model from scratch are too few for cooled branches"),
         (["--steps", "5", "--ratio", "1"], "not allowed with"),
         (["--ratio=1", "--steps=5"], "not allowed with"),
@@ -128,7 +131,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--threads", "0"], "whole number from 1"),
         (["--keep", "0"], "whole number from 1"),
         (["--device-batch-size", "3"], "3 does not divide the 4 sequences"),
-        (["--batch-size", "rule", "--device-batch-size", "3"], "3x48's by rule"),
+        (["--batch-size", "rule", "--device-batch-size", "3"], "'s by rule"),
         (["--peak-flops", "h10"], "nor a device; did you mean h100?"),
         (["--compile=maybe"], "--compile"),
         (["--out"], "expected one argument"),
@@ -290,5 +293,9 @@ def test_threads_are_set(text: Path) -> None:
     try:
         prepared("--data", "text.txt", "--threads", "3")
         assert torch.get_num_threads() == 3
+        prepared("--data", "text.txt", "--depths", "2-3")  # 192 channels: torch's choice stays
+        assert torch.get_num_threads() == 3
+        prepared("--data", "text.txt")
+        assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

@@ -67,7 +67,7 @@ def test_the_plan_of_the_demonstration_is_what_is_trained(
     total = sum(own.values()) + measured
     assert f"All of it: {total:.2e} FLOPs, {measured:.2e} of them for cooled branches" in text
     twins = sum(flops for name, flops in own.items() if name.endswith("-scratch+ars"))
-    chain = own["3x48-scratch+ars"] + sum(
+    chain = own[plans[0].name] + sum(
         flops for name, flops in own.items() if name.endswith("-grown+ars")
     )
     assert (
@@ -155,7 +155,7 @@ def test_the_vocabulary_is_known_without_the_text(tmp_path: Path) -> None:
         (["--price=3"], "--price: it takes --peak-flops"),
         (["--devices", "0"], "whole number from 1"),
         (["--tokenizer", "missing.json"], "--tokenizer missing.json does not exist"),
-        (["--steps", "3"], "4x48-grown+ars: the 3 steps of a model from"),
+        (["--steps", "3"], "the 3 steps of a model from scratch"),
         (["--device-batch-size", "3"], "--device-batch-size 3 does not divide the 4 sequences"),
         (["--series", "nanochat", "--depths", "2-3"], "argument --depths: --series nanochat is on"),
         (["--series=doubling", "--quick"], "argument --quick: --series doubling is on paper"),
