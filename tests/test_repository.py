@@ -104,21 +104,22 @@ def lazy():
     assert found == expected | {"ars.models.sibling.x", "ars.y"}
 
 
-@pytest.mark.parametrize("path", python_files("ars", *LINKED, "examples"), ids=module_name)
-def test_only_the_kernels_import_triton(path: Path) -> None:
-    if not is_below(module_name(path), ("ars.csrc_triton",)):
-        assert not [name for name in imports_of(path) if is_below(name, ("triton",))]
-
-
-@pytest.mark.parametrize("path", python_files("ars", *LINKED, "examples"), ids=module_name)
-def test_a_layer_imports_only_what_it_may(path: Path) -> None:
-    inside = [layer for layer in LAYERS if is_below(module_name(path), (layer,))]
-    allowed, forbidden = LAYERS[max(inside, key=len, default="")]
-    found = imports_of(path)
-    assert not [name for name in found if is_below(name, LINKED)], "import them below ars"
+def test_only_the_kernels_import_triton_and_a_layer_only_what_it_may() -> None:
     examples = ("analysis", "common", "continual", "corpus", "experiment", "stress", "trainer")
-    ours = [name for name in found if is_below(name, ("ars", *examples))]
-    assert not [n for n in ours if not is_below(n, allowed) or is_below(n, forbidden)]
+    wrong = []
+    for path in python_files("ars", *LINKED, "examples"):
+        module = module_name(path)
+        inside = [layer for layer in LAYERS if is_below(module, (layer,))]
+        allowed, forbidden = LAYERS[max(inside, key=len, default="")]
+        if is_below(module, ("ars.csrc_triton",)):
+            allowed = (*allowed, "triton")
+        for name in imports_of(path):
+            if is_below(name, LINKED):
+                wrong.append(f"{module} imports {name}: import it below ars")
+            ours = is_below(name, ("ars", "triton", *examples))
+            if ours and (not is_below(name, allowed) or is_below(name, forbidden)):
+                wrong.append(f"{module} imports {name}")
+    assert not wrong
 
 
 def import_graph() -> dict[str, set[str]]:
@@ -133,15 +134,18 @@ def import_graph() -> dict[str, set[str]]:
     return graph
 
 
-@pytest.mark.parametrize(
-    "path", python_files(*LINKED, "ars", "examples", "benchmarks"), ids=module_name
-)
-def test_json_is_written_without_nan(path: Path) -> None:
+def test_json_is_written_without_nan() -> None:
     """Python writes NaN and Infinity by default, which other readers refuse."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"json.dump", "json.dumps"}:
-            settings = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert settings.get("allow_nan") == "False", f"line {node.lineno}"
+    calls = [
+        (node, f"{path}:{node.lineno}")
+        for path in python_files(*LINKED, "ars", "examples", "benchmarks")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"json.dump", "json.dumps"}
+    ]
+    assert calls
+    for node, place in calls:
+        settings = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert settings.get("allow_nan") == "False", place
 
 
 def test_imports_have_no_cycle() -> None:

@@ -43,7 +43,7 @@ def parameters(dtype=torch.float32):
     return [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((30, 20), (40,))]
 
 
-@pytest.mark.parametrize("clip", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("clip", [0.1, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["loop", "foreach", "fused", "wrapper"])
 def test_a_norm_that_is_clipped_outside_is_noticed_once(name, dtype, clip):

@@ -101,7 +101,7 @@ def step_by(way, optimizer, steps):
         release.remove()
 
 
-@pytest.mark.parametrize(("eps", "strength"), [(1e-30, 1e12), (1e-8, 1e35), (1e-8, 1e38)])
+@pytest.mark.parametrize(("eps", "strength"), [(1e-30, 1e12), (1e-8, 1e38)])
 @pytest.mark.parametrize("way", ["step", "compile", "release"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_path_is_stable_at_every_strength(implementation, way, eps, strength):

@@ -1,6 +1,5 @@
 """Checkpoints of ARSOptimizer: resumed, of the base alone, and refused whole."""
 
-import copy
 import io
 
 import pytest
@@ -46,32 +45,6 @@ def test_a_state_of_the_base_alone_starts_the_controller_afresh():
     assert float(opt.controller.gate_state[0]) == 1
     gradients(params, 5)
     opt.step()  # the norm now
-
-
-def test_a_state_of_another_window_changes_nothing():
-    opt, params = wrapped("momentum")
-    run(opt, params, 3)
-    other, _ = wrapped("momentum", ARSConfig.paper(window=7))
-    with pytest.raises(ValueError, match="window"):
-        other.load_state_dict(opt.state_dict())
-    assert not other.state
-    assert other.controller.counts.tolist() == [0, 0]
-
-
-def test_a_state_of_parameters_of_other_shapes_changes_nothing():
-    opt, params = wrapped("momentum")
-    others = parameters(shapes=((4, 3), (2, 5)))
-    other = ARSOptimizer(BASES["momentum"](others), RATE)
-    run(opt, params, 3)
-    run(other, others, 4)
-    before = copy.deepcopy(opt.state_dict())
-    with pytest.raises(ValueError, match=r"momentum_buffer of parameter 0 .* was saved with shape"):
-        opt.load_state_dict(other.state_dict())
-    after = opt.state_dict()
-    for name in ("window", "counts"):
-        assert torch.equal(before["controller"][name], after["controller"][name])
-    for index, state in before["state"].items():
-        assert torch.equal(state["momentum_buffer"], after["state"][index]["momentum_buffer"])
 
 
 class LowRank(torch.optim.SGD):

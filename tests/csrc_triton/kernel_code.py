@@ -171,17 +171,22 @@ def hot_loops(sass: str) -> tuple[list[Loop], list[int], int]:
     return found, lengths, exchanges
 
 
-def report_cuda(kernel: Any) -> dict[str, Any]:
+def disassembled(kernel: Any) -> tuple[str, dict[str, int]]:
+    """Return the machine code for CUDA; the registers, and the accesses to local memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
         usage = tool("cuobjdump", "-res-usage", str(path))
         sass = tool("nvdisasm", "-c", str(path))
-    loops, instructions, exchanges = hot_loops(sass)
     numbers = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return {
-        "registers": numbers["REG"],
-        "local": numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+    local = numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return sass, {"registers": numbers["REG"], "local": local}
+
+
+def report_cuda(kernel: Any) -> dict[str, Any]:
+    sass, usage = disassembled(kernel)
+    loops, instructions, exchanges = hot_loops(sass)
+    return usage | {
         "loops": loops,
         "instructions": instructions,
         "exchanges": exchanges,

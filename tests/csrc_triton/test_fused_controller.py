@@ -29,25 +29,47 @@ def take(fused: FusedAdam, surprise: float, device: str) -> list[float]:
     return fused.diagnostics[list(SIGNALS)].tolist()
 
 
-def surprises(count: int) -> list[float]:
+def training(count: int) -> list[float]:
     """A falling, noisy loss; then resonance, spikes, losses that are no numbers, and a plateau."""
     t = torch.arange(count, dtype=torch.float64)
-    values = 2 * torch.exp(-t / 40) + 0.05 * torch.randn(count, dtype=torch.float64)
-    values += torch.where((t > 50) & (t < 90), 0.5 * torch.cos(math.pi * t), 0.0)
-    values[30] = values[95] = 5.0
-    values[[35, 97, 98]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=torch.float64)
-    values[110:140] = 0.7
+    values = 2 * torch.exp(-t / 20) + 0.05 * torch.randn(count, dtype=torch.float64)
+    values += torch.where((t > 25) & (t < 45), 0.5 * torch.cos(math.pi * t), 0.0)
+    values[15] = values[48] = 5.0
+    values[[18, 49, 50]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=torch.float64)
+    values[55:70] = 0.7
     return values.tolist()
 
 
-@pytest.mark.parametrize("name", ["paper", "conditioned", "resonant", "default"])
-def test_trajectory_equals_the_reference(name: str, device: str) -> None:
-    problem, fused = make(device, name)
+TRAJECTORIES: dict[str, list[float]] = {
+    "noise": torch.randn(40, generator=torch.Generator().manual_seed(0)).tolist(),
+    "constant": [0.3333] * 12,
+    "all but constant": [-3e5 * (1 + count % 2 * 2.0**-50) for count in range(12)],
+    "line": [(count - 19) * 54321.9876 for count in range(20)],
+    "overflow": [1e155 * (1 + count % 2) for count in range(8)],
+    "overflow of sums": [1e170 * (1 + count % 2) for count in range(8)],
+    "spike after nine": [*(count % 4 / 5 for count in range(9)), 50.0],
+    "spike after ten": [*(count % 4 / 5 for count in range(10)), 50.0],
+    "nan first": [math.nan, 0.1, 0.3, 0.2, -math.inf, 0.2],
+}
+CASES = [
+    *(("training", 20, name) for name in ("paper", "conditioned", "resonant", "default")),
+    *(("noise", window, name) for window in (4, 33) for name in ("conditioned", "standardized")),
+    *(("nan first", window, name) for window in (1, 2, 3) for name in ("conditioned", "paper")),
+    *((kind, 20, name) for kind in TRAJECTORIES for name in ("paper", "conditioned")),
+]
+
+
+# NumPy, which the interpreter computes with, warns of what a GPU does without a word.
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize(("kind", "window", "name"), CASES)
+def test_trajectory_equals_the_reference(kind: str, window: int, name: str, device: str) -> None:
+    problem, fused = make(device, name, window)
     controller = problem.clone().controller
     assert controller is not None
     assert problem.controller is not None
+    values = training(80) if kind == "training" else TRAJECTORIES[kind]
     seen = set()
-    for surprise in surprises(160):
+    for surprise in values:
         signals = observe(controller, torch.tensor(surprise, dtype=torch.float64, device=device))
         found = take(fused, surprise, device)
         expected = [float(signal) for signal in signals[1:]]
@@ -56,25 +78,14 @@ def test_trajectory_equals_the_reference(name: str, device: str) -> None:
         assert torch.equal(problem.controller.counts, controller.counts)
         assert float(problem.controller.gate_state[0]) == found[2]
         seen |= {(expected[0] > 0.1) - (expected[0] < -0.1), expected[2] < 0.9}
-    # The trajectory has positive, no and negative correlation, and the gate opens and closes.
-    assert seen >= {-1, 0, 1}
-    assert int(controller.counts[0]) == 157
-    assert int(controller.counts[1]) == 160
+    assert not problem.params[0].isnan().any()
+    # Training has positive, no and negative correlation, and the gate opens and closes.
+    assert seen >= {-1, 0, 1} or kind != "training"
+    finite = sum(map(math.isfinite, values))
+    assert controller.counts.tolist() == [finite, len(values)]
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 4, 33])
-@pytest.mark.parametrize("name", CONTROLLERS)
-def test_windows_of_any_length_wrap_around(name: str, window: int, device: str) -> None:
-    problem, fused = make(device, name, window)
-    controller = problem.clone().controller
-    assert controller is not None
-    for surprise in torch.randn(8 if window < 9 else 40).tolist():
-        signals = observe(controller, torch.tensor(surprise, dtype=torch.float64, device=device))
-        expected = [float(signal) for signal in signals[1:]]
-        assert take(fused, surprise, device) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize("seed", [0, 2**64 - 1, -7, 0x0123456789ABCDEF])
+@pytest.mark.parametrize("seed", [2**64 - 1, 0x0123456789ABCDEF])
 @pytest.mark.parametrize("start", [0, 2**31 + 7, 2**32 - 4, 2**40 + 12345])
 def test_jitter_is_the_references_bit_by_bit(seed: int, start: int, device: str) -> None:
     problem = make_problem(device, shapes=[(1,)], controller="paper", window=4, history=0)
@@ -89,73 +100,6 @@ def test_jitter_is_the_references_bit_by_bit(seed: int, start: int, device: str)
             assert (rho, found_psi) == (pytest.approx(-1, abs=1e-12), psi)
             uniform = philox_uniform(seed, (start + count) & 0xFFFFFFFF)
             assert chi == 0.1 * (2 * uniform - 1) * (1 - psi)
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["paper", "conditioned"])
-def test_a_surprise_that_is_no_number_closes_the_gate_and_is_forgotten(
-    loss: float, name: str, device: str
-) -> None:
-    problem, fused = make(device, name)
-    assert problem.controller is not None
-    for surprise in (0.1, 0.3, 0.2):
-        take(fused, surprise, device)
-    window = problem.controller.window.clone()
-    _, _, phi, _ = take(fused, loss, device)
-    assert phi == float(problem.controller.gate_state[0]) == CONTROLLERS[name]["phi_min"]
-    assert torch.equal(problem.controller.window, window)
-    assert problem.controller.counts.tolist() == [3, 4]
-    assert not problem.params[0].isnan().any()
-
-
-@pytest.mark.parametrize(("count", "is_open"), [(9, True), (10, False), (11, False)])
-def test_a_spike_closes_the_gate_once_there_is_history(
-    count: int, is_open: bool, device: str
-) -> None:
-    _, fused = make(device, "conditioned")
-    for surprise in torch.rand(count).tolist():
-        take(fused, surprise, device)
-    _, _, phi, _ = take(fused, 50.0, device)
-    assert (phi == 1.0) == is_open
-
-
-@pytest.mark.parametrize("name", ["paper", "conditioned"])
-def test_a_constant_surprise_is_no_resonance(name: str, device: str) -> None:
-    _, fused = make(device, name)
-    for _ in range(25):
-        rho, psi, phi, chi = take(fused, 0.3333, device)
-        assert (rho, psi, chi) == (0.0, 1.0, 0.0)
-    assert phi == pytest.approx(1.0 if name == "conditioned" else 0.1 + 0.9 * math.exp(-0.3333))
-
-
-# NumPy, which the interpreter computes with, warns of what a GPU does without a word.
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@pytest.mark.parametrize("level", [1e155, 1e160, 1e170])
-def test_squares_that_overflow_are_no_resonance(level: float, device: str) -> None:
-    problem, fused = make(device, "paper")
-    assert problem.controller is not None
-    controller = problem.clone().controller
-    assert controller is not None
-    for count in range(8):
-        surprise = level * (1 + count % 2)
-        signals = observe(controller, torch.tensor(surprise, dtype=torch.float64, device=device))
-        rho, _, phi, _ = take(fused, surprise, device)
-        assert (rho, phi) == (float(signals.rho), float(signals.phi)) == (0.0, 0.1)
-
-
-@pytest.mark.parametrize("level", [1.0, -3e5])
-def test_a_signal_that_varies_by_rounding_is_no_resonance(level: float, device: str) -> None:
-    _, fused = make(device, "paper")
-    for count in range(12):
-        rho, *_ = take(fused, level * (1 + count % 2 * 2.0**-50), device)
-    assert rho == 0.0
-
-
-def test_a_straight_line_leaves_no_residuals_but_rounding(device: str) -> None:
-    _, fused = make(device, "conditioned")
-    for count in range(20):
-        rho, *_ = take(fused, (count - 19) * 54321.9876, device)
-    assert rho == 0.0
 
 
 # NumPy, which the interpreter computes with, warns of what a GPU does without a word.

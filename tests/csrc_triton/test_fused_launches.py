@@ -24,18 +24,23 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("loss", [None, 0.3], ids=["norm", "loss"])
-@pytest.mark.parametrize("clip", [False, True], ids=["free", "clip"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"controller": "paper", "group_count": 4}),
+        (torch.bfloat16, {"master": True}),
+        (torch.bfloat16, {"stochastic": True}),
+    ],
+    ids=["fp32", "master", "stochastic"],
+)
 def test_a_step_of_one_dtype_is_two_launches(
-    loss: float | None, clip: bool, launches: list[str], device: str
+    dtype: torch.dtype, options: dict[str, Any], launches: list[str], device: str
 ) -> None:
     problem = make_problem(
-        device, shapes=[(3,)] * 40, controller="paper", penalty="coupled", unpenalized=range(9),
-        max_norm=1.0, group_count=4,
+        device, [dtype], [(70,), (3,), (9,), (65,)], pulled=(1, 3), penalty="coupled",
+        penalty_dtypes=(torch.uint8,), unpenalized=(0, 1), max_norm=1.0, **options,
     )  # fmt: skip
-    fused = problem.fused()
-    surprise = None if loss is None else torch.tensor(loss, device=device)
-    fused.step(problem.gradients(), loss=surprise, clip=clip)
+    assert_step(problem, problem.fused(), scale=8.0, clip=True)
     assert launches == ["control_kernel", "adam_kernel"]
 
 
@@ -67,17 +72,28 @@ def test_gradient_addresses_are_uploaded_only_when_one_moved(device: str) -> Non
 @pytest.mark.parametrize(
     "name",
     ["params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "products", "anchors",
-     "importances"],
+     "importances", "remainders", "pulls", "scales"],
 )  # fmt: skip
 def test_a_tensor_that_lies_elsewhere_is_noticed(name: str, device: str) -> None:
     problem = make_problem(
-        device, shapes=[(5,), (6,)], amsgrad=True, controller="paper", penalty="coupled"
-    )
+        device, [torch.bfloat16], [(5,), (6,)], amsgrad=True, controller="paper", master=True,
+        penalty="coupled", penalty_dtypes=(torch.uint8,), pulled=(0, 1),
+    )  # fmt: skip
     fused = problem.fused()
     assert not fused.is_outdated()
     tensor = getattr(problem, name)[-1]
     tensor.data = tensor.data.clone()
     assert fused.is_outdated()
+
+
+def test_pulls_are_read_at_every_step(device: str) -> None:
+    problem = make_problem(device, shapes=[(5,), (6,)], pulled=(0, 1))
+    fused = problem.fused()
+    for _ in range(2):
+        assert_step(problem, fused)
+        for pull in problem.pulls or ():
+            assert pull is not None
+            pull.normal_()
 
 
 def test_amsgrad_may_be_on_for_some_parameters_only(launches: list[str], device: str) -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from fused_oracle import assert_step
 from fused_problem import make_problem, plain_numbers
-from torch import Tensor
 
 from ars import reference
 from ars.csrc_triton import adam
@@ -17,11 +16,7 @@ from ars.csrc_triton.tiles import TILE
 from ars.reference import penalties, rounding
 
 BF16 = torch.bfloat16
-MODES: dict[str, dict[str, Any]] = {
-    "nearest": {},
-    "master": {"master": True},
-    "stochastic": {"stochastic": True},
-}
+MODES: dict[str, dict[str, Any]] = {"master": {"master": True}, "stochastic": {"stochastic": True}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "amsgrad-adam": {"amsgrad": True, "decoupled": False},
@@ -50,7 +45,7 @@ def test_bf16_step_equals_the_reference(
         assert_step(problem, fused, clip=math.isfinite(variant.get("max_norm", math.inf)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, BF16])
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "pulled" in name or "comp" in name])
 def test_pulls_and_compact_importances_in_any_dtype(
     name: str, dtype: torch.dtype, device: str
@@ -59,7 +54,7 @@ def test_pulls_and_compact_importances_in_any_dtype(
     assert_step(problem, problem.fused(), clip="max_norm" in VARIANTS[name])
 
 
-@pytest.mark.parametrize("mode", [MODES["master"], MODES["stochastic"]], ids=["master", "sr"])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 def test_other_dtypes_beside_them_are_as_before(mode: dict[str, Any], device: str) -> None:
     problem = make_problem(device, [torch.float32, BF16, torch.float64], [(65,), (3,)], **mode)
     plain = problem.clone()
@@ -76,26 +71,6 @@ def test_other_dtypes_beside_them_are_as_before(mode: dict[str, Any], device: st
     for i in (0, 1, 4, 5):
         assert torch.equal(problem.params[i], plain.params[i])
         assert torch.equal(problem.exp_avgs[i], plain.exp_avgs[i])
-
-
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
-@pytest.mark.parametrize("numel", [1, 127, 1024, 1025, TILE - 1, TILE + 1153])
-def test_every_length_is_covered_and_nothing_beyond(
-    numel: int, mode: dict[str, Any], device: str
-) -> None:
-    options = {"penalty": "coupled", "penalty_dtypes": (torch.uint8,), "pulled": (0,)}
-    problem = make_problem(device, [BF16], [(numel,)], amsgrad=True, **options, **mode)
-    canaries = []
-    for name in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "remainders"):
-        values = getattr(problem, name)
-        if values is not None:
-            room = torch.full((numel + 32,), 77, dtype=values[0].dtype, device=device)
-            room[16:-16] = values[0]
-            setattr(problem, name, [room[16:-16]])
-            canaries.append(room)
-    assert_step(problem, problem.fused())
-    for room in canaries:
-        assert (torch.cat((room[:16], room[-16:])) == 77).all()
 
 
 def test_master_weights_take_the_steps_of_float32(device: str) -> None:
@@ -152,43 +127,6 @@ def test_stochastic_rounding_does_not_depend_on_the_geometry(device: str) -> Non
         (value,) = getattr(problem, name)
         assert torch.equal(value, getattr(moved, name)[0])
         assert torch.equal(value, getattr(turned, name)[0].t())
-
-
-def test_replicas_round_alike_and_other_parameters_and_steps_do_not(device: str) -> None:
-    problem = make_problem(device, [BF16], [(2000,)], stochastic=True)
-    plain_numbers(problem)
-    grads = problem.gradients()
-
-    def stepped(**changes: Any) -> Tensor:
-        replica = problem.clone()
-        for name, value in changes.items():
-            setattr(replica, name, value)
-        replica.fused().step(grads, loss=None, clip=False)
-        return replica.exp_avgs[0]
-
-    first = stepped()
-    assert torch.equal(first, stepped())
-    later = [torch.tensor(5.0, device=device)]
-    for changed in (stepped(seed=9), stepped(numbers=[2]), stepped(steps=later)):
-        assert 0.1 < (changed != first).float().mean() < 0.9
-
-
-def test_stochastic_rounding_keeps_the_mean(device: str) -> None:
-    """Many steps that are each below half a spacing add up; rounding to nearest loses them all."""
-    count = 1024
-    problem = make_problem(device, [BF16], [(count,)], stochastic=True)
-    row = {"lr": 2.0**-12, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}
-    for name, value in row.items():
-        problem.hyper[:, Hyper[name.upper()]] = value
-    problem.params[0].fill_(1.5)
-    fused = problem.fused()
-    grads = [torch.ones(count, dtype=BF16, device=device)]
-    for _ in range(16):
-        fused.step(grads, loss=None, clip=False)
-    moved = 1.5 - problem.params[0].double()
-    # 16 steps of 2^-12 with a spacing of 2^-7: each element's variance is below 16 (2^-7)^2 / 32.
-    assert abs(moved.mean() - 16 * 2.0**-12) <= 4 * 2.0**-7 / math.sqrt(2 * count)
-    assert set((moved * 2**7).tolist()) <= {0.0, 1.0, 2.0, 3.0, 4.0}
 
 
 @pytest.mark.parametrize("mode", ["master", "stochastic"])

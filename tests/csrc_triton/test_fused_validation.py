@@ -93,20 +93,76 @@ INVALID: dict[str, tuple[Spoil, type[Exception], str]] = {
 }  # fmt: skip
 
 
+def turn_all(problem: Problem) -> None:
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "pulls", "anchors", "importances"):
+        put(name, transposed, 0)(problem)
+
+
+INVALID_BF16: dict[str, tuple[Spoil, type[Exception], str]] = {
+    "remainder-dtype": (put("remainders", Tensor.int), TypeError, r"remainder 1 .*torch\.int16"),
+    "remainder-shape": (put("remainders", Tensor.flatten), ValueError, "remainder 1 has shape"),
+    "remainder-order": (put("remainders", transposed), ValueError, "remainder 1 has strides"),
+    "remainder-of-float32": (
+        put("remainders", lambda _: torch.zeros(5, 60, dtype=torch.int16), 0), ValueError,
+        r"parameter 0 is torch\.float32 and has a remainder.*pass None",
+    ),
+    "pull-dtype": (put("pulls", Tensor.bfloat16), TypeError, r"pull 1 .*torch\.float32"),
+    "pull-shape": (put("pulls", lambda t: t[:1]), ValueError, "pull 1 has shape"),
+    "pull-order": (put("pulls", transposed, 0), ValueError, "pull 0 has strides"),
+    "scale-dtype": (put("scales", Tensor.double), TypeError, r"scale 1 .*torch\.float32"),
+    "scale-shape": (put("scales", lambda t: t[:-1]), ValueError, r"scale 1 .*\(5,\)"),
+    "scale-missing": (put("scales", lambda _: None), TypeError, "uint8; pass its scale"),
+    "scale-of-float": (put("importances", Tensor.float), TypeError, "importance 1 has a scale but"),
+    "scale-alone": (
+        lambda p: (put("anchors", lambda _: None)(p), put("importances", lambda _: None)(p)),
+        ValueError, "parameter 1 has a scale but no importance",
+    ),
+    "scale-order": (turn_all, ValueError, r"parameter 0 has strides.*\.contiguous\(\)"),
+    "number-count": (put_all(numbers=[1]), ValueError, "1 numbers for 2"),
+    "number-range": (put("numbers", lambda _: 1 << 32), ValueError, "number 1 is 4294967296"),
+    "stochastic-master": (put_all(stochastic=True), TypeError, r"exp_avg 1 .*torch\.bfloat16"),
+}  # fmt: skip
+
+
 def make(device: str) -> Problem:
     return make_problem(
         device, shapes=[(5,), (4, 6)], amsgrad=True, controller="paper", penalty="coupled"
     )
 
 
-@pytest.mark.parametrize(("spoil", "error", "message"), INVALID.values(), ids=INVALID.keys())
+def make_bf16(device: str, **options: Any) -> Problem:
+    """Parameter 0 in float32, parameter 1 in bfloat16; both have everything they can have."""
+    settings: dict[str, Any] = {
+        "pulled": (0, 1), "penalty": "coupled", "penalty_dtypes": (torch.uint8,), "master": True,
+    }  # fmt: skip
+    return make_problem(device, [torch.float32, torch.bfloat16], [(5, 60)], **settings | options)
+
+
+@pytest.mark.parametrize(
+    ("build", "spoil", "error", "message"),
+    [
+        *(pytest.param(make, *case, id=name) for name, case in INVALID.items()),
+        *(pytest.param(make_bf16, *case, id=name) for name, case in INVALID_BF16.items()),
+    ],
+)
 def test_invalid_operands_are_refused(
-    spoil: Spoil, error: type[Exception], message: str, device: str
+    build: Callable[[str], Problem], spoil: Spoil, error: type[Exception], message: str, device: str
 ) -> None:
-    problem = make(device)
+    problem = build(device)
+    problem.fused()
     spoil(problem)
     with pytest.raises(error, match=message):
         problem.fused()
+
+
+def test_moments_and_remainders_that_the_mode_does_not_have_are_refused(device: str) -> None:
+    problem = make_bf16(device, stochastic=True)
+    with pytest.raises(ValueError, match="parameter 1 is stochastically rounded and has a rem"):
+        problem.fused()
+    problem.remainders = None
+    problem.fused()
+    with pytest.raises(TypeError, match=r"exp_avg 1 is torch\.bfloat16; convert it to torch\.f"):
+        problem.fused(stochastic=False)
 
 
 def test_no_parameters_are_refused(device: str) -> None:

@@ -59,7 +59,7 @@ def way(request: pytest.FixtureRequest) -> dict[str, object]:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tied_gpt() -> Callable[..., TiedGPT]:
     def build(dtype: torch.dtype = torch.float32) -> TiedGPT:
         torch.manual_seed(0)
@@ -71,7 +71,7 @@ def tied_gpt() -> Callable[..., TiedGPT]:
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokens() -> Callable[..., tuple[Tensor, Tensor]]:
     """Inputs and targets (N, T); a fifth of the targets masked, all of one sample's."""
 

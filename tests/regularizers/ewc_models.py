@@ -21,4 +21,5 @@ def move(model, scale=0.3, seed=2):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p += (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p += (scale * noise).to(p.dtype)

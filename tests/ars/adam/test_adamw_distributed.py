@@ -86,36 +86,45 @@ def test_a_warm_up_from_zero_is_torchs(implementation):
         assert float(ours.state[a]["step"]) == float(theirs.state[b]["step"]) == 4
 
 
-def test_a_step_with_a_closure_is_no_trial():
+def with_a_closure(optimizer, params):
     """Its gradients are those before the closure, which may have been zeroed."""
-    params = parameters(shapes=((5,),))
-    optimizer = ARSAdamW(params, lr=0.0)
-    params[0].grad = torch.zeros(5)
 
     def closure():
         gradients(params, 0)
         return torch.ones(())
 
     optimizer.step(closure)
-    assert float(optimizer.state[params[0]]["step"]) == 1
 
 
-def test_gradients_of_zeros_at_another_rate_are_a_step():
-    params = parameters(shapes=((5,),))
-    optimizer = ARSAdamW(params, lr=0.1)
-    params[0].grad = torch.zeros(5)
+def with_a_rate(optimizer, _):
+    optimizer.param_groups[0]["lr"] = 0.1
     optimizer.step()
-    assert float(optimizer.state[params[0]]["step"]) == 1
 
 
-def test_once_there_is_state_a_step_is_a_step():
-    params = parameters(shapes=((5,),))
-    optimizer = ARSAdamW(params)
-    train(optimizer, params, 2)
+def with_a_state(optimizer, params):
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.0
     params[0].grad.zero_()
     optimizer.step()
-    assert float(optimizer.state[params[0]]["step"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("step", "config", "count"),
+    [
+        (with_a_closure, ARSConfig(), 1),
+        (with_a_rate, ARSConfig(), 1),
+        (with_a_state, ARSConfig(), 2),
+        (lambda optimizer, _: optimizer.step(surprise=1.0), ARSConfig(surprise="entropy"), 1),
+    ],
+)
+def test_what_is_no_trial_is_a_step(step, config, count):
+    params = parameters(shapes=((5,),))
+    optimizer = ARSAdamW(params, lr=0.0, ars=config)
+    params[0].grad = torch.zeros(5)
+    step(optimizer, params)
+    assert float(optimizer.state[params[0]]["step"]) == count
+    assert optimizer.controller.counts.tolist() == [count, count]
 
 
 def test_wrapper_tensors_take_the_loop():

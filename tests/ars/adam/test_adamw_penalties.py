@@ -1,6 +1,5 @@
 """Penalties in the step: strengths of groups, compressed importances, gradients of other kinds."""
 
-import copy
 import math
 
 import pytest
@@ -85,16 +84,6 @@ def test_other_gradients_follow_a_parameter_that_was_moved_by_hand():
         param.fill_(-1.0)
     optimizer.step()
     assert float(optimizer.diagnostics["penalty"]) == pytest.approx(0.5 * 3 * 16)
-
-
-def test_a_copy_has_buffers_of_its_own():
-    params = parameters(shapes=SHAPES)
-    optimizer = ARSAdamW(params, penalty=Other(params))
-    train(optimizer, params, 2)
-    other = copy.deepcopy(optimizer)
-    copies = other.param_groups[0]["params"]
-    expected = train(optimizer, params, 2, first=2)
-    assert_equal(train(other, copies, 2, first=2), expected)
 
 
 def test_other_gradients_have_no_strength_of_a_group():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from optimizers import IMPLEMENTATIONS, Pull, gradients, make, parameters, train
+from optimizers import IMPLEMENTATIONS, Pull, gradients, make, parameters
 
 from ars import ARSConfig
 
@@ -87,20 +87,6 @@ def test_an_overflow_in_the_first_step_leaves_a_fresh_state(implementation):
         assert state.pop("beta_products").tolist() == [1.0, 1.0]
         assert not any(map(torch.count_nonzero, state.values()))
     assert int(optimizer.controller.counts.sum()) == 0
-
-
-@pytest.mark.parametrize("implementation", ["loop", "fused", "triton"])
-def test_gradients_may_be_unscaled_before(implementation):
-    """To look at them, say: the optimizer must not unscale them again."""
-    params, plain = parameters(shapes=SHAPES), parameters(shapes=SHAPES)
-    ours, theirs = (make(implementation, p, **SETTINGS) for p in (params, plain))
-    grad_scaler = scaler()
-    for seed in range(3):
-        scaled_step(ours, params, grad_scaler, seed, unscale=True)
-    scaled_step(ours, params, grad_scaler, 9, infinite=True, unscale=True)
-    train(theirs, plain, 3)
-    for a, b in zip(whole_state(ours), whole_state(theirs), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("implementation", ["loop", "fused", "triton"])

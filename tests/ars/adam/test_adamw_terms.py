@@ -41,6 +41,10 @@ BYTES = torch.ones(3, 2, dtype=torch.uint8)
             {"importance": BYTES.T.contiguous().T, "scale": torch.ones(1)},
             "b, its uint8 importance and their scale must be contiguous",
         ),
+        ({"anchor": torch.zeros(3, 3)}, r"anchor of b.*\(3, 3\).*\(3, 2\)"),
+        ({"importance": torch.zeros(6)}, r"importance of b has shape \(6,\)"),
+        ({"importance": torch.zeros(3, 2).int()}, "importance of b must be floating"),
+        ({"importance": torch.zeros(3, 2, device="meta")}, "importance of b is on meta"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:30],
 )
@@ -93,3 +97,22 @@ def test_a_bad_strength_is_refused_when_it_is_set_and_when_it_is_used(strength, 
         optimizer.step()
     assert all(map(torch.equal, params, before))
     assert not optimizer.state
+
+
+def test_terms_that_are_of_no_parameter_or_of_one_twice():
+    params = parameters(shapes=SHAPES)
+    penalty = Pull(params)
+    penalty.mode = "soft"
+    with pytest.raises(ValueError, match="mode must be 'coupled' or 'proximal', got 'soft'"):
+        ARSAdamW(params, penalty=penalty)
+    penalty.mode, penalty.rows = "coupled", [*penalty.rows, penalty.rows[0]]
+    with pytest.raises(ValueError, match="two terms for parameter 0 of group 0"):
+        ARSAdamW(params, penalty=penalty)
+    penalty.rows = [(torch.zeros(5), torch.zeros(5), torch.zeros(5))]
+    with pytest.raises(ValueError, match=r"shape \(5,\) .* not from a copy"):
+        ARSAdamW(params, penalty=penalty)
+    # A real anchor of a complex shape would be broadcast over real and imaginary parts.
+    wave = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    penalty.rows = [(wave, torch.zeros(2), torch.ones(2))]
+    with pytest.raises(ValueError, match=r"wave is complex, and only real .*: leave it out"):
+        ARSAdamW([("wave", wave)], penalty=penalty)

@@ -89,15 +89,6 @@ def test_a_trial_step_makes_the_state_where_the_parameters_are(monkeypatch):
     assert not optimizer.controller.window.is_meta
 
 
-def test_a_step_with_a_surprise_is_no_trial():
-    params = parameters(shapes=((5,),))
-    optimizer = ARSAdamW(params, lr=0.0, ars=ARSConfig(surprise="entropy"))
-    params[0].grad = torch.zeros(5)
-    optimizer.step(surprise=1.0)
-    assert int(optimizer.state[params[0]]["step"]) == 1
-    assert optimizer.controller.counts.tolist() == [1, 1]
-
-
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_a_copy_chooses_its_implementation_again(clone, monkeypatch):
     """As one that was pickled on a machine with a GPU must."""

@@ -30,10 +30,13 @@ def plan_of(optimizer):
 
 @pytest.mark.parametrize("penalty", [False, True])
 def test_a_plan_is_kept(penalty):
+    """Also where the norm is now above its maximum, now below."""
     params, optimizer = make(penalty)
     seen = set()
-    for step in range(4):
+    for step in range(6):
         gradients(params, step)
+        for param in params:
+            param.grad *= 1e-6 if step % 2 else 1.0
         optimizer.step(loss=1.0)
         seen.add(plan_of(optimizer))
     assert len(seen) == 1
@@ -121,18 +124,6 @@ def test_memory_order_changes_nothing(penalty):
         results.append(params)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-def test_a_norm_around_its_maximum_makes_no_plan_anew():
-    params, optimizer = make(penalty=False)
-    seen = []
-    for step in range(6):
-        gradients(params, step)
-        for param in params:
-            param.grad *= 1e-6 if step % 2 else 1.0
-        optimizer.step(loss=1.0)
-        seen.append(plan_of(optimizer))
-    assert len(set(seen)) == 1
 
 
 @pytest.mark.parametrize("foreach", [None, True, False])

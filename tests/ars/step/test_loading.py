@@ -136,17 +136,47 @@ DAMAGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["ARSAdamW", "ARSAdam", "ARSOptimizer"])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_refused_state_changes_nothing(damage, name):
+PRODUCTS = {
+    "nan": (put("beta_products", torch.full((2,), math.nan).double()), ValueError),
+    "large": (put("beta_products", torch.tensor([0.5, 1.5]).double()), ValueError),
+    "shape": (put("beta_products", torch.ones(3).double()), ValueError),
+    "list": (put("beta_products", [0.9, 0.99]), TypeError),
+    "step-nan": (put("beta_products_step", math.nan), ValueError),
+    "step-text": (put("beta_products_step", "2"), TypeError),
+}
+REFUSED = [
+    pytest.param(name, *damage, id=f"{name}-{kind}")
+    for kind, damage in DAMAGES.items()
+    for name in ("ARSAdamW", "ARSAdam", "ARSOptimizer")
+]
+REFUSED += [
+    pytest.param("betas", spoil, error, "beta_products.* of parameter 1", id=f"products-{kind}")
+    for kind, (spoil, error) in PRODUCTS.items()
+]
+REFUSED += [
+    pytest.param(
+        "ARSAdam", put_group("decoupled_weight_decay", True), ValueError,
+        "decoupled_weight_decay=True and some False", id="ARSAdam-decay",
+    ),
+    pytest.param(
+        "momentum", put("momentum_buffer", torch.ones(3)), ValueError,
+        "momentum_buffer of parameter 1 .* was saved with shape", id="momentum-shape",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "spoil", "error", "message"), REFUSED)
+def test_a_refused_state_changes_nothing(name, spoil, error, message):
     optimizer, params = trained(name, 4)
     saved = copy.deepcopy(trained(name, 2)[0].state_dict())
     saved["param_groups"][0]["lr"] = 9.0  # which must not arrive
-    spoil, error, message = DAMAGES[damage]
     spoil(saved)
     before = whole(optimizer)
     with pytest.raises(error, match=message):
         optimizer.load_state_dict(saved)
+    for no_state in (None, [], "x"):
+        with pytest.raises(TypeError, match="must be a dict"):
+            optimizer.load_state_dict(no_state)
     assert whole(optimizer) == before
     twin, others = trained(name, 4)
     for a, b in zip(
@@ -155,37 +185,6 @@ def test_a_refused_state_changes_nothing(damage, name):
         strict=True,
     ):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(
-    ("what", "value", "error"),
-    [
-        ("beta_products", torch.full((2,), math.nan).double(), ValueError),
-        ("beta_products", torch.tensor([0.5, 1.5]).double(), ValueError),
-        ("beta_products", torch.ones(3).double(), ValueError),
-        ("beta_products", [0.9, 0.99], TypeError),
-        ("beta_products_step", math.nan, ValueError),
-        ("beta_products_step", "2", TypeError),
-    ],
-)
-def test_impossible_products_are_refused(what, value, error):
-    optimizer, _ = trained("betas", 4)
-    saved = copy.deepcopy(trained("betas", 2)[0].state_dict())
-    entry(saved)[what] = value
-    before = whole(optimizer)
-    with pytest.raises(error, match=f"{what} of parameter 1"):
-        optimizer.load_state_dict(saved)
-    assert whole(optimizer) == before
-
-
-def test_groups_that_one_step_cannot_serve_are_refused():
-    optimizer, _ = trained("ARSAdam", 2)
-    saved = copy.deepcopy(optimizer.state_dict())
-    saved["param_groups"][0]["decoupled_weight_decay"] = True
-    before = whole(optimizer)
-    with pytest.raises(ValueError, match="decoupled_weight_decay=True and some False"):
-        optimizer.load_state_dict(saved)
-    assert whole(optimizer) == before
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -204,16 +203,6 @@ def test_a_hook_that_fails_leaves_the_optimizer_as_it_was(name):
     handle.remove()
     optimizer.load_state_dict(saved)
     assert whole(optimizer) != before
-
-
-@pytest.mark.parametrize("what", [None, [], 3, "x"])
-@pytest.mark.parametrize("name", ["ARSAdamW", "ARSOptimizer"])
-def test_what_is_no_state_dict_is_refused(name, what):
-    optimizer, _ = trained(name, 2)
-    before = whole(optimizer)
-    with pytest.raises(TypeError, match="must be a dict"):
-        optimizer.load_state_dict(what)
-    assert whole(optimizer) == before
 
 
 REPLACEMENTS = [
@@ -263,7 +252,7 @@ def test_damage_at_random_is_refused_whole_or_loads_to_something_that_steps(name
     optimizer, _ = trained(name, 3)
     before = whole(optimizer)
     refused = 0
-    for run in range(400):
+    for run in range(200):
         damaged = damage(saved, random.Random(run))
         error = refusal(optimizer, damaged)
         if error is not None:
@@ -282,7 +271,7 @@ def test_damage_at_random_is_refused_whole_or_loads_to_something_that_steps(name
             assert math.isfinite(float(step)), run
         optimizer, _ = trained(name, 3)
         before = whole(optimizer)
-    assert 100 < refused < 400
+    assert 50 < refused < 200
 
 
 @pytest.mark.parametrize("name", BUILDS)

@@ -103,12 +103,21 @@ class Edited:
     def load_again(self, draw, param):
         self.optimizer.load_state_dict(self.optimizer.state_dict())
 
+    def turn(self, draw, param):
+        if getattr(self.optimizer, "_implementation", None) != "triton":  # which wants one order
+            param.data = param.data.t().contiguous().t()
+
+    def move_memory(self, draw, param):
+        for moment in self.moments(param):
+            moment.data = moment.data.clone()
+
     def rate(self, draw, param):
         self.optimizer.param_groups[0]["lr"] = draw.uniform(0.01, 0.2)
 
     EDITS = (
         zero_rows, zero_moments_and_step, set_step, replace_step, replace_moments, forget,
-        forget_all, remove_rows, duplicate_rows, append_fresh_rows, swap_states, load_again, rate,
+        forget_all, remove_rows, duplicate_rows, append_fresh_rows, swap_states, load_again, turn,
+        move_memory, rate,
     )  # fmt: skip
 
     def edit(self, draw):
@@ -144,7 +153,7 @@ def test_edits_at_random_are_torchs(implementation, config, dtype):
         return torch.optim.AdamW(params, **SETTINGS)
 
     tolerance = TOLERANCES[dtype]
-    runs, steps = (1, 10) if implementation == "triton" else (6, 25)
+    runs, steps = (1, 10) if implementation == "triton" else (3, 25)
     for run in range(runs):
         pair = [Edited(build, dtype) for build in (ours, theirs)]
         release = GradientRelease(pair[0].optimizer) if implementation == "release" else None

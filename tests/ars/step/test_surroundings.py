@@ -81,8 +81,9 @@ def test_the_loop_takes_every_gate_where_numbers_are_not_on_the_host(gate, tenso
     assert all(value.is_meta for name, value in state.items() if name != "step")
 
 
-@pytest.mark.parametrize("tensors", [10, 1_000, 10_000])
-@pytest.mark.parametrize(("clip", "loss"), [(None, 1.0), (1.0, None)], ids=["loss", "norm"])
+@pytest.mark.parametrize("tensors", [10, 1_000])
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["free", "clip"])
+@pytest.mark.parametrize("loss", [None, 1.0], ids=["norm", "loss"])
 def test_launches_do_not_depend_on_the_number_of_tensors(tensors, clip, loss, monkeypatch):
     names = []
     monkeypatch.setattr(

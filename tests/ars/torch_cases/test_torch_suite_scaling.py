@@ -9,7 +9,16 @@ import math
 
 import pytest
 import torch
-from torch_suite import CLASSES, FLAGS, IMPLEMENTATIONS, affine, assert_same, cases, clones
+from torch_suite import (
+    CLASSES,
+    FLAGS,
+    IMPLEMENTATIONS,
+    KERNELS_TOO,
+    affine,
+    assert_same,
+    cases,
+    clones,
+)
 
 
 def memory(optimizer, params):
@@ -20,7 +29,7 @@ def memory(optimizer, params):
 
 
 @pytest.mark.parametrize(("scale", "shape"), [(None, ()), (4.0, (1,))])
-@cases(implementations=["", *IMPLEMENTATIONS])
+@cases(every_input=False)
 def test_does_not_step_if_foundinf(case, scale, shape):
     """Nothing moves, at the first step or later; then the gradient is divided by the scale."""
     params, copies = ([torch.ones(3) for _ in range(5)] for _ in range(2))
@@ -51,7 +60,7 @@ def test_does_not_step_if_foundinf(case, scale, shape):
 
 
 @pytest.mark.parametrize("unscale_first", [False, True])
-@cases(implementations=["", *IMPLEMENTATIONS])
+@cases(implementations=KERNELS_TOO, every_input=False)
 def test_grad_scaler(case, unscale_first):
     """The parameters and the scaler are those of torch's optimizer, infinities on the way."""
 

@@ -88,7 +88,7 @@ def test_can_load_older_state_dict(case):
 
 @pytest.mark.parametrize("name_first", [True, False])
 @pytest.mark.parametrize("name_second", [True, False])
-@cases()
+@cases(implementations=[""])
 def test_can_load_from_to_named_state_dict(case, name_first, name_second):
     model, forward = convolution()
 
@@ -108,7 +108,7 @@ def test_can_load_from_to_named_state_dict(case, name_first, name_second):
 
 
 @pytest.mark.parametrize("with_names", [True, False])
-@cases()
+@cases(implementations=[""])
 def test_save_load_equality_with_weights_only(case, with_names):
     params, forward = affine()
     optimizer = case.build(named(params, with_names))
@@ -217,7 +217,7 @@ def test_groups_with_different_kinds_of_weight_decay_are_refused():
     assert all(map(torch.equal, params, before))
 
 
-@cases(implementations=["", *IMPLEMENTATIONS])
+@cases()
 def test_non_empty_state(case):
     params, forward = affine()
     optimizer = case.build(params)

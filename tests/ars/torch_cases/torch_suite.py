@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
+from optimizers import make
 
 from ars import ARSAdam, ARSAdamW, ARSConfig
 
@@ -45,6 +46,7 @@ class Case:
     cls: type
     given: Mapping[str, object]
     ars: ARSConfig | None
+    kernels: bool = False
 
     @property
     def info(self) -> common_optimizers.OptimizerInfo:
@@ -60,7 +62,10 @@ class Case:
         return not self.given.get("maximize", False)
 
     def build(self, params, **changes):
-        return self.cls(params, ars=self.ars, **(self.kwargs | changes))
+        settings = self.kwargs | {"ars": self.ars} | changes
+        if self.kernels:
+            return make("triton", params, self.cls, **settings)
+        return self.cls(params, **settings)
 
     def theirs(self, params, **changes):
         return self.info.optim_cls(params, **(self.kwargs | changes))
@@ -73,6 +78,7 @@ FLAGS = {
     "differentiable": {"differentiable": True},
 }
 IMPLEMENTATIONS = ("loop", "foreach", "fused")
+KERNELS_TOO = (*IMPLEMENTATIONS, "triton")
 
 
 def cases(
@@ -80,24 +86,32 @@ def cases(
     implementations: Sequence[str] = IMPLEMENTATIONS,
     controllers: Sequence[str] = tuple(CONTROLLERS),
     dtype: torch.dtype = torch.float32,
+    every_input: bool = True,
+    kernels_every_input: bool = False,
 ):
     """Parametrize a test by class, torch's inputs, implementation and controller.
 
     Args:
-        implementations: Which of ``FLAGS``; ``""`` for leaving the choice to the optimizer.
+        implementations: Which of ``FLAGS``; ``""`` for leaving the choice to the optimizer,
+            ``"triton"`` for the kernels, in the interpreter.
         controllers: Which of ``CONTROLLERS``.
         dtype: Of the parameters; torch's inputs for float16 have a larger eps.
+        every_input: False for the first of torch's inputs alone: what is tested reads none of it.
+        kernels_every_input: The same for ``"triton"``, whose interpreter is slow.
 
     Returns:
         The decorator; the test's argument is ``case``.
     """
     listed = []
     for cls, info in INFOS.items():
-        for given in info.optim_inputs_func(device="cpu", dtype=dtype):
+        inputs = info.optim_inputs_func(device="cpu", dtype=dtype)
+        for index, given in enumerate(inputs if every_input else inputs[:1]):
             for which in implementations:
+                if index and which == "triton" and not kernels_every_input:
+                    continue
                 for controller in controllers:
                     kwargs = given.kwargs | FLAGS.get(which, {})
-                    case = Case(cls, kwargs, CONTROLLERS[controller])
+                    case = Case(cls, kwargs, CONTROLLERS[controller], which == "triton")
                     name = "-".join([cls.__name__, given.desc, which, controller])
                     listed.append(pytest.param(case, id=name.replace(" ", "_")))
     return pytest.mark.parametrize("case", listed)

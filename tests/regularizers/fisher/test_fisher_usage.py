@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from ars.regularizers import DiagonalFisher
 
@@ -82,43 +81,6 @@ def test_restores_the_model_and_keeps_the_result_when_fit_fails():
     assert fisher.n_samples == 6
 
 
-def test_fit_starts_afresh(relative_error):
-    x, y = labelled()
-    fisher = DiagonalFisher(nn.Linear(3, 2), "empirical").fit([(x, y)])
-    first = fisher.importance
-    fisher.fit([(3 * x, y)]).fit([(x, y)])
-    assert relative_error(fisher.importance, first) == 0.0
-    assert fisher.n_samples == 6
-
-
-def test_n_samples_stops_within_a_batch(relative_error):
-    x, y = labelled(12)
-    model = nn.Linear(3, 2)
-    taken = []
-
-    def batches():
-        for i in range(0, 12, 4):
-            taken.append(i)
-            yield x[i : i + 4], y[i : i + 4]
-
-    fisher = DiagonalFisher(model, "empirical", chunk_size=3).fit(batches(), n_samples=6)
-    assert fisher.n_samples == 6
-    assert taken == [0, 4]
-    expected = DiagonalFisher(model, "empirical").fit([(x[:6], y[:6])]).importance
-    assert relative_error(fisher.importance, expected) < 1e-6
-    DiagonalFisher(model, "empirical").fit(batches(), n_samples=4)
-    assert taken == [0, 4, 0]  # a batch that is not needed is not fetched
-
-
-def test_too_few_samples_names_how_many_there_were():
-    fisher = DiagonalFisher(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match=r"n_samples=7, but batches held only 6"):
-        fisher.fit([labelled()], n_samples=7)
-    with pytest.raises(RuntimeError, match="call fit"):
-        _ = fisher.importance
-    assert fisher.n_samples == 0
-
-
 def test_generator_is_the_only_source_of_randomness(relative_error):
     model = nn.Linear(3, 2)
     state = torch.get_rng_state()
@@ -131,30 +93,6 @@ def test_generator_is_the_only_source_of_randomness(relative_error):
     assert torch.equal(torch.get_rng_state(), state)
     assert relative_error(results[1], results[0]) == 0.0
     assert relative_error(results[2], results[0]) > 0.0
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, recompute):
-        super().__init__()
-        self.inner, self.head, self.recompute = nn.Linear(3, 4), nn.Linear(4, 2), recompute
-
-    def forward(self, x):
-        h = checkpoint(self.inner, x, use_reentrant=False) if self.recompute else self.inner(x)
-        return self.head(h.tanh())
-
-
-def test_module_that_vmap_cannot_run(relative_error):
-    torch.manual_seed(0)
-    model = Checkpointed(recompute=True)
-    with pytest.raises(RuntimeError, match=r"Checkpointed in chunks of 4(.|\n)*method='loop'"):
-        DiagonalFisher(model, "empirical", method="vmap", chunk_size=4).fit([labelled()])
-    assert model.training
-    one_by_one = DiagonalFisher(model, "empirical", method="loop").fit([labelled()]).importance
-    model.recompute = False
-    plain = (
-        DiagonalFisher(model, "empirical", method="vmap", chunk_size=4).fit([labelled()]).importance
-    )
-    assert relative_error(one_by_one, plain) < 1e-6
 
 
 class Constant(nn.Module):
@@ -235,12 +173,6 @@ def test_names_the_parameter_of_an_importance_that_is_not_finite(value):
 def test_refuses_wrong_arguments(arguments, error, match):
     with pytest.raises(error, match=match):
         DiagonalFisher(**({"model": nn.Linear(3, 2)} | arguments))
-
-
-@pytest.mark.parametrize("n_samples", [0, -1, 2.0, True])
-def test_refuses_wrong_n_samples(n_samples):
-    with pytest.raises(ValueError, match="n_samples must be a positive integer"):
-        DiagonalFisher(nn.Linear(3, 2)).fit([labelled()], n_samples=n_samples)
 
 
 def test_exact_refuses_to_run_for_hours():

@@ -19,25 +19,6 @@ def data(n: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 4, dtype=torch.float64), torch.arange(n) % 3
 
 
-def test_n_samples_cuts_a_batch_and_a_second_fit_starts_afresh() -> None:
-    model, (x, y) = mlp(), data(10)
-    fisher = KroneckerFisher(model, "exact").fit([data(4)])
-    fisher.fit(zip(x.split(4), y.split(4), strict=True), n_samples=6)
-    assert fisher.n_samples == 6
-    expected = KroneckerFisher(model, "exact").fit([(x[:6], y[:6])]).factors
-    torch.testing.assert_close(fisher.factors, expected)
-
-
-def test_the_model_is_left_as_it_was() -> None:
-    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
-    x, y = data(4)
-    with torch.no_grad():  # the caller's mode does not matter
-        first = KroneckerFisher(model, "exact").fit([(x, y)]).factors
-    assert model.training
-    assert all(p.grad is None for p in model.parameters())
-    torch.testing.assert_close(KroneckerFisher(model, "exact").fit([(x, y)]).factors, first)
-
-
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -76,19 +57,6 @@ def test_a_layer_whose_output_is_not_used_has_no_information() -> None:
     factors = KroneckerFisher(model).fit([data(2)]).factors
     assert not factors["body.weight"].outputs.any()
     assert factors["head.weight"].outputs.any()
-
-
-def test_half_precision_is_summed_in_float32() -> None:
-    model = nn.Linear(1, 2, dtype=torch.bfloat16)
-    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
-    x = torch.full((3000, 1), 0.03125, dtype=torch.bfloat16)
-    y = torch.zeros(3000, dtype=torch.int64)
-    batches = zip(x.split(7), y.split(7), strict=True)
-    a, g = KroneckerFisher(model, "exact").fit(batches).factors["weight"]
-    assert a.dtype == g.dtype == torch.float32
-    torch.testing.assert_close(a[0, 0], torch.tensor(0.03125**2), rtol=1e-5, atol=0)
-    # 1/4, but for sqrt(1/2) in bfloat16
-    torch.testing.assert_close(g[0, 0], torch.tensor(0.25), rtol=2**-7, atol=0)
 
 
 def test_autocast_does_not_reach_the_sums() -> None:
@@ -152,53 +120,6 @@ def test_what_is_refused() -> None:
         KroneckerFisher(model, "exact").fit([long])
     with pytest.raises(ValueError, match="unknown sharing 'none'"):
         KroneckerFisher(model, sharing="none")
-
-
-class PositionsFirst(nn.Module):
-    """A tagger whose layers see (T, B, d), or (T B, d), or with neither (B, T, d)."""
-
-    def __init__(self, layout: str) -> None:
-        super().__init__()
-        self.embedding, self.layout = nn.Embedding(9, 4), layout
-        self.hidden, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
-        self.double()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        if self.layout == "batch first":
-            return self.head(self.hidden(x).tanh())
-        x = x.transpose(0, 1)
-        shape = x.shape
-        if self.layout == "folded":
-            x = x.flatten(0, 1)
-        y = self.head(self.hidden(x).tanh())
-        return y.view(*shape[:2], 3).transpose(0, 1)
-
-
-@pytest.mark.filterwarnings("ignore:.*covers linear")
-@pytest.mark.parametrize("layout", ["positions first", "folded"])
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_positions_before_samples(layout: str, masked: bool, sharing: str) -> None:
-    torch.manual_seed(0)
-    plain, model = PositionsFirst("batch first"), PositionsFirst(layout)
-    model.load_state_dict(plain.state_dict())
-    ids, targets = torch.randint(9, (4, 4)), torch.randint(3, (4, 4))
-    if masked:
-        targets[0, 1:] = -100
-    pairs = list(zip(ids.split(1), targets.split(1), strict=True))
-    expected = KroneckerFisher(plain, "exact", sharing=sharing).fit([(ids, targets)]).factors
-    one_by_one = KroneckerFisher(model, "exact", sharing=sharing).fit(pairs).factors
-    torch.testing.assert_close(one_by_one, expected)
-    fisher = KroneckerFisher(model, "exact", sharing=sharing)
-    if sharing == "expand" and not masked:  # a sum over all positions, in whatever order
-        torch.testing.assert_close(fisher.fit([(ids, targets)]).factors, expected)
-        return
-    with pytest.raises(ValueError, match=r"layer of 'hidden\.weight' does not hold the samples"):
-        fisher.fit([(ids, targets)])
-    if masked:
-        with pytest.raises(ValueError, match="fit on batches of one sample"):
-            ActivationCovariance(model).fit([(ids, targets)])
 
 
 class Attention(nn.Module):

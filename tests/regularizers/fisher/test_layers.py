@@ -144,8 +144,10 @@ class Tagger(nn.Module):
             y = x.new_zeros(batch, length, 5)
             y[valid] = self.layer(x[valid]).tanh()
             return self.head(y)
-        x = self.layer(x.transpose(0, 1)).tanh()
-        return self.head(x.transpose(0, 1))
+        x = x.transpose(0, 1)  # positions first
+        shape = x.shape[:2]
+        x = self.layer(x.flatten(0, 1) if self.how == "folded" else x).tanh()
+        return self.head(x.view(*shape, 5).transpose(0, 1))
 
 
 def batch(n=4, length=4, masked=False):
@@ -175,7 +177,7 @@ def refused_or_right(model, batches, match, sharing):
 
 
 @pytest.mark.parametrize(("masked", "sharing"), [(True, "expand"), (False, "reduce")])
-@pytest.mark.parametrize("how", ["sorted", "unpadded", "positions first"])
+@pytest.mark.parametrize("how", ["sorted", "unpadded", "positions first", "folded"])
 def test_order_is_looked_at_in_all_samples_and_batches(how, masked, sharing):
     """The first sample's place is right in each, and the first batch's everyone's."""
     x, y = batch(masked=masked)
@@ -187,10 +189,10 @@ def test_order_is_looked_at_in_all_samples_and_batches(how, masked, sharing):
         x[:, 3, 0] = 0.0
         later[:, 3, 0] = 0.0
         later[2, 3, 0], later[3, 2, 0] = 1.0, 0.0  # 3, 3, 4 and 2
-    model = Tagger(how, length=5 if how == "positions first" else 0)
-    if how == "positions first":
-        later, _ = batch(length=6)
-    labels = y if how != "positions first" else batch(length=6, masked=masked)[1]
+    labels, turned = y, how in {"positions first", "folded"}
+    model = Tagger(how, length=5 if turned else 0)
+    if turned:
+        later, labels = batch(length=6, masked=masked)
     factors(model, [(x, y)], sharing)
     batches = [(x, y), (later, labels)]
     refused_or_right(model, batches, RUNS_OFF_ORDER.format("layer"), sharing)

@@ -1,6 +1,5 @@
 """KroneckerPenalty against the quadratic form with the whole matrix G (x) A."""
 
-import copy
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ars import ARSAdamW
 from ars.regularizers import ActivationCovariance, KroneckerFisher, KroneckerPenalty
 
 
@@ -88,43 +86,6 @@ def test_value_gradient_and_buffers(kind: str) -> None:
     assert [b.data_ptr() for _, b in penalty.gradients()] == [b.data_ptr() for _, b in pairs]
     assert penalty.terms() == []
     assert penalty.mode == "coupled"
-
-
-def test_the_optimizer_steps_as_on_the_loss_plus_the_value() -> None:
-    model = network()
-    source = KroneckerFisher(model, "exact").fit(batches())
-    another = copy.deepcopy(model)
-    ours = KroneckerPenalty(model, source, strength=5.0)
-    theirs = KroneckerPenalty(another, source.factors, strength=5.0)
-    opt = ARSAdamW(model.parameters(), lr=0.05, ars=None, penalty=ours)
-    reference = torch.optim.AdamW(another.parameters(), lr=0.05)
-    x, y = batches()[0]
-    for _ in range(4):
-        opt.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        value = theirs.value().detach()
-        opt.step()
-        torch.testing.assert_close(opt.diagnostics["penalty"], value)
-        reference.zero_grad()
-        (nn.functional.cross_entropy(another(x), y) + theirs.value()).backward()
-        reference.step()
-    assert value > 0
-    torch.testing.assert_close(list(model.parameters()), list(another.parameters()))
-
-
-def test_strength_is_read_at_every_call_also_from_a_tensor() -> None:
-    model = network()
-    strength = torch.tensor(1.0, dtype=torch.float64)
-    penalty = KroneckerPenalty(model, KroneckerFisher(model, "exact").fit(batches()), strength)
-    move(model)
-    first, buffer = penalty.refresh(), penalty.gradients()[0][1].clone()
-    strength.fill_(3.0)
-    torch.testing.assert_close(penalty.refresh(), 3 * first)
-    torch.testing.assert_close(penalty.gradients()[0][1], 3 * buffer)
-    torch.testing.assert_close(penalty.value().detach(), 3 * first)
-    penalty.strength = 0
-    assert penalty.refresh() == 0
-    assert not penalty.gradients()[0][1].any()
 
 
 def test_activations_of_several_tasks_are_summed_exactly() -> None:

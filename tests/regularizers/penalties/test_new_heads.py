@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from ewc_models import move
 from torch import nn
 
 from ars import ARSAdamW
@@ -40,13 +41,6 @@ def grow(model):
     return model
 
 
-def move(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-
-
 def importances(model, seed, *skip):
     generator = torch.Generator().manual_seed(seed)
     found = {n: torch.rand(p.shape, generator=generator) for n, p in model.named_parameters()}
@@ -75,7 +69,7 @@ def test_tasks_with_heads_of_their_own_are_the_sum_of_their_penalties(storage, t
     tasks = [(importances(model, 1), anchored(model))]
     penalty = EWC(model, tasks[0][0], 3.0, storage=storage, layer_strengths={"heads.*": 2.0})
     addresses = [t.data_ptr() for term in penalty.terms() for t in term]
-    move(grow(model), 5)
+    move(grow(model), seed=5)
     tasks.append((importances(model, 2, "heads.0"), anchored(model)))
     penalty.add_task(tasks[1][0])
     kept = [t.data_ptr() for term in penalty.terms()[:4] for t in term]
@@ -88,7 +82,7 @@ def test_tasks_with_heads_of_their_own_are_the_sum_of_their_penalties(storage, t
     penalty.add_task(importances(model, 3))
     tasks.append((importances(model, 3), anchored(model)))
     assert penalty.version == 1
-    move(model, 7)
+    move(model, seed=7)
     parameters = dict(model.named_parameters())
     total = sum(
         1.5 * (2.0 if n.startswith("heads") else 1.0)
@@ -106,7 +100,7 @@ def test_online_ewc_takes_a_new_head_and_lets_the_old_one_decay():
     model = Heads(1)
     first = importances(model, 1)
     penalty = EWC(model, first)
-    move(grow(model), 5)
+    move(grow(model), seed=5)
     second = importances(model, 2, "heads.0")
     penalty.consolidate(second, decay=0.5)
     for name, p in model.named_parameters():
@@ -175,11 +169,11 @@ def test_kronecker_penalty_of_a_new_layer_is_that_of_its_first_factors():
     model = Heads(1).double()
     first = factors(model, 1)
     penalty = KroneckerPenalty(model, first, 2.0)
-    move(grow(model), 5)
+    move(grow(model), seed=5)
     second = factors(model, 2, "heads.0")
     penalty.consolidate(second, decay=0.5)
     anchor = anchored(model)
-    move(model, 6)
+    move(model, seed=6)
     delta = model.heads[1].weight.detach() - anchor["heads.1.weight"]
     a, g = second["heads.1.weight"]
     value = torch.trace(g @ delta @ a @ delta.T)
@@ -243,7 +237,7 @@ def test_an_optimizer_goes_on_with_what_its_penalty_has_taken_in(kind, implement
         optimizer.step(loss=loss.detach())
 
     step(opt, model)
-    move(grow(model), 5)
+    move(grow(model), seed=5)
     more = factors(model, 2) if kind == "kronecker" else importances(model, 2)
     penalty.consolidate(more)
     if kind == "progressive":
@@ -253,7 +247,7 @@ def test_an_optimizer_goes_on_with_what_its_penalty_has_taken_in(kind, implement
         step(opt, model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     opt.add_param_group({"params": model.heads[1].parameters()})
-    move(model, 6)
+    move(model, seed=6)
     twin, copied = copy.deepcopy((model, held))
     other = ARSAdamW(twin.parameters(), lr=0.05, penalty=copied, **implementation)
     state = copy.deepcopy(opt.state_dict())
@@ -277,7 +271,7 @@ def test_a_file_of_more_tasks_goes_into_a_penalty_of_the_first(storage, tmp_path
     pytest.importorskip("safetensors")
     model = Heads(1)
     penalty = EWC(model, importances(model, 1), storage=storage)
-    move(grow(model), 5)
+    move(grow(model), seed=5)
     penalty.add_task(importances(model, 2))
     save_penalty(penalty, tmp_path / "ewc")
     again = EWC(model, importances(model, 9, "heads.1"), 4.0, storage=storage)
@@ -285,7 +279,7 @@ def test_a_file_of_more_tasks_goes_into_a_penalty_of_the_first(storage, tmp_path
     load_penalty(again, tmp_path / "ewc")
     assert repr(again.state_dict()) == repr(penalty.state_dict())
     assert again.version == 1
-    move(model, 6)
+    move(model, seed=6)
     sum(p.square().sum() for p in model.parameters()).backward()
     value = again.value().item()
     opt.step(loss=torch.tensor(1.0))
@@ -310,10 +304,10 @@ def test_a_fitted_fisher_of_the_grown_model_and_an_adaptive_strength():
     batch = torch.randn(5, 3), torch.arange(5) % 2
     penalty = EWC(model, DiagonalFisher(model, "exact").fit([batch]), 1.0)
     adaptive = AdaptiveStrength(penalty, ratio=0.5, smoothing=0.0)
-    move(grow(model), 5)
+    move(grow(model), seed=5)
     penalty.add_task(DiagonalFisher(model, "exact").fit([batch]))
     assert (penalty.importance["heads.1.weight"] > 0).any()
-    move(model, 6)
+    move(model, seed=6)
     nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
     adaptive.step()
     task = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()

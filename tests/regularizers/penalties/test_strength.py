@@ -268,23 +268,46 @@ def test_a_strength_out_of_range_is_refused_by_name(name, build, strength):
         build(strength)
 
 
+NO_STRENGTHS = ["1", None, True, torch.ones(1), torch.tensor(1)]
+WRONG = [*((wrong, TypeError) for wrong in NO_STRENGTHS)]
+WRONG += [(wrong, ValueError) for wrong in (1e39, -0.1, *map(torch.tensor, (2e38, math.inf, -1.0)))]
+
+
 @pytest.mark.parametrize("build", BUILT.values(), ids=BUILT)
-def test_a_strength_set_later_is_refused_and_the_old_one_kept(build):
+def test_a_wrong_strength_is_refused_when_built_and_later_and_the_old_one_kept(build):
     penalty = build(3.0)
-    for wrong in (1e39, torch.tensor(2e38), torch.tensor(math.inf), -0.1):
-        with pytest.raises(ValueError, match="strength must be"):
+    for wrong, error in WRONG:
+        with pytest.raises(error, match="strength must be"):
+            build(wrong)
+        with pytest.raises(error, match="strength must be"):
             penalty.strength = wrong
         assert penalty.strength == 3.0
 
 
-def test_a_state_with_such_a_strength_is_refused_and_nothing_changes():
-    penalty = ewc(small_model())
-    for wrong in (1e39, math.nan):
-        with pytest.raises(ValueError, match="strength must be"):
-            penalty.load_state_dict({**penalty.state_dict(), "strength": wrong})
-    with pytest.raises(ValueError, match="the state's constant must be finite"):
-        penalty.load_state_dict({**penalty.state_dict(), "constant": math.inf})
-    assert penalty.strength == 3.0
+@pytest.mark.parametrize("name", ["ewc", "kronecker", "subspace"])
+def test_a_strength_is_read_at_every_call_also_from_a_tensor(name):
+    strength = torch.tensor(1.0)
+    penalty = BUILT[name](strength)
+    for param, *_ in [*penalty.terms(), *getattr(penalty, "gradients", list)()]:
+        param.data += 0.5
+
+    def pulls():
+        """The value, and what else depends on the strength."""
+        seen = [penalty.value().detach(), *torch.autograd.grad(penalty.value(), param)]
+        if name == "ewc":
+            return seen
+        return [*seen, penalty.refresh(), *(buffer.clone() for _, buffer in penalty.gradients())]
+
+    before = pulls()
+    strength.fill_(4.0)
+    assert penalty.state_dict()["strength"] == 4.0
+    for new, old in zip(pulls(), before, strict=True):
+        assert old.any()
+        torch.testing.assert_close(new, 4 * old)
+    penalty.strength = 7
+    assert isinstance(penalty.strength, float)
+    for new, old in zip(pulls(), before, strict=True):
+        torch.testing.assert_close(new, 7 * old)
 
 
 @pytest.mark.parametrize("name", ["ewc", "kronecker", "subspace"])
