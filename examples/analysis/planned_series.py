@@ -21,6 +21,7 @@ from analysis.series_account import formula_saving
 from common.tables import aligned
 from corpus.tokenizer import vocabulary_of
 from trainer.arguments import PlanArguments
+from trainer.arms import Arm
 from trainer.series_plan import ModelPlan, checked_plans, shape_of
 from trainer.series_report import models_table, settings_table
 
@@ -230,13 +231,21 @@ def _whole_series(plans: Sequence[ModelPlan]) -> str:
     for arm in dict.fromkeys(plan.arm for plan in plans if plan.arm.grown):
         sizes = dict.fromkeys(plan.size for plan in plans)
         twins = [found.get((size, arm.root.name)) for size in sizes]
-        own = [found.get((size, arm.name), twin) for size, twin in zip(sizes, twins, strict=True)]
-        chain = sum(_own_flops(plan) for plan in own if plan is not None)
+        chain = sum(map(_own_flops, _members(arm, plans)))
         text += f"\n{arm.name}: {chain:.2e} FLOPs for the whole series"
         if None not in twins:
             scratch = sum(_own_flops(twin) for twin in twins if twin is not None)
             text += f", {chain / scratch:.2f} of its twins', {arm.root.name}"
     return f"{text}\n" if text else ""
+
+
+def _members(arm: Arm, plans: Sequence[ModelPlan]) -> list[ModelPlan]:
+    """The models of an arm, and their ancestors of other arms."""
+    names = {plan.name for plan in plans if plan.arm == arm}
+    for plan in reversed(plans):  # children come after their parents
+        if plan.name in names and plan.parent is not None:
+            names.add(plan.parent)
+    return [plan for plan in plans if plan.name in names]
 
 
 def _as_planned(plan: ModelPlan, sequence_len: int) -> PlannedModel:

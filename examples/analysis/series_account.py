@@ -4,7 +4,7 @@ A *member* is a model of the series; its *twin* is the model from scratch of the
 same optimizer and controller, trained in full. Every member is wanted, so a trunk that a child
 grows out of is no extra: it is its own model's. A member pays its trunk, one cooled branch, its
 growth and its Fisher pass; branches at smaller shares are measurements. The first member is its own
-twin.
+twin, or one that is trained for longer, for what grows out of it.
 
     paid    = sum over members of what they pay / sum of their twins' operations
     saving  = 1 - paid
@@ -112,7 +112,7 @@ class MemberAccount:
     Args:
         size: label.
         params: in matrix products.
-        is_twin: whether it is the first member, which is trained from scratch.
+        is_twin: whether it is its own twin.
         growth_factor: g; ``None`` without a parent.
         loss: bits per byte.
         twin_loss: bits per byte of the twin.

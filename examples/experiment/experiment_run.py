@@ -34,6 +34,7 @@ Measure what growing saves: train every member of a series from scratch (its twi
 of the member before it, and say what share of the twins' operations the grown series takes."""
 _EPILOG = "Interrupt at any time (Ctrl-C) and run the same command again to go on."
 _BYTES = 256
+_DEFAULTS = SeriesConfig().to_dict()
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ def _has_results(job: Job, results: Path) -> bool:
         return False
     remedy = "delete its folder to train again"
     settings = read_json(path.with_name(CONFIG_FILE), remedy=remedy).get("settings")
-    if settings != job.config.to_dict():
+    asked = job.config.to_dict()
+    # Records that were made before a setting existed were made with its default.
+    if not isinstance(settings, dict) or {**_DEFAULTS, **settings} != asked:
         raise UsageError(f"{path.parent} has the records of a run with other settings: {remedy}")
     return True
 

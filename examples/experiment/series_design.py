@@ -8,6 +8,7 @@ The miniature of d10 ... d20 has eleven members whose sizes have the ratios of t
 is in fp32: on CPUs without matrix units bfloat16 is slower at these sizes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,7 @@ from trainer.settings import Machine, SeriesConfig, Size
 
 __all__ = ["DESIGNS", "PREDICTION", "STAGES", "Design", "Job", "Stage", "jobs_of"]
 
-Stage = Literal["twin", "miniature", "muon", "factor", "point", "search"]
+Stage = Literal["twin", "uniform", "search", "miniature", "muon", "factor", "point"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 # Made before the first run that is reported, of the formula in `analysis.series_account` and the
@@ -30,6 +31,9 @@ PREDICTION = {
 _TUNING_SEED = 100
 _SEARCH_SEED = 200
 _COOLDOWN = 0.05  # of a chain; half of the twin's
+_UNIFORM_SHARES = (0.29, 0.34, 0.39)
+_UNIFORM_SCRATCH_SHARES = (0.39, 0.7, 1.0)
+_UNIFORM_SEEDS = (0, 1)
 _LONGER_SHARES = (0.25, 0.35, 0.5, 0.7)  # of chains that grow by more at a time
 
 
@@ -59,23 +63,25 @@ class Design:
 
     Args:
         base: settings of all runs; its depths are the members.
+        lineage: of the chains that are reported, as in the settings.
         seeds: of twins and chains with AdamW, which are reported.
         muon_seeds: of the same with Muon.
         bracket_sizes: at which the twin's settings are bracketed.
         brackets: setting -> values tried, one setting at a time, the others as in ``base``.
         subsets: name -> members of chains with larger steps.
         search: name -> settings of chains that are tried on a seed that is not reported.
-        search_members: how many members these have.
+        first_members: how many members these and the uniform chains have.
     """
 
     base: SeriesConfig
+    lineage: tuple[float, ...]
     seeds: tuple[int, ...]
     muon_seeds: tuple[int, ...]
     bracket_sizes: tuple[Size, ...]
     brackets: dict[str, tuple[float, ...]]
     subsets: dict[str, tuple[Size, ...]]
     search: dict[str, dict[str, Any]]
-    search_members: int
+    first_members: int
 
 
 _MINIATURE: tuple[Size, ...] = (
@@ -93,8 +99,8 @@ _BASE = SeriesConfig(
     weight_decay=0.05,
     warmup_steps=20,
     cooldown=0.1,
-    shares=(0.29, 0.34, 0.39),
-    scratch_shares=(0.39, 0.7, 1.0),
+    shares=_UNIFORM_SHARES,
+    scratch_shares=(0.3, 1.0),
     eval_windows=512,
     curve_windows=32,
     curve_points=5,
@@ -102,8 +108,9 @@ _BASE = SeriesConfig(
 
 _WHOLE = Design(
     base=_BASE,
-    seeds=(0, 1, 2, 3, 4),
-    muon_seeds=(0, 1, 2),
+    lineage=(1.3, 1.4),
+    seeds=(2, 3, 4, 5, 6),
+    muon_seeds=(2, 3, 4),
     bracket_sizes=("3x48", "5x64", "8x88"),
     brackets={
         "lr": (1.5e-3, 3e-3, 6e-3),
@@ -118,7 +125,9 @@ _WHOLE = Design(
         "one-jump": _MINIATURE[::10],
     },
     search={
-        "as-reported": {},
+        "lineage-1.3": {"lineage": (1.2, 1.3)},
+        "lineage-1.5": {"lineage": (1.4, 1.5)},
+        "lineage-1.7": {"lineage": (1.6, 1.7)},
         "inserted": {"blocks": "inserted"},
         "at-half": {"grow_at": 0.5},
         "linear": {"cooldown_shape": "linear"},
@@ -129,7 +138,7 @@ _WHOLE = Design(
         "batch-8": {"batch_size": 8},
         "no-decay": {"weight_decay": 0.0},
     },
-    search_members=6,
+    first_members=6,
 )
 
 DESIGNS = {
@@ -150,13 +159,14 @@ DESIGNS = {
             eval_windows=16,
             curve_windows=8,
         ),
-        seeds=(0,),
-        muon_seeds=(0,),
+        lineage=(1.2, 1.4),
+        seeds=(2,),
+        muon_seeds=(2,),
         bracket_sizes=("1x16",),
         brackets={"lr": (1.5e-3, 3e-3)},
         subsets={"one-jump": ("1x16", "2x24")},
-        search={"as-reported": {}, "inserted": {"blocks": "inserted"}},
-        search_members=2,
+        search={"inserted": {"blocks": "inserted"}},
+        first_members=2,
     ),
 }  # fmt: skip
 
@@ -166,24 +176,30 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
 
     Args:
         stage: twin: each setting of a model from scratch around the others, at the smallest, a
-            middle and the largest size, on a seed that is not reported. miniature: all twins and
-            the chain, with AdamW. muon: the same with Muon. factor: chains of fewer members, which
-            grow by more. point: growing at a half of the parent's trunk. search: changes to the
-            chain, on a seed that is not reported.
+            middle and the largest size, on a seed that is not reported. uniform: the first recipe,
+            one share for all members. search: changes to the chain, on a seed that is not reported.
+            miniature: all twins and the chain, with AdamW. muon: the same with Muon. factor: chains
+            of fewer members, which grow by more, out of a first one that is its own twin. point:
+            growing at a half of the parent's trunk.
         design: of the experiment.
 
     Example:
         >>> [job.name for job in jobs_of("factor", DESIGNS["quick"])]
-        ['factor/one-jump-of-3-seed-0']
+        ['factor/one-jump-of-3-seed-2']
     """
     base, of, jobs = design.base, f"of-{len(design.base.depths)}", []
+    first = base.depths[: design.first_members]
 
     def add(name: str, **changes: Any) -> None:
         jobs.append(Job(f"{stage}/{name}", replace(base, **changes), Machine(threads=1)))
 
     def add_grown(name: str, seed: int, **changes: Any) -> None:
         chain = {"arms": ("grown",), "cooldown": _COOLDOWN, "scratch_shares": (1.0,), "seed": seed}
-        add(f"{name}-{of}-seed-{seed}", **{**chain, **changes})
+        add(f"{name}-seed-{seed}", **{**chain, **changes})
+
+    def add_twins(seed: int, sizes: Sequence[Size], **changes: Any) -> None:
+        for size in reversed(sizes):  # the longest first, for two at a time
+            add(f"twin-{size}-seed-{seed}", **{"depths": (size,), "seed": seed, **changes})
 
     if stage == "twin":
         for size in design.bracket_sizes:
@@ -193,30 +209,26 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
                 for value in values:
                     if value != getattr(base, setting):
                         add(f"{size}-{setting}-{value:g}", **{**alone, setting: value})
+    elif stage == "uniform":
+        for seed in _UNIFORM_SEEDS:  # the chain's first member is its own twin
+            shares = {"scratch_shares": _UNIFORM_SCRATCH_SHARES}
+            add_grown("chain", seed, depths=first, **shares)
+            add_twins(seed, first[1:], **shares)
     elif stage in ("miniature", "muon"):
         suffix = "+muon" if stage == "muon" else ""
         for seed in design.muon_seeds if suffix else design.seeds:
-            # The chain's first member is its own twin.
-            shares = base.scratch_shares
-            add_grown("chain", seed, arms=(f"grown{suffix}",), scratch_shares=shares)
-            for size in reversed(base.depths[1:]):  # the longest first, for two at a time
-                add(
-                    f"twin-{size}-seed-{seed}",
-                    seed=seed,
-                    depths=(size,),
-                    arms=(f"scratch{suffix}",),
-                )
+            add_grown(f"chain-{of}", seed, arms=(f"grown{suffix}",), lineage=design.lineage)
+            add_twins(seed, base.depths, arms=(f"scratch{suffix}",))
     elif stage == "factor":
         for seed in design.muon_seeds:
             for name, members in design.subsets.items():
-                add_grown(name, seed, depths=members, shares=_LONGER_SHARES)
+                add_grown(f"{name}-{of}", seed, depths=members, shares=_LONGER_SHARES)
     elif stage == "point":
         for seed in design.muon_seeds:
-            add_grown("at-half", seed, grow_at=0.5)
+            add_grown(f"at-half-{of}", seed, lineage=design.lineage, grow_at=0.5)
     else:
-        members = base.depths[: design.search_members]
-        for size in members[1:]:
-            add(f"twin-{size}", depths=(size,), seed=_SEARCH_SEED, scratch_shares=(1.0,))
+        add_twins(_SEARCH_SEED, first, scratch_shares=(1.0,))
         for name, changes in design.search.items():
-            add_grown(f"chain-{name}", _SEARCH_SEED, depths=members, **changes)
+            chain = {"lineage": design.lineage, "depths": first, **changes}
+            add_grown(f"chain-{name}", _SEARCH_SEED, **chain)
     return tuple(jobs)

@@ -91,6 +91,7 @@ def _records(runs: Runs, design: Design, stage: Stage) -> list[Record]:
 
 def _accounts(runs: Runs, design: Design) -> Iterator[tuple[str, SeriesAccount]]:
     adamw, muon = _records(runs, design, "miniature"), _records(runs, design, "muon")
+    uniform = _records(runs, design, "uniform")
     half = _records(runs, design, "point")
     search = _records(runs, design, "search")
     found: dict[str, SeriesAccount | None] = {
@@ -98,12 +99,13 @@ def _accounts(runs: Runs, design: Design) -> Iterator[tuple[str, SeriesAccount]]
         "muon": account_of("grown+muon", "scratch+muon", muon, muon),
         "muon beside AdamW's twins": account_of("grown+muon", "scratch", muon, adamw),
         "grown at a half of the trunk": account_of("grown", "scratch", half, adamw),
+        "one share for all": account_of("grown", "scratch", uniform, uniform),
     }
     for name in design.subsets:
         found[name] = account_of("grown", "scratch", _named(runs, f"factor/{name}-of-"), adamw)
     twins = [record for record in search if record.parent is None]
     for name in design.search:
-        chain = _named(runs, f"search/chain-{name}-of-")
+        chain = _named(runs, f"search/chain-{name}-seed-")
         found[f"search: {name}"] = account_of("grown", "scratch", chain, twins)
     for name, account in found.items():
         if account is not None:
@@ -147,12 +149,12 @@ def _efficiency(name: str, account: SeriesAccount) -> dict[str, Any]:
 
 
 def _same_budget(runs: Runs, design: Design) -> list[dict[str, Any]]:
-    """Members beside models from scratch with the same steps: what growing itself is worth."""
+    """Members beside models from scratch of about the same steps: what growing itself is worth."""
+    share = design.base.scratch_shares[0]
     records = _records(runs, design, "miniature")
-    share = design.base.shares[-1]
     rows = []
-    for size in dict.fromkeys(r.size for r in records if r.arm == _GROWN):
-        grown = {r.seed: r.val_bpb for r in records if (r.size, r.arm) == (size, _GROWN)}
+    for size in dict.fromkeys(r.size for r in records if r.arm == _GROWN and r.parent is not None):
+        grown = {r.seed: r for r in records if (r.size, r.arm) == (size, _GROWN)}
         short = {
             r.seed: branch.val_bpb
             for r in records if (r.size, r.arm) == (size, _SCRATCH)
@@ -160,10 +162,17 @@ def _same_budget(runs: Runs, design: Design) -> list[dict[str, Any]]:
         }  # fmt: skip
         both = [seed for seed in grown if seed in short]
         if both:
-            found = Estimate.of([grown[seed] - short[seed] for seed in both])
+            found = Estimate.of([grown[seed].val_bpb - short[seed] for seed in both])
             low, high = found.interval or (None, None)
-            row = {"size": size, "seeds": len(both)}
-            rows.append({**row, "difference": found.mean, "low": low, "high": high})
+            rows.append({
+                "size": size,
+                "seeds": len(both),
+                "share_grown": grown[both[0]].cooled[-1].share,
+                "share_scratch": share,
+                "difference": found.mean,
+                "low": low,
+                "high": high,
+            })  # fmt: skip
     return rows
 
 
@@ -193,7 +202,7 @@ def _page(accounts: Mapping[str, SeriesAccount], content: Mapping[str, Any]) -> 
     tables = {
         "Growth factor and efficiency": _efficiency_rows(content["efficiency"]),
         "The twin's settings, one at a time": _bracket_rows(content["brackets"]),
-        "The same steps from random weights": _budget_rows(content["same_budget"]),
+        "About the same steps from random weights": _budget_rows(content["same_budget"]),
     }
     for title, rows in tables.items():
         if len(rows) > 1:
@@ -223,8 +232,10 @@ def _bracket_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _budget_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("size", "grown minus scratch with the same steps", "seeds")]
+    rows: list[tuple[str, ...]] = [("size", "its share", "the other's", "grown minus it", "seeds")]
     for row in found:
         interval = "" if row["low"] is None else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
-        rows.append((row["size"], f"{row['difference']:+.4f}{interval}", f"{row['seeds']}"))
+        difference = f"{row['difference']:+.4f}{interval}"
+        shares = f"{row['share_grown']:.2f}", f"{row['share_scratch']:.2f}"
+        rows.append((row["size"], *shares, difference, f"{row['seeds']}"))
     return rows

@@ -298,8 +298,8 @@ def plans_of(config: SeriesConfig, vocab_size: int) -> tuple[ModelPlan, ...]:
     """The models of a series over a vocabulary, in the order they are trained.
 
     That is size by size, parents first. The first model of a chain has nothing to grow out of, so
-    chains whose first models are trained alike share it, and it is the model from scratch of that
-    size.
+    chains whose first models are trained alike share it. It is the model from scratch of that size,
+    unless the chain goes by what a lineage has read.
 
     Args:
         config: the settings.
@@ -366,13 +366,18 @@ class _Planner:
     def add(self, size: Size, arm: Arm) -> None:
         parent_size = self._parent_size(size)
         if not arm.grown or parent_size is None:
-            plan = self._plan(self.members[size], arm.root, None)
+            plan = self._plan(self.members[size], self._first(arm), None)
         else:
-            is_root = self._parent_size(parent_size) is None
-            name = (arm.root if is_root else arm).name
+            is_first = self._parent_size(parent_size) is None
+            name = (self._first(arm) if is_first else arm).name
             parent = self.plans[f"{self.members[parent_size].label}-{name}"]
             plan = self._plan(self.members[size], arm, parent)
         self.plans.setdefault(plan.name, plan)
+
+    def _first(self, arm: Arm) -> Arm:
+        """How the first model of an arm's chain is trained."""
+        own = arm.grown and self.config.lineage is not None
+        return dataclasses.replace(arm.root, grown=own)
 
     def finished(self) -> tuple[ModelPlan, ...]:
         """The plans, which now keep what their children grow out of."""
@@ -380,6 +385,31 @@ class _Planner:
             dataclasses.replace(plan, kept=tuple(sorted({*plan.kept, *self._grown_at(plan)})))
             for plan in self.plans.values()
         )
+
+    def _branches(
+        self, member: _Member, arm: Arm, prior_tokens: int
+    ) -> tuple[list[float], list[int], int]:
+        """Shares, first steps and length of the cooled branches, the model's own last."""
+        config, steps = self.config, member.steps
+        cooldown = max(1, round(config.cooldown * steps))
+        if arm.grown and config.lineage is not None:
+            inherited = prior_tokens / member.tokens_per_step
+            asked, ends = config.lineage, [round(t * steps - inherited) for t in config.lineage]
+            shares = [round(end / steps, 4) for end in ends]
+            what = f"the parents' {inherited / steps:.2f} and up to --lineage"
+            remedy = "name larger numbers, further apart"
+        else:
+            asked = config.shares if arm.grown else config.scratch_shares
+            ends, shares = [round(share * steps) for share in asked], list(asked)
+            what, remedy = "the shares", "raise --steps or --ratio, or name fewer shares"
+        starts = [end - cooldown for end in ends]
+        if starts[0] < 1 or len(set(starts)) < len(starts):
+            shown = ",".join(f"{number:g}" for number in asked)
+            raise UsageError(
+                f"{member.label}-{arm.name}: the {steps} steps of a model from scratch are too few "
+                f"for cooled branches of {cooldown} at {what} {shown}: {remedy}"
+            )
+        return shares, starts, cooldown
 
     def _grown_at(self, plan: ModelPlan) -> set[int]:
         return {child.grown_at for child in self.plans.values() if child.parent == plan.name}
@@ -400,17 +430,7 @@ class _Planner:
             prior_tokens = parent.prior_tokens + sequences * config.sequence_len
             size = member.settings.batch_size
             first = -(-(parent.first_sample + sequences) // size) * size  # rounded up
-        shares = config.scratch_shares if parent is None else config.shares
-        cooldown = max(1, round(config.cooldown * member.steps))
-        starts = [round(share * member.steps) - cooldown for share in shares]
-        name = f"{member.label}-{arm.name}"
-        if starts[0] < 1 or len(set(starts)) < len(starts):
-            shown = ",".join(f"{share:g}" for share in shares)
-            raise UsageError(
-                f"{name}: the {member.steps} steps of a model from scratch are too few for cooled "
-                f"branches of {cooldown} at the shares {shown}: raise --steps or --ratio, or name "
-                "fewer shares"
-            )
+        shares, starts, cooldown = self._branches(member, arm, prior_tokens)
         branches = tuple(zip(shares[:-1], starts[:-1], strict=True))
         return ModelPlan(
             size=member.label,

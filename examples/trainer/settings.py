@@ -204,6 +204,10 @@ class SeriesConfig:
             its own trunk up to there and the branch. The largest is the model; the trunk goes on
             until there. The others are measured, and nothing depends on them.
         scratch_shares: the same of models from scratch; the last is 1.
+        lineage: instead of shares: cooled branches of a grown model where it and its ancestors have
+            read so many times the tokens of the model from scratch of its size, the branch
+            included. The largest is the model. The first model of a chain is then one of its own,
+            trained as long; ``None``: by the shares, and that model is the one from scratch.
         grow_at: where in its parent's trunk a model grows, as a share of that trunk.
         blocks: where growing puts new blocks: appended, after the last; inserted, between the old
             ones as copies whose writes are 0.
@@ -242,6 +246,7 @@ class SeriesConfig:
     cooldown_shape: CooldownShape = option("1-sqrt", choice("1-sqrt", "linear"))
     shares: tuple[float, ...] = option((0.3, 0.4, 0.5), _shares(_MOST_OF_A_TWIN))
     scratch_shares: tuple[float, ...] = option((1.0,), _shares(1.0))
+    lineage: tuple[float, ...] | None = option(None, optional(_shares(_MOST_OF_A_TWIN)))
     grow_at: float = option(1.0, _SHARE)
     blocks: Blocks = option("appended", choice("appended", "inserted"))
     batch_size: int | ByRule = option(4, word_or(RULE, integer(1, 4096)))
@@ -277,7 +282,8 @@ class SeriesConfig:
         if self.steps is None and self.ratio is None:
             raise OptionError("ratio: none, and no steps: name one of them")
         grows = any(arm.startswith("grown") for arm in self.arms)
-        for name in ("shares", "scratch_shares") if grows else ("scratch_shares",):
+        by = "shares" if self.lineage is None else "lineage"
+        for name in (by, "scratch_shares") if grows else ("scratch_shares",):
             least = getattr(self, name)[0]
             if least <= self.cooldown:
                 raise OptionError(

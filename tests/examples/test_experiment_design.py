@@ -34,16 +34,13 @@ def test_a_chain_and_its_twins_differ_by_growing_and_the_cooldown_alone() -> Non
             job.config for job in jobs_of("miniature", design) if f"seed-{seed}" in job.name
         )
         assert chain.arms == ("grown",)
-        assert {size for twin in twins for size in twin.depths} == set(chain.depths[1:])
+        assert {size for twin in twins for size in twin.depths} == set(chain.depths)
+        assert chain.lineage == design.lineage
         for twin in twins:
-            same = replace(chain, arms=twin.arms, depths=twin.depths, cooldown=twin.cooldown)
-            assert twin == same
+            scratch = {"arms": twin.arms, "depths": twin.depths, "lineage": None}
+            cooled = {"cooldown": twin.cooldown, "scratch_shares": twin.scratch_shares}
+            assert twin == replace(chain, **scratch, **cooled)
     assert {job.config.seed for job in jobs_of("miniature", design)} == set(design.seeds)
-
-
-def test_a_twin_has_a_branch_with_the_steps_of_the_chain() -> None:
-    for design in DESIGNS.values():
-        assert design.base.shares[-1] in design.base.scratch_shares
 
 
 def test_seeds_of_tuning_and_search_are_not_reported() -> None:

@@ -22,7 +22,7 @@ DESIGN = replace(
     bracket_sizes=(2,),
     brackets={"lr": (1e-3, 3e-3)},
     search={"inserted": {"blocks": "inserted"}},
-    search_members=2,
+    first_members=2,
 )
 
 
@@ -33,9 +33,10 @@ def keep(results: Path, name: str, *records: dict[str, Any]) -> None:
 
 
 def keep_seed(results: Path, seed: int, grown: float) -> None:
-    first = trained("d2-scratch", 3.0, seed=seed)
+    first = trained("d2-grown", 2.9, seed=seed)
     ours = trained("d4-grown", {0.2: 2.9, 0.4: grown}, first, seed=seed)
     keep(results, f"miniature/chain-of-2-seed-{seed}", first, ours)
+    keep(results, f"miniature/twin-2-seed-{seed}", trained("d2-scratch", 3.0, seed=seed))
     twin = trained("d4-scratch", {0.4: 2.7, 1.0: 2.5}, seed=seed)
     keep(results, f"miniature/twin-4-seed-{seed}", twin)
 
@@ -56,7 +57,7 @@ def test_the_saving_and_its_interval_are_those_of_the_seeds(tmp_path: Path) -> N
     saving = found["saving"]["adamw"]
     assert saving["mean"] == pytest.approx(1 - paid / (100 * (4 + 16) * 600_000))
     assert saving["low"] == pytest.approx(saving["high"])  # every seed pays the same
-    assert (saving["seeds"], saving["worse"], saving["compared"]) == (3, 0, 3)
+    assert (saving["seeds"], saving["worse"], saving["compared"]) == (3, 0, 6)
     assert saving["at_equal_loss"]
     assert found["prediction"] == PREDICTION
     assert "at equal loss" in page
@@ -76,13 +77,14 @@ def test_growing_is_held_against_the_same_steps_from_random_weights(tmp_path: Pa
         keep_seed(tmp_path, seed, grown)
     (row,) = summary(tmp_path)[0]["same_budget"]
     assert (row["size"], row["seeds"]) == ("d4", 3)
+    assert (row["share_grown"], row["share_scratch"]) == (0.4, 0.4)
     assert row["difference"] == pytest.approx(2.4 - 2.7)
     assert row["low"] < row["difference"] < row["high"] < 0
 
 
 def test_a_seed_without_a_twin_is_left_out_and_said(tmp_path: Path) -> None:
     keep_seed(tmp_path, 0, 2.4)
-    first = trained("d2-scratch", 3.0, seed=1)
+    first = trained("d2-grown", 2.9, seed=1)
     ours = trained("d4-grown", {0.2: 2.9, 0.4: 2.4}, first, seed=1)
     keep(tmp_path, "miniature/chain-of-2-seed-1", first, ours)
     found, page = summary(tmp_path)
@@ -99,10 +101,11 @@ def test_brackets_have_the_value_of_the_others_among_them(tmp_path: Path) -> Non
 
 def test_a_searched_chain_is_held_against_the_twins_of_its_own_seed(tmp_path: Path) -> None:
     keep_seed(tmp_path, 0, 2.4)
-    first = trained("d2-scratch", 3.0, seed=200)
+    first = trained("d2-grown", 2.9, seed=200)
     ours = trained("d4-grown", {0.2: 2.9, 0.4: 2.45}, first, seed=200)
-    keep(tmp_path, "search/chain-inserted-of-2-seed-200", first, ours)
-    keep(tmp_path, "search/twin-4", trained("d4-scratch", 2.44, seed=200))
+    keep(tmp_path, "search/chain-inserted-seed-200", first, ours)
+    keep(tmp_path, "search/twin-2-seed-200", trained("d2-scratch", 3.0, seed=200))
+    keep(tmp_path, "search/twin-4-seed-200", trained("d4-scratch", 2.44, seed=200))
     account = summary(tmp_path)[0]["accounts"]["search: inserted"]
     assert account["members"][1]["difference"]["mean"] == pytest.approx(0.01)
 

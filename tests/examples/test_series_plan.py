@@ -66,6 +66,24 @@ def test_shares_are_of_the_twins_steps_and_contain_the_cooled_branch() -> None:
     assert curve.steps == 30
 
 
+def test_a_lineage_reads_so_many_times_the_tokens_of_the_twin() -> None:
+    found = plans(arms=("scratch", "grown+ars", "grown+ewc+ars"), steps=(40, 60, 100),
+                  lineage=(1.2, 1.5))  # fmt: skip
+    assert [name for name in found if name.startswith("d2")] == ["d2-scratch", "d2-grown+ars"]
+    first, second, third = (found[f"{size}-grown+ars"] for size in ("d2", "3x8", "3x12"))
+    assert (first.parent, first.warmup, first.share, first.full_steps) == (None, 20, 1.5, 40)
+    assert (first.trunk, first.cooldown, first.branches) == (56, 4, ((1.2, 44),))
+    assert (second.parent, second.prior_tokens, second.warmup) == ("d2-grown+ars", 56 * 400, 0)
+    assert (second.trunk, second.cooldown) == (90 - 56 - 6, 6)
+    assert (second.share, second.branches) == (0.5667, ((0.2667, 72 - 56 - 6),))
+    assert (third.trunk, third.cooldown, third.branches) == (56, 10, ((0.36, 26),))
+    for plan in (first, second, third):
+        assert plan.prior_tokens + plan.steps * 400 == 1.5 * plan.full_steps * 400
+    other = found["3x8-grown+ewc+ars"]
+    assert (other.parent, other.trunk) == ("d2-grown+ars", second.trunk)
+    assert found["3x12-scratch"].steps == 100
+
+
 def test_what_is_kept_is_where_branches_and_children_begin() -> None:
     found = plans()
     assert found["d2-scratch"].kept == (36,)
@@ -151,6 +169,10 @@ def test_a_child_reads_on_where_its_parents_trunk_was_left_whatever_their_batche
         ),
         ({"steps": (1, 40, 40)}, r"d2-scratch: the 1 steps of a model from scratch are too few"),
         ({"shares": (0.3, 0.31, 0.5)}, r"3x8-grown: the 30 steps .* or name fewer shares"),
+        (
+            {"lineage": (1.2, 1.5), "steps": (40, 30, 20)},
+            r"3x8-grown: the 30 steps .* 1\.87 and up to --lineage 1\.2,1\.5: name larger numbers",
+        ),
     ],
 )
 def test_series_that_have_no_steps_to_divide(changes: dict[str, object], says: str) -> None:
