@@ -16,7 +16,7 @@ from trainer.settings import Machine, SeriesConfig, Size
 
 __all__ = ["DESIGNS", "PREDICTION", "STAGES", "Design", "Job", "Stage", "jobs_of"]
 
-Stage = Literal["twin", "uniform", "search", "miniature", "muon", "factor", "point"]
+Stage = Literal["first-twin", "uniform", "twin", "search", "miniature", "muon", "factor", "point"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 # Made before the first run that is reported, of the formula in `analysis.series_account` and the
@@ -31,6 +31,8 @@ PREDICTION = {
 _TUNING_SEED = 100
 _SEARCH_SEED = 200
 _COOLDOWN = 0.05  # of a chain; half of the twin's
+# The first recipe: twice the batch, and one share for all members.
+_FIRST_BATCH = 4
 _UNIFORM_SHARES = (0.29, 0.34, 0.39)
 _UNIFORM_SCRATCH_SHARES = (0.39, 0.7, 1.0)
 _UNIFORM_SEEDS = (0, 1)
@@ -93,7 +95,7 @@ _BASE = SeriesConfig(
     depths=_MINIATURE,
     head_dim=8,
     ratio=8.0,
-    batch_size=4,
+    batch_size=2,
     sequence_len=128,
     lr=3e-3,
     weight_decay=0.05,
@@ -114,7 +116,7 @@ _WHOLE = Design(
     bracket_sizes=("3x48", "5x64", "8x88"),
     brackets={
         "lr": (1.5e-3, 3e-3, 6e-3),
-        "batch_size": (2, 4, 8, 16),
+        "batch_size": (1, 2, 4, 8, 16),
         "cooldown": (0.05, 0.1, 0.2),
         "warmup_steps": (5, 20, 100),
         "weight_decay": (0.0, 0.05, 0.2),
@@ -134,8 +136,7 @@ _WHOLE = Design(
         "cooldown-of-twin": {"cooldown": 0.1},
         "lr-low": {"lr": 1.5e-3},
         "lr-high": {"lr": 6e-3},
-        "batch-2": {"batch_size": 2},
-        "batch-8": {"batch_size": 8},
+        "batch-4": {"batch_size": 4},
         "no-decay": {"weight_decay": 0.0},
     },
     first_members=6,
@@ -176,11 +177,11 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
 
     Args:
         stage: twin: each setting of a model from scratch around the others, at the smallest, a
-            middle and the largest size, on a seed that is not reported. uniform: the first recipe,
-            one share for all members. search: changes to the chain, on a seed that is not reported.
-            miniature: all twins and the chain, with AdamW. muon: the same with Muon. factor: chains
-            of fewer members, which grow by more, out of a first one that is its own twin. point:
-            growing at a half of the parent's trunk.
+            middle and the largest size, on a seed that is not reported. first-twin, uniform: the
+            same, and chains, of the first recipe. search: changes to the chain, on a seed that is
+            not reported. miniature: all twins and the chain, with AdamW. muon: the same with Muon.
+            factor: chains of fewer members, which grow by more, out of a first one that is its own
+            twin. point: growing at a half of the parent's trunk.
         design: of the experiment.
 
     Example:
@@ -188,6 +189,8 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
         ['factor/one-jump-of-3-seed-2']
     """
     base, of, jobs = design.base, f"of-{len(design.base.depths)}", []
+    if stage in ("first-twin", "uniform"):
+        base = replace(base, batch_size=_FIRST_BATCH)
     first = base.depths[: design.first_members]
 
     def add(name: str, **changes: Any) -> None:
@@ -201,7 +204,7 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
         for size in reversed(sizes):  # the longest first, for two at a time
             add(f"twin-{size}-seed-{seed}", **{"depths": (size,), "seed": seed, **changes})
 
-    if stage == "twin":
+    if stage in ("first-twin", "twin"):
         for size in design.bracket_sizes:
             alone = {"depths": (size,), "seed": _TUNING_SEED, "scratch_shares": (1.0,)}
             add(f"{size}-as-reported", **alone)

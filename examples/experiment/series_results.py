@@ -6,6 +6,7 @@ in the seeds in which its chain and all its twins are finished.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -177,20 +178,23 @@ def _same_budget(runs: Runs, design: Design) -> list[dict[str, Any]]:
 
 
 def _brackets(runs: Runs, design: Design) -> list[dict[str, Any]]:
-    """Each setting of a model from scratch, one at a time, at three sizes."""
+    """Each setting of a model from scratch, one at a time, at three sizes and two batches."""
+    stages: tuple[Stage, ...] = ("twin", "first-twin")
     rows = []
-    jobs = {job.name: job for job in jobs_of("twin", design) if job.name in runs}
-    for size in design.bracket_sizes:
-        usual = f"twin/{size}-as-reported"
+    for stage, size in product(stages, design.bracket_sizes):
+        jobs = {job.name: job for job in jobs_of(stage, design)}
+        usual = f"{stage}/{size}-as-reported"
         for setting, values in design.brackets.items():
             found = {}
             for value in values:
-                own = value == getattr(design.base, setting)
-                name = usual if own else f"twin/{size}-{setting}-{value:g}"
-                if name in jobs:
+                own = value == getattr(jobs[usual].config, setting)
+                name = usual if own else f"{stage}/{size}-{setting}-{value:g}"
+                if name in runs:
                     found[f"{value:g}"] = runs[name][0].val_bpb
             if len(found) > 1:
-                rows.append({"size": size, "setting": setting, "bits_per_byte": found})
+                batch = jobs[usual].config.batch_size
+                row = {"size": size, "batch_size": batch, "setting": setting}
+                rows.append({**row, "bits_per_byte": found})
     return rows
 
 
@@ -224,10 +228,10 @@ def _efficiency_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]
 
 
 def _bracket_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("size", "setting", "bits per byte at each value")]
+    rows: list[tuple[str, ...]] = [("size", "batch", "setting", "bits per byte at each value")]
     for row in found:
         shown = ", ".join(f"{value}: {bpb:.4f}" for value, bpb in row["bits_per_byte"].items())
-        rows.append((f"{row['size']}", row["setting"], shown))
+        rows.append((f"{row['size']}", f"{row['batch_size']}", row["setting"], shown))
     return rows
 
 

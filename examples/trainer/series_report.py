@@ -174,10 +174,10 @@ def markdown_table(records: Sequence[Record]) -> str:
             difference,
         ))  # fmt: skip
     root = records[0]
-    alike = not any(r.get("parent") is None and parse_arm(r["arm"]).grown for r in records)
+    firsts = [parse_arm(r["arm"]) for r in records if r["size"] == root["size"]]
     one_run = f"- {root['size']} has no parent: there a grown model and its twin are one run."
     notes = [
-        *([one_run] if alike else []),
+        *([] if any(arm.grown for arm in firsts) else [one_run]),
         "- share: steps, as a share of those of the twin, the model from scratch of the same size.",
         "- FLOPs: of the model's own trunk and cooled branch. lineage FLOPs: of its parents' "
         "trunks, Fisher passes and growing too. Evaluating is not counted.",
