@@ -14,7 +14,9 @@ from typing import Any, Literal, get_args
 
 from trainer.settings import Machine, SeriesConfig, Size
 
-__all__ = ["DESIGNS", "PREDICTION", "STAGES", "Design", "Job", "Stage", "jobs_of"]
+__all__ = [
+    "DESIGNS", "PREDICTION", "STAGES", "Design", "Job", "Stage", "brackets_of", "jobs_of",
+]  # fmt: skip
 
 Stage = Literal["first-twin", "uniform", "twin", "search", "miniature", "muon", "factor", "point"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -31,8 +33,15 @@ PREDICTION = {
 _TUNING_SEED = 100
 _SEARCH_SEED = 200
 _COOLDOWN = 0.05  # of a chain; half of the twin's
-# The first recipe: twice the batch, and one share for all members.
-_FIRST_BATCH = 4
+# The first recipe: settings by habit, and one share for all members.
+_FIRST_SETTINGS = {"batch_size": 4, "lr": 3e-3, "warmup_steps": 20}
+_FIRST_BRACKETS = {
+    "lr": (1.5e-3, 3e-3, 6e-3),
+    "batch_size": (2, 4, 8, 16),
+    "cooldown": (0.05, 0.1, 0.2),
+    "warmup_steps": (5, 20, 100),
+    "weight_decay": (0.0, 0.05, 0.2),
+}
 _UNIFORM_SHARES = (0.29, 0.34, 0.39)
 _UNIFORM_SCRATCH_SHARES = (0.39, 0.7, 1.0)
 _UNIFORM_SEEDS = (0, 1)
@@ -95,11 +104,11 @@ _BASE = SeriesConfig(
     depths=_MINIATURE,
     head_dim=8,
     ratio=8.0,
-    batch_size=2,
+    batch_size=1,
     sequence_len=128,
-    lr=3e-3,
+    lr=1.5e-3,
     weight_decay=0.05,
-    warmup_steps=20,
+    warmup_steps=100,
     cooldown=0.1,
     shares=_UNIFORM_SHARES,
     scratch_shares=(0.3, 1.0),
@@ -115,10 +124,10 @@ _WHOLE = Design(
     muon_seeds=(2, 3, 4),
     bracket_sizes=("3x48", "5x64", "8x88"),
     brackets={
-        "lr": (1.5e-3, 3e-3, 6e-3),
-        "batch_size": (1, 2, 4, 8, 16),
+        "lr": (7.5e-4, 1.5e-3, 3e-3),
+        "batch_size": (1, 2, 4),
         "cooldown": (0.05, 0.1, 0.2),
-        "warmup_steps": (5, 20, 100),
+        "warmup_steps": (20, 100, 400),
         "weight_decay": (0.0, 0.05, 0.2),
     },
     subsets={
@@ -134,9 +143,9 @@ _WHOLE = Design(
         "at-half": {"grow_at": 0.5},
         "linear": {"cooldown_shape": "linear"},
         "cooldown-of-twin": {"cooldown": 0.1},
-        "lr-low": {"lr": 1.5e-3},
-        "lr-high": {"lr": 6e-3},
-        "batch-4": {"batch_size": 4},
+        "lr-low": {"lr": 7.5e-4},
+        "lr-high": {"lr": 3e-3},
+        "batch-2": {"batch_size": 2},
         "no-decay": {"weight_decay": 0.0},
     },
     first_members=6,
@@ -164,12 +173,22 @@ DESIGNS = {
         seeds=(2,),
         muon_seeds=(2,),
         bracket_sizes=("1x16",),
-        brackets={"lr": (1.5e-3, 3e-3)},
+        brackets={"lr": (7.5e-4, 1.5e-3)},
         subsets={"one-jump": ("1x16", "2x24")},
         search={"inserted": {"blocks": "inserted"}},
         first_members=2,
     ),
 }  # fmt: skip
+
+
+def brackets_of(stage: Stage, design: Design) -> dict[str, tuple[float, ...]]:
+    """The values of each setting that are tried on a model from scratch.
+
+    Args:
+        stage: twin or first-twin.
+        design: of the experiment.
+    """
+    return _FIRST_BRACKETS if stage == "first-twin" else design.brackets
 
 
 def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
@@ -190,7 +209,7 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
     """
     base, of, jobs = design.base, f"of-{len(design.base.depths)}", []
     if stage in ("first-twin", "uniform"):
-        base = replace(base, batch_size=_FIRST_BATCH)
+        base = replace(base, **_FIRST_SETTINGS)
     first = base.depths[: design.first_members]
 
     def add(name: str, **changes: Any) -> None:
@@ -208,7 +227,7 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
         for size in design.bracket_sizes:
             alone = {"depths": (size,), "seed": _TUNING_SEED, "scratch_shares": (1.0,)}
             add(f"{size}-as-reported", **alone)
-            for setting, values in design.brackets.items():
+            for setting, values in brackets_of(stage, design).items():
                 for value in values:
                     if value != getattr(base, setting):
                         add(f"{size}-{setting}-{value:g}", **{**alone, setting: value})

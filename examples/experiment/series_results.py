@@ -17,7 +17,14 @@ from ars.atomic import replacing
 from common.plain_files import write_atomically
 from common.statistics import Estimate
 from common.tables import markdown
-from experiment.series_design import PREDICTION, STAGES, Design, Stage, jobs_of
+from experiment.series_design import (
+    PREDICTION,
+    STAGES,
+    Design,
+    Stage,
+    brackets_of,
+    jobs_of,
+)  # fmt: skip
 
 __all__ = ["records_of", "write_results"]
 
@@ -184,7 +191,7 @@ def _brackets(runs: Runs, design: Design) -> list[dict[str, Any]]:
     for stage, size in product(stages, design.bracket_sizes):
         jobs = {job.name: job for job in jobs_of(stage, design)}
         usual = f"{stage}/{size}-as-reported"
-        for setting, values in design.brackets.items():
+        for setting, values in brackets_of(stage, design).items():
             found = {}
             for value in values:
                 own = value == getattr(jobs[usual].config, setting)

@@ -20,7 +20,7 @@ DESIGN = replace(
     seeds=(0, 1, 2),
     muon_seeds=(),
     bracket_sizes=(2,),
-    brackets={"lr": (1e-3, 3e-3)},
+    brackets={"lr": (1e-3, 1.5e-3)},
     search={"inserted": {"blocks": "inserted"}},
     first_members=2,
 )
@@ -93,13 +93,13 @@ def test_a_seed_without_a_twin_is_left_out_and_said(tmp_path: Path) -> None:
 
 
 def test_brackets_have_the_value_of_the_others_among_them(tmp_path: Path) -> None:
-    for stage, loss in (("twin", 3.0), ("first-twin", 4.0)):
+    for stage, loss, rate in (("twin", 3.0, "0.001"), ("first-twin", 4.0, "0.0015")):
         keep(tmp_path, f"{stage}/2-as-reported", trained("d2-scratch", loss, seed=100))
-        keep(tmp_path, f"{stage}/2-lr-0.001", trained("d2-scratch", loss + 0.1, seed=100))
+        keep(tmp_path, f"{stage}/2-lr-{rate}", trained("d2-scratch", loss + 0.1, seed=100))
     first, second = summary(tmp_path)[0]["brackets"]
     row = {"size": 2, "setting": "lr"}
-    assert first == {**row, "batch_size": 2, "bits_per_byte": {"0.001": 3.1, "0.003": 3.0}}
-    assert second == {**row, "batch_size": 4, "bits_per_byte": {"0.001": 4.1, "0.003": 4.0}}
+    assert first == {**row, "batch_size": 1, "bits_per_byte": {"0.001": 3.1, "0.0015": 3.0}}
+    assert second == {**row, "batch_size": 4, "bits_per_byte": {"0.0015": 4.1, "0.003": 4.0}}
 
 
 def test_a_searched_chain_is_held_against_the_twins_of_its_own_seed(tmp_path: Path) -> None:
