@@ -243,7 +243,7 @@ def checked_batch(
 
 
 def labelled_samples(
-    batches: Any, n_samples: int | None, *, segments: bool = False
+    batches: Any, n_samples: int | None, *, segments: bool = False, needed: bool = True
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield checked batches of inputs and targets, and maybe segments, until there are enough.
 
@@ -251,19 +251,22 @@ def labelled_samples(
         batches: What a user passed.
         n_samples: As for :func:`take_samples`.
         segments: Whether batches hold segments.
+        needed: As for :func:`take_samples`.
     """
     given = enumerate(checked_batches(batches))
-    return take_samples((checked_batch(b, i, segments=segments) for i, b in given), n_samples)
+    checked = (checked_batch(b, i, segments=segments) for i, b in given)
+    return take_samples(checked, n_samples, needed=needed)
 
 
 def take_samples(
-    batches: Iterable[tuple[Tensor, ...]], n_samples: int | None
+    batches: Iterable[tuple[Tensor, ...]], n_samples: int | None, *, needed: bool = True
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield batches until they hold ``n_samples``, cutting the last one to fit.
 
     Args:
         batches: Checked tensors, whose first dimension is the samples.
         n_samples: How many samples to take, >= 1; None for all.
+        needed: Whether there must be one, if ``n_samples`` is None.
 
     Raises:
         ValueError: ``n_samples`` is not a positive integer, there are fewer, or none at all. Raised
@@ -279,7 +282,7 @@ def take_samples(
         yield batch
         if seen == n_samples:
             return
-    if seen == 0:
+    if seen == 0 and (needed or n_samples is not None):
         raise ValueError("batches is empty: at least one sample is needed")
     if n_samples is not None:
         raise ValueError(

@@ -20,9 +20,16 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ars": (("ars",), ("ars.models", "ars.regularizers")),
     "ars.reference": (("ars.reference",), ()),
     "ars.csrc_triton": (("ars.csrc_triton",), ()),
-    "ars.models": (("ars.models", "ars.reference"), ()),
+    "ars.models": (("ars.models", "ars.reference", "ars.sharded"), ()),
     "ars.regularizers": (
-        ("ars.regularizers", "ars.squares", "ars.penalty", "ars.reference", "ars.atomic"),
+        (
+            "ars.regularizers",
+            "ars.squares",
+            "ars.penalty",
+            "ars.reference",
+            "ars.atomic",
+            "ars.sharded",
+        ),
         (),
     ),
     "": (  # examples

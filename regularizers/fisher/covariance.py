@@ -22,7 +22,9 @@ from ars.regularizers.checks import (
     checked_module,
     take_samples,
 )
+from ars.regularizers.fisher.gathered import gathered
 from ars.regularizers.fisher.layers import (
+    MatrixLayer,
     batched_rows,
     check_order,
     check_rows,
@@ -31,6 +33,7 @@ from ars.regularizers.fisher.layers import (
     recorded_uses,
     warn_of_others,
 )
+from ars.regularizers.fisher.processes import Group, Processes
 from ars.regularizers.fisher.row_proof import Passes
 
 __all__ = ["ActivationCovariance"]
@@ -48,11 +51,18 @@ class ActivationCovariance:
 
     Parameters of other layers have none; :meth:`fit` warns and names them.
 
+    Several processes average over the samples of all, as those of a
+    :class:`~ars.regularizers.DiagonalFisher` do. Sharded parameters are gathered meanwhile; the
+    result is whole in each process.
+
     Args:
         model: Maps a batch of inputs, shape (B, ...), to anything.
+        process_group: The processes whose samples are averaged over: None for torch's default
+            group, if ``torch.distributed`` is initialised; False for this process alone.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``process_group`` not a group that this process is
+            in.
 
     Example:
         >>> import torch
@@ -71,8 +81,11 @@ class ActivationCovariance:
         arXiv:1810.01256.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    _processes = Processes(None)  # of pickles of version 0.1.0, which have none
+
+    def __init__(self, model: nn.Module, *, process_group: Group = None) -> None:
         self.model = checked_module(model)
+        self._processes = Processes(process_group)
         self._moments: dict[str, _Moment] | None = None
         self._n_samples = 0
 
@@ -105,7 +118,7 @@ class ActivationCovariance:
 
     @property
     def n_samples(self) -> int:
-        """Samples (sequences) seen, 0 before :meth:`fit`."""
+        """Samples (sequences) that all processes saw, 0 before :meth:`fit`."""
         return self._n_samples
 
     @torch.inference_mode(False)  # whose tensors could not be changed afterwards
@@ -122,20 +135,61 @@ class ActivationCovariance:
             batches: Inputs on the model's device, or pairs (inputs, targets) as for
                 :meth:`ars.regularizers.DiagonalFisher.fit`, whose targets only say with -100 which
                 positions do not count.
-            n_samples: Stop after exactly that many samples, within a batch if need be, >= 1; by
-                default all are used.
+            n_samples: Stop after exactly that many samples of this process, within a batch if need
+                be, >= 1; by default all are used.
 
         Returns:
             This object.
 
         Raises:
-            TypeError: A batch is neither a tensor nor a pair of tensors.
+            TypeError: A batch is neither a tensor nor a pair of tensors, or the model is one of
+                FullyShardedDataParallel.
             ValueError: No samples, or fewer than ``n_samples``; no layer to look at, or samples
-                that are mixed in one; no position that counts, or activations that are not finite.
+                that are mixed in one; no position that counts, or activations that are not finite;
+                a wrong ``process_group`` of a sharded model.
+            RuntimeError: Another process could not fit its samples.
         """
-        layers = matrix_layers(self.model)
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
+        processes = self._processes
+        with gathered(self.model, processes):
+            layers = matrix_layers(self.model)
+            sums: dict[str, _Sum] = {}
+            add = partial(self._add_own_samples, sums, layers, batches, n_samples)
+            own = processes.each(add)
+        seen = sum(samples for _, samples in own)
+        if seen == 0:
+            raise ValueError("batches is empty in every process: at least one sample is needed")
+        # A layer may have run in some processes alone.
+        known = processes.agreed([sizes for sizes, _ in own], everywhere=False)
+        moments = {}
+        for name in [name for name in layers if name in known]:
+            device = next(iter(layers[name].modules.values())).weight.device
+            total = sums.pop(name, None) or _Sum.zero(device, *known[name])
+            processes.add_up_(total)
+            count = int(total.positions)
+            if count == 0:
+                raise ValueError(f"every position of {name!r} is masked: nothing to average over")
+            moments[name] = _Moment(total.products / count, count)
+            if not moments[name].mean.isfinite().all():
+                raise ValueError(
+                    f"the inputs of {name!r} are not finite; look for an overflow in the model "
+                    "(float16 overflows: use bfloat16 or float32)"
+                )
+        warn_of_others("ActivationCovariance", self.model, layers, moments)
+        self._moments, self._n_samples = moments, seen
+        return self
+
+    def _add_own_samples(
+        self,
+        sums: dict[str, "_Sum"],
+        layers: dict[str, MatrixLayer],
+        batches: Iterable[Tensor | tuple[Tensor, Tensor]],
+        n_samples: int | None,
+    ) -> tuple[dict[str, tuple[int, torch.dtype]], int]:
+        """Add this process's samples to ``sums``; return their sizes and dtypes, and the count.
+
+        Raises:
+            TypeError: The batches are one pair.
+        """
         seen, passes, orders = 0, Passes(self.model), Passes(self.model)
         if _is_one_pair(batches):
             raise TypeError(
@@ -145,7 +199,8 @@ class ActivationCovariance:
         given = checked_batches(batches)
         pairs = (_labelled(batch, index) for index, batch in enumerate(given))
         with recorded_uses(self.model, layers) as uses, torch.no_grad():
-            for inputs, targets in take_samples(pairs, n_samples):
+            needed = self._processes.count == 1
+            for inputs, targets in take_samples(pairs, n_samples, needed=needed):
                 uses.clear()
                 ordered = bool((targets == IGNORE_INDEX).any())
                 checks = orders if ordered else passes
@@ -155,22 +210,13 @@ class ActivationCovariance:
                 for use in uses:
                     rows, valid = batched_rows([use], targets, with_bias=True)
                     chosen = rows[valid]
-                    sums[use.weight] = sums.get(use.weight, 0) + outer_products(chosen)
-                    counts[use.weight] = counts.get(use.weight, 0) + len(chosen)
+                    if use.weight not in sums:
+                        sums[use.weight] = _Sum.zero(rows.device, rows.shape[-1], rows.dtype)
+                    total = sums[use.weight]
+                    total.products.add_(outer_products(chosen))
+                    total.positions.add_(len(chosen))
                 seen += len(targets)
-        moments = {}
-        for name in [name for name in layers if name in sums]:
-            if counts[name] == 0:
-                raise ValueError(f"every position of {name!r} is masked: nothing to average over")
-            moments[name] = _Moment(sums[name] / counts[name], counts[name])
-            if not moments[name].mean.isfinite().all():
-                raise ValueError(
-                    f"the inputs of {name!r} are not finite; look for an overflow in the model "
-                    "(float16 overflows: use bfloat16 or float32)"
-                )
-        warn_of_others("ActivationCovariance", self.model, layers, moments)
-        self._moments, self._n_samples = moments, seen
-        return self
+        return {n: (len(t.products), t.products.dtype) for n, t in sums.items()}, seen
 
     def merge(self, other: "ActivationCovariance") -> "ActivationCovariance":
         """Return what :meth:`fit` would have found on the data of both, of the model as it was.
@@ -195,7 +241,7 @@ class ActivationCovariance:
                     f"the other has {name!r}, which is no layer of this one's "
                     f"{type(self.model).__name__}: fit both on one model"
                 )
-        merged = ActivationCovariance(self.model)
+        merged = ActivationCovariance(self.model, process_group=self._processes.group)
         merged._moments = {}
         for name in mine | theirs:
             if name not in mine or name not in theirs:  # not run, or not there, in the one's data
@@ -217,6 +263,19 @@ class ActivationCovariance:
         if self._moments is None:
             raise RuntimeError("this ActivationCovariance is not fitted; call fit(batches) first")
         return self._moments
+
+
+class _Sum(NamedTuple):
+    """Sum of a a^T over the positions of one layer, and their number, int64."""
+
+    products: Tensor
+    positions: Tensor
+
+    @classmethod
+    def zero(cls, device: torch.device, size: int, dtype: torch.dtype) -> "_Sum":
+        """Start with nothing, of rows of ``size`` numbers."""
+        products = torch.zeros(size, size, dtype=dtype, device=device)
+        return cls(products, torch.zeros((), dtype=torch.int64, device=device))
 
 
 class _Moment(NamedTuple):

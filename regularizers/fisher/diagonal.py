@@ -9,9 +9,10 @@ quantity.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from numbers import Real
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from ars.regularizers.fisher.estimators import (
     count_units,
     drawn,
 )
+from ars.regularizers.fisher.gathered import gathered
 from ars.regularizers.fisher.per_sample import (
     METHODS,
     Differentiator,
@@ -44,7 +46,9 @@ from ars.regularizers.fisher.per_sample import (
     add_squared_batch_gradient,
     zero_sums,
 )
+from ars.regularizers.fisher.processes import Group, Processes
 from ars.regularizers.storage import Quantized, dequantize, quantize
+from ars.sharded import is_sharded, place_as, reshard, whole
 
 __all__ = ["DiagonalFisher"]
 
@@ -111,13 +115,18 @@ class DiagonalFisher:
             layer. One of the three is taken or refused.
         chunk_size: Samples differentiated together, >= 1; by default a batch, with ``"vmap"`` 8.
             With hooks it bounds the activations held; with vmap each needs a gradient's memory.
-        generator: Source of the random signs and labels; by default torch's own for the device.
+        generator: Source of the random signs and labels; by default torch's own for the device. Of
+            several processes each draws from its own: give each another seed. By default they draw
+            different numbers, however they are seeded.
         dtype: What the result is stored in: ``torch.float32``, ``torch.bfloat16`` or
             ``torch.uint8`` (:func:`~ars.regularizers.quantize`: 1.06 bytes a parameter); by default
             what it was summed in, float32 or float64.
+        process_group: The processes whose samples are added up: None for torch's default group, if
+            ``torch.distributed`` is initialised; False for this process alone.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``generator`` not a generator.
+        TypeError: ``model`` is not a module, ``generator`` not a generator, or ``process_group``
+            not a group that this process is in.
         ValueError: Unknown ``estimator``, ``unit``, ``method`` or ``dtype``; ``chunk_size`` or
             ``draws`` not a positive integer; a combination that has no meaning.
 
@@ -142,6 +151,8 @@ class DiagonalFisher:
         arXiv:2502.11756.
     """
 
+    _processes = Processes(None)  # of pickles of version 0.1.0, which have none
+
     def __init__(
         self,
         model: nn.Module,
@@ -153,8 +164,10 @@ class DiagonalFisher:
         chunk_size: int | None = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
+        process_group: Group = None,
     ) -> None:
         self.model = checked_module(model)
+        self._processes = Processes(process_group)
         self.estimator: str = checked_choice("estimator", estimator, (*ESTIMATORS, "adam"))
         self.unit: Unit = checked_choice("unit", unit, UNITS)
         self.draws = draws
@@ -214,7 +227,7 @@ class DiagonalFisher:
 
     @property
     def n_samples(self) -> int:
-        """Sequences that :attr:`importance` was estimated on, 0 before :meth:`fit`."""
+        """Sequences of all processes that :attr:`importance` is of, 0 before :meth:`fit`."""
         return self._n_samples
 
     def fit(
@@ -231,34 +244,69 @@ class DiagonalFisher:
                 position, for every estimator. A fully masked sequence counts, with gradient 0.
                 With ``unit="segment"`` triples (inputs, targets, segments): int64 of the shape of
                 ``targets``, equal at the positions of one document.
-            n_samples: Stop after exactly that many sequences, within a batch if need be, >= 1; by
-                default all are used.
+            n_samples: Stop after exactly that many sequences of this process, within a batch if
+                need be, >= 1; by default all are used.
 
         Returns:
             This object.
 
         Raises:
             TypeError: A batch is not a pair of tensors, targets are not int64, the model does not
-                return a floating-point tensor, or a parameter is complex.
+                return a floating-point tensor, or a parameter is complex or one of
+                FullyShardedDataParallel.
             ValueError: No samples, or fewer than ``n_samples``; an empty batch; shapes or devices
                 that do not fit; a target out of range; nothing to differentiate; more than 4096
-                backward passes a sample; an importance that is not finite.
-            RuntimeError: The ``method`` asked for cannot differentiate the model.
+                backward passes a sample; an importance that is not finite; ``dtype=torch.uint8`` or
+                a wrong ``process_group`` of a sharded model.
+            RuntimeError: The ``method`` asked for cannot differentiate the model, or another
+                process could not fit its samples.
         """
         if self.estimator == "adam":
             raise ValueError(
                 "estimator='adam' needs no data; use DiagonalFisher.from_optimizer(model, opt)"
             )
         check_can_differentiate("fit")
-        parameters = trainable(self.model)
-        total = zero_sums(parameters)
+        self._check_can_store()
+        processes = self._processes
+        with gathered(self.model, processes) as sharded:
+            parameters = trainable(self.model)
+            total = zero_sums(parameters)
+            add = partial(self._add_own_samples, total, parameters, batches, n_samples)
+            own = processes.each(add)
+        processes.agreed([part.sums for part in own], everywhere=True)
+        seen, units = sum(part.samples for part in own), sum(part.units for part in own)
+        if seen == 0:
+            raise ValueError("batches is empty in every process: at least one sample is needed")
+        if units == 0:
+            raise ValueError(f"every position is masked: there is no {self.unit} to average over")
+        processes.add_up_(total.values())
+        for tensor in total.values():
+            tensor.div_(units)
+        return self._store(total, seen, sharded)
+
+    def _add_own_samples(
+        self,
+        total: dict[str, Tensor],
+        parameters: dict[str, nn.Parameter],
+        batches: Iterable[tuple[Tensor, ...]],
+        n_samples: int | None,
+    ) -> "_Part":
+        """Add this process's samples to ``total``, and count them."""
         way = Differentiator(self.model, parameters, self.method, self.chunk_size)
-        samples = labelled_samples(batches, n_samples, segments=self.unit == "segment")
+        samples = labelled_samples(
+            batches,
+            n_samples,
+            segments=self.unit == "segment",
+            needed=self._processes.count == 1,
+        )
+        generator = self.generator
         seen = units = classes = 0
         with evaluation_mode(self.model), torch.enable_grad():
             for index, (inputs, targets, *segments) in enumerate(samples):
                 if seen == 0:
                     classes = check_logits(self.model(inputs[:1]), targets[:1]).shape[-1]
+                    if generator is None:
+                        generator = self._processes.generator(targets.device)
                 check_targets(targets, classes, index)
                 batch = drawn(
                     inputs,
@@ -266,7 +314,7 @@ class DiagonalFisher:
                     self.estimator,
                     draws=self.draws,
                     classes=classes,
-                    generator=self.generator,
+                    generator=generator,
                     unit=self.unit,
                     segments=segments[0] if segments else None,
                 )
@@ -276,9 +324,7 @@ class DiagonalFisher:
                     way.add_squares(total, self.estimator, batch)
                 seen += len(targets)
                 units += len(targets) if batch.units is None else count_units(batch.units)
-        if units == 0:
-            raise ValueError(f"every position is masked: there is no {self.unit} to average over")
-        return self._store({name: tensor.div_(units) for name, tensor in total.items()}, seen)
+        return _Part({n: (t.shape, t.dtype) for n, t in total.items()}, seen, units)
 
     @classmethod
     def from_optimizer(
@@ -328,11 +374,24 @@ class DiagonalFisher:
             Gradient Accumulator", arXiv:2507.18807.
         """
         fisher = cls(model, "adam", dtype=dtype)
-        return fisher._store(*_adam_importance(trainable(model), optimizer, scale))
+        fisher._check_can_store()
+        reshard(model)
+        return fisher._store(*_adam_importance(trainable(model), optimizer, scale), {})
 
-    def _store(self, importance: dict[str, Tensor], samples: int) -> "DiagonalFisher":
+    def _check_can_store(self) -> None:
+        for name, p in self.model.named_parameters():
+            if self.dtype == torch.uint8 and is_sharded(p):
+                raise ValueError(
+                    f"parameter {name!r} is sharded, and the scales of dtype=torch.uint8 are of "
+                    "blocks of the whole: leave dtype None or take torch.bfloat16, and let "
+                    "EWC(storage='compact') compress each process's part"
+                )
+
+    def _store(
+        self, importance: dict[str, Tensor], samples: int, sharded: Mapping[str, nn.Parameter]
+    ) -> "DiagonalFisher":
         for name, tensor in importance.items():
-            if not tensor.isfinite().all():
+            if not _is_finite(tensor):
                 raise ValueError(
                     f"the importance of {name!r} is not finite; check that the model's logits and "
                     "gradients are finite (float16 overflows: use bfloat16 or float32)"
@@ -340,9 +399,26 @@ class DiagonalFisher:
         if self.dtype == torch.uint8:
             self._importance = {name: quantize(tensor) for name, tensor in importance.items()}
         else:
-            self._importance = {n: t.to(self.dtype or t.dtype) for n, t in importance.items()}
+            self._importance = {
+                # Popped, so that no more than one is there in both ways.
+                name: place_as(tensor.to(self.dtype or tensor.dtype), sharded.get(name))
+                for name, tensor in ((n, importance.pop(n)) for n in list(importance))
+            }
         self._n_samples = samples
         return self
+
+
+class _Part(NamedTuple):
+    """What one process has added up: the shape and dtype of each sum, and how many it is of."""
+
+    sums: dict[str, tuple[torch.Size, torch.dtype]]
+    samples: int
+    units: int
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    finite = tensor.isfinite().all()
+    return bool(whole(finite))
 
 
 def _adam_importance(

@@ -34,6 +34,7 @@ from ars.regularizers.checks import (
     labelled_samples,
 )
 from ars.regularizers.fisher.estimators import ESTIMATORS, Chunk, cotangents, drawn
+from ars.regularizers.fisher.gathered import gathered
 from ars.regularizers.fisher.layers import (
     MatrixLayer,
     Use,
@@ -46,6 +47,7 @@ from ars.regularizers.fisher.layers import (
     recorded_uses,
     warn_of_others,
 )
+from ars.regularizers.fisher.processes import Group, Processes
 from ars.regularizers.fisher.row_proof import Passes, computed_in
 
 __all__ = ["KroneckerFactors", "KroneckerFisher", "nearest_product"]
@@ -78,16 +80,23 @@ class FactorSums:
     count: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, size: int) -> "FactorSums":
-        """Start at zero.
+    def zero(cls, device: torch.device, d: int, p: int, dtype: torch.dtype) -> "FactorSums":
+        """Start with nothing.
 
         Args:
-            rows: Like those to be added, (..., d).
-            size: p, how many outputs the layer has.
+            device: Of the rows.
+            d: How many numbers a row of the inputs has.
+            p: How many outputs the layer has.
+            dtype: Of the rows.
         """
-        d = rows.shape[-1]
-        zeros = rows.new_zeros
-        return cls(zeros(d, d), zeros(size, size), zeros((), dtype=torch.int64))
+        inputs = torch.zeros(d, d, dtype=dtype, device=device)
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(inputs, inputs.new_zeros(p, p), count)
+
+    @property
+    def size(self) -> tuple[int, int, torch.dtype]:
+        """What :meth:`zero` takes behind the device."""
+        return len(self.inputs), len(self.outputs), self.inputs.dtype
 
     def add_inputs(self, rows: Tensor, valid: Tensor, *, reduce: bool) -> None:
         """Add what the layer read.
@@ -135,6 +144,10 @@ class KroneckerFisher:
 
     Parameters of other layers have no factors; :meth:`fit` warns and names them.
 
+    Several processes average over the samples of all, as those of a
+    :class:`~ars.regularizers.DiagonalFisher` do. Sharded parameters are gathered meanwhile; the
+    factors are whole in each process.
+
     Cost: one forward pass and one backward pass without weight gradients (``"exact"``: one for
     each class and target position) a batch, and d^2 + p^2 products a position and layer.
 
@@ -146,10 +159,15 @@ class KroneckerFisher:
             :class:`~ars.regularizers.DiagonalFisher`.
         sharing: ``"expand"`` or ``"reduce"``.
         draws: Independent signs or labels a sample, >= 1, averaged; ``"sketch"`` and ``"mc"`` only.
-        generator: Source of the random signs and labels; by default torch's own for the device.
+        generator: Source of the random signs and labels; by default torch's own for the device. Of
+            several processes each draws from its own: give each another seed. By default they draw
+            different numbers, however they are seeded.
+        process_group: The processes whose samples are averaged over: None for torch's default
+            group, if ``torch.distributed`` is initialised; False for this process alone.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``generator`` not a generator.
+        TypeError: ``model`` is not a module, ``generator`` not a generator, or ``process_group``
+            not a group that this process is in.
         ValueError: Unknown ``estimator`` or ``sharing``; ``draws`` not a positive integer, or of an
             estimator that draws nothing.
 
@@ -176,6 +194,8 @@ class KroneckerFisher:
         architectures", arXiv:2311.00636.
     """
 
+    _processes = Processes(None)  # of pickles of version 0.1.0, which have none
+
     def __init__(
         self,
         model: nn.Module,
@@ -184,8 +204,10 @@ class KroneckerFisher:
         sharing: Sharing = "expand",
         draws: int = 1,
         generator: torch.Generator | None = None,
+        process_group: Group = None,
     ) -> None:
         self.model = checked_module(model)
+        self._processes = Processes(process_group)
         self.estimator: str = checked_choice("estimator", estimator, _ESTIMATORS)
         self.sharing: Sharing = checked_choice("sharing", sharing, _SHARINGS)
         check_draws(draws, estimator)
@@ -208,7 +230,7 @@ class KroneckerFisher:
 
     @property
     def n_samples(self) -> int:
-        """Samples (sequences) that :attr:`factors` average over, 0 before :meth:`fit`."""
+        """Samples of all processes that :attr:`factors` average over, 0 before :meth:`fit`."""
         return self._n_samples
 
     def fit(
@@ -223,26 +245,61 @@ class KroneckerFisher:
             batches: Pairs (inputs, targets) as for :meth:`ars.regularizers.DiagonalFisher.fit`. A
                 target of -100 masks its position: it sends no gradient, and does not count in A
                 of a layer with as many positions as targets (nor does a fully masked sample).
-            n_samples: Stop after exactly that many samples, within a batch if need be, >= 1; by
-                default all are used.
+            n_samples: Stop after exactly that many samples of this process, within a batch if need
+                be, >= 1; by default all are used.
 
         Returns:
             This object.
 
         Raises:
-            TypeError: A batch is not a pair of tensors, targets are not int64, or the model does
-                not return a floating-point tensor.
+            TypeError: A batch is not a pair of tensors, targets are not int64, the model does not
+                return a floating-point tensor, or is one of FullyShardedDataParallel.
             ValueError: No samples, or fewer than ``n_samples``; shapes or devices that do not fit;
                 a target out of range; more than 4096 backward passes a sample; no layer to factor,
-                or samples that are mixed in one; a factor that is not finite.
-            RuntimeError: A layer ran outside autograd.
+                or samples that are mixed in one; a factor that is not finite; a wrong
+                ``process_group`` of a sharded model.
+            RuntimeError: A layer ran outside autograd, or another process could not fit its
+                samples.
         """
         check_can_differentiate("fit")
-        check_trainable({n: p for n, p in self.model.named_parameters() if p.requires_grad})
-        layers = matrix_layers(self.model)
-        sums: dict[str, FactorSums] = {}
+        processes = self._processes
+        with gathered(self.model, processes):
+            check_trainable({n: p for n, p in self.model.named_parameters() if p.requires_grad})
+            layers = matrix_layers(self.model)
+            sums: dict[str, FactorSums] = {}
+            add = partial(self._add_own_samples, sums, layers, batches, n_samples)
+            own = processes.each(add)
+        seen = sum(samples for _, samples in own)
+        if seen == 0:
+            raise ValueError("batches is empty in every process: at least one sample is needed")
+        # A layer may have run in some processes alone.
+        known = processes.agreed([sizes for sizes, _ in own], everywhere=False)
+        factors = {}
+        for name in [name for name in layers if name in known]:
+            device = next(iter(layers[name].modules.values())).weight.device
+            total = sums.pop(name, None) or FactorSums.zero(device, *known[name])
+            processes.add_up_((total.inputs, total.outputs, total.count))
+            factors[name] = total.means(seen)
+            if not all(factor.isfinite().all() for factor in factors[name]):
+                raise ValueError(
+                    f"a factor of {name!r} is not finite; check that the model's activations and "
+                    "gradients are finite (float16 overflows: use bfloat16 or float32)"
+                )
+        warn_of_others("KroneckerFisher", self.model, layers, factors)
+        self._factors, self._n_samples = factors, seen
+        return self
+
+    def _add_own_samples(
+        self,
+        sums: dict[str, FactorSums],
+        layers: dict[str, MatrixLayer],
+        batches: Iterable[tuple[Tensor, Tensor]],
+        n_samples: int | None,
+    ) -> tuple[dict[str, tuple[int, int, torch.dtype]], int]:
+        """Add this process's samples to ``sums``; return their sizes, and the count."""
+        generator = self.generator
         seen, passes, orders = 0, Passes(self.model), Passes(self.model)
-        samples = labelled_samples(batches, n_samples)
+        samples = labelled_samples(batches, n_samples, needed=self._processes.count == 1)
         with recorded_uses(self.model, layers) as uses, torch.enable_grad():
             for index, (inputs, targets) in enumerate(samples):
                 uses.clear()
@@ -252,28 +309,20 @@ class KroneckerFisher:
                 check_targets(targets, logits.shape[-1], index)
                 order = partial(self._check_order, uses, logits, index) if ordered else None
                 check_rows(checks, self.model, uses, inputs, logits, order)
+                if generator is None:
+                    generator = self._processes.generator(targets.device)
                 chunk = drawn(
                     inputs,
                     targets,
                     self.estimator,
                     draws=self.draws,
                     classes=logits.shape[-1],
-                    generator=self.generator,
+                    generator=generator,
                 )
                 # A copy: activation checkpointing runs layers again during the backward pass.
                 self._add(sums, layers, list(uses), logits, chunk)
                 seen += len(targets)
-        factors = {}
-        for name in [name for name in layers if name in sums]:
-            factors[name] = sums[name].means(seen)
-            if not all(factor.isfinite().all() for factor in factors[name]):
-                raise ValueError(
-                    f"a factor of {name!r} is not finite; check that the model's activations and "
-                    "gradients are finite (float16 overflows: use bfloat16 or float32)"
-                )
-        warn_of_others("KroneckerFisher", self.model, layers, factors)
-        self._factors, self._n_samples = factors, seen
-        return self
+        return {name: total.size for name, total in sums.items()}, seen
 
     def _check_order(self, uses: list[Use], logits: Tensor, seed: int) -> Tensor:
         generator = torch.Generator(logits.device).manual_seed(seed)
@@ -297,7 +346,8 @@ class KroneckerFisher:
             with_bias = layers[name].bias is not None
             rows, valid = batched_rows(mine, chunk.targets, with_bias=with_bias)
             if name not in sums:
-                sums[name] = FactorSums.of(rows, len(mine[0].module.weight))
+                p = len(mine[0].module.weight)
+                sums[name] = FactorSums.zero(rows.device, rows.shape[-1], p, rows.dtype)
             sums[name].add_inputs(rows, valid, reduce=reduce)
         for cotangent in cotangents(self.estimator, logits.detach(), chunk):
             found = torch.autograd.grad(

@@ -158,7 +158,7 @@ class Differentiator:
         return "vmap"
 
     def _warn(self, message: str) -> None:
-        warnings.warn(f"{message}; choose a method to silence this", UserWarning, stacklevel=5)
+        warnings.warn(f"{message}; choose a method to silence this", UserWarning, stacklevel=7)
 
     def _verify(self, add: _Add, total: dict[str, Tensor], chunk: Chunk) -> None:
         """Compare ``add`` with plain autograd on two samples.
