@@ -20,7 +20,9 @@ from ars.penalty import (
     read_terms,
     refresh_,
 )
+from ars.shards import is_sharded, part_of, shard_number
 from ars.step import choose
+from ars.step.agree import Agreement
 from ars.step.batch import (
     DIAGNOSTICS,
     Batch,
@@ -135,6 +137,7 @@ class ARSAdam(torch.optim.Adam):
         self._collector = Collector()
         self._pool = CounterPool()
         self._traced = TracedOptimizer(self)
+        self._agreement: Agreement | None = None
         # A hook that came and went with each state_dict() would be in the way of another thread's.
         if _add_controller not in self._optimizer_state_dict_post_hooks.values():
             self.register_state_dict_post_hook(_add_controller, prepend=True)
@@ -237,22 +240,42 @@ class ARSAdam(torch.optim.Adam):
         if self._controller is not None:
             check_watched(self._watches, watches)
         self._follow_parameters()
-        if self._controller is not None:
+        if self._controller is not None and not self._is_sharded:
             watched = self._replicas.mean(watched, self._buffer.device)
         hypers, options = self._read_settings(watched)
         batch = self._collect(proximal=options.proximal)
         if not batch.tensors:
             return returned
+        if self._controller is not None and self._is_sharded and not batch.is_sharded:
+            watched = self._replicas.mean(watched, self._buffer.device)
+            options = options._replace(surprise=watched)
         # Once it is known that all tensors fit.
         options = options._replace(penalty=refresh_(self._penalty))
         self._watches = watches
         try:
-            choose.step_(self._implementation, batch, hypers, options, self._steppers)
+            if batch.is_sharded:
+                self._take_sharded_step(batch, hypers, options)
+            else:
+                choose.step_(self._implementation, batch, hypers, options, self._steppers)
         finally:
             batch.grads = []  # zero_grad(set_to_none=True) must free their memory
         if watched is None and self._controller is not None:
             self._controller.check_norm(self.param_groups)
         return returned
+
+    def _take_sharded_step(self, batch: Batch, hypers: list[Hyper], options: Options) -> None:
+        """Take a step on parts of DTensors, agreed on with who holds the others."""
+        if self._agreement is None or self._agreement.batch is not batch:
+            self._agreement = Agreement(batch)
+        agreement, implementation = self._agreement, self._implementation
+        options = agreement.reach(batch, options, self._replicas, choose.NORMS[implementation])
+        if self._penalty is None:
+            choose.step_(implementation, batch, hypers, options, self._steppers)
+            return
+        before = agreement.penalty_before(batch, hypers)
+        own = options._replace(penalty=None)
+        choose.step_(implementation, batch, hypers, own, self._steppers)
+        agreement.report_penalty_(batch, options, before)
 
     def write_hyperparameters(self) -> None:
         """Send the groups' numbers to the device without a step: before a CUDA graph is replayed.
@@ -336,6 +359,7 @@ class ARSAdam(torch.optim.Adam):
     def _start_placement(self) -> None:
         """Place the optimizer for the first time, here or where a copy of it is made."""
         self._implementation = "loop"
+        self._is_sharded = False
         self._step_supports_amp_scaling = False
         if not self._buffer.is_meta:  # parameters there may get data, elsewhere, before a step
             self._move_to_parameters()
@@ -358,10 +382,13 @@ class ARSAdam(torch.optim.Adam):
         """
         params = self._parameters()
         flags = {name: self.defaults[name] for name in ("foreach", "fused", "differentiable")}
-        chosen = choose.choose(params, **flags, rounding=not self._precision.is_plain)
+        # Autograd knows the whole, not its parts.
+        parts = params if self.defaults["differentiable"] else list(map(part_of, params))
+        chosen = choose.choose(parts, **flags, rounding=not self._precision.is_plain)
         moves = bool(params) and params[0].device != self._buffer.device
         terms = self._read_terms(self._penalty) if moves else self._terms
         self._implementation = chosen
+        self._is_sharded = any(map(is_sharded, params)) and not self.defaults["differentiable"]
         # On a GPU the loop would have to wait for found_inf: there a GradScaler unscales the
         # gradients itself, and skips the step.
         on_cpu = all(param.device.type == "cpu" for param in params)
@@ -500,6 +527,7 @@ class ARSAdam(torch.optim.Adam):
             self._append,
             self._check,
             proximal=proximal,
+            parts=not self.defaults["differentiable"],
         )
 
     def _check(self, param: Tensor, grad: Tensor | None) -> None:
@@ -531,9 +559,11 @@ class ARSAdam(torch.optim.Adam):
         kind, precision = self._step_kind(group, param), self._precision
         kept = {"amsgrad": group["amsgrad"], "products": self._keeps_products}
         complete_state(state, param, step_kind=kind, precision=precision, pool=self._pool, **kept)
-        term = self._terms.get(param, Term())
-        tensors = make_operands(param, state, term, master=precision.master, **kept)
-        batch.append(tensors, index, number)
+        term, parts = self._terms.get(param, Term()), not self.defaults["differentiable"]
+        tensors = make_operands(param, state, term, master=precision.master, parts=parts, **kept)
+        if parts and is_sharded(param):  # of which each part is rounded by itself
+            number += shard_number(param) * len(self._parameters())
+        batch.append(param, tensors, index, number)
 
 
 class ARSAdamW(ARSAdam):
@@ -566,7 +596,8 @@ class ARSAdamW(ARSAdam):
         ars: The controller's settings; None for plain AdamW.
         process_group: The processes whose controllers observe the mean of their surprises, so that
             all gate alike: a ``torch.distributed`` group. None: the default group, once there is
-            one. False: each by itself. With several processes, all of them must take the step.
+            one. False: each by itself, but for those that hold shards of the same parameters. With
+            several processes, all of them must take the step.
         penalty: A penalty such as :class:`ars.regularizers.EWC`; see :class:`ars.penalty.Penalty`.
         max_grad_norm: Clip the norm of the task's gradient, over all groups, to this value.
         maximize: Ascend the objective.
@@ -575,10 +606,10 @@ class ARSAdamW(ARSAdam):
         capturable: The step may be captured in a CUDA graph; see :meth:`write_hyperparameters`.
         differentiable: Autograd may run through the step, a plain loop then.
         fused: True: fused kernels, Triton's on one GPU and torch's on a CPU. None: these where they
-            can be had, otherwise (several GPUs, no Triton, a DTensor) the loop.
+            can be had, otherwise (several GPUs, no Triton) the loop.
         stochastic_rounding: bfloat16 parameters have bfloat16 moments, and all three are rounded
             up or down at random, so that small updates are not lost on average. On a CPU this and
-            ``master_weights`` take the loop; a DTensor can have neither.
+            ``master_weights`` take the loop.
         master_weights: bfloat16 parameters keep the 16 bits that they lack to float32 master
             weights in ``state[p]["param_remainder"]``.
         seed: Key of the random rounding, 0 <= seed < 2^63; the same on all replicas.

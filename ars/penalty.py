@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ars.reference import SCALED, Scalar
+from ars.reference import SCALED, Scalar, decode_importance
+from ars.shards import is_placed_like, is_sharded, is_true_everywhere, part_of, place_like
 
 __all__ = [
     "Penalty",
@@ -171,8 +172,7 @@ def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]
             raise ValueError(f"the penalty has two terms for {name}: merge them into one")
         _check_anchor(name, param, anchor)
         _check_importance(name, param, importance, *rest)
-        scale = rest[0].detach() if rest else None
-        terms[param] = Term(anchor.detach(), importance.detach(), scale)
+        terms[param] = _placed(param, anchor.detach(), importance.detach(), *rest)
     if hasattr(penalty, "gradients"):
         if not hasattr(penalty, "refresh"):
             raise TypeError(
@@ -189,6 +189,14 @@ def read_terms(penalty: Penalty, names: dict[Tensor, str]) -> dict[Tensor, Term]
             _check_pull(name, param, buffer)
             terms[param] = term._replace(pull=buffer.detach())
     return terms
+
+
+def _placed(param: Tensor, anchor: Tensor, importance: Tensor, *rest: Tensor) -> Term:
+    """Return a term placed as its parameter is, where it was computed before that was sharded."""
+    scale = rest[0].detach() if rest else None
+    if scale is not None and not is_placed_like(importance, param):
+        importance, scale = decode_importance(importance, scale), None  # its blocks would be cut
+    return Term(place_like(anchor, param), place_like(importance, param), scale)
 
 
 def what_to_pass(penalty: Any) -> str:
@@ -275,7 +283,7 @@ def _check_anchor(name: str, param: Tensor, anchor: Tensor) -> None:
         )
     if not anchor.is_floating_point():
         raise ValueError(f"anchor of {name} must be floating, is {anchor.dtype}")
-    if not anchor.isfinite().all():
+    if not is_true_everywhere(part_of(anchor).isfinite().all(), anchor):
         raise ValueError(
             f"anchor of {name} holds a value that is not finite: anchor a model that has converged"
         )
@@ -283,21 +291,21 @@ def _check_anchor(name: str, param: Tensor, anchor: Tensor) -> None:
 
 def _check_importance(name: str, param: Tensor, importance: Tensor, *rest: Tensor) -> None:
     _check_place("importance", name, param, importance)
-    values = importance
+    values = part_of(importance)
     if rest:
         (values,) = rest
-        _check_scale(name, param, importance, values)
+        _check_scale(name, part_of(param), part_of(importance), values)
     elif not importance.is_floating_point():
         raise ValueError(
             f"importance of {name} must be floating, is {importance.dtype}; "
             "uint8 needs a scale beside it"
         )
-    if not values.isfinite().all():
+    if not is_true_everywhere(values.isfinite().all(), importance):
         raise ValueError(
             f"importance of {name} holds a value that is not finite: look for an overflow where "
             "it was computed"
         )
-    if (values < 0).any():
+    if not is_true_everywhere((values >= 0).all(), importance):
         raise ValueError(
             f"importance of {name} holds a negative value: importances are mean squares, so >= 0"
         )
@@ -323,6 +331,11 @@ def _check_scale(name: str, param: Tensor, importance: Tensor, scale: Tensor) ->
 
 def _check_pull(name: str, param: Tensor, buffer: Tensor) -> None:
     _check_place("the penalty's pull", name, param, buffer)
+    if not is_placed_like(buffer, param):
+        raise ValueError(
+            f"the penalty's pull of {name} is not distributed as the parameter is, and what the "
+            "penalty fills cannot be cut: make it by torch.zeros_like(parameter)"
+        )
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     if buffer.dtype != dtype or param.is_complex():
         raise ValueError(
@@ -361,5 +374,6 @@ def refresh_(penalty: Penalty | None) -> Tensor | None:
     if penalty is None or not hasattr(penalty, "gradients"):
         return None
     with torch.no_grad():
-        value: Tensor = penalty.refresh()  # type: ignore[attr-defined]
-    return value
+        value: Any = penalty.refresh()  # type: ignore[attr-defined]
+        whole: Tensor = value.full_tensor() if is_sharded(value) else value
+    return whole

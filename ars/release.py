@@ -14,6 +14,7 @@ from ars.adam import ARSAdam
 from ars.config import ARSConfig
 from ars.controller import ARSController
 from ars.penalty import parameter_names, refresh_
+from ars.shards import is_sharded
 from ars.step import choose
 from ars.step.batch import DIAGNOSTICS, Batch, Collector, Hyper, Options, apply_gate, check_terms
 from ars.step.compile import OPTIMIZERS
@@ -170,6 +171,12 @@ def _check(optimizer: ARSAdam, watches: str = "") -> None:
         raise ValueError(
             "max_grad_norm needs the norm of all gradients before the first parameter moves: set "
             "it to None, or do not release the gradients"
+        )
+    if any(map(is_sharded, optimizer._parameters())):
+        raise ValueError(
+            "gradient release is not for DTensors: FSDP2 divides gradients after the backward pass "
+            "of a layer, without the hooks that this needs; it frees the whole ones itself, so "
+            "call loss.backward() and optimizer.step()"
         )
     if optimizer.defaults["differentiable"]:
         raise ValueError("differentiable=True needs the gradients afterwards: do not release them")

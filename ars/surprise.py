@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from ars.controller import ARSController
+from ars.shards import exchange_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -137,6 +138,8 @@ def read_surprise(value: Any, name: str = "the loss") -> Tensor | None:
         raise ValueError(
             f"{name} must be a scalar, got shape {tuple(value.shape)}: reduce it, e.g. .mean()"
         )
+    if hasattr(value, "full_tensor"):  # a DTensor: a share of a sum, perhaps
+        value = value.full_tensor()
     return value.detach().reshape(())
 
 
@@ -181,8 +184,6 @@ class Replicas:
         """
         if value is None or value.is_meta:
             return value
-        if hasattr(value, "full_tensor"):  # a DTensor: a share of a sum, perhaps
-            value = value.full_tensor()
         if self._is_lost:
             raise RuntimeError(
                 "a pickle cannot hold the process_group that this optimizer had: set "
@@ -194,10 +195,15 @@ class Replicas:
         count = distributed.get_world_size(self.group)
         if count == 1:
             return value
-        place = _exchange_device(self.group, device)
+        place = exchange_device(self.group, device)
         total = value.detach().to(place, torch.float64, non_blocking=True, copy=True)
         distributed.all_reduce(total, group=self.group)
         return total / count
+
+    def is_default(self) -> bool:
+        """Whether these are all processes, or none but those that hold parts of the parameters."""
+        everyone = (None, False, distributed.group.WORLD)
+        return not self._is_lost and self.group in everyone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Replicas":
         return Replicas(self.group)  # a group is not copied
@@ -206,10 +212,3 @@ class Replicas:
         """Pickle all but a group of the user's, which cannot be."""
         named = self.group is not None and self.group is not False
         return {"group": None if named else self.group, "_is_lost": named or self._is_lost}
-
-
-def _exchange_device(group: "ProcessGroup | None", device: torch.device) -> torch.device:
-    """Return the device, or another one that the group can exchange tensors of."""
-    backends = distributed.get_backend_config(group).split(",")  # as in "cpu:gloo,cuda:nccl"
-    kinds = [backend.partition(":")[0] for backend in backends]
-    return device if device.type in kinds else torch.device(kinds[0])

@@ -19,6 +19,7 @@ from ars.controller import ARSController
 from ars.csrc_triton.layout import Operands
 from ars.penalty import Term, check_strength
 from ars.reference import Scalar
+from ars.shards import is_sharded, local_memory, part_of, parts_like, placements_of
 from ars.step.state import PRODUCTS, PRODUCTS_STEP, SHAPED_STATE
 
 try:
@@ -47,9 +48,11 @@ class Batch:
             complex tensors as their real view.
         grads: Their gradients, or zeros.
         groups: Index of the parameter's row in the list of :class:`Hyper`, see :func:`hyper_rows`.
-        numbers: Index of the parameter in its optimizer.
+        numbers: Index of the parameter in its optimizer; of a shard, another one for each.
+        owners: The parameters, of which the tensors may be views or parts.
         layout: Another object whenever the gradients are laid out in another way.
         unused: Whether some have no gradient, and zeros in its place.
+        is_sharded: Whether some tensors are the parts that this process holds of DTensors.
         proximal_only: Parameters without a gradient that only the proximal step moves: a batch
             without gradients, or None.
     """
@@ -58,18 +61,22 @@ class Batch:
     grads: list[Tensor] = dataclasses.field(default_factory=list)
     groups: list[int] = dataclasses.field(default_factory=list)
     numbers: list[int] = dataclasses.field(default_factory=list)
+    owners: list[Tensor] = dataclasses.field(default_factory=list)
     layout: object = None
     unused: bool = False
+    is_sharded: bool = False
     proximal_only: "Batch | None" = None
 
-    def append(self, tensors: Operands, group: int, number: int) -> None:
+    def append(self, owner: Tensor, tensors: Operands, group: int, number: int) -> None:
         """Add a parameter, but not its gradient.
 
         Args:
+            owner: The parameter.
             tensors: What belongs to it.
             group: Index of its group.
             number: Its own index in the optimizer.
         """
+        self.owners.append(owner)
         self.tensors.append(tensors)
         self.groups.append(group)
         self.numbers.append(number)
@@ -87,6 +94,7 @@ def make_operands(
     amsgrad: bool,
     products: bool,
     master: bool,
+    parts: bool = True,
 ) -> Operands:
     """Return what belongs to a parameter; complex tensors as their real view.
 
@@ -97,8 +105,13 @@ def make_operands(
         amsgrad: Whether the running maximum of the second moment is used.
         products: Whether a gate makes the betas vary.
         master: Whether bfloat16 parameters are master weights with their remainder.
+        parts: Whether to take the parts of DTensors that this process holds.
     """
-    view: Callable[[Any], Any] = torch.view_as_real if param.is_complex() else lambda t: t
+
+    def view(tensor: Any) -> Any:
+        part = part_of(tensor) if parts else tensor
+        return torch.view_as_real(part) if param.is_complex() and part is not None else part
+
     return Operands(
         param=view(param),
         exp_avg=view(state["exp_avg"]),
@@ -107,8 +120,8 @@ def make_operands(
         max_exp_avg_sq=view(state["max_exp_avg_sq"]) if amsgrad else None,
         products=state[PRODUCTS] if products else None,
         products_step=state[PRODUCTS_STEP] if products else None,
-        remainder=state.get("param_remainder") if master else None,
-        **term._asdict(),
+        remainder=view(state.get("param_remainder")) if master else None,
+        **dict(zip(term._fields, map(view, term), strict=True)),
     )
 
 
@@ -138,6 +151,7 @@ class Options(NamedTuple):
     diagnostics: Tensor  # (10,) float64, written by the step; see DIAGNOSTICS
     grad_scale: Tensor | None = None  # 1 element, what the gradients are to be divided by
     found_inf: Tensor | None = None  # 1 element; unless 0, nothing moves
+    norm: Scalar | None = None  # of the gradients as they are, where it is known already
     stochastic: bool = False  # rounding of bfloat16 parameters and their moments
     seed: int = 0  # of that rounding
 
@@ -240,7 +254,9 @@ def begin(
     if options.grad_scale is not None:
         scale = options.grad_scale.to(options.diagnostics.device, torch.float64)
         unscale = 1 / reference.read(scale.reshape(()))
-    norm = grad_norm(batch.grads) * unscale if options.needs_norm else math.nan
+    norm: Scalar = math.nan
+    if options.needs_norm:
+        norm = (grad_norm(batch.grads) if options.norm is None else options.norm) * unscale
     signals = reference.Signals(surprise=math.nan, rho=0.0, psi=1.0, phi=1.0, chi=0.0)
     controller = options.controller
     if controller is not None:
@@ -331,6 +347,8 @@ class _CachedBatch(NamedTuple):
     viewed: list[Tensor]  # complex ones, of which the batch holds views
     addresses: list[int]
     operands: list[Tensor]  # all that belongs to the parameters, but steps and gradients
+    placed: tuple[list[Any], list[Any]]  # how what is in the batch is placed, and its gradients
+    parts: list[Any]  # of what is in the batch
     have_layout: Callable[..., bool]  # whether they are laid out as when they were found to fit
 
     def is_current(
@@ -357,15 +375,26 @@ class _CachedBatch(NamedTuple):
             and self.sizes == _group_sizes(groups)
             and _are_same_objects(self.states, list(state.values()))
             and _are_same_objects(self.values, _state_values(self.active))
+            and (not self.batch.is_sharded or self._are_parts_current())
             and self.addresses == list(map(Tensor.data_ptr, self.viewed))
             and self.have_layout(*self.operands)
         )
 
+    def _are_parts_current(self) -> bool:
+        """Whether the same memory is placed in the same way: a DTensor may be given another."""
+        owners = self.batch.owners
+        return _are_same_objects(self.parts, local_memory(owners)) and _are_same_objects(
+            self.placed[0], placements_of(owners)
+        )
+
     def fill(self, grads: list[Tensor | None]) -> list[Tensor]:
-        """Return the gradients of the batch, of those of all parameters."""
+        """Return the gradients of the batch, of those of all parameters: the parts of DTensors."""
         for number, zero in self.zeros.items():
             grads[number] = zero
-        return list(compress(grads, self.included))  # type: ignore[arg-type]
+        found: list[Tensor] = list(compress(grads, self.included))  # type: ignore[arg-type]
+        if not self.batch.is_sharded:
+            return found
+        return parts_like(found, self.batch.owners, self.placed[1])
 
 
 class Collector:
@@ -396,6 +425,7 @@ class Collector:
         *,
         proximal: bool = False,
         whole: bool = True,
+        parts: bool = True,
     ) -> Batch:
         """Return the batch of all parameters that have a gradient, or that the penalty pulls at.
 
@@ -415,6 +445,7 @@ class Collector:
             proximal: Whether the penalty is.
             whole: Whether these are all groups, so that the penalty holds none but their
                 parameters.
+            parts: Whether to work on the parts of DTensors.
 
         Returns:
             The batch, the same object until something but the gradients changes. Forget its
@@ -444,15 +475,16 @@ class Collector:
                 included[number] = True
             for param, grad in compress(zip(params, grads, strict=True), included):
                 check(param, grad)
-            cached = _gather(params, present, included, groups, state, terms, append)
+            cached = _gather(params, present, included, groups, state, terms, append, parts=parts)
             grads = cached.fill(grads)
             self._cached = cached
             self._have_layout, cached.batch.layout = _layout_test(grads), object()
             self.rebuilds += 1
         else:
+            given = list(compress(grads, cached.included)) if cached.batch.is_sharded else None
             grads = cached.fill(grads)
             if not self._have_layout(*grads):
-                _check_gradients(list(compress(params, cached.included)), grads, check)
+                _check_gradients(cached.batch.owners, cached.parts, given or grads, grads, check)
                 self._have_layout, cached.batch.layout = _layout_test(grads), object()
         batch = cached.batch
         batch.grads = grads
@@ -546,12 +578,22 @@ def _layout_test(tensors: list[Tensor]) -> Callable[..., bool]:
     return guards.check
 
 
-def _check_gradients(params: list[Tensor], grads: list[Tensor], check: Check) -> None:
-    """Look whether gradients of another layout than before fit, which they may."""
-    fit = all(list(map(what, grads)) == list(map(what, params)) for what in _MUST_MATCH)
+def _check_gradients(
+    owners: list[Tensor], parts: list[Tensor], given: list[Any], grads: list[Tensor], check: Check
+) -> None:
+    """Look whether gradients of another layout than before fit, which they may.
+
+    Args:
+        owners: The parameters.
+        parts: Their parts.
+        given: Their gradients, None where zeros take their place.
+        grads: The parts of these.
+        check: As for :meth:`Collector.collect`.
+    """
+    fit = all(list(map(what, grads)) == list(map(what, parts)) for what in _MUST_MATCH)
     if not fit or any(map(_IS_SPARSE, grads)):
-        for param, grad in zip(params, grads, strict=True):
-            check(param, grad)
+        for owner, grad in zip(owners, given, strict=True):
+            check(owner, grad)
 
 
 def _gather(
@@ -562,20 +604,29 @@ def _gather(
     state: State,
     terms: dict[Tensor, Term],
     append: Append,
+    *,
+    parts: bool,
 ) -> _CachedBatch:
     batch, owners = Batch(), _owners(groups)
-    active, viewed, operands, absent = [], [], [], {}
+    batch.is_sharded = parts and any(map(is_sharded, compress(params, included)))
+    local: Callable[[Tensor], Tensor] = part_of if batch.is_sharded else lambda tensor: tensor
+    active, viewed, operands, absent, unplaced = [], [], [], {}, set()
     for number, (param, index) in compress(enumerate(zip(params, owners, strict=True)), included):
         append(batch, index, number, param)
         if not present[number]:
-            absent[number] = param
+            absent[number] = local(param)
+            unplaced.add(param)
             batch.groups[-1] += len(groups)
         active.append(state[param])
-        shaped = [param, *(state[param][key] for key in SHAPED_STATE if key in state[param])]
-        operands += [*shaped, *(t for t in terms.get(param, ()) if t is not None)]
+        own = [param, *(state[param][key] for key in SHAPED_STATE if key in state[param])]
+        shaped = list(map(local, own))
+        operands += [*shaped, *(local(t) for t in terms.get(param, ()) if t is not None)]
         if param.is_complex():
             viewed += shaped
     batch.unused = bool(absent)
+    placements = placements_of(batch.owners)
+    pairs = zip(batch.owners, placements, strict=True)
+    of_gradients = [None if param in unplaced else how for param, how in pairs]
     return _CachedBatch(
         batch=batch,
         params=params,
@@ -590,6 +641,8 @@ def _gather(
         viewed=viewed,
         addresses=list(map(Tensor.data_ptr, viewed)),
         operands=operands,
+        placed=(placements, of_gradients),
+        parts=list(map(local, batch.owners)),
         have_layout=_layout_test(operands),
     )
 

@@ -1,21 +1,30 @@
 """Which implementation takes the step, and the check that it can."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ars import reference
+from ars.reference import Scalar
 from ars.squares import has_triton
 from ars.step import eager
 from ars.step.batch import DIAGNOSTICS, Batch, Hyper, Options, hyper_rows
-from ars.step.cpu import CpuStep
+from ars.step.cpu import CpuStep, grad_norm
 from ars.step.triton import TritonStep
 
-__all__ = ["Implementation", "Steppers", "choose", "is_misplaced", "step_"]
+__all__ = ["NORMS", "Implementation", "Steppers", "choose", "is_misplaced", "step_"]
 
 Implementation: TypeAlias = Literal["loop", "foreach", "fused", "triton"]
+# How each takes the norm of some tensors; the kernels' own is of all they are given.
+NORMS: dict[Implementation, Callable[[list[Tensor]], Scalar]] = {
+    "loop": reference.grad_norm,
+    "foreach": grad_norm,
+    "fused": grad_norm,
+    "triton": reference.grad_norm,
+}
 
 
 def choose(
@@ -29,12 +38,12 @@ def choose(
     """Choose the implementation as torch's arguments ask; with neither, the fastest there is.
 
     Args:
-        params: The parameters to be optimized.
+        params: The parameters to be optimized; of DTensors, the parts that are here.
         foreach: True forces torch's foreach kernels (CPU); False with ``fused`` not True, the loop.
         fused: True forces the fused kernels: Triton on a GPU, torch's on a CPU.
         differentiable: Forces the loop, and excludes ``foreach``.
         rounding: Whether bfloat16 parameters are rounded stochastically or master weights, which
-            torch's kernels cannot do: on a CPU that takes the loop, and a DTensor cannot have it.
+            torch's kernels cannot do: on a CPU that takes the loop.
 
     Returns:
         ``loop``, ``foreach``, ``fused`` (torch's on a CPU) or ``triton``.

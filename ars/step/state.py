@@ -9,6 +9,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ars import reference
 from ars.penalty import Term, parameter_names
+from ars.shards import (
+    is_placed_like,
+    is_sharded,
+    is_true_everywhere,
+    mesh_of,
+    part_of,
+    place_like,
+)
 
 __all__ = [
     "PRODUCTS", "PRODUCTS_STEP", "SHAPED", "SHAPED_STATE", "CounterPool", "Precision",
@@ -154,6 +162,9 @@ def complete_state(
     """
     if not isinstance(state.get("step"), Tensor):
         state["step"] = pool.zeros("step", **step_kind).fill_(state.get("step", 0))
+    for name in SHAPED_STATE:
+        if name in state:  # from before the parameter was placed where it is
+            state[name] = place_like(state[name], param)
     for name in ("exp_avg", "exp_avg_sq") + ("max_exp_avg_sq",) * amsgrad:
         if name not in state:
             state[name] = torch.zeros_like(param, dtype=moment_dtype(param, precision))
@@ -184,7 +195,13 @@ def is_trial(groups: list[dict[str, Any]]) -> bool:
         if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
             return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    return bool(grads) and not any(grad.is_sparse or bool(grad.any()) for grad in grads)
+    if not grads:
+        return False
+    answer = not any(grad.is_sparse or bool(part_of(grad).any()) for grad in grads)
+    # Were it a step for one process only, the others would wait for it in vain.
+    for grad in {mesh_of(grad): grad for grad in grads if is_sharded(grad)}.values():
+        answer = is_true_everywhere(answer, grad)
+    return answer
 
 
 def restore_dtypes(
@@ -223,11 +240,12 @@ def restore_dtypes(
         elif name == "param_remainder":
             # Another optimizer casts it, and does not let it follow the parameter.
             if precision.master and param.dtype == torch.bfloat16 and value.dtype == torch.int16:
-                state[name] = value.to(param.device, torch.int16)
+                state[name] = place_like(value.to(param.device, torch.int16), param)
             else:
                 del state[name]
         elif value.is_floating_point() or value.is_complex():
-            state[name] = value.to(param.device, moment_dtype(param, precision))
+            wide = value.to(param.device, moment_dtype(param, precision))
+            state[name] = place_like(wide, param) if name in SHAPED else wide
 
 
 def check_operands(
@@ -296,6 +314,9 @@ def check_operands(
     for key, tensor in term._asdict().items():
         if tensor is not None and key != "scale":
             problem = _misfit(tensor, param)
+            if problem is None and not is_placed_like(tensor, param):
+                remedy = "set optimizer.penalty to it again"
+                refuse(f"the penalty's {key}", "is distributed in another way", remedy)
             if problem is not None:
                 remedy = "set optimizer.penalty to one that was built from the model as it is"
                 refuse(f"the penalty's {key}", problem, remedy)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ars import reference
 from ars.controller import ARSController
 from ars.csrc_triton.layout import Config
 from ars.csrc_triton.layout import Hyper as Column
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ars.csrc_triton.step import Controller, FusedAdam
 
 __all__ = ["TritonStep"]
+
+_NORM = DIAGNOSTICS.index("grad_norm")
 
 
 class TritonStep:
@@ -45,14 +48,30 @@ class TritonStep:
         surprise = to_device(options.surprise, device)
         if surprise is not None and not surprise.is_floating_point():
             surprise = surprise.double()
+        scale = to_device(options.grad_scale, device)
+        norm = options.norm
+        if norm is not None:  # of parts of a whole, of which the kernels see too little
+            norm = torch.as_tensor(norm, dtype=torch.float64, device=device)
+            if scale is not None:
+                norm = norm / scale.double()
+            if surprise is None:
+                surprise = norm
+            if options.max_norm is not None:
+                clip = reference.clip_coefficient(norm, options.max_norm)
+                scale = ((1.0 if scale is None else scale.double()) / clip).float()
+            before = options.diagnostics[_NORM].clone()
         fused.step(
             batch.grads,
             loss=surprise,
-            clip=options.max_norm is not None,
-            grad_scale=to_device(options.grad_scale, device),
+            clip=options.max_norm is not None and norm is None,
+            grad_scale=scale,
             found_inf=to_device(options.found_inf, device),
             layout=batch.layout,
         )
+        if norm is not None:
+            stays = to_device(options.found_inf, device)
+            place = options.diagnostics[_NORM]
+            place.copy_(norm if stays is None else torch.where(stays != 0, before, norm))
         if options.penalty is not None:
             self._report(batch, options.penalty, options)
 
