@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ars.models.config import GPTConfig
 
-__all__ = ["GPT", "GPTConfig"]
+__all__ = ["GPT", "GPTConfig", "initial_values"]
 
 _MLP_RATIO = 4
 _WTE_STD = 0.8
@@ -126,6 +126,30 @@ class _Block(nn.Module):
         return x + self.mlp(_norm(x, self.norm_eps))
 
 
+def initial_values(
+    name: str, values: Tensor, n_embd: int, generator: torch.Generator | None
+) -> Tensor:
+    """Draw a parameter of a new model by the law of :class:`GPT`.
+
+    Args:
+        name: The parameter's, in the model.
+        values: Of its shape, on the generator's device; overwritten.
+        n_embd: D.
+        generator: Source of the numbers; ``None`` for torch's own of the device.
+
+    Returns:
+        ``values``.
+    """
+    bound = math.sqrt(3.0 / n_embd)
+    if name == "wte.weight":
+        return values.normal_(0.0, _WTE_STD, generator=generator)
+    if name == "lm_head.weight":
+        return values.normal_(0.0, _LM_HEAD_STD, generator=generator)
+    if name.endswith(".proj.weight"):
+        return values.zero_()
+    return values.uniform_(-bound, bound, generator=generator)
+
+
 class GPT(nn.Module):
     r"""Decoder-only transformer with parameter-free RMSNorm, RoPE, QK-norm and relu^2.
 
@@ -183,20 +207,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, generator: torch.Generator | None) -> None:
-        bound = math.sqrt(3.0 / self.config.n_embd)
         for name, weight in self.named_parameters():
-            # Drawn on the generator's device: one seed gives one model wherever it will live.
+            # On the generator's device: one seed gives one model wherever it will live.
             device = weight.device if generator is None else generator.device
-            values = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-            if name == "wte.weight":
-                values.normal_(0.0, _WTE_STD, generator=generator)
-            elif name == "lm_head.weight":
-                values.normal_(0.0, _LM_HEAD_STD, generator=generator)
-            elif name.endswith(".proj.weight"):
-                values.zero_()
-            else:
-                values.uniform_(-bound, bound, generator=generator)
-            weight.copy_(values)
+            like = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+            weight.copy_(initial_values(name, like, self.config.n_embd, generator))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the next token at every position.

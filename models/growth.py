@@ -28,7 +28,7 @@ and an EWC penalty 1/2 sum Omega (theta - anchor)^2 has the same value before an
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 
 from ars.models.config import GPTConfig
-from ars.models.gpt import GPT
+from ars.models.gpt import GPT, initial_values
 from ars.reference import join_master, split_master
+from ars.sharded import is_sharded, place_as, reshard, whole
 
 __all__ = ["Growth", "grow"]
 
@@ -162,8 +163,9 @@ class Growth:
             if source is None:
                 mapped[name] = torch.zeros_like(weight, dtype=torch.float32)
             elif source in importance:
-                old = importance[source].detach()
-                mapped[name] = _embed(old / self.scales[source] ** 2, old.new_zeros(weight.shape))
+                old = whole(importance[source])
+                grown = _embed(old / self.scales[source] ** 2, old.new_zeros(weight.shape))
+                mapped[name] = _placed_likewise(grown, importance[source], weight)
         return mapped
 
     def anchor(self, anchor: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,8 +191,9 @@ class Growth:
             if source is None:
                 mapped[name] = weight.clone()
             elif source in anchor:
-                old = anchor[source].detach()
-                mapped[name] = _embed(self.scales[source] * old, weight.to(old))
+                old = whole(anchor[source])
+                grown = _embed(self.scales[source] * old, whole(weight).to(old))
+                mapped[name] = _placed_likewise(grown, anchor[source], weight)
         return mapped
 
     def optimizer_state(
@@ -248,6 +251,8 @@ class Growth:
             >>> new.state[growth.model.wte.weight]["exp_avg"].shape
             torch.Size([9, 16])
         """
+        for model in (self.parent, self.model):
+            reshard(model)
         old_state = old_optimizer.state_dict()
         new_state = new_optimizer.state_dict()
         old_names = _parameter_names(old_optimizer, old_state, self.parent, "old_optimizer")
@@ -288,7 +293,9 @@ class Growth:
                 f"rule of growth; only {sorted(_MOMENTS)} can be mapped"
             )
         self._check_shape(name, value)
-        return _grow_moment(key, value, self.scales[name], self.initial[self.names[name]].shape)
+        initial = self.initial[self.names[name]]
+        moment = _grow_moment(key, whole(value), self.scales[name], initial.shape)
+        return _placed_likewise(moment, value, initial)
 
     def _grow_master(self, name: str, remainder: Tensor) -> tuple[Tensor, Tensor]:
         """The grown weight and its remainder.
@@ -298,16 +305,17 @@ class Growth:
         """
         self._check_shape(name, remainder)
         grown, scale = self.names[name], self.scales[name]
-        old, initial = self.parent.get_parameter(name), self.initial[grown]
-        weight, lower = _grow_master(old.detach(), remainder, scale, initial)
-        current = self.model.get_parameter(grown).detach()
-        left = (_embed(scale * old.detach(), initial), weight)  # by grow, or by an earlier call
+        old, initial = whole(self.parent.get_parameter(name)), whole(self.initial[grown])
+        weight, lower = _grow_master(old, whole(remainder), scale, initial)
+        current = whole(self.model.get_parameter(grown))
+        left = (_embed(scale * old, initial), weight)  # by grow, or by an earlier call
         if not any(_same_bits(current, expected) for expected in left):
             raise ValueError(
                 f"{name!r} of the parent or of the grown model was changed after growth, so its "
                 "master weight cannot be grown; take the optimizer's state before that"
             )
-        return weight, lower
+        like = self.initial[grown]
+        return place_as(weight, like), place_as(lower, like)
 
     def _check_named(self, tensors: Mapping[str, Tensor]) -> None:
         for name, value in tensors.items():
@@ -325,6 +333,11 @@ class Growth:
                 f"{name!r} has shape {tuple(value.shape)}, but the parent's parameter has "
                 f"{tuple(expected)}"
             )
+
+
+def _placed_likewise(grown: Tensor, old: Tensor, weight: Tensor) -> Tensor:
+    """Shard what was made of an old tensor as the grown weight is, if the old one was sharded."""
+    return place_as(grown, weight) if is_sharded(old) else grown
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -413,6 +426,40 @@ def _grow_master(
     return _embed(upper, rest), _embed(lower, lower.new_zeros(rest.shape))
 
 
+def _copied(names: Mapping[str, object], origins: list[int | None]) -> dict[str, str]:
+    """The parent's weight that each read of an inserted block is a copy of."""
+    copied = {}
+    for place, origin in enumerate(origins):
+        if origin is None or origins.index(origin) == place:
+            continue
+        beginning = f"blocks.{origin}."
+        for name in names:
+            if name.startswith(beginning) and not name.endswith("proj.weight"):  # writes stay 0
+                copied[f"blocks.{place}.{name.removeprefix(beginning)}"] = name
+    return copied
+
+
+def _unfilled(model: GPT, config: GPTConfig, shard: Callable[[GPT], object] | None) -> GPT:
+    """A grown model on the parent's device, in its dtype, whose values are still to come.
+
+    Raises:
+        ValueError: the parent is sharded, and how to shard the grown model is not said.
+    """
+    like = model.wte.weight
+    if shard is None and any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "the model is sharded, and so must the grown one be: pass shard=, a function that "
+            "shards it as yours was, such as lambda model: fully_shard(model, mesh=mesh)"
+        )
+    with torch.device("meta"):
+        grown = GPT(config)
+    grown.to(like.dtype).train(model.training)
+    grown.recompute = model.recompute
+    if shard is not None:
+        shard(grown)  # before there are values: no process ever holds them all
+    return grown.to_empty(device=like.device)
+
+
 @torch.no_grad()
 def grow(
     model: GPT,
@@ -420,6 +467,7 @@ def grow(
     generator: torch.Generator | None = None,
     *,
     blocks: Blocks = "appended",
+    shard: Callable[[GPT], object] | None = None,
 ) -> Growth:
     r"""Grow a model to a larger configuration without changing its function.
 
@@ -439,13 +487,18 @@ def grow(
             generator of the CPU.
         blocks: where new blocks go and what they read at first: ``"appended"`` after the last, at
             random, or ``"inserted"`` between the old ones, as the block before them.
+        shard: shards a model in place, as the parent was sharded, such as by ``fully_shard`` of
+            each block and then of the whole; called on the grown model before it has values. All
+            processes call :func:`grow`, which gathers one parameter at a time, and so do the
+            methods of what it returns; new random weights are the first process's.
 
     Returns:
         The grown model with the maps for importance, anchor and optimizer state.
 
     Raises:
         TypeError: ``model`` is not a :class:`ars.models.GPT` or ``config`` not a ``GPTConfig``.
-        ValueError: a size shrinks, a value that must stay changes, or ``blocks`` is another word.
+        ValueError: a size shrinks, a value that must stay changes, ``blocks`` is another word, or
+            the model is sharded and ``shard`` is None.
 
     Example:
         >>> parent = GPT(GPTConfig(9, 8, n_layer=2, n_head=1, n_embd=8)).double()
@@ -468,25 +521,25 @@ def grow(
     if blocks not in get_args(Blocks):
         raise ValueError(f"blocks must be 'appended' or 'inserted', got {blocks!r}")
     _check_growth(model.config, config)
+    reshard(model)
     stretch = math.sqrt(config.n_embd / model.config.n_embd)
-    grown = GPT(config, generator)
-    # Before the old values come in: a parent in fp64 must not pass through the default dtype.
-    grown.to(device=model.wte.weight.device, dtype=model.wte.weight.dtype).train(model.training)
-    grown.recompute = model.recompute
-    grown.wte.weight.zero_()
-    scales = {name: _scale(name, stretch) for name, _ in model.named_parameters()}
     origins = _origins(model.config.n_layer, config.n_layer, blocks)
+    scales = {name: _scale(name, stretch) for name, _ in model.named_parameters()}
     names = {name: _grown_name(name, origins) for name in scales}
+    sources = {**_copied(scales, origins), **{new: old for old, new in names.items()}}
+    grown = _unfilled(model, config, shard)
+    for name, weight in grown.named_parameters():  # one whole tensor at a time
+        device = torch.get_default_device() if generator is None else generator.device
+        values = torch.empty(weight.shape, device=device)
+        rest = initial_values(name, values, config.n_embd, generator)
+        rest = rest.to(weight.device, weight.dtype)
+        if name == "wte.weight":
+            rest.zero_()
+        if name in sources:
+            old = model.get_parameter(sources[name])
+            rest = _embed(scales[sources[name]] * whole(old), rest)
+        weight.copy_(place_as(rest, weight, from_first=True))
     for name, old in model.named_parameters():
-        weight = grown.get_parameter(names[name])
-        weight.copy_(_embed(scales[name] * old, weight))
-        weight.requires_grad_(old.requires_grad)
-    for place, origin in enumerate(origins):
-        if origin is None or origins.index(origin) == place:
-            continue
-        for name, old in model.blocks[origin].named_parameters():
-            if not name.endswith("proj.weight"):  # writes stay 0, and reads have a c of 1
-                weight = grown.blocks[place].get_parameter(name)
-                weight.copy_(_embed(old, weight))
+        grown.get_parameter(names[name]).requires_grad_(old.requires_grad)
     initial = {name: weight.detach().clone() for name, weight in grown.named_parameters()}
     return Growth(parent=model, model=grown, scales=scales, initial=initial, names=names)
