@@ -20,7 +20,7 @@ from ars.penalty import (
     read_terms,
     refresh_,
 )
-from ars.shards import is_sharded, part_of, shard_number
+from ars.sharded import is_sharded, part_of, shard_number
 from ars.step import choose
 from ars.step.agree import Agreement
 from ars.step.batch import (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ars.reference import SCALED, Scalar, decode_importance
-from ars.shards import is_placed_like, is_sharded, is_true_everywhere, part_of, place_like
+from ars.sharded import is_placed_like, is_sharded, is_true_everywhere, part_of, place_like
 
 __all__ = [
     "Penalty",

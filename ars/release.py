@@ -14,7 +14,7 @@ from ars.adam import ARSAdam
 from ars.config import ARSConfig
 from ars.controller import ARSController
 from ars.penalty import parameter_names, refresh_
-from ars.shards import is_sharded
+from ars.sharded import is_sharded
 from ars.step import choose
 from ars.step.batch import DIAGNOSTICS, Batch, Collector, Hyper, Options, apply_gate, check_terms
 from ars.step.compile import OPTIMIZERS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from ars.controller import ARSController
-from ars.shards import exchange_device
+from ars.sharded import exchange_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

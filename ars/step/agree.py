@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 
 from ars import reference
 from ars.reference import Scalar
-from ars.shards import add_over, count_here, exchange_device, is_sharded
+from ars.sharded import add_over, count_here, exchange_device, is_sharded
 from ars.step.batch import DIAGNOSTICS, Batch, Hyper, Options, hyper_rows
 from ars.step.eager import may_move
 from ars.surprise import Replicas

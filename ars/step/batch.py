@@ -19,7 +19,7 @@ from ars.controller import ARSController
 from ars.csrc_triton.layout import Operands
 from ars.penalty import Term, check_strength
 from ars.reference import Scalar
-from ars.shards import is_sharded, local_memory, part_of, parts_like, placements_of
+from ars.sharded import is_sharded, local_memory, part_of, parts_like, placements_of
 from ars.step.state import PRODUCTS, PRODUCTS_STEP, SHAPED_STATE
 
 try:

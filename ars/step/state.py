@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ars import reference
 from ars.penalty import Term, parameter_names
-from ars.shards import (
+from ars.sharded import (
     is_placed_like,
     is_sharded,
     is_true_everywhere,

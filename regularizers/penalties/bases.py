@@ -15,6 +15,7 @@ from ars.regularizers.checks import checked_module
 from ars.regularizers.fisher.covariance import ActivationCovariance
 from ars.regularizers.fisher.estimators import accumulation_dtype
 from ars.regularizers.penalties.penalty_base import check_names
+from ars.sharded import whole
 
 __all__ = [
     "activation_bases",
@@ -193,7 +194,7 @@ def weight_basis(
     check_size(energy, rank)
     if weight.ndim < 2:
         raise ValueError(f"{what} has shape {tuple(weight.shape)}: no singular vectors; drop it")
-    matrix = weight.detach().flatten(1).to(accumulation_dtype(weight.dtype))
+    matrix = whole(weight).flatten(1).to(accumulation_dtype(weight.dtype))
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     vectors = left if side == "output" else right.mT
     # Singular values are off by this part of the largest, so their squares by its square.

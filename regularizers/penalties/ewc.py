@@ -35,10 +35,12 @@ from ars.regularizers.penalties.penalty_base import (
     importance_of,
     live_parameters,
     parameters_in_state,
+    sharded_since,
 )
 from ars.regularizers.penalties.quadratic import Pull, quadratic_value
 from ars.regularizers.penalties.strength import factor_of, layer_factors
 from ars.regularizers.storage import dequantize
+from ars.sharded import is_sharded, is_true_everywhere, part_of, reshard, sum_of_parts, with_part
 
 __all__ = ["EWC"]
 
@@ -126,6 +128,7 @@ class EWC(PenaltyBase):
         storage: Storage = "full",
     ) -> None:
         self._model = checked_module(model)
+        reshard(model)
         parameters = dict(model.named_parameters())
         importance = importance_of(fisher)
         check_names(importance, model, "fisher")
@@ -162,6 +165,7 @@ class EWC(PenaltyBase):
 
         With ``"compact"``: parameter, anchor, uint8 importance and its blocks' scales.
         """
+        self._follow_sharding()
         return [pull.term() for pull in self._pulls.values()]
 
     def value(self) -> Tensor:
@@ -170,6 +174,7 @@ class EWC(PenaltyBase):
         One differentiable operation, of any order, which keeps only references for the backward
         pass.
         """
+        self._follow_sharding()
         for name, pull in self._pulls.items():
             check_unmoved(name, pull.param, pull.anchor)
         return quadratic_value(list(self._pulls.values()), self.strength)
@@ -216,13 +221,15 @@ class EWC(PenaltyBase):
             ValueError: As for the constructor. Nothing has changed then.
         """
         for pull, new in self._next_task_importances(fisher):
-            old, anchor = pull.omega(), pull.anchor.to(new.dtype)
-            total = old + new
+            tensors = pull.param, pull.omega(), pull.anchor, new
+            param, old, anchor, new = map(part_of, tensors)
+            anchor, total = anchor.to(new.dtype), old + new
             # Where no task cares the anchor follows the model.
             share = torch.where(total > 0, new / total, 1.0)
-            delta = pull.param - anchor
-            self.constant += 0.5 * float((old * share * delta * delta).sum(dtype=torch.float64))
-            pull.assign(total, anchor + share * delta)
+            delta = param - anchor
+            square = (old * share * delta * delta).sum(dtype=torch.float64)
+            self.constant += 0.5 * float(sum_of_parts([square], [pull.param]))
+            pull.assign(with_part(total, pull.param), with_part(anchor + share * delta, pull.param))
         self._merge_estimator(fisher)
 
     @torch.no_grad()
@@ -243,6 +250,12 @@ class EWC(PenaltyBase):
         """
         parameters = dict(checked_module(model).named_parameters())
         check_names(self._pulls, model, "this penalty")
+        for name, p in [*self._parameters.items(), *parameters.items()]:
+            if is_sharded(p):
+                raise ValueError(
+                    f"{name!r} is sharded, and its leading block lies in other processes; grow the "
+                    "model and its penalty before they are sharded"
+                )
         old = self.importance
         importance = {name: _embedded(name, old[name], parameters[name]) for name in old}
         penalty = EWC(model, importance, self.strength, self.mode, storage=self.storage)
@@ -254,9 +267,13 @@ class EWC(PenaltyBase):
         return penalty
 
     def state_dict(self) -> dict[str, Any]:
-        """Options, and references to the anchor and importance tensors by parameter name."""
+        """Options, and references to the anchor and importance tensors by parameter name.
+
+        Of a sharded parameter a ``"compact"`` importance is expanded, with an empty scale.
+        """
+        self._follow_sharding()
         terms = {name: pull.term() for name, pull in self._pulls.items()}
-        state = {
+        state: dict[str, Any] = {
             "strength": float(self.strength),
             "mode": self.mode,
             "estimator": self.estimator,
@@ -268,6 +285,10 @@ class EWC(PenaltyBase):
         }
         if self.storage == "compact":
             state["scale"] = {name: term[3] for name, term in terms.items()}
+            for name, pull in self._pulls.items():
+                if is_sharded(pull.param):  # whose blocks are of one way of sharding it
+                    state["importance"][name] = pull.omega()
+                    state["scale"][name] = torch.zeros(0)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -283,6 +304,7 @@ class EWC(PenaltyBase):
             ValueError: The state is of another model or holds an invalid value. Nothing has changed
                 then; the message names the first difference.
         """
+        self._follow_sharding()
         parameters = parameters_in_state(state, "anchor", self._model, self._parameters)
         if isinstance(state, Mapping) and "storage" in state:  # on it depends what else there is
             check_option("storage", state["storage"], self.storage)
@@ -291,7 +313,7 @@ class EWC(PenaltyBase):
         check_label("estimator", state["estimator"])
         importance = dict(state["importance"])
         for name, p in parameters.items():
-            if self.storage == "compact":
+            if self.storage == "compact" and state["scale"][name].numel():
                 importance[name] = dequantize(importance[name], state["scale"][name])
             check_tensor(f"the state's anchor of {name!r}", state["anchor"][name], p)
             check_tensor(f"the state's importance of {name!r}", importance[name], p, minimum=0.0)
@@ -323,6 +345,7 @@ class EWC(PenaltyBase):
             ValueError: A value does not fit, or a sum overflows. Nothing has changed then.
         """
         importance = importance_of(fisher)
+        self._follow_sharding()
         live = live_parameters(self._model, self._parameters)
         check_names(importance, self._model, "fisher")
         parameters = {n: p for n, p in live.items() if n in importance or n in self._pulls}
@@ -341,7 +364,10 @@ class EWC(PenaltyBase):
                     new = torch.zeros_like(pull.param, dtype=accumulation_dtype(pull.param.dtype))
                 if last:
                     yield pull, new
-                elif not (pull.omega().to(new.dtype) * decay + new).isfinite().all():
+                elif not is_true_everywhere(
+                    (part_of(pull.omega()).to(new.dtype) * decay + part_of(new)).isfinite().all(),
+                    pull.param,
+                ):
                     raise ValueError(f"the sum of the importances of {name!r} overflows")
             if not last:
                 self._set_pulls(parameters, factors, pulls)
@@ -352,6 +378,18 @@ class EWC(PenaltyBase):
             name: self._pulls.get(name) or Pull(name, p, torch.zeros_like(p), self.storage)
             for name, p in parameters.items()
         }
+
+    def _follow_sharding(self) -> None:
+        """Distribute what is kept as the model's parameters are, if they have been since."""
+        held = {name: (self._parameters[name], pull.anchor) for name, pull in self._pulls.items()}
+        moved = sharded_since(self._model, held)
+        if moved:
+            pulls = {
+                name: pull.moved(moved[name], self.storage) if name in moved else pull
+                for name, pull in self._pulls.items()
+            }
+            self._parameters, self._pulls = self._parameters | moved, pulls
+            self.version += 1
 
     def _set_pulls(
         self, parameters: dict[str, nn.Parameter], factors: dict[str, float], pulls: dict[str, Pull]
@@ -390,7 +428,8 @@ def _check_importance(importance: Mapping[str, Tensor], parameters: Mapping[str,
     for name, param in parameters.items():
         check_tensor(f"the importance of {name!r}", importance[name], param, minimum=0.0)
     total = sum(omega.numel() for omega in importance.values())
-    small = sum(int((omega < _NEGLIGIBLE).sum()) for omega in importance.values())
+    counts = [(part_of(omega) < _NEGLIGIBLE).sum() for omega in importance.values()]
+    small = int(sum_of_parts(counts, list(importance.values())))
     if small >= _COLLAPSED * total > 0:
         warnings.warn(
             f"the importance has collapsed: {small} of {total} entries are below {_NEGLIGIBLE}, so "

@@ -6,6 +6,7 @@ The value and gradient are defined by :func:`ars.reference.kronecker_value` and
 :func:`ars.reference.kronecker_gradient`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -29,6 +30,20 @@ from ars.regularizers.penalties.penalty_base import (
     checked_strength,
     live_parameters,
     parameters_in_state,
+    sharded_since,
+)
+from ars.regularizers.penalties.sharded_value import total_of, with_gradients
+from ars.sharded import (
+    divides,
+    indices_here,
+    is_placed_like,
+    is_sharded,
+    part_of,
+    place_like,
+    reshard,
+    whole,
+    with_part,
+    with_rows,
 )
 
 __all__ = ["KroneckerPenalty"]
@@ -74,7 +89,7 @@ class MatrixPull:
                 "restrain it with an EWC"
             )
         self.name = name
-        rows, columns = len(weight), weight[0].numel()
+        rows, columns = len(weight), math.prod(weight.shape[1:])
         self._parts: dict[str, nn.Parameter] = {name: weight}
         if isinstance(inputs, Tensor) and inputs.shape == (columns + 1, columns + 1):
             if bias is None:
@@ -88,7 +103,10 @@ class MatrixPull:
         self._size = rows, columns + (len(self._parts) == 2)
         self._has_outputs = outputs is not None
         self.check("", inputs, outputs)
-        self.anchor = self._matrix().detach()
+        _check_placement(self._parts)
+        # Which rows of G belong to the rows that are here; None for all.
+        self._rows = indices_here(weight, rows=True) if is_sharded(weight) else None
+        self.anchor = with_rows(self._matrix().detach(), weight)
         self.inputs = inputs.detach().to(weight.device, dtype, copy=True)
         self.outputs = (
             None if outputs is None else outputs.detach().to(weight.device, dtype, copy=True)
@@ -124,27 +142,38 @@ class MatrixPull:
 
     def named_anchor(self) -> dict[str, Tensor]:
         """Return the anchor of the weight, and of the bias, by parameter name."""
-        return {name: self._cut(self.anchor, name) for name in self._parts}
+        anchor = part_of(self.anchor)
+        return {n: with_part(self._cut(anchor, n), part) for n, part in self._parts.items()}
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return each parameter with its buffer."""
         return [(p, self._buffers[name]) for name, p in self._parts.items()]
 
     def value(self, strength: float | Tensor) -> Tensor:
-        """Return the penalty of this layer, differentiable in its parameters."""
+        """Return the penalty of this layer, differentiable in its parameters: of its rows here."""
         self._check_unmoved()
+        if self._rows is not None:
+            with torch.no_grad():
+                value = self.pull_(strength)
+                gradients = [part_of(buffer).clone() for buffer in self._buffers.values()]
+            return with_gradients(value, list(self._parts.values()), gradients)
         with torch.autocast(device_type=self.anchor.device.type, enabled=False):
             delta = self._matrix() - self.anchor
             return kronecker_value(delta, self.inputs, self.outputs, strength)
 
     def pull_(self, strength: float | Tensor) -> Tensor:
-        """Write the gradient to the buffers; return the penalty, 0-d."""
+        """Write the gradient to the buffers; return the penalty of the rows that are here, 0-d."""
         self._check_unmoved()
         with torch.autocast(device_type=self.anchor.device.type, enabled=False):
-            delta = self._matrix() - self.anchor
-            gradient = kronecker_gradient(delta, self.inputs, self.outputs, strength)
+            delta = self._matrix() - part_of(self.anchor)
+            if self._rows is None or self.outputs is None:
+                gradient = kronecker_gradient(delta, self.inputs, self.outputs, strength)
+            else:  # G mixes the rows of all processes
+                weight = next(iter(self._parts.values()))
+                rows = whole(with_rows(delta @ self.inputs, weight)).to(delta)
+                gradient = strength * (self.outputs[self._rows.to(delta.device)] @ rows)
             for name, buffer in self._buffers.items():
-                buffer.copy_(self._cut(gradient, name))
+                part_of(buffer).copy_(self._cut(gradient, name))
             return 0.5 * torch.dot(delta.flatten(), gradient.flatten())
 
     def consolidate(self, inputs: Tensor, outputs: Tensor | None, decay: float) -> None:
@@ -158,27 +187,62 @@ class MatrixPull:
             nearest = nearest_product(old, new)
             self.inputs.copy_(nearest.inputs)
             self.outputs.copy_(nearest.outputs)
-        self.anchor.copy_(self._matrix())
+        part_of(self.anchor).copy_(self._matrix())
 
     def decay_(self, decay: float) -> None:
         """Multiply the importance with ``decay``, and anchor at the parameters."""
         (self.inputs if self.outputs is None else self.outputs).mul_(decay)
-        self.anchor.copy_(self._matrix())
+        part_of(self.anchor).copy_(self._matrix())
+
+    def moved(self, parameters: Mapping[str, nn.Parameter]) -> "MatrixPull":
+        """Return this pull for the same parameters that are placed in another way.
+
+        Args:
+            parameters: The parameters as they are placed now, by name.
+        """
+        name, *bias = self._parts
+        first = bias[0] if bias else None
+        pull = MatrixPull(name, first, parameters, self.inputs, self.outputs)
+        part_of(pull.anchor).copy_(part_of(place_like(self.anchor, pull.anchor)))
+        return pull
 
     def _check_unmoved(self) -> None:
         for name, buffer in self._buffers.items():
             check_unmoved(name, self._parts[name], buffer, same_dtype=True)
 
     def _matrix(self) -> Tensor:
-        """Return a copy of [W b] as it is, in the dtype of the computation."""
-        weight, *bias = self._parts.values()
+        """Return a copy of the rows of [W b] that are here, in the dtype of the computation."""
+        weight, *bias = map(part_of, self._parts.values())
         columns = [weight.flatten(1), *(b[:, None] for b in bias)]
         return torch.cat(columns, 1).to(accumulation_dtype(weight.dtype))
 
     def _cut(self, matrix: Tensor, name: str) -> Tensor:
-        """Return the part of a matrix like [W b] that belongs to one of the two."""
-        part = self._parts[name]
-        return matrix[:, -1] if part.ndim == 1 else matrix[:, : part[0].numel()].view_as(part)
+        """Return the part of rows like those of [W b] that belongs to one of the two."""
+        part = part_of(self._parts[name])
+        if part.ndim == 1:
+            return matrix[:, -1]
+        return matrix[:, : math.prod(part.shape[1:])].view_as(part)
+
+
+def _check_placement(parts: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a weight that is not divided by rows, and its bias with it.
+
+    Raises:
+        ValueError: That is so; names it.
+    """
+    weight_name, *others = parts
+    weight: Any = parts[weight_name]
+    if is_sharded(weight) and any(divides(p, rows=False) for p in weight.placements):
+        raise ValueError(
+            f"{weight_name!r} is sharded by columns, {tuple(weight.placements)}, and a Kronecker "
+            "factor mixes these; shard it by rows, as fully_shard does, or restrain it with an EWC"
+        )
+    for name in others:
+        if not is_placed_like(parts[name], weight):
+            raise ValueError(
+                f"{name!r} is not distributed as its {weight_name!r} is; shard both by rows, or "
+                "leave the last row and column of A out"
+            )
 
 
 def _check_factor(what: str, factor: object, size: int) -> None:
@@ -272,6 +336,7 @@ class KroneckerPenalty(PenaltyBase):
 
     def __init__(self, model: nn.Module, factors: Factors, strength: float | Tensor = 1.0) -> None:
         self._model = checked_module(model)
+        reshard(model)
         self._pulls: dict[str, MatrixPull] = {}
         self._pulls = self._pulls_for(_factors_of(factors))
         self.strength = strength
@@ -297,16 +362,40 @@ class KroneckerPenalty(PenaltyBase):
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         """Parameter and buffer of every weight and bias; :meth:`refresh` fills the buffers."""
+        self._follow_sharding()
         return [pair for pull in self._pulls.values() for pair in pull.pairs()]
 
     @torch.no_grad()
     def refresh(self) -> Tensor:
         """Fill the buffers with the gradient at the parameters as they are; return the penalty."""
-        return _sum([pull.pull_(self.strength) for pull in self._pulls.values()])
+        return self._total([pull.pull_(self.strength) for pull in self._pulls.values()])
 
     def value(self) -> Tensor:
         """Return the penalty E, 0-d and differentiable, on the first parameter's device."""
-        return _sum([pull.value(self.strength) for pull in self._pulls.values()])
+        self._follow_sharding()
+        return self._total([pull.value(self.strength) for pull in self._pulls.values()])
+
+    def _total(self, values: list[Tensor]) -> Tensor:
+        """Add up the values of all layers, and those of their rows in all processes."""
+        weights = [next(iter(pull.parameters.values())) for pull in self._pulls.values()]
+        return total_of(values, weights)
+
+    def _follow_sharding(self) -> None:
+        """Distribute what is kept as the model's parameters are, if they have been since."""
+        held = {
+            name: (param, pull.anchor if param.ndim > 1 else dict(pull.pairs())[param])
+            for pull in self._pulls.values()
+            for name, param in pull.parameters.items()
+        }
+        moved = sharded_since(self._model, held)
+        if moved:
+            self._pulls = {
+                name: pull.moved(pull.parameters | moved)
+                if moved.keys() & pull.parameters.keys()
+                else pull
+                for name, pull in self._pulls.items()
+            }
+            self.version += 1
 
     @torch.no_grad()
     def consolidate(self, factors: Factors, *, decay: float = 1.0) -> None:
@@ -330,6 +419,7 @@ class KroneckerPenalty(PenaltyBase):
         """
         decay = checked_decay(decay)
         found = _factors_of(factors)
+        self._follow_sharding()
         pulls = self._pulls_for(found)
         for name, pull in pulls.items():
             if name not in self._pulls:  # holds its first factors already
@@ -406,6 +496,7 @@ class KroneckerPenalty(PenaltyBase):
             ValueError: The state is of another model or holds an invalid value. Nothing has changed
                 then; the message names the first difference.
         """
+        self._follow_sharding()
         options = {"strength", "estimator", "sharing"}
         parts = set(self.state_dict()) - options
         held = {name: pull.parameters[name] for name, pull in self._pulls.items()}
@@ -427,7 +518,8 @@ class KroneckerPenalty(PenaltyBase):
         self.strength = strength
         self.estimator, self.sharing = state["estimator"], state["sharing"]
         for name, pull in self._pulls.items():
-            pull.anchor.copy_(state["anchor"][name])
+            anchor = place_like(state["anchor"][name], pull.anchor)
+            part_of(pull.anchor).copy_(part_of(anchor))
             pull.inputs.copy_(state["inputs"][name])
             if pull.outputs is not None:
                 pull.outputs.copy_(outputs[name])
@@ -467,7 +559,3 @@ def _factors_of(factors: Factors) -> Mapping[str, tuple[Tensor, Tensor | None]]:
                 f"the factors of {name!r} must be a pair (A, G), got {type(pair).__name__}"
             )
     return factors
-
-
-def _sum(values: list[Tensor]) -> Tensor:
-    return torch.stack([value.to(values[0].device) for value in values]).sum()

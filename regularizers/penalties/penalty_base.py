@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from ars.penalty import check_strength
 from ars.regularizers.fisher.diagonal import DiagonalFisher
 from ars.regularizers.fisher.estimators import accumulation_dtype
+from ars.sharded import (
+    is_placed_like,
+    is_sharded,
+    is_true_everywhere,
+    part_of,
+    place_like,
+    reshard,
+)
 
 __all__ = [
     "PenaltyBase",
@@ -27,6 +35,7 @@ __all__ = [
     "importance_of",
     "live_parameters",
     "parameters_in_state",
+    "sharded_since",
 ]
 
 # What wrappers put before the names of parameters.
@@ -156,6 +165,33 @@ def check_names(names: Mapping[str, Any], model: nn.Module, source: str) -> None
         )
 
 
+def sharded_since(
+    model: nn.Module, held: Mapping[str, tuple[nn.Parameter, Tensor]]
+) -> dict[str, nn.Parameter]:
+    """Return the parameters that have been distributed, or in another way, since they were seen.
+
+    ``fully_shard`` and ``parallelize_module`` put DTensors in the place of parameters.
+
+    Args:
+        model: The model.
+        held: The parameters that a penalty holds, each with what it keeps beside it, by name.
+
+    Returns:
+        Those that the model has now, by name.
+    """
+    if not all(is_sharded(param) for param, _ in held.values()):
+        reshard(model)  # after a forward pass FSDP2 may have left whole parameters in place
+    live = dict(model.named_parameters())
+    return {
+        name: live[name]
+        for name, (param, kept) in held.items()
+        if name in live
+        and is_sharded(live[name])
+        and live[name].shape == param.shape
+        and not (live[name] is param and is_placed_like(kept, param))
+    }
+
+
 def live_parameters(model: nn.Module, held: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """Return the model's parameters as they are now, which a penalty built earlier may not know.
 
@@ -169,6 +205,7 @@ def live_parameters(model: nn.Module, held: Mapping[str, Tensor]) -> dict[str, n
     Raises:
         ValueError: The model has another parameter than the penalty under one name.
     """
+    reshard(model)
     live = dict(model.named_parameters())
     for name, param in held.items():
         if live.get(name, param) is not param:
@@ -226,13 +263,13 @@ def check_tensor(what: str, tensor: Tensor, param: Tensor, minimum: float = -mat
             f"{what} has shape {tuple(tensor.shape)}, but the parameter has {tuple(param.shape)}; "
             "compute it on this model, as it is now"
         )
-    stored = tensor.detach().to(accumulation_dtype(param.dtype))
-    if not stored.isfinite().all():
+    stored = part_of(tensor).detach().to(accumulation_dtype(param.dtype))
+    if not is_true_everywhere(stored.isfinite().all(), tensor):
         raise ValueError(
             f"{what} holds a value that is not finite in {stored.dtype}; "
             "look for an overflow where it was computed"
         )
-    if (stored < minimum).any():
+    if not is_true_everywhere((stored >= minimum).all(), tensor):
         raise ValueError(f"{what} holds a negative value; importances are mean squares, so >= 0")
 
 
@@ -252,6 +289,8 @@ def check_unmoved(name: str, param: Tensor, kept: Tensor, *, same_dtype: bool = 
         what = f"{tuple(param.shape)} on {param.device}", f"{tuple(kept.shape)} on {kept.device}"
     elif same_dtype and accumulation_dtype(param.dtype) != kept.dtype:
         what = f"of {param.dtype}", f"of {kept.dtype}"
+    elif not is_placed_like(param, kept):
+        what = "distributed in one way", "in another"
     else:
         return
     raise ValueError(
@@ -329,6 +368,7 @@ def check_option(name: str, found: object, own: object) -> None:
 
 
 def copy_like(param: Tensor, tensor: Tensor) -> Tensor:
-    """Copy with the strides and device of ``param``, in the dtype penalties are computed in."""
+    """Copy, placed as ``param`` and with its strides, in the dtype penalties are computed in."""
     copy = torch.empty_like(param, dtype=accumulation_dtype(param.dtype))
-    return copy.copy_(tensor.detach())
+    part_of(copy).copy_(part_of(place_like(tensor.detach(), param)))
+    return copy

@@ -19,6 +19,7 @@ from ars.regularizers.checks import check_can_differentiate
 from ars.regularizers.fisher.estimators import accumulation_dtype
 from ars.regularizers.penalties.penalty_base import copy_like
 from ars.regularizers.storage import Quantized, dequantize, quantize
+from ars.sharded import is_sharded, part_of, place_like, sum_of_parts, with_part
 
 __all__ = ["Pull", "quadratic_value"]
 
@@ -52,32 +53,46 @@ class Pull:
         if storage == "bfloat16":
             self.importance = self.importance.bfloat16()
         if storage == "compact":
-            if not param.is_contiguous():
+            if not part_of(param).is_contiguous():
                 raise ValueError(
                     f"{name!r} is not contiguous, and the blocks of the uint8 importance follow "
                     "the row-major order; use storage='bfloat16', or make it contiguous"
                 )
-            self.importance = quantize(self.importance)
+            values, scale = quantize(part_of(self.importance))
+            self.importance = Quantized(with_part(values, param), scale)
 
     def omega(self) -> Tensor:
         """Return the importance in floating point; what is stored, where it is stored so."""
         if isinstance(self.importance, Quantized):
-            return dequantize(*self.importance)
+            values, scale = self.importance
+            return with_part(dequantize(part_of(values), scale), self.param)
         return self.importance
 
     def assign(self, importance: Tensor, anchor: Tensor) -> None:
         """Overwrite both in place, so that who holds the tensors sees the new values.
 
         Args:
-            importance: In floating point.
-            anchor: Of any floating dtype.
+            importance: In floating point; whole, or placed in any way.
+            anchor: Of any floating dtype; likewise.
         """
-        self.anchor.copy_(anchor)
+        part_of(self.anchor).copy_(part_of(place_like(anchor, self.param)))
+        part = part_of(place_like(importance, self.param))
         if isinstance(self.importance, Quantized):
-            for stored, new in zip(self.importance, quantize(importance), strict=True):
-                stored.copy_(new)
+            for stored, new in zip(self.importance, quantize(part), strict=True):
+                part_of(stored).copy_(new)
         else:
-            self.importance.copy_(importance)
+            part_of(self.importance).copy_(part)
+
+    def moved(self, param: Tensor, storage: str) -> "Pull":
+        """Return this pull for the same parameter that is placed in another way.
+
+        Args:
+            param: The parameter as it is placed now.
+            storage: As it was made with.
+        """
+        pull = Pull("", param, self.omega(), storage)
+        part_of(pull.anchor).copy_(part_of(place_like(self.anchor, param)))
+        return pull
 
     def term(self) -> tuple[Tensor, ...]:
         """Return (parameter, anchor, importance), or with uint8 (.., importance, scale)."""
@@ -108,12 +123,19 @@ class _Quadratic(torch.autograd.Function):
         ctx.save_for_backward(*params)
         ctx.pulls = pulls
         ctx.strength = strength.clone() if isinstance(strength, Tensor) else strength
-        total: Tensor | float = 0.0
+        sharded = any(is_sharded(pull.param) for pull in pulls)
+        total: Any = 0.0
+        totals: list[Tensor] = []
         for pull in pulls:
             for theta, anchor, omega in _pieces(pull.param, pull):
                 delta = theta - anchor
                 square = (delta * delta).mul_(omega).sum()
                 total = total + square.to(params[0].device)
+            if sharded:
+                totals.append(total)
+                total = 0.0
+        if sharded:
+            total = sum_of_parts(totals, params)
         value: Tensor = total * (0.5 * ctx.strength)
         return value
 
@@ -131,7 +153,8 @@ class _Quadratic(torch.autograd.Function):
             else:
                 dtype = accumulation_dtype(param.dtype)
                 gradient = torch.empty_like(param, dtype=dtype)
-                results = _flat(gradient) if _works_in_blocks(pull) else (gradient,)
+                part = part_of(gradient)
+                results = _flat(part) if _works_in_blocks(pull) else (part,)
                 for (theta, anchor, omega), result in zip(
                     _pieces(param, pull), results, strict=True
                 ):
@@ -147,7 +170,8 @@ def _wide_anchor(pull: Pull) -> Tensor:
 
 def _works_in_blocks(pull: Pull) -> bool:
     """Whether to work in blocks: on a CPU, where all operands lie in memory in one order."""
-    return pull.param.device.type == "cpu" and pull.param.is_contiguous()
+    part = part_of(pull.param)
+    return part.device.type == "cpu" and part.is_contiguous()
 
 
 def _flat(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +179,9 @@ def _flat(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _pieces(param: Tensor, pull: Pull) -> Iterator[_Operands]:
-    operands = (param.detach(), _wide_anchor(pull), pull.omega())
+    operands = (
+        part_of(param).detach(), part_of(_wide_anchor(pull)), part_of(pull.omega()),
+    )  # fmt: skip
     if not _works_in_blocks(pull):
         yield operands
         return

@@ -23,6 +23,7 @@ from ars.regularizers.fisher.diagonal import DiagonalFisher
 from ars.regularizers.fisher.estimators import accumulation_dtype
 from ars.regularizers.penalties.penalty_base import check_state, checked_strength, importance_of
 from ars.regularizers.storage import dequantize
+from ars.sharded import is_sharded, part_of, sum_of_parts, with_part
 
 __all__ = ["AdaptiveStrength", "factor_of", "layer_factors", "trace_strengths"]
 
@@ -154,8 +155,9 @@ class AdaptiveStrength:
         """Norm of the penalty's gradient at strength 1."""
         pulls = []
         for param, anchor, importance, *scale in self.penalty.terms():
-            omega = dequantize(importance, *scale) if scale else importance
-            pulls.append(self._norm([(param - anchor) * omega]))
+            theta, start, omega = map(part_of, (param, anchor, importance))
+            omega = dequantize(omega, *scale) if scale else omega
+            pulls.append(self._norm([with_part((theta - start) * omega, param)]))
         if hasattr(self.penalty, "gradients"):
             self.penalty.refresh()  # fills the buffers, with the strength in them
             buffers = [buffer for _, buffer in self.penalty.gradients()]
@@ -165,11 +167,13 @@ class AdaptiveStrength:
     def _norm(self, tensors: list[Tensor]) -> Tensor:
         # In float32 at least: the squares of half-precision gradients overflow.
         norms = [
-            torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).to(self._level)
+            torch.linalg.vector_norm(part_of(t), dtype=accumulation_dtype(t.dtype)).to(self._level)
             for t in tensors
         ]
         if not norms:
             return torch.zeros_like(self._level)
+        if any(map(is_sharded, tensors)):
+            return sum_of_parts([norm.double().square() for norm in norms], tensors).sqrt().float()
         return torch.linalg.vector_norm(torch.stack(norms))
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,7 +244,10 @@ def trace_strengths(
         {'a': 0.444..., 'b': 1.333..., 'c': 1.0}
     """
     low, high = _checked_bounds(bounds)
-    traces = {n: float(t.sum(dtype=torch.float64)) for n, t in importance_of(fisher).items()}
+    traces = {
+        name: float(sum_of_parts([part_of(omega).sum(dtype=torch.float64)], [omega]))
+        for name, omega in importance_of(fisher).items()
+    }
     mean = sum(traces.values()) / len(traces)
     return {
         name: min(max(mean / trace, low), high) if trace > 0 else 1.0

@@ -6,6 +6,7 @@ The value and gradient are defined by :func:`ars.reference.subspace_value` and
 :func:`ars.reference.subspace_gradient`; here they are computed in place, for the step.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -33,6 +34,16 @@ from ars.regularizers.penalties.penalty_base import (
     copy_like,
     live_parameters,
     parameters_in_state,
+    sharded_since,
+)
+from ars.regularizers.penalties.sharded_value import total_of, with_gradients
+from ars.sharded import (
+    add_over_divided,
+    indices_here,
+    is_sharded,
+    part_of,
+    place_like,
+    reshard,
 )
 
 __all__ = ["SubspacePenalty"]
@@ -55,10 +66,13 @@ class Restraint:
         check_can_differentiate("building a penalty")
         self.param, self.anchor, self.side, self.protect = param, anchor, side, protect
         self.buffer = torch.zeros_like(anchor)
-        rows = param.shape[0]
+        buffer = part_of(self.buffer)
         # A weight that is not contiguous is worked on as a contiguous matrix beside its buffer.
-        dense = self.buffer if self.buffer.is_contiguous() else self.buffer.contiguous()
-        self._matrix = dense.view(rows, -1)
+        dense = buffer if buffer.is_contiguous() else buffer.contiguous()
+        self._matrix = dense.view(buffer.shape[0], math.prod(buffer.shape[1:]))
+        # Which rows of U belong to the part of the weight that is here; None for all.
+        on_rows = side == "output"
+        self._here = indices_here(param, rows=on_rows) if is_sharded(param) else None
         self.set_basis(basis)
 
     def set_basis(self, basis: Tensor) -> None:
@@ -69,13 +83,15 @@ class Restraint:
         """
         matrix = self._matrix
         on = 0 if self.side == "output" else 1
+        size = self.param.shape[0] if on == 0 else math.prod(self.param.shape[1:])
         if not basis.is_floating_point():
             self.basis = basis.detach().to(matrix.device, copy=True)
-            shape = (-1, 1) if on == 0 else (1, -1)
-            inside = matrix.new_zeros(matrix.shape[on]).index_fill_(0, self.basis, 1.0)
-            self._mask = (inside if self.protect == "inside" else 1 - inside).view(shape)
+            inside = matrix.new_zeros(size).index_fill_(0, self.basis, 1.0)
+            mask = self._part(inside if self.protect == "inside" else 1 - inside)
+            self._mask = mask[:, None] if on == 0 else mask[None]
             return
         self.basis = basis.detach().to(matrix.device, matrix.dtype, copy=True)
+        self._basis = self._part(self.basis)
         k = basis.shape[1]
         self._work = matrix.new_empty((k, matrix.shape[1]) if on == 0 else (matrix.shape[0], k))
 
@@ -85,38 +101,57 @@ class Restraint:
         Args:
             strength: gamma.
         """
+        if self._here is not None:
+            with torch.no_grad():
+                square = self.pull_(2 * strength)
+                gradient = part_of(self.buffer).clone()
+            return with_gradients(strength * square, [self.param], [gradient])
         with torch.autocast(device_type=self.anchor.device.type, enabled=False):
             delta = (self.param - self.anchor).flatten(1)
             return subspace_value(delta, self.basis, strength, side=self.side, protect=self.protect)
 
     def pull_(self, scale: float | Tensor) -> Tensor:
-        """Write ``scale`` Q (W - W*) to the buffer; return ||Q (W - W*)||_F^2, 0-d.
+        """Write ``scale`` Q (W - W*) to the buffer; return ||Q (W - W*)||_F^2, of what is here.
 
         Args:
             scale: Factor of what is written, not of what is returned.
         """
+        param, buffer = part_of(self.param).detach(), part_of(self.buffer)
         matrix, basis = self._matrix, self.basis
         with torch.autocast(device_type=matrix.device.type, enabled=False):
-            torch.sub(self.param, self.anchor, out=matrix.view(self.param.shape))
+            torch.sub(param, part_of(self.anchor), out=matrix.view(param.shape))
             if not basis.is_floating_point():
                 square = _square(matrix.mul_(self._mask))
                 matrix.mul_(scale)
             else:
                 # U^T dW or dW U: an isometry of the part inside, whose norm is therefore its norm.
-                on_rows = self.side == "output"
+                on_rows, basis = self.side == "output", self._basis
                 factors = (basis.mT, matrix) if on_rows else (matrix, basis)
                 inside = torch.mm(*factors, out=self._work)
+                first = add_over_divided(inside, self.param, rows=on_rows)
                 back = (basis, inside) if on_rows else (inside, basis.mT)
                 if self.protect == "inside":
-                    square = _square(inside)
+                    square = _square(inside) if first else inside.new_zeros(())
                     inside.mul_(scale)  # the smaller factor of the product
                     torch.mm(*back, out=matrix)
                 else:
                     square = _square(matrix.addmm_(*back, alpha=-1))
                     matrix.mul_(scale)
-        if matrix.data_ptr() != self.buffer.data_ptr():
-            self.buffer.copy_(matrix.view(self.param.shape))
+        if matrix.data_ptr() != buffer.data_ptr():
+            buffer.copy_(matrix.view(param.shape))
         return square
+
+    def moved(self, param: Tensor) -> "Restraint":
+        """Return this restraint for the same parameter that is placed in another way.
+
+        Args:
+            param: The parameter as it is placed now.
+        """
+        return Restraint(param, copy_like(param, self.anchor), self.basis, self.side, self.protect)
+
+    def _part(self, basis: Tensor) -> Tensor:
+        """Return the rows of U, or of a mask, that belong to the part of the weight here."""
+        return basis if self._here is None else basis[self._here.to(basis.device)]
 
 
 def _square(tensor: Tensor) -> Tensor:
@@ -193,6 +228,7 @@ class SubspacePenalty(PenaltyBase):
         protect: Protect = "inside",
     ) -> None:
         self._model = checked_module(model)
+        reshard(model)
         self._parameters = parameters_of_bases(bases, model)
         self.side: Side = checked_choice("side", side, get_args(Side))
         self.protect: Protect = checked_choice("protect", protect, get_args(Protect))
@@ -314,16 +350,20 @@ class SubspacePenalty(PenaltyBase):
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         """Parameter and buffer of every penalised weight; :meth:`refresh` fills the buffers."""
+        self._follow_sharding()
         return [(r.param, r.buffer) for r in self._restraints.values()]
 
     @torch.no_grad()
     def refresh(self) -> Tensor:
         """Fill the buffers with the gradient at the parameters as they are; return the penalty."""
-        return self._total([r.pull_(2 * self.strength) for r in self._checked_restraints()])
+        squares = [r.pull_(2 * self.strength) for r in self._checked_restraints()]
+        return self.strength * total_of(squares, [r.param for r in self._restraints.values()])
 
     def value(self) -> Tensor:
         """Return the penalty R, 0-d and differentiable, on the first parameter's device."""
-        return self._total([r.value(1.0) for r in self._checked_restraints()])
+        self._follow_sharding()
+        squares = [r.value(1.0) for r in self._checked_restraints()]
+        return self.strength * total_of(squares, [r.param for r in self._restraints.values()])
 
     def _checked_restraints(self) -> list[Restraint]:
         """Return the restraints, each of a parameter that is as it was when it was made."""
@@ -331,8 +371,17 @@ class SubspacePenalty(PenaltyBase):
             check_unmoved(name, restraint.param, restraint.buffer, same_dtype=True)
         return list(self._restraints.values())
 
-    def _total(self, squares: list[Tensor]) -> Tensor:
-        return self.strength * torch.stack([s.to(squares[0].device) for s in squares]).sum()
+    def _follow_sharding(self) -> None:
+        """Distribute what is kept as the model's parameters are, if they have been since."""
+        held = {name: (self._parameters[name], r.anchor) for name, r in self._restraints.items()}
+        moved = sharded_since(self._model, held)
+        if moved:
+            restraints = {
+                name: r.moved(moved[name]) if name in moved else r
+                for name, r in self._restraints.items()
+            }
+            self._parameters, self._restraints = self._parameters | moved, restraints
+            self.version += 1
 
     @torch.no_grad()
     def consolidate(self, bases: Mapping[str, Tensor]) -> None:
@@ -343,6 +392,7 @@ class SubspacePenalty(PenaltyBase):
                 a new head's. What the penalty holds must have one, unless the model has it no more.
                 Where the constructor would raise, this does, and nothing has changed.
         """
+        self._follow_sharding()
         live = live_parameters(self._model, self._parameters)
         kept = {name for name in self._parameters if name in live}
         held = parameters_of_bases(bases, self._model)
@@ -350,7 +400,7 @@ class SubspacePenalty(PenaltyBase):
         check_bases(bases, parameters, self.side)
         restraints = self._restraints_of(parameters, bases)
         for name in kept:
-            restraints[name].anchor.copy_(restraints[name].param)
+            part_of(restraints[name].anchor).copy_(part_of(restraints[name].param))
             restraints[name].set_basis(bases[name])
         self._set_restraints(parameters, restraints)
 
@@ -380,7 +430,7 @@ class SubspacePenalty(PenaltyBase):
         """
         for restraint in self._checked_restraints():
             restraint.pull_(1.0)
-            restraint.param.sub_(restraint.buffer)
+            part_of(restraint.param).sub_(part_of(restraint.buffer))
 
     def state_dict(self) -> dict[str, Any]:
         """Options, strength, and references to the anchor and basis tensors by parameter name."""
@@ -406,6 +456,7 @@ class SubspacePenalty(PenaltyBase):
 
     def _check_parts(self, state: Mapping[str, Any]) -> dict[str, nn.Parameter]:
         """Return the parameters that a state is of, all that this penalty holds among them."""
+        self._follow_sharding()
         parameters = parameters_in_state(state, "bases", self._model, self._parameters)
         parts = {"anchor", "bases"}
         expected = {"strength", "side", "protect"} | parts
@@ -430,5 +481,6 @@ class SubspacePenalty(PenaltyBase):
         self._set_restraints(parameters, self._restraints_of(parameters, state["bases"]))
         self.strength = state["strength"]
         for name, restraint in self._restraints.items():
-            restraint.anchor.copy_(state["anchor"][name])
+            anchor = place_like(state["anchor"][name], restraint.param)
+            part_of(restraint.anchor).copy_(part_of(anchor))
             restraint.set_basis(state["bases"][name])
