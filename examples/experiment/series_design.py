@@ -40,7 +40,7 @@ PREDICTION = {
 _TUNING_SEED = 100
 _SEARCH_SEED = 200
 # The first recipe: settings by habit, and one share for all members.
-_FIRST_SETTINGS = {"batch_size": 4, "lr": 3e-3, "warmup_steps": 20}
+_FIRST_SETTINGS: dict[str, Any] = {"batch_size": 4, "lr": 3e-3, "warmup_steps": 20}
 _FIRST_COOLDOWN = 0.05  # of its chain; half of the twin's
 _FIRST_BRACKETS = {
     "lr": (1.5e-3, 3e-3, 6e-3),

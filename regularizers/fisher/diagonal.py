@@ -15,7 +15,7 @@ from numbers import Real
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ars.regularizers.checks import (
     check_can_differentiate,
@@ -267,19 +267,24 @@ class DiagonalFisher:
             )
         check_can_differentiate("fit")
         self._check_can_store()
-        processes = self._processes
-        with gathered(self.model, processes) as sharded:
-            parameters = trainable(self.model)
-            total = zero_sums(parameters)
-            add = partial(self._add_own_samples, total, parameters, batches, n_samples)
-            own = processes.each(add)
-        processes.agreed([part.sums for part in own], everywhere=True)
+        processes, sharded = self._processes, dict[str, nn.Parameter]()
+        several = distributed.is_available() and distributed.is_initialized()
+        if not (several or processes.is_lost):
+            total = zero_sums(trainable(self.model))
+            own = [self._add_own_samples(total, batches, n_samples, alone=True)]
+        else:
+            with gathered(self.model, processes) as sharded:
+                total, alone = zero_sums(trainable(self.model)), processes.count == 1
+                add = partial(self._add_own_samples, total, batches, n_samples, alone=alone)
+                own = processes.each(add)
+            processes.agreed([part.sums for part in own], everywhere=True)
         seen, units = sum(part.samples for part in own), sum(part.units for part in own)
         if seen == 0:
             raise ValueError("batches is empty in every process: at least one sample is needed")
         if units == 0:
             raise ValueError(f"every position is masked: there is no {self.unit} to average over")
-        processes.add_up_(total.values())
+        if len(own) > 1:
+            processes.add_up_(total.values())
         for tensor in total.values():
             tensor.div_(units)
         return self._store(total, seen, sharded)
@@ -287,17 +292,19 @@ class DiagonalFisher:
     def _add_own_samples(
         self,
         total: dict[str, Tensor],
-        parameters: dict[str, nn.Parameter],
         batches: Iterable[tuple[Tensor, ...]],
         n_samples: int | None,
+        *,
+        alone: bool,
     ) -> "_Part":
         """Add this process's samples to ``total``, and count them."""
+        parameters = trainable(self.model)
         way = Differentiator(self.model, parameters, self.method, self.chunk_size)
         samples = labelled_samples(
             batches,
             n_samples,
             segments=self.unit == "segment",
-            needed=self._processes.count == 1,
+            needed=alone,
         )
         generator = self.generator
         seen = units = classes = 0
@@ -305,7 +312,7 @@ class DiagonalFisher:
             for index, (inputs, targets, *segments) in enumerate(samples):
                 if seen == 0:
                     classes = check_logits(self.model(inputs[:1]), targets[:1]).shape[-1]
-                    if generator is None:
+                    if generator is None and not alone:
                         generator = self._processes.generator(targets.device)
                 check_targets(targets, classes, index)
                 batch = drawn(
@@ -401,7 +408,7 @@ class DiagonalFisher:
         else:
             self._importance = {
                 # Popped, so that no more than one is there in both ways.
-                name: place_as(tensor.to(self.dtype or tensor.dtype), sharded.get(name))
+                name: _placed(tensor.to(self.dtype or tensor.dtype), sharded.get(name))
                 for name, tensor in ((n, importance.pop(n)) for n in list(importance))
             }
         self._n_samples = samples
@@ -416,9 +423,13 @@ class _Part(NamedTuple):
     units: int
 
 
+def _placed(tensor: Tensor, like: nn.Parameter | None) -> Tensor:
+    return tensor if like is None else place_as(tensor, like)
+
+
 def _is_finite(tensor: Tensor) -> bool:
     finite = tensor.isfinite().all()
-    return bool(whole(finite))
+    return bool(finite if type(finite) is Tensor else whole(finite))
 
 
 def _adam_importance(

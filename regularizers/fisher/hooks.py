@@ -38,8 +38,12 @@ from ars.regularizers.fisher.estimators import Chunk, cotangents, with_lookahead
 from ars.regularizers.fisher.row_proof import Passes, RowProof, computed_in
 from ars.regularizers.fisher.rules import (
     Contribution,
+    Pieces,
+    Rule,
     Sums,
     add_squares_of_uses_,
+    can_be_differentiated,
+    differentiated,
     rule_of,
     to_samples,
 )
@@ -90,7 +94,29 @@ class _Call(NamedTuple):
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else kwargs.get("input")
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _has_other_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call reads another tensor than its input."""
+    return any(isinstance(value, Tensor) for value in (*args, *kwargs.values())[1:])
+
+
+def _call_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    """A module's ``forward`` by its input; the other arguments are those of a call."""
+    name = None if args else next(iter(kwargs))
+
+    def call(x: Tensor) -> Tensor:
+        output: Tensor = (
+            module.forward(x, *args[1:], **kwargs)
+            if name is None
+            else module.forward(**{**kwargs, name: x})
+        )
+        return output
+
+    return call
 
 
 class Taps:
@@ -142,6 +168,9 @@ class Taps:
                 self._own[module] = {n: p for n, p in own.items() if n in {"weight", "bias"}}
             elif all(p.ndim > 1 and len(p) == 1 for p in own.values()):
                 self._broadcast += [(module, name, p) for name, p in own.items()]
+            elif can_be_differentiated(module, self._names):
+                layers[module] = f"{type(module).__name__} {path or 'itself'!r}"
+                self._own[module] = own
             else:
                 raise UnsupportedModelError(
                     f"{type(module).__name__} {path or 'itself'!r} has no rule"
@@ -153,7 +182,8 @@ class Taps:
 
         def record_shape(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x = _input(args, kwargs)
-            if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            maps_one = isinstance(x, Tensor) and isinstance(output, Tensor)
+            if not maps_one or (rule_of(module) is None and _has_other_tensors(args, kwargs)):
                 raise UnsupportedModelError(f"{self._layers[module]} does not map one tensor")
             found.append((module, x.shape))
 
@@ -190,7 +220,7 @@ class Taps:
 
         def attach(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             module._parameters.update(self._own[module])
-            return None if self._without_taps else tap(module, _input(args, kwargs), output)
+            return None if self._without_taps else tap(module, args, kwargs, output)
 
         handles = []
         try:
@@ -248,8 +278,9 @@ class Taps:
             tapped.append(name)
             return len(tapped) - 1
 
-        def tap(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        def tap(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             nonlocal float16
+            x = _input(args, kwargs)
             # Recomputed by a checkpoint, a layer is called again, in the same order.
             name, known = self._layers[module], self._calls[module]
             if not known:
@@ -268,14 +299,21 @@ class Taps:
                 )
             float16 |= output.dtype == torch.float16
             me = number(name)
+            rule, alone = self._rule(module, args, kwargs), rule_of(module) is None
 
             def record(x: Tensor, gradient: Tensor) -> None:
                 with torch.autocast(gradient.device.type, enabled=False):
                     gradient = to_samples(gradient, dim, samples)
                     if self._proof is not None:
                         self._proof.add(me, gradient)
-                    elif self._squaring:
-                        self._record(total, module, to_samples(x, dim, samples), gradient)
+                    if self._squaring or alone:
+                        uses = rule(module, to_samples(x, dim, samples), gradient)
+                    if self._squaring:
+                        self._record(total, module, uses)
+                    elif alone:  # may fail: then before anything is added
+                        for use in uses.values():
+                            if isinstance(use, Pieces):
+                                use.gradients(slice(1))
 
             return _Tap.apply(output, x, root, record)
 
@@ -383,12 +421,17 @@ class Taps:
                 "another"
             )
 
+    def _rule(self, module: nn.Module, args: Any, kwargs: Any) -> Rule:
+        """The rule of a layer, for one call of it."""
+        known = rule_of(module)
+        if known is not None:
+            return known[0]
+        return differentiated(module, self._own[module], _call_of(module, args, kwargs))
+
     def _record(
-        self, total: dict[str, Tensor], module: nn.Module, x: Tensor, gradient: Tensor
+        self, total: dict[str, Tensor], module: nn.Module, uses: dict[str, Contribution]
     ) -> None:
-        rule = rule_of(module)
-        assert rule is not None
-        for name, contribution in rule[0](module, x, gradient).items():
+        for name, contribution in uses.items():
             p = self._own[module].get(name)
             if p is not None:
                 self._add(total, p, contribution)

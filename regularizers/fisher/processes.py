@@ -46,7 +46,7 @@ class Processes:
                 f"default group, or False for none, got {group!r}"
             )
         self.group = group
-        self._is_lost = False
+        self.is_lost = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
         return Processes(self.group)  # a group is not copied
@@ -54,7 +54,7 @@ class Processes:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle all but a group of the user's, which cannot be."""
         named = self.group is not None and self.group is not False
-        return {"group": None if named else self.group, "_is_lost": named or self._is_lost}
+        return {"group": None if named else self.group, "is_lost": named or self.is_lost}
 
     @property
     def count(self) -> int:
@@ -63,7 +63,7 @@ class Processes:
         Raises:
             RuntimeError: This was pickled, and a process group was left behind.
         """
-        if self._is_lost:
+        if self.is_lost:
             raise RuntimeError(
                 "a pickle cannot hold the process_group that this estimate had: make another with "
                 "process_group, and fit that"

@@ -2,12 +2,14 @@ r"""Per-sample gradients of the layers that are known, from what went in and wha
 
 For a layer's parameters, given its input x and the gradient g of its output,
 
-    Linear       W: sum_t g_t x_t^T                   b: sum_t g_t
+    Linear       W: sum_t g_t x_t^T                   b: sum_t g_t    (Conv1D of GPT-2: W^T)
     Conv         as Linear, x unfolded into patches   b: sum over the output's positions
     Embedding    row v: sum of the g_t with id_t = v
     norms        w: sum_t g_t x^_t                    b: sum_t g_t,    x^ normalised without w, b
 
 A rule belongs to a ``forward``, not to a class: a subclass that computes something else is unknown.
+An unknown module that has no layers of its own below it, such as somebody's norm, is differentiated
+by itself, sample by sample, with the same x and g.
 
 What a rule returns, the contribution of one use of a parameter to the gradient of each sample, is
 kept unsummed and unformed. Each kind knows two things: to add the squares of its samples' gradients
@@ -16,11 +18,12 @@ for a parameter whose uses (a tied embedding and head) must be added before they
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.func import vjp, vmap
 from torch.nn import functional
 
 from ars.regularizers.fisher.estimators import accumulation_dtype
@@ -34,13 +37,15 @@ __all__ = [
     "Rule",
     "Sums",
     "add_squares_of_uses_",
+    "can_be_differentiated",
+    "differentiated",
     "patches_of",
     "rule_of",
     "to_samples",
 ]
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
-# Elements of unfolded patches to hold at once; 32 MiB of fp32.
+# Elements of unfolded patches, or of single gradients, to hold at once; 32 MiB of fp32.
 PATCHES = 2**23
 
 
@@ -116,6 +121,29 @@ class Patches(NamedTuple):
     def add_to_(self, scratch: Tensor, n: int) -> None:
         """Add one sample's."""
         self.outer(slice(n, n + 1)).add_to_(scratch, 0)
+
+
+class Pieces(NamedTuple):
+    """Gradients that are formed for some samples at a time.
+
+    Args:
+        samples: N.
+        size: Samples to take together.
+        gradients: Those of some samples, (n, *shape).
+    """
+
+    samples: int
+    size: int
+    gradients: Callable[[slice], Tensor]
+
+    def add_squares_(self, total: Tensor) -> None:
+        """Add the squares, some samples at a time."""
+        for start in range(0, self.samples, self.size):
+            Sums(self.gradients(slice(start, start + self.size))).add_squares_(total)
+
+    def add_to_(self, scratch: Tensor, n: int) -> None:
+        """Add one sample's."""
+        scratch += self.gradients(slice(n, n + 1))[0]
 
 
 class Rows(NamedTuple):
@@ -203,6 +231,11 @@ def _linear(module: nn.Linear, x: Tensor, g: Tensor) -> dict[str, Contribution]:
     return {"weight": Outer(g[:, :, None], x[:, :, None]), "bias": Sums(_full(g).sum(1))}
 
 
+def _transposed_linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Contribution]:
+    x, g = x.flatten(1, -2), g.flatten(1, -2)  # (N, T, d), (N, T, p); the weight is (d, p)
+    return {"weight": Outer(x[:, :, None], g[:, :, None]), "bias": Sums(_full(g).sum(1))}
+
+
 def _embedding(module: nn.Embedding, ids: Tensor, g: Tensor) -> dict[str, Contribution]:
     if module.padding_idx is not None:
         g = g * (ids != module.padding_idx)[..., None]
@@ -279,6 +312,7 @@ def _batch_norm(module: nn.BatchNorm2d, x: Tensor, g: Tensor) -> dict[str, Contr
     return _affine(flat.view(x.shape), g, (1, *range(3, x.ndim)))
 
 
+_GPT2_LINEAR = "transformers.pytorch_utils.Conv1D.forward"
 # Beside the rule: whether the samples may be in another dimension than the first of the input.
 _RULES: dict[object, tuple[Callable[..., dict[str, Contribution]], bool]] = {
     nn.Linear.forward: (_linear, True),
@@ -304,4 +338,67 @@ def rule_of(module: nn.Module) -> tuple[Rule, bool] | None:
         return None
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
         return None  # mixes the samples
-    return _RULES.get(type(module).forward)
+    forward = type(module).forward
+    if f"{forward.__module__}.{forward.__qualname__}" == _GPT2_LINEAR:  # without importing it
+        return _transposed_linear, True
+    return _RULES.get(forward)
+
+
+# They mix samples, write to their weights, or do not map one tensor to one.
+_NEVER_ALONE = (
+    nn.modules.batchnorm._NormBase, nn.MultiheadAttention, nn.RNNBase, nn.Transformer,
+)  # fmt: skip
+
+
+def can_be_differentiated(module: nn.Module, trained: Collection[Tensor]) -> bool:
+    """Return whether a module without a rule may be differentiated by itself.
+
+    Args:
+        module: In evaluation mode.
+        trained: The parameters to differentiate by.
+    """
+    if "forward" in vars(module) or isinstance(module, _NEVER_ALONE):
+        return False
+    if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm):
+        return False
+    below = (p for child in module.children() for p in child.parameters())
+    return not any(p in trained for p in below)
+
+
+def differentiated(
+    module: nn.Module, own: dict[str, nn.Parameter], call: Callable[[Tensor], Tensor]
+) -> Rule:
+    """Return the rule of a module that is differentiated by itself, in full precision.
+
+    Args:
+        module: Maps one tensor, (rows, ...), to one.
+        own: Its trained parameters by their names in it.
+        call: Its ``forward`` by what it reads.
+    """
+
+    def gradients(name: str, x: Tensor, g: Tensor) -> Tensor:
+        full = accumulation_dtype(own[name].dtype)
+
+        def of_one(x: Tensor, g: Tensor) -> Tensor:
+            def forward(leaf: Tensor) -> Tensor:
+                module._parameters[name] = leaf  # type: ignore[assignment]
+                return call(x)
+
+            output, pull_back, *_ = vjp(forward, own[name].detach().to(full))
+            found: Tensor = pull_back(g.to(output.dtype))[0]
+            return found
+
+        before = dict(module._parameters)
+        for other, p in before.items():
+            module._parameters[other] = None if p is None else p.detach().to(full)  # type: ignore[assignment]
+        try:
+            found: Tensor = vmap(of_one)(_full(x) if x.is_floating_point() else x, _full(g))
+            return found
+        finally:
+            module._parameters.update(before)
+
+    def pieces_of(name: str, x: Tensor, g: Tensor) -> Pieces:
+        size = max(1, PATCHES // max(1, own[name].numel()))
+        return Pieces(len(x), size, lambda part: gradients(name, x[part], g[part]))
+
+    return lambda _, x, g: {name: pieces_of(name, x, g) for name in own}
