@@ -85,7 +85,7 @@ def parse_arguments(words: Sequence[str] | None) -> Arguments:
     Args:
         words: after the program's name; ``None`` for those of this process.
     """
-    line = CommandLine("analyze.py", _DESCRIPTION, rivals=("device", "peak_flops"))
+    line = CommandLine("analyze.py", _DESCRIPTION, rivals=[("device", "peak_flops")])
     line.add_settings("options", Arguments, in_files=False)
     arguments: Arguments = line.build(Arguments, line.parse(words))
     if not arguments.metrics:

@@ -183,7 +183,7 @@ class CommandLine(argparse.ArgumentParser):
         epilog: what comes after the options in the help.
         quick: what a switch --quick makes of the defaults, by the names of fields; empty for no
             such switch.
-        rivals: fields at most one of which can hold: the last one said.
+        rivals: pairs of fields of which one can hold: the last one said.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class CommandLine(argparse.ArgumentParser):
         epilog: str = "",
         *,
         quick: Mapping[str, Any] | None = None,
-        rivals: Sequence[str] = (),
+        rivals: Sequence[tuple[str, str]] = (),
     ) -> None:
         super().__init__(
             prog=program,
@@ -323,13 +323,14 @@ class CommandLine(argparse.ArgumentParser):
 
     def _add(self, values: dict[str, Any], said: Mapping[str, Any], where: str) -> None:
         """Put what a file or the command line says over what was said before."""
-        rivals = [key for key in self._rivals if said.get(key) is not None]
-        if len(rivals) > 1:
-            first, second = (name.replace("_", "-") for name in rivals[:2])
-            prefix = where if where.startswith("argument") else ""
-            self.error(f"{where}{second}: not allowed with {prefix}{first}")
-        if rivals:
-            values.update(dict.fromkeys(self._rivals))
+        for pair in self._rivals:
+            named = [key for key in pair if said.get(key) is not None]
+            if len(named) > 1:
+                first, second = (name.replace("_", "-") for name in pair)
+                prefix = where if where.startswith("argument") else ""
+                self.error(f"{where}{second}: not allowed with {prefix}{first}")
+            if named:
+                values.update(dict.fromkeys(pair))
         values.update(said)
 
     def _read(self, file: Path) -> dict[str, Any]:
@@ -350,7 +351,8 @@ class CommandLine(argparse.ArgumentParser):
                 self.error(f"{file}: {key} goes on the command line only")
             self._refuse(str(key), self._in_files, "names", f"{file}: ")
         kind, default = self._in_files[key], self._fallbacks[key]
-        if value is None and default is not None:
+        has_rival = any(key in pair for pair in self._rivals)  # which may be named in its place
+        if value is None and default is not None and not has_rival:
             self.error(f"{file}: {key}: it has no value; its default is {default}")
         if kind is None:
             if not isinstance(value, bool):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common.command_line import CommandLine, choice, integer, number, option, optional, path, text
 from common.errors import UsageError
@@ -34,7 +35,7 @@ Measure what growing saves: train every member of a series from scratch (its twi
 of the member before it, and say what share of the twins' operations the grown series takes."""
 _EPILOG = "Interrupt at any time (Ctrl-C) and run the same command again to go on."
 _BYTES = 256
-_DEFAULTS = SeriesConfig().to_dict()
+_DEFAULTS = {**SeriesConfig().to_dict(), "lineage": None}
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,22 @@ def _has_results(job: Job, results: Path) -> bool:
         return False
     remedy = "delete its folder to train again"
     settings = read_json(path.with_name(CONFIG_FILE), remedy=remedy).get("settings")
-    asked = job.config.to_dict()
-    # Records that were made before a setting existed were made with its default.
-    if not isinstance(settings, dict) or {**_DEFAULTS, **settings} != asked:
+    if not isinstance(settings, dict) or _deciding(settings) != _deciding(job.config.to_dict()):
         raise UsageError(f"{path.parent} has the records of a run with other settings: {remedy}")
     return True
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run depends on.
+
+    Records that were made before a setting existed were made with its default.
+    """
+    found = {**_DEFAULTS, **settings}
+    if found["lineage"] is not None or "grown" not in " ".join(found["arms"]):
+        found["shares"] = None
+    if found["shares"] is not None or "grown" not in " ".join(found["arms"]):
+        found["lineage"] = None
+    return found
 
 
 class _Stop(StopRequest):

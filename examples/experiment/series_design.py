@@ -117,7 +117,6 @@ _BASE = SeriesConfig(
     weight_decay=0.05,
     warmup_steps=100,
     cooldown=0.1,
-    shares=_UNIFORM_SHARES,
     scratch_shares=(0.3, 1.0),
     eval_windows=512,
     curve_windows=32,
@@ -242,7 +241,8 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
     elif stage == "uniform":
         for seed in _UNIFORM_SEEDS:  # the chain's first member is its own twin
             shares = {"scratch_shares": _UNIFORM_SCRATCH_SHARES}
-            add_grown("chain", seed, depths=first, cooldown=_FIRST_COOLDOWN, **shares)
+            add_grown("chain", seed, depths=first, cooldown=_FIRST_COOLDOWN,
+                      lineage=None, shares=_UNIFORM_SHARES, **shares)  # fmt: skip
             add_twins(seed, first[1:], **shares)
     elif stage in ("miniature", "muon"):
         suffix = "+muon" if stage == "muon" else ""
@@ -252,7 +252,7 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
     elif stage == "factor":
         for seed in design.muon_seeds:
             for name, members in design.subsets.items():
-                add_grown(f"{name}-{of}", seed, depths=members, shares=_LONGER_SHARES)
+                add_grown(f"{name}-{of}", seed, depths=members, lineage=None, shares=_LONGER_SHARES)
     elif stage == "point":
         for seed in design.muon_seeds:
             add_grown(f"at-half-{of}", seed, lineage=design.lineage, grow_at=0.5)

@@ -166,7 +166,13 @@ def parse_sample(words: Sequence[str]) -> SampleArguments:
 
 
 def _training(program: str, description: str, epilog: str = "") -> CommandLine:
-    line = CommandLine(program, description, epilog, quick=QUICK, rivals=("steps", "ratio"))
+    line = CommandLine(
+        program,
+        description,
+        epilog,
+        quick=QUICK,
+        rivals=[("steps", "ratio"), ("lineage", "shares")],
+    )
     line.add_settings_file()
     line.add_settings("files", Files)
     line.add_settings("series", SeriesConfig, defaults={"steps": None, "ratio": None})

@@ -376,7 +376,7 @@ class _Planner:
 
     def _first(self, arm: Arm) -> Arm:
         """How the first model of an arm's chain is trained."""
-        own = arm.grown and self.config.lineage is not None
+        own = arm.grown and self.config.shares is None
         return dataclasses.replace(arm.root, grown=own)
 
     def finished(self) -> tuple[ModelPlan, ...]:
@@ -392,14 +392,15 @@ class _Planner:
         """Shares, first steps and length of the cooled branches, the model's own last."""
         config, steps = self.config, member.steps
         cooldown = max(1, round(config.cooldown * steps))
-        if arm.grown and config.lineage is not None:
+        if arm.grown and config.shares is None:
+            assert config.lineage is not None  # one of the two is there
             inherited = prior_tokens / member.tokens_per_step
             asked, ends = config.lineage, [round(t * steps - inherited) for t in config.lineage]
             shares = [round(end / steps, 4) for end in ends]
             what = f"the parents' {inherited / steps:.2f} and up to --lineage"
             remedy = "name larger numbers, further apart"
         else:
-            asked = config.shares if arm.grown else config.scratch_shares
+            asked = (config.shares if arm.grown else None) or config.scratch_shares
             ends, shares = [round(share * steps) for share in asked], list(asked)
             what, remedy = "the shares", "raise --steps or --ratio, or name fewer shares"
         starts = [end - cooldown for end in ends]

@@ -42,6 +42,8 @@ QUICK: dict[str, Any] = {
     "out": Path("out/quick"),
     "depths": ("2x32", "3x32", "3x48"),
     "steps": (60,),
+    "lineage": None,
+    "shares": (0.3, 0.4, 0.5),
     "sequence_len": 64,
     "fisher_samples": 16,
     "eval_windows": 64,
@@ -200,14 +202,14 @@ class SeriesConfig:
         cooldown: steps of a cooled branch, as a share of those of the model from scratch of the
             same size.
         cooldown_shape: how the learning rate falls to 0 in it: 1-sqrt or linear.
-        shares: cooled branches of a grown model, as shares of the steps of the model from scratch:
-            its own trunk up to there and the branch. The largest is the model; the trunk goes on
-            until there. The others are measured, and nothing depends on them.
+        lineage: cooled branches of a grown model where it and its ancestors have read so many times
+            the tokens of the model from scratch of its size, the branch included. The largest is
+            the model; the trunk goes on until there. The others are measured, and nothing depends
+            on them. The first model of a chain is one of its own, trained as long.
+        shares: instead of lineage: the same branches as shares of the steps of the model from
+            scratch, its own trunk up to there and the branch. The first model of a chain is the one
+            from scratch.
         scratch_shares: the same of models from scratch; the last is 1.
-        lineage: instead of shares: cooled branches of a grown model where it and its ancestors have
-            read so many times the tokens of the model from scratch of its size, the branch
-            included. The largest is the model. The first model of a chain is then one of its own,
-            trained as long; ``None``: by the shares, and that model is the one from scratch.
         grow_at: where in its parent's trunk a model grows, as a share of that trunk.
         blocks: where growing puts new blocks: appended, after the last; inserted, between the old
             ones as copies whose writes are 0.
@@ -244,9 +246,9 @@ class SeriesConfig:
     ratio: float = option(8.0, optional(number(0, 1000, above=True)))
     cooldown: float = option(0.1, number(0, 0.9, above=True))
     cooldown_shape: CooldownShape = option("1-sqrt", choice("1-sqrt", "linear"))
-    shares: tuple[float, ...] = option((0.3, 0.4, 0.5), _shares(_MOST_OF_A_TWIN))
+    lineage: tuple[float, ...] | None = option((1.4, 1.5), optional(_shares(_MOST_OF_A_TWIN)))
+    shares: tuple[float, ...] | None = option(None, optional(_shares(_MOST_OF_A_TWIN)))
     scratch_shares: tuple[float, ...] = option((1.0,), _shares(1.0))
-    lineage: tuple[float, ...] | None = option(None, optional(_shares(_MOST_OF_A_TWIN)))
     grow_at: float = option(1.0, _SHARE)
     blocks: Blocks = option("appended", choice("appended", "inserted"))
     batch_size: int | ByRule = option(4, word_or(RULE, integer(1, 4096)))
@@ -281,10 +283,16 @@ class SeriesConfig:
             )
         if self.steps is None and self.ratio is None:
             raise OptionError("ratio: none, and no steps: name one of them")
+        self._check_branches()
+
+    def _check_branches(self) -> None:
+        if (self.lineage is None) == (self.shares is None):
+            both = "none, and no shares" if self.shares is None else "beside shares, its rival"
+            raise OptionError(f"lineage: {both}: name one of them")
         grows = any(arm.startswith("grown") for arm in self.arms)
-        by = "shares" if self.lineage is None else "lineage"
-        for name in (by, "scratch_shares") if grows else ("scratch_shares",):
-            least = getattr(self, name)[0]
+        for name in ("lineage", "shares", "scratch_shares") if grows else ("scratch_shares",):
+            values = getattr(self, name)
+            least = math.inf if values is None else values[0]
             if least <= self.cooldown:
                 raise OptionError(
                     f"{name}: {least:g} is not above the cooldown, {self.cooldown:g}, which is a "

@@ -93,7 +93,7 @@ def test_every_field_is_an_option() -> None:
         "steps": ("5,6,7", (5, 6, 7)),
         "cooldown": ("0.15", 0.15),
         "cooldown_shape": ("linear", "linear"),
-        "shares": ("0.25,1.5", (0.25, 1.5)),
+        "lineage": ("1.25,1.5", (1.25, 1.5)),
         "scratch_shares": ("0.5,1", (0.5, 1.0)),
         "grow_at": ("0.5", 0.5),
         "blocks": ("inserted", "inserted"),
@@ -127,7 +127,8 @@ def test_every_field_is_an_option() -> None:
     line = [f"--{key.replace('_', '-')}={value}" for key, (value, _) in words.items()]
     found = parse_arguments([*line, *(f"--{name}" for name in switches)])
     given = {**dataclasses.asdict(found.config), **dataclasses.asdict(found.machine)}
-    del given["ratio"]  # the alternative to steps
+    del given["ratio"], given["shares"]  # the alternatives to steps and lineage
+    assert parse_arguments(["--shares", "0.25,1.5"]).config.shares == (0.25, 1.5)
     assert given == {
         **{key: value for key, (_, value) in words.items()},
         **dict.fromkeys(switches, True),
@@ -288,8 +289,11 @@ def test_a_file_can_be_overruled_with_none() -> None:
         ({"depths": ("3x33", "3x66")}, "head_dim: 1 is no even divisor of the width 33"),
         ({"depths": ("3x48",), "head_dim": 32}, "head_dim: 32 is no even divisor of the width 48"),
         ({"head_dim": 7, "depths": ("3x49",)}, "head_dim: 7 is no even divisor of the width 49"),
-        ({"shares": (0.4, 0.2)}, "shares: '0.4,0.2' are not ascending shares"),
-        ({"shares": (0.1, 0.2)}, "shares: 0.1 is not above the cooldown, 0.1"),
+        ({"lineage": None, "shares": (0.4, 0.2)}, "shares: '0.4,0.2' are not ascending shares"),
+        ({"lineage": None, "shares": (0.1, 0.2)}, "shares: 0.1 is not above the cooldown, 0.1"),
+        ({"lineage": (0.1, 1.2)}, "lineage: 0.1 is not above the cooldown, 0.1"),
+        ({"shares": (0.2, 0.3)}, "lineage: beside shares, its rival: name one of them"),
+        ({"lineage": None}, "lineage: none, and no shares: name one of them"),
         ({"scratch_shares": (0.5, 0.8)}, "scratch_shares: the last is 0.8, not 1"),
         ({"scratch_shares": (0.05, 1.0)}, "scratch_shares: 0.05 is not above the cooldown"),
     ],

@@ -37,7 +37,7 @@ def test_a_chain_and_its_twins_differ_by_growing_and_the_cooldown_alone() -> Non
         assert {size for twin in twins for size in twin.depths} == set(chain.depths)
         assert chain.lineage == design.lineage
         for twin in twins:
-            scratch = {"arms": twin.arms, "depths": twin.depths, "lineage": None}
+            scratch = {"arms": twin.arms, "depths": twin.depths}
             cooled = {"cooldown": twin.cooldown, "scratch_shares": twin.scratch_shares}
             assert twin == replace(chain, **scratch, **cooled)
     assert {job.config.seed for job in jobs_of("miniature", design)} == set(design.seeds)

@@ -14,9 +14,7 @@ from experiment.series_results import records_of, write_results
 QUICK = DESIGNS["quick"]
 DESIGN = replace(
     QUICK,
-    base=replace(
-        QUICK.base, depths=(2, 4), head_dim=64, shares=(0.2, 0.4), scratch_shares=(0.4, 1.0)
-    ),
+    base=replace(QUICK.base, depths=(2, 4), head_dim=64, scratch_shares=(0.4, 1.0)),
     seeds=(0, 1, 2),
     muon_seeds=(),
     bracket_sizes=(2,),

@@ -16,7 +16,7 @@ import torch
 import miniseries
 from ars.models import GPT, miniseries_config
 from corpus import prepare_corpus, validation_windows
-from trainer.settings import SeriesConfig
+from trainer.settings import QUICK
 from trainer.step_log import read_log
 from trainer.training_loop import bits_per_byte
 
@@ -27,7 +27,7 @@ SCRATCH, GROWN = "scratch+ars", "grown+ars"
 NAMES = [
     f"2x32-{SCRATCH}", f"3x32-{SCRATCH}", f"3x32-{GROWN}", f"3x48-{SCRATCH}", f"3x48-{GROWN}",
 ]  # fmt: skip
-*SHARES, SHARE = SeriesConfig().shares  # of the branches beside a grown model, and its own
+*SHARES, SHARE = QUICK["shares"]  # of the branches beside a grown model, and its own
 STARTS = [round(60 * share) - 6 for share in SHARES]
 TRUNK = round(60 * SHARE) - 6
 LOGS = [*NAMES, *(f"{size}-{GROWN}@{share}" for size in ("3x32", "3x48") for share in SHARES)]

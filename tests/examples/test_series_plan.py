@@ -15,6 +15,7 @@ CONFIG = SeriesConfig(
     width_per_depth=4,
     steps=(40, 30, 20),
     cooldown=0.1,
+    lineage=None,
     shares=(0.2, 0.5),
     batch_size=4,
     sequence_len=100,
@@ -68,7 +69,7 @@ def test_shares_are_of_the_twins_steps_and_contain_the_cooled_branch() -> None:
 
 def test_a_lineage_reads_so_many_times_the_tokens_of_the_twin() -> None:
     found = plans(arms=("scratch", "grown+ars", "grown+ewc+ars"), steps=(40, 60, 100),
-                  lineage=(1.2, 1.5))  # fmt: skip
+                  lineage=(1.2, 1.5), shares=None)  # fmt: skip
     assert [name for name in found if name.startswith("d2")] == ["d2-scratch", "d2-grown+ars"]
     first, second, third = (found[f"{size}-grown+ars"] for size in ("d2", "3x8", "3x12"))
     assert (first.parent, first.warmup, first.share, first.full_steps) == (None, 20, 1.5, 40)
@@ -170,7 +171,7 @@ def test_a_child_reads_on_where_its_parents_trunk_was_left_whatever_their_batche
         ({"steps": (1, 40, 40)}, r"d2-scratch: the 1 steps of a model from scratch are too few"),
         ({"shares": (0.3, 0.31, 0.5)}, r"3x8-grown: the 30 steps .* or name fewer shares"),
         (
-            {"lineage": (1.2, 1.5), "steps": (40, 30, 20)},
+            {"lineage": (1.2, 1.5), "shares": None, "steps": (40, 30, 20)},
             r"3x8-grown: the 30 steps .* 1\.87 and up to --lineage 1\.2,1\.5: name larger numbers",
         ),
     ],
