@@ -161,22 +161,26 @@ def cooled_branches(accounts: Sequence[SeriesAccount]) -> bytes:
     })  # fmt: skip
     columns = min(_COLUMNS, len(sizes))
     rows = math.ceil(len(sizes) / columns)
-    figure = Figure(figsize=(2.2 + 2.6 * columns, 0.6 + 2.5 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    figure = Figure(figsize=(2.2 + 2.6 * columns, 0.6 + 2.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     styles = styles_of([*(a.baseline for a in accounts), *(a.arm for a in accounts)])
     for axes, size in zip(panels, sizes, strict=False):
         levels: set[str] = set()
-        lines = 0
-        for account in accounts:
-            for member in account.members:
-                if member.size == size and member.growth_factor:
-                    _draw_member(axes, member, account, styles, levels, lines)
-                    lines += 1
-        axes.set_title(size, fontsize=10)
+        found = [
+            (member, account)
+            for account in accounts
+            for member in account.members
+            if member.size == size and member.growth_factor
+        ]
+        equal = [_draw_member(axes, *pair, styles, levels) for pair in found]
+        axes.set_title("\n".join([size, *filter(None, equal)]), fontsize=9)
+        axes.margins(y=0.15)
         axes.set_xscale("log")  # on which the interpolation is a straight line
         axes.set_xlim(shares[0] / 1.1, shares[-1] * 1.1)  # also where all have diverged
         _polish(axes)
-        axes.set_xticks(shares, [f"{share:g}" for share in shares])
+        own = sorted({share for member, _ in found for share, _ in member.branches})
+        axes.set_xticks(own, [f"{share:.2g}" for share in own])
+        axes.minorticks_off()
     for axes in panels[len(sizes) :]:
         axes.set_visible(False)
     figure.supxlabel("share of the twin's steps, cooled branch included (logarithmic)", fontsize=10)
@@ -191,8 +195,8 @@ def _draw_member(
     account: SeriesAccount,
     styles: Mapping[str, Style],
     levels: set[str],
-    line: int,
-) -> None:
+) -> str:
+    """Draw a member's branches and its twin's level, and say where they are equal."""
     style = styles[account.arm]
     shares, losses = zip(*member.branches, strict=True)
     _draw_estimates(axes, np.array(shares), losses, style, style.label)
@@ -205,12 +209,10 @@ def _draw_member(
             axes.axhspan(*member.twin_loss.interval, color=twin.colour, alpha=0.1, linewidth=0)
     equal = member.equal_steps
     if equal is None:
-        return
+        return ""
     if not equal.bound:
         axes.axvline(equal.value, color=style.colour, linestyle=":", linewidth=1.0)
-    words = f"equal: {Bounded(equal.value, equal.bound):.2f}"
-    axes.annotate(words, (0.97, 0.96 - 0.09 * line), xycoords="axes fraction", ha="right", va="top",
-                  fontsize=8, color=style.colour)  # fmt: skip
+    return f"{style.label}, equal: {Bounded(equal.value, equal.bound):.2f}"
 
 
 def losses_by_size(records: Sequence[Record], comparisons: Sequence[Comparison]) -> bytes:
