@@ -278,7 +278,7 @@ def test_the_figures_of_an_account_show_its_numbers(
     panels = [axes for axes in figures[1].axes if axes.get_visible()]
     equal = [member.equal_steps for member in accounts[0].members[1:]]
     assert [axes.get_title() for axes in panels] == [
-        f"{size}\ngrown, equal: {share:.2f}"
+        f"{size}\ngrown, equal: {share.value:.2f}"
         for size, share in zip(("d4", "d6"), equal, strict=True)
     ]
     assert list(panels[0].get_xticks()) == [share for share, _ in accounts[0].members[1].branches]
