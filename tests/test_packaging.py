@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -114,6 +116,34 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=wheel.parent,
     )
     return target
+
+
+def test_sdist_has_everything_that_the_readme_speaks_of(tmp_path: Path) -> None:
+    """So that its tests, examples and documents can be used from it."""
+    tracked = run("git", "ls-files", cwd=ROOT).splitlines()
+    copy = tmp_path / "copy"
+    for name in tracked:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
+    command = (
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--sdist",
+        "--outdir",
+        tmp_path,
+        copy,
+    )
+    run(*command, cwd=tmp_path)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert not {name for name in tracked if not name.startswith("ars/")} - packed
+    assert set(files_in_tree()) <= packed  # of links, what they lead to
+    version = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version is not None
+    assert sdist.name == f"ars_triton-{version[1]}.tar.gz"
 
 
 def test_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
