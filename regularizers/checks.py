@@ -26,6 +26,7 @@ __all__ = [
     "checked_module",
     "evaluation_mode",
     "labelled_samples",
+    "logits_of",
     "take_samples",
     "trainable",
 ]
@@ -311,6 +312,19 @@ def check_cost(option: str, what: str, first: int, second: int) -> None:
         )
 
 
+def logits_of(model: nn.Module, inputs: Tensor) -> Any:
+    """Run a model, and return its logits: what it returns, or that object's ``logits``.
+
+    The latter is how Hugging Face's models return them.
+
+    Args:
+        model: The model.
+        inputs: Samples.
+    """
+    outputs = model(inputs)
+    return outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
+
+
 def check_logits(logits: object, targets: Tensor) -> Tensor:
     """Return the model's output, once it has been seen to be logits for ``targets``.
 
@@ -327,8 +341,8 @@ def check_logits(logits: object, targets: Tensor) -> Tensor:
     """
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"the model must return logits as one tensor, got {type(logits).__name__}; "
-            "wrap it in a module that returns the logits alone"
+            "the model must return logits as one tensor, or an object with them in .logits, got "
+            f"{type(logits).__name__}; wrap it in a module that returns the logits alone"
         )
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")

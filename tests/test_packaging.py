@@ -141,7 +141,9 @@ def test_sdist_has_everything_that_the_readme_speaks_of(tmp_path: Path) -> None:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     assert not {name for name in tracked if not name.startswith("ars/")} - packed
     assert set(files_in_tree()) <= packed  # of links, what they lead to
-    version = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    version = re.search(
+        r'^__version__ = "(.*)"', (ROOT / "ars/__init__.py").read_text(), re.MULTILINE
+    )
     assert version is not None
     assert sdist.name == f"ars_triton-{version[1]}.tar.gz"
 

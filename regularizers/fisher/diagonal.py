@@ -28,6 +28,7 @@ from ars.regularizers.checks import (
     checked_module,
     evaluation_mode,
     labelled_samples,
+    logits_of,
     trainable,
 )
 from ars.regularizers.fisher.estimators import (
@@ -311,7 +312,7 @@ class DiagonalFisher:
         with evaluation_mode(self.model), torch.enable_grad():
             for index, (inputs, targets, *segments) in enumerate(samples):
                 if seen == 0:
-                    classes = check_logits(self.model(inputs[:1]), targets[:1]).shape[-1]
+                    classes = check_logits(logits_of(self.model, inputs[:1]), targets[:1]).shape[-1]
                     if generator is None and not alone:
                         generator = self._processes.generator(targets.device)
                 check_targets(targets, classes, index)

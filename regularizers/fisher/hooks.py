@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ars.regularizers.checks import logits_of
 from ars.regularizers.fisher.estimators import Chunk, cotangents, with_lookahead
 from ars.regularizers.fisher.row_proof import Passes, RowProof, computed_in
 from ars.regularizers.fisher.rules import (
@@ -407,7 +408,7 @@ class Taps:
             for module, name, p in self._broadcast:
                 module._parameters[name] = p
             with torch.no_grad():
-                alone = self._model(chunk.inputs[n : n + 1])
+                alone = logits_of(self._model, chunk.inputs[n : n + 1])
         finally:
             self._without_taps = False
             for (module, name, _), copy in zip(self._broadcast, copies, strict=True):

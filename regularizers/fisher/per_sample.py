@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from textwrap import shorten
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ars.regularizers.checks import logits_of
 from ars.regularizers.fisher.estimators import (
     Chunk,
     accumulation_dtype,
@@ -173,7 +174,7 @@ class Differentiator:
         # Of class 0, so that none is masked.
         targets = torch.zeros_like(_two_samples(chunk.targets))
         with torch.no_grad():
-            logits = self._model(inputs[:1])
+            logits = logits_of(self._model, inputs[:1])
         generator = torch.Generator(logits.device).manual_seed(0)
         size = (2, 1, targets[0].numel(), logits.shape[-1])
         noise = torch.randn(size, generator=generator, device=logits.device)
@@ -276,7 +277,7 @@ def add_squares_one_by_one(
     """
     leaves = list(parameters.values())
     for one in chunk.split(1):
-        logits = model(one.inputs)
+        logits = logits_of(model, one.inputs)
         for cotangent, more in with_lookahead(cotangents(estimator, logits.detach(), one)):
             gradients = torch.autograd.grad(
                 logits, leaves, cotangent, retain_graph=more, materialize_grads=True
@@ -327,14 +328,14 @@ def _add_by_vmap(
     def squares_of_one(
         leaves: dict[str, Tensor], x: Tensor, y: Tensor, noise: Tensor, units: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        def logits_of(leaves: dict[str, Tensor]) -> Tensor:
+        def forward(leaves: dict[str, Tensor]) -> Any:
             with _replaced_parameters(parameters, model, leaves):
-                return model(x[None])
+                return logits_of(model, x[None])
 
         one = Chunk(
             x[None], y[None], noise[None], None if units is None else units[None], chunk.n_units
         )
-        logits, pull_back, *_ = vjp(logits_of, leaves)
+        logits, pull_back, *_ = vjp(forward, leaves)
         squares = {name: torch.zeros_like(tensor) for name, tensor in total.items()}
         for cotangent in cotangents(estimator, logits, one):
             (gradients,) = pull_back(cotangent)
@@ -382,7 +383,7 @@ def add_squared_batch_gradient(
 ) -> None:
     """Add B (mean_n g_n)^2, the square of one gradient of the whole batch; arguments as above."""
     batch = len(chunk.targets)
-    logits = model(chunk.inputs)
+    logits = logits_of(model, chunk.inputs)
     for cotangent in cotangents("batched", logits.detach(), chunk):
         gradients = torch.autograd.grad(
             logits, list(parameters.values()), cotangent, materialize_grads=True

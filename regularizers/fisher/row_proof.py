@@ -26,6 +26,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ars.regularizers.checks import logits_of
 from ars.regularizers.fisher.estimators import accumulation_dtype
 
 __all__ = ["Operators", "Passes", "RowProof", "computed_in", "values_decide"]
@@ -275,7 +276,7 @@ class Passes:
     def run(self, inputs: Tensor) -> Any:
         """Return what the model makes of ``inputs``, and look at how it does so."""
         with Operators(self._constants) as operators, HostReads(operators):
-            outputs = self._model(inputs)
+            outputs = logits_of(self._model, inputs)
         record = operators.record
         self._key = inputs.shape, inputs.dtype, record
         self._by_value = self._key not in self._seen and values_decide(record)

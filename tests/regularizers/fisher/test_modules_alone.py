@@ -1,6 +1,7 @@
 """Modules without a rule, such as somebody's norm, in the one pass for all samples."""
 
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -197,3 +198,31 @@ def test_what_cannot_be_taken_alone_is_refused_by_name(model, match, relative_er
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert relative_error(fitted(model, batches), loop) < TOLERANCE
+
+
+class Output(NamedTuple):
+    """As Hugging Face's models have it."""
+
+    logits: torch.Tensor
+    past: None = None
+
+
+class Wrapped(Model):
+    def forward(self, ids):
+        return Output(super().forward(ids))
+
+
+@pytest.mark.parametrize("method", ["hooks", "vmap", "loop"])
+def test_logits_may_be_part_of_what_a_model_returns(method, relative_error):
+    batches = [batch()]
+    plain = fitted(randomised(Model()), batches, "loop")
+    assert relative_error(fitted(randomised(Wrapped()), batches, method), plain) < TOLERANCE
+
+
+def test_what_has_no_logits_is_refused():
+    class Tuples(Model):
+        def forward(self, ids):
+            return (super().forward(ids),)
+
+    with pytest.raises(TypeError, match=r"object with them in \.logits, got tuple"):
+        fitted(randomised(Tuples()), [batch()])
