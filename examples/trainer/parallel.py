@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc_per_node=2 examples/miniseries.py --device cuda
 
-Every process holds the whole model and steps it alike; gradients and losses are averaged. The
-first process alone writes and reads files and draws, and tells the others.
+Every process holds the whole model and steps it alike; gradients and losses are averaged, and the
+windows of an evaluation and the sequences of a Fisher pass divided. The first process alone writes
+and reads files and draws, and tells the others.
 """
 
 import os
@@ -15,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.errors import UsageError
+from common.errors import RunInterruptedError, UsageError
+from common.program import StopRequest
 
-__all__ = ["Parallel", "use_device"]
+__all__ = ["Parallel", "is_asked", "use_device"]
 
 _Value = TypeVar("_Value")
 _PATIENCE = timedelta(days=30)
@@ -58,12 +60,25 @@ class Parallel:
             return model
         return nn.parallel.DistributedDataParallel(model)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean of a tensor over the processes, the same bits in each."""
+    def part(self, count: int) -> slice:
+        """Which of some things are this process's: each is one's, as many as another's or one more.
+
+        Args:
+            count: how many there are for all.
+        """
+        return slice(
+            count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size
+        )
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of a tensor over the processes, the same bits in each; ``value`` is overwritten."""
         if self.world_size > 1:
             dist.all_reduce(value)
-            value /= self.world_size
         return value
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over the processes, the same bits in each; ``value`` is overwritten."""
+        return self.sum(value).div_(self.world_size)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process: all learn it at the same point."""
@@ -72,6 +87,15 @@ class Parallel:
         found = torch.tensor([int(flag)], device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found.item())
+
+    def leave_together(self, stop: StopRequest) -> None:
+        """Leave the run in all processes if a signal has arrived at any.
+
+        Raises:
+            RunInterruptedError: it has.
+        """
+        if self.any(is_asked(stop)):
+            stop.leave()
 
     def from_first(self, work: Callable[[], _Value]) -> _Value:
         """Let the first process do something and tell the others what came of it.
@@ -101,6 +125,15 @@ class Parallel:
         """Take leave of the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_asked(stop: StopRequest) -> bool:
+    """Whether a signal has arrived at this process, which is left to leave at a better moment."""
+    try:
+        stop.check()
+    except RunInterruptedError:
+        return True
+    return False
 
 
 def use_device(name: str, option: str = "--device") -> None:

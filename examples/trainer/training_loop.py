@@ -48,7 +48,7 @@ def train(
     windows = validation_windows(corpus.validation, config.sequence_len, config.eval_windows)
     curve_windows = validation_windows(corpus.validation, config.sequence_len, config.curve_windows)
     # What fits the training fits the evaluation, and on a CPU its activations fit the cache.
-    score = partial(bits_per_byte, batch_size=micro_batch_size(plan, run))
+    score = partial(bits_per_byte, batch_size=micro_batch_size(plan, run), parallel=run.parallel)
     every = max(1, plan.steps // config.curve_points)
     health = Health(state)
     log_path = run.folder / f"log_{plan.name}.csv" if run.parallel.is_first else None
@@ -103,7 +103,8 @@ def train(
             if asked:
                 run.stop.leave()
             started = time.perf_counter()
-        return score(state.model, windows, corpus.token_bytes, between=run.stop.check)
+        leave = partial(run.parallel.leave_together, run.stop)
+        return score(state.model, windows, corpus.token_bytes, between=leave)
 
 
 class Pace:
@@ -150,6 +151,7 @@ def bits_per_byte(
     *,
     batch_size: int = 32,
     between: Callable[[], None] = lambda: None,
+    parallel: Parallel | None = None,
 ) -> float:
     """Mean code length of the bytes: sum of nats / ln 2 / bytes.
 
@@ -160,8 +162,10 @@ def bits_per_byte(
         model: (B, T) int64 -> logits (B, T, V).
         windows: (n, T + 1) int64.
         token_bytes: (V,) int64, the bytes of each token.
-        batch_size: windows at a time; bounds the memory.
-        between: called before every batch; may raise to stop.
+        batch_size: windows at a time in a process; bounds the memory.
+        between: called before every batch, as often in every process; may raise to stop.
+        parallel: the processes that divide the windows and get the same result; ``None`` for this
+            one alone.
     """
     device = next(model.parameters()).device
     token_bytes = token_bytes.to(device)
@@ -169,15 +173,20 @@ def bits_per_byte(
     model.eval()
     nats = torch.zeros((), dtype=torch.float64, device=device)
     try:
-        for part in windows.split(batch_size):
+        for part in windows.split(batch_size * (1 if parallel is None else parallel.world_size)):
             between()
-            part = part.to(device)
+            own = part if parallel is None else part[parallel.part(len(part))]
+            if len(own) == 0:
+                continue
+            part = own.to(device)
             logits = model(part[:, :-1]).float()
             targets = part[:, 1:].flatten()
             losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
             nats += losses.where(token_bytes[targets] > 0, 0.0).sum(dtype=torch.float64)
     finally:
         model.train(was_training)
+    if parallel is not None:
+        parallel.sum(nats)
     return nats.item() / math.log(2) / int(token_bytes[windows[:, 1:].to(device)].sum())
 
 

@@ -26,10 +26,12 @@ from ars.regularizers import (
     ProgressiveInheritance,
     SubspacePenalty,
 )
+from ars.regularizers.fisher.estimators import ESTIMATORS
 from common.errors import DivergedError, UsageError, understanding
 from corpus import batch
 from trainer.arm_optimizer import Optimizer, build_optimizer
 from trainer.arms import Arm
+from trainer.parallel import is_asked
 from trainer.series_plan import ModelPlan
 from trainer.series_run import Run
 from trainer.settings import SeriesConfig
@@ -266,7 +268,7 @@ def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
                 chunk_size=_fisher_chunk(run),
             )
             try:
-                importance = fisher.fit(_fisher_batches(plan, run)).importance
+                importance = fisher.fit(_fisher_batches(plan, run, signs)).importance
             except ValueError as error:
                 if "not finite" not in str(error):
                     raise
@@ -275,6 +277,7 @@ def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
                     "Fisher information): lower the learning rate, or leave out arms with ewc, and "
                     "name another folder with --out"
                 ) from None
+            run.parallel.leave_together(run.stop)  # not all batches have been seen then
         growth = grow(parent.model, plan.model, _weights(plan, run), blocks=run.config.blocks)
         kept = inherit_penalties(growth, plan.arm, run.config, importance)
     state = _assemble(growth.model, plan, run, kept)
@@ -373,9 +376,26 @@ def _fisher_chunk(run: Run) -> int | None:
     return None if size is None else max(1, size // 4)
 
 
-def _fisher_batches(plan: ModelPlan, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+def _fisher_batches(
+    plan: ModelPlan, run: Run, signs: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's sequences of each batch; fewer batches once a signal has arrived.
+
+    Args:
+        plan: of the grown model.
+        run: whose training split it is.
+        signs: what the Fisher information draws from. The numbers of the other processes' sequences
+            are drawn too, so that each sequence has its own however many processes there are.
+    """
+    shape = (1, run.config.sequence_len, plan.model.vocab_size)
+
+    def skip(sequences: int) -> None:
+        for _ in range(sequences):
+            ESTIMATORS["sketch"].draw(shape, signs, signs.device)
+
     for index, first in enumerate(range(0, run.config.fisher_samples, _FISHER_BATCH)):
-        run.stop.check()
+        if index and is_asked(run.stop):  # the others may have batches still: all leave together
+            return
         inputs, targets = batch(
             run.corpus.train,
             stream=f"fisher {plan.size} {run.config.seed}",
@@ -384,5 +404,9 @@ def _fisher_batches(plan: ModelPlan, run: Run) -> Iterator[tuple[Tensor, Tensor]
             sequence_len=run.config.sequence_len,
         )
         count = min(_FISHER_BATCH, run.config.fisher_samples - first)
-        device = run.parallel.device
-        yield inputs[:count].to(device), targets[:count].to(device)
+        own = run.parallel.part(count)
+        skip(own.start)
+        if own.start < own.stop:
+            device = run.parallel.device
+            yield inputs[own].to(device), targets[own].to(device)
+        skip(count - own.stop)

@@ -286,6 +286,7 @@ def add_squares_one_by_one(
                 gradient = _dense(gradient)
                 # Promotes to its dtype before it multiplies.
                 squares.addcmul_(gradient, gradient, value=sign)
+            del gradients, gradient  # before there are others as large as the model
 
 
 def add_squares_by_vmap(

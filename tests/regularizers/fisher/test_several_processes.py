@@ -16,7 +16,13 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ars import ARSAdamW
-from ars.regularizers import EWC, ActivationCovariance, DiagonalFisher, KroneckerFisher
+from ars.regularizers import (
+    EWC,
+    ActivationCovariance,
+    DiagonalFisher,
+    KroneckerFisher,
+    KroneckerPenalty,
+)
 
 # Samples of each rank: of 2 processes, and of 3, of which one has none.
 SHARES = {2: (5, 2), 3: (4, 0, 3)}
@@ -189,6 +195,29 @@ def under_fsdp(rank, world):
     return results
 
 
+def trained_under_fsdp(rank, world):
+    """A penalty of a fit of a sharded model pulls as one of a fit of the whole."""
+    results, mine, everything = {}, own_samples(rank, world), samples(0, sum(SHARES[world]))
+    tokens = torch.arange(12).view(3, 4) % 7  # the same in every process
+    for name, penalty in (("exact", EWC), ("factors", KroneckerPenalty)):
+        found = []
+        for model, given, group in ((sharded(), mine, None), (build(), everything, False)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                fisher = ESTIMATES[name](model, process_group=group).fit(given)
+                pull = penalty(model, fisher, strength=50.0)
+            optimizer = ARSAdamW(model.parameters(), lr=0.01, penalty=pull, process_group=group)
+            for _ in range(5):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+                loss.backward()
+                optimizer.step(loss=loss)
+            named = model.named_parameters()
+            found.append({n: getattr(p, "full_tensor", p.detach)() for n, p in named})
+        results[name] = found
+    return results
+
+
 def refused_under_fsdp(rank, world):
     model, alone = sharded(), [distributed.new_group([r]) for r in range(world)][rank]
     flat = build()
@@ -233,6 +262,7 @@ def work(rank, folder, world):
     results["trained"] = train(model, EWC(model, fitted("exact", model, mine), 50.0), rank)
     results["refused"] = refused(rank, world)
     results["fsdp"] = under_fsdp(rank, world)
+    results["trained under fsdp"] = trained_under_fsdp(rank, world)
     results["refused under fsdp"] = refused_under_fsdp(rank, world)
     results["tensor"] = under_tensor_parallel(rank, world)
     torch.save(results, f"{folder}/{rank}")
@@ -325,6 +355,14 @@ def test_under_fsdp_the_parameters_own_dtype_counts_and_adams_moment_is_sharded(
         assert_equal(result["fsdp"]["bf16"], result["fsdp"]["exact"])
         assert_close(result["fsdp"]["adam"], result["fsdp"]["adam of one"])
         assert "is not finite" in result["fsdp"]["nan"]
+
+
+@pytest.mark.parametrize("name", ["exact", "factors"])
+def test_a_penalty_of_a_sharded_fit_pulls_like_one_of_the_whole(results, name):
+    for result in results:
+        mine, alone = result["trained under fsdp"][name]
+        for key, value in alone.items():
+            torch.testing.assert_close(mine[key], value, rtol=0, atol=2e-6, msg=key)
 
 
 def test_what_a_sharded_model_cannot_have_is_refused(results):
