@@ -23,6 +23,7 @@ from ars.regularizers import (
     KroneckerFisher,
     KroneckerPenalty,
 )
+from ars.regularizers.fisher.processes import Processes
 
 # Samples of each rank: of 2 processes, and of 3, of which one has none.
 SHARES = {2: (5, 2), 3: (4, 0, 3)}
@@ -257,6 +258,9 @@ def work(rank, folder, world):
         seeded = torch.Generator().manual_seed(0)
         fisher = DiagonalFisher(build(), generator=seeded, process_group=group).fit(same)
         results[f"given {key}"] = found(fisher)
+    torch.manual_seed(0)
+    own = Processes(None).generator(torch.device("cpu"))
+    results["numbers"] = torch.rand(4, generator=own)
     results["ddp"] = under_ddp(rank, world)
     model = build()
     results["trained"] = train(model, EWC(model, fitted("exact", model, mine), 50.0), rank)
@@ -310,6 +314,8 @@ def test_a_process_may_keep_its_own(results):
 
 def test_replicas_that_are_seeded_alike_draw_their_own_signs(results):
     world = len(results)
+    numbers = [tuple(result["numbers"].tolist()) for result in results]
+    assert len(set(numbers)) == world
     for result in results:
         assert_equal(result["signs of all"], results[0]["signs of all"])
         for kind in ("", "given "):
