@@ -37,7 +37,7 @@ from ars.step.batch import (
 )
 from ars.step.compile import TracedOptimizer
 from ars.step.compile import step_ as step_in_graph
-from ars.step.loading import check_state_dict, unchanged_on_error
+from ars.step.loading import check_state_dict, take_controller, unchanged_on_error
 from ars.step.state import (
     CounterPool,
     Precision,
@@ -470,6 +470,7 @@ class ARSAdam(torch.optim.Adam):
 
         def check(_: Any, state_dict: dict[str, Any]) -> None:
             self._follow_parameters()  # for the state is restored where the step is taken
+            take_controller(state_dict)
             saved = state_dict.get("controller")
             if self._controller is not None and saved is not None:
                 self._controller.check_state_dict(saved)
@@ -692,11 +693,16 @@ class ARSAdamW(ARSAdam):
 
 
 def _add_controller(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put the controller's tensors under ``"controller"`` in a state dict."""
+    """Put the controller's tensors under ``"controller"`` in a state dict.
+
+    And in its groups: ``torch.distributed.checkpoint`` keeps these and the states alone.
+    """
     assert isinstance(optimizer, ARSAdam)
     if optimizer._controller is not None:
         memory = optimizer._controller.state_dict()
         state_dict["controller"] = {**memory, "watches": optimizer._watches}
+        for group in state_dict["param_groups"]:
+            group["controller"] = dict(state_dict["controller"])
 
 
 def _check_max_grad_norm(norm: Any) -> None:

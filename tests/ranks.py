@@ -1,17 +1,20 @@
 """Processes of one gloo group, started once for all that a module's tests ask of them."""
 
 import multiprocessing
+from datetime import timedelta
 
 import torch
 import torch.multiprocessing
 from torch import distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+PATIENCE = timedelta(seconds=120)  # for a process that waits for another in vain
+
 
 def _begin(rank, work, world, folder):
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=PATIENCE
     )
     torch.save(work(rank), f"{folder}/{rank}")
     distributed.barrier()  # so that none leaves while another still waits for it

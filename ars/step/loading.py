@@ -12,7 +12,7 @@ from ars.controller import ARSController
 from ars.penalty import check_strength, parameter_names
 from ars.step.state import PRODUCTS, PRODUCTS_STEP, SHAPED
 
-__all__ = ["check_state_dict", "unchanged_on_error"]
+__all__ = ["check_state_dict", "take_controller", "unchanged_on_error"]
 
 # What the state of a parameter that has been stepped consists of, in torch's optimizers.
 _ENTRIES: dict[tuple[type, ...], tuple[str, ...]] = {
@@ -63,6 +63,36 @@ def unchanged_on_error(
         for name, tensor in memory.items():
             tensor.copy_(copies[name])
         raise
+
+
+def take_controller(state_dict: dict[str, Any]) -> None:
+    """Take a controller out of the groups of a state dict, and put it beside them.
+
+    ``torch.distributed.checkpoint`` keeps it there alone, and leaves empty dicts in the place of
+    what another optimizer's state does not have; these are dropped. What is no state dict is left.
+
+    Args:
+        state_dict: The state dict, changed; its groups and states are not.
+    """
+    groups, states = state_dict.get("param_groups"), state_dict.get("state")
+    if isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups):
+        found = [group["controller"] for group in groups if group.get("controller")]
+        state_dict["param_groups"] = [
+            {name: value for name, value in group.items() if name != "controller"}
+            for group in groups
+        ]
+        if found and state_dict.get("controller") is None:
+            state_dict["controller"] = found[0]
+    if isinstance(states, Mapping):
+        state_dict["state"] = {
+            key: _without_empty(entry) if isinstance(entry, Mapping) else entry
+            for key, entry in states.items()
+        }
+
+
+def _without_empty(entry: Mapping[str, Any]) -> dict[str, Any]:
+    empty = [what for what, value in entry.items() if isinstance(value, Mapping) and not value]
+    return {what: value for what, value in entry.items() if what not in empty}
 
 
 def check_state_dict(

@@ -382,7 +382,7 @@ class EWC(PenaltyBase):
     def _follow_sharding(self) -> None:
         """Distribute what is kept as the model's parameters are, if they have been since."""
         held = {name: (self._parameters[name], pull.anchor) for name, pull in self._pulls.items()}
-        moved = sharded_since(self._model, held)
+        moved = sharded_since(self.__dict__.get("_model"), held)
         if moved:
             pulls = {
                 name: pull.moved(moved[name], self.storage) if name in moved else pull

@@ -73,6 +73,8 @@ class MatrixPull:
             the wrong shape, or is not finite or not symmetric or has a negative diagonal.
     """
 
+    _rows: Tensor | None = None  # what pickles of earlier versions do not hold
+
     def __init__(
         self,
         name: str,
@@ -387,7 +389,7 @@ class KroneckerPenalty(PenaltyBase):
             for pull in self._pulls.values()
             for name, param in pull.parameters.items()
         }
-        moved = sharded_since(self._model, held)
+        moved = sharded_since(self.__dict__.get("_model"), held)
         if moved:
             self._pulls = {
                 name: pull.moved(pull.parameters | moved)

@@ -166,19 +166,21 @@ def check_names(names: Mapping[str, Any], model: nn.Module, source: str) -> None
 
 
 def sharded_since(
-    model: nn.Module, held: Mapping[str, tuple[nn.Parameter, Tensor]]
+    model: nn.Module | None, held: Mapping[str, tuple[nn.Parameter, Tensor]]
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that have been distributed, or in another way, since they were seen.
 
     ``fully_shard`` and ``parallelize_module`` put DTensors in the place of parameters.
 
     Args:
-        model: The model.
+        model: The model; None of a penalty that was pickled by a version that did not keep it.
         held: The parameters that a penalty holds, each with what it keeps beside it, by name.
 
     Returns:
         Those that the model has now, by name.
     """
+    if model is None:
+        return {}
     if not all(is_sharded(param) for param, _ in held.values()):
         reshard(model)  # after a forward pass FSDP2 may have left whole parameters in place
     live = dict(model.named_parameters())

@@ -60,6 +60,8 @@ class Restraint:
         protect: Which part is penalised.
     """
 
+    _here: Tensor | None = None  # what pickles of earlier versions do not hold
+
     def __init__(
         self, param: Tensor, anchor: Tensor, basis: Tensor, side: Side, protect: Protect
     ) -> None:
@@ -91,7 +93,7 @@ class Restraint:
             self._mask = mask[:, None] if on == 0 else mask[None]
             return
         self.basis = basis.detach().to(matrix.device, matrix.dtype, copy=True)
-        self._basis = self._part(self.basis)
+        self._basis_here = self._part(self.basis)
         k = basis.shape[1]
         self._work = matrix.new_empty((k, matrix.shape[1]) if on == 0 else (matrix.shape[0], k))
 
@@ -125,7 +127,8 @@ class Restraint:
                 matrix.mul_(scale)
             else:
                 # U^T dW or dW U: an isometry of the part inside, whose norm is therefore its norm.
-                on_rows, basis = self.side == "output", self._basis
+                on_rows = self.side == "output"
+                basis = basis if self._here is None else self._basis_here
                 factors = (basis.mT, matrix) if on_rows else (matrix, basis)
                 inside = torch.mm(*factors, out=self._work)
                 first = add_over_divided(inside, self.param, rows=on_rows)
@@ -374,7 +377,7 @@ class SubspacePenalty(PenaltyBase):
     def _follow_sharding(self) -> None:
         """Distribute what is kept as the model's parameters are, if they have been since."""
         held = {name: (self._parameters[name], r.anchor) for name, r in self._restraints.items()}
-        moved = sharded_since(self._model, held)
+        moved = sharded_since(self.__dict__.get("_model"), held)
         if moved:
             restraints = {
                 name: r.moved(moved[name]) if name in moved else r
