@@ -141,7 +141,9 @@ def is_placed_like(tensor: Tensor, param: Tensor) -> bool:
         return is_sharded(tensor) == is_sharded(param)
     given: Any = tensor
     like: Any = param
-    return bool(given.device_mesh == like.device_mesh and given.placements == like.placements)
+    ours, theirs = given.device_mesh, like.device_mesh
+    same = ours is theirs or ours == theirs  # which compares all that they hold
+    return bool(same and given.placements == like.placements)
 
 
 def mesh_of(param: Tensor) -> "DeviceMesh":
