@@ -23,12 +23,13 @@ the share at equal loss s* and what the method adds, delta (of the twin's operat
     S  = ((1 - c) e / g - delta) (1 - w),      w = (g^2 - 1) / (g^(2n) - 1)
 
 is the saving of a series of n members with tokens in proportion to the parameters, whose first one
-takes the share w.
+takes the share w. The formula takes every parent for as good as its twin: a chain whose first
+member was trained for longer says nothing of e.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from analysis.comparisons import PLAIN, twin_of
@@ -131,8 +132,8 @@ class MemberAccount:
             those that all seeds have.
         equal_steps: share of the steps at equal loss; ``None`` without one.
         equal_flops: share of the operations at equal loss; ``None`` without one.
-        efficiency: e; ``None`` without a parent or a share at equal loss, and beside twins of
-            another optimizer.
+        efficiency: e; ``None`` without a parent or a share at equal loss, beside twins of another
+            optimizer, and in a chain whose first member is trained for longer than its twin.
     """
 
     size: str
@@ -171,8 +172,7 @@ class SeriesAccount:
         seconds: the same of seconds; ``None`` where none were measured.
         tokens: the same of tokens.
         growth_factor: geometric mean of the members'.
-        efficiency: e, the mean of the members'; ``None`` unless all have one, and beside twins of
-            another optimizer, which say nothing of it.
+        efficiency: e, the mean of the members'; ``None`` unless all have one.
     """
 
     arm: str
@@ -308,7 +308,9 @@ class _Pair:
 
     ours: Record
     twin: Cooled
-    has_own_twin: bool  # of its own optimizer
+    gives_efficiency: (
+        bool  # the twin has its optimizer, and the chain's first member is its own twin
+    )
     is_twin: bool
     params: int
     growth_factor: float | None
@@ -328,7 +330,7 @@ class _Pair:
         return cls(
             ours=ours,
             twin=twin,
-            has_own_twin=theirs.arm == twin_of(ours.arm),
+            gives_efficiency=theirs.arm == twin_of(ours.arm),
             is_twin=same,
             params=params,
             growth_factor=None if inherited is None else params / inherited,
@@ -363,7 +365,7 @@ class _Pair:
     @property
     def efficiency(self) -> Bounded | None:
         share = self.equal_steps
-        if share is None or self.growth_factor is None or not self.has_own_twin:
+        if share is None or self.growth_factor is None or not self.gives_efficiency:
             return None
         # Of steps, so that what the method adds is not in it.
         e = transfer_efficiency(share.value, self.growth_factor, self.cooldown)
@@ -401,6 +403,8 @@ def account_of(
         ]
         known = [pair for pair in pairs if pair is not None]
         if len(known) == len(sizes):
+            if not known[0].is_twin:  # the formula takes parents for as good as their twins
+                known = [replace(pair, gives_efficiency=False) for pair in known]
             complete.append(known)
     factors = [pair.growth_factor for pair in complete[0] if pair.growth_factor] if complete else []
     if not factors:

@@ -176,6 +176,17 @@ def test_a_model_from_scratch_that_was_not_trained_in_full_is_no_twin(tmp_path: 
     assert account.paid.mean == pytest.approx(only(tmp_path, grown_series()).paid.mean)
 
 
+def test_a_first_member_of_its_own_is_paid_and_says_nothing_of_e(tmp_path: Path) -> None:
+    first = trained("d2-grown", {1.0: 3.0, 1.5: 2.9})
+    ours = trained("d4-grown", {0.2: 2.6, 0.4: 2.4}, first)
+    account = only(tmp_path, [trained("d2-scratch", 3.0), trained("d4-scratch", 2.5), first, ours])
+    assert account.paid.mean == pytest.approx((1.5 * D2 + 0.4 * D4 + 4 * 8000) / (D2 + D4))
+    assert (account.compared, account.at_equal_loss) == (2, True)
+    assert [m.is_twin for m in account.members] == [False, False]
+    assert account.members[1].equal_steps is not None
+    assert account.efficiency is account.members[1].efficiency is None
+
+
 def test_twins_have_the_optimizer_and_the_controller_and_adamw_is_shown_too(tmp_path: Path) -> None:
     run = grown_series() + grown_series(arm="grown+ewc+ars", root="scratch+ars")
     pairs = [(a.arm, a.baseline) for a in find_accounts(read(tmp_path, run))]

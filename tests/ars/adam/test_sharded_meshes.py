@@ -3,11 +3,11 @@
 import pytest
 import torch
 from optimizers import Pull, gradients, parameters
-from ranks import placed, run_ranks, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
 from ars import ARSAdamW, ARSConfig
+from ranks import placed, run_ranks, whole
 
 RANKS = 4
 STEPS = 4

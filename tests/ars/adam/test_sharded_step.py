@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from optimizers import IMPLEMENTATIONS, Pull, gradients, make, parameters
-from ranks import placed, run_ranks, whole
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ars import ARSAdamW, ARSConfig, GradientRelease
+from ranks import placed, run_ranks, whole
 
 RANKS = 2
 STEPS = 4
