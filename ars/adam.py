@@ -20,7 +20,7 @@ from ars.penalty import (
     read_terms,
     refresh_,
 )
-from ars.sharded import is_sharded, part_of, shard_number
+from ars.sharded import Group, is_sharded, part_of, shard_number
 from ars.step import choose
 from ars.step.agree import Agreement
 from ars.step.batch import (
@@ -48,7 +48,7 @@ from ars.step.state import (
     restore_dtypes,
     step_kind,
 )
-from ars.surprise import Group, Replicas, check_watched, choose_surprise
+from ars.surprise import Replicas, check_watched, choose_surprise
 
 __all__ = ["ARSAdam", "ARSAdamW"]
 

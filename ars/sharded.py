@@ -4,7 +4,7 @@ A DTensor, a parameter under ``fully_shard`` or ``parallelize_module``, has the 
 and the memory of this process's part: a mesh of processes divides it (``Shard``) or repeats it
 (``Replicate``). Elementwise work needs nothing but the parts, and a sum over the whole is that of
 the parts, each counted once: of replicas, that of the first. Nothing here imports what defines
-DTensors before there is one.
+DTensors before there is one. And the name of a group of processes.
 """
 
 import functools
@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,13 +23,36 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
-    "add_over", "add_over_divided", "count_here", "divides", "exchange_device", "indices_here",
+    "Group", "add_over", "add_over_divided", "checked_group", "count_here", "divides",
+    "exchange_device", "indices_here",
     "is_counted", "is_placed_like", "is_sharded", "is_true_everywhere", "local_memory", "mesh_of",
     "part_of", "parts_like", "place_as", "place_like", "placements_of", "reshard", "shard_number",
     "sum_of_parts", "whole", "with_part", "with_rows",
 ]  # fmt: skip
 
+# Processes that do something as one: None is torch's default group, False is this process alone.
+Group: TypeAlias = Union["ProcessGroup", Literal[False], None]
 _NOTHING = repeat(None)
+
+
+def checked_group(group: Group) -> Group:
+    """Return what names a process group, once it has been seen to do so.
+
+    Args:
+        group: A process group; None is torch's default group, False this process alone.
+
+    Raises:
+        TypeError: It is something else, or a group that this process is not in.
+    """
+    known = group is None or group is False
+    if not known and distributed.is_available():
+        known = isinstance(group, distributed.ProcessGroup)
+    if not known:
+        raise TypeError(
+            f"process_group must be a ProcessGroup that this process is in, None for the "
+            f"default group, or False for none, got {group!r}"
+        )
+    return group
 
 
 def is_sharded(tensor: object) -> bool:

@@ -3,23 +3,17 @@
 Of several processes it is the mean of theirs.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from ars.controller import ARSController
-from ars.sharded import exchange_device
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from ars.sharded import Group, checked_group, exchange_device
 
 __all__ = [
-    "Group", "Replicas", "check_watched", "choose_surprise", "prediction_entropy", "read_surprise",
+    "Replicas", "check_watched", "choose_surprise", "prediction_entropy", "read_surprise",
 ]  # fmt: skip
-
-# Which processes gate as one: None is torch's default group, False is none.
-Group: TypeAlias = Union["ProcessGroup", Literal[False], None]
 
 
 def prediction_entropy(logits: Tensor) -> Tensor:
@@ -158,15 +152,7 @@ class Replicas:
     """
 
     def __init__(self, group: Group) -> None:
-        known = group is None or group is False
-        if not known and distributed.is_available():
-            known = isinstance(group, distributed.ProcessGroup)
-        if not known:
-            raise TypeError(
-                f"process_group must be a ProcessGroup that this process is in, None for the "
-                f"default group, or False for none, got {group!r}"
-            )
-        self.group = group
+        self.group = checked_group(group)
         self._is_lost = False
 
     def mean(self, value: Tensor | None, device: torch.device) -> Tensor | None:

@@ -14,10 +14,11 @@ from ars import reference
 from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
 from ars.reference import Scalar, Signals
+from ars.sharded import Group
 from ars.step.batch import has_gradient, to_device
 from ars.step.loading import check_state_dict, unchanged_on_error
 from ars.step.state import is_trial
-from ars.surprise import Group, Replicas, check_watched, choose_surprise
+from ars.surprise import Replicas, check_watched, choose_surprise
 
 __all__ = ["ARSOptimizer"]
 

@@ -9,18 +9,15 @@ each has had. Nothing is exchanged before, but for the parameters of a sharded m
 """
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from ars.sharded import Group, checked_group
 
 __all__ = ["Group", "Processes"]
 
-# Whose samples are added up: None is torch's default group, False is this process alone.
-Group: TypeAlias = Union["ProcessGroup", Literal[False], None]
 _Facts = TypeVar("_Facts")
 _SPREAD = 2**32 + 15  # between the seeds of two ranks; any odd number would do
 
@@ -37,15 +34,7 @@ class Processes:
     """
 
     def __init__(self, group: Group) -> None:
-        known = group is None or group is False
-        if not known and distributed.is_available():
-            known = isinstance(group, distributed.ProcessGroup)
-        if not known:
-            raise TypeError(
-                f"process_group must be a ProcessGroup that this process is in, None for the "
-                f"default group, or False for none, got {group!r}"
-            )
-        self.group = group
+        self.group = checked_group(group)
         self.is_lost = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
