@@ -22,12 +22,12 @@ from ars.regularizers.checks import (
     checked_module,
     take_samples,
 )
-from ars.regularizers.fisher.gathered import gathered
 from ars.regularizers.fisher.layers import (
     MatrixLayer,
     batched_rows,
     check_order,
     check_rows,
+    fit_layers,
     matrix_layers,
     outer_products,
     recorded_uses,
@@ -149,22 +149,14 @@ class ActivationCovariance:
                 a wrong ``process_group`` of a sharded model.
             RuntimeError: Another process could not fit its samples.
         """
-        processes = self._processes
-        with gathered(self.model, processes):
-            layers = matrix_layers(self.model)
-            sums: dict[str, _Sum] = {}
-            add = partial(self._add_own_samples, sums, layers, batches, n_samples)
-            own = processes.each(add)
-        seen = sum(samples for _, samples in own)
-        if seen == 0:
-            raise ValueError("batches is empty in every process: at least one sample is needed")
-        # A layer may have run in some processes alone.
-        known = processes.agreed([sizes for sizes, _ in own], everywhere=False)
+        sums: dict[str, _Sum] = {}
+        add = partial(self._add_own_samples, sums, batches, n_samples)
+        layers, sizes, seen = fit_layers(self.model, self._processes, add)
         moments = {}
-        for name in [name for name in layers if name in known]:
+        for name, size in sizes.items():
             device = next(iter(layers[name].modules.values())).weight.device
-            total = sums.pop(name, None) or _Sum.zero(device, *known[name])
-            processes.add_up_(total)
+            total = sums.pop(name, None) or _Sum.zero(device, *size)
+            self._processes.add_up_(total)
             count = int(total.positions)
             if count == 0:
                 raise ValueError(f"every position of {name!r} is masked: nothing to average over")
@@ -181,9 +173,9 @@ class ActivationCovariance:
     def _add_own_samples(
         self,
         sums: dict[str, "_Sum"],
-        layers: dict[str, MatrixLayer],
         batches: Iterable[Tensor | tuple[Tensor, Tensor]],
         n_samples: int | None,
+        layers: dict[str, MatrixLayer],
     ) -> tuple[dict[str, tuple[int, torch.dtype]], int]:
         """Add this process's samples to ``sums``; return their sizes and dtypes, and the count.
 

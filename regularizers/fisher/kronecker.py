@@ -34,14 +34,13 @@ from ars.regularizers.checks import (
     labelled_samples,
 )
 from ars.regularizers.fisher.estimators import ESTIMATORS, Chunk, cotangents, drawn
-from ars.regularizers.fisher.gathered import gathered
 from ars.regularizers.fisher.layers import (
     MatrixLayer,
     Use,
     batched_rows,
     check_order_by_gradients,
     check_rows,
-    matrix_layers,
+    fit_layers,
     outer_products,
     output_rows,
     recorded_uses,
@@ -262,23 +261,14 @@ class KroneckerFisher:
                 samples.
         """
         check_can_differentiate("fit")
-        processes = self._processes
-        with gathered(self.model, processes):
-            check_trainable({n: p for n, p in self.model.named_parameters() if p.requires_grad})
-            layers = matrix_layers(self.model)
-            sums: dict[str, FactorSums] = {}
-            add = partial(self._add_own_samples, sums, layers, batches, n_samples)
-            own = processes.each(add)
-        seen = sum(samples for _, samples in own)
-        if seen == 0:
-            raise ValueError("batches is empty in every process: at least one sample is needed")
-        # A layer may have run in some processes alone.
-        known = processes.agreed([sizes for sizes, _ in own], everywhere=False)
+        sums: dict[str, FactorSums] = {}
+        add = partial(self._add_own_samples, sums, batches, n_samples)
+        layers, sizes, seen = fit_layers(self.model, self._processes, add)
         factors = {}
-        for name in [name for name in layers if name in known]:
+        for name, size in sizes.items():
             device = next(iter(layers[name].modules.values())).weight.device
-            total = sums.pop(name, None) or FactorSums.zero(device, *known[name])
-            processes.add_up_((total.inputs, total.outputs, total.count))
+            total = sums.pop(name, None) or FactorSums.zero(device, *size)
+            self._processes.add_up_((total.inputs, total.outputs, total.count))
             factors[name] = total.means(seen)
             if not all(factor.isfinite().all() for factor in factors[name]):
                 raise ValueError(
@@ -292,11 +282,12 @@ class KroneckerFisher:
     def _add_own_samples(
         self,
         sums: dict[str, FactorSums],
-        layers: dict[str, MatrixLayer],
         batches: Iterable[tuple[Tensor, Tensor]],
         n_samples: int | None,
+        layers: dict[str, MatrixLayer],
     ) -> tuple[dict[str, tuple[int, int, torch.dtype]], int]:
         """Add this process's samples to ``sums``; return their sizes, and the count."""
+        check_trainable({n: p for n, p in self.model.named_parameters() if p.requires_grad})
         generator = self.generator
         seen, passes, orders = 0, Passes(self.model), Passes(self.model)
         samples = labelled_samples(batches, n_samples, needed=self._processes.count == 1)

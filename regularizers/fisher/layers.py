@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from ars.regularizers.checks import IGNORE_INDEX, evaluation_mode
 from ars.regularizers.fisher.estimators import accumulation_dtype
+from ars.regularizers.fisher.gathered import gathered
+from ars.regularizers.fisher.processes import Processes
 from ars.regularizers.fisher.row_proof import Passes, RowProof
 from ars.regularizers.fisher.rules import Convolution, patches_of
 
@@ -29,6 +31,7 @@ __all__ = [
     "check_order",
     "check_order_by_gradients",
     "check_rows",
+    "fit_layers",
     "input_rows",
     "matrix_layers",
     "outer_products",
@@ -104,6 +107,37 @@ def matrix_layers(model: nn.Module) -> dict[str, MatrixLayer]:
             )
         layer.modules[path] = module
     return layers
+
+
+def fit_layers(
+    model: nn.Module,
+    processes: Processes,
+    add: Callable[[dict[str, MatrixLayer]], tuple[dict[str, Any], int]],
+) -> tuple[dict[str, MatrixLayer], dict[str, Any], int]:
+    """Let every process add up its own samples, and learn what the others have.
+
+    Args:
+        model: The model.
+        processes: Whose samples are added up.
+        add: Adds this process's samples, given the layers; returns the sizes of its sums by the
+            names of the weights, and how many samples they are of.
+
+    Returns:
+        The layers; the sizes of those that ran in any process, in the model's order; the samples of
+        all processes.
+
+    Raises:
+        ValueError: No process had a sample.
+    """
+    with gathered(model, processes):
+        layers = matrix_layers(model)
+        own = processes.each(lambda: add(layers))
+    seen = sum(samples for _, samples in own)
+    if seen == 0:
+        raise ValueError("batches is empty in every process: at least one sample is needed")
+    # A layer may have run in some processes alone.
+    known = processes.agreed([sizes for sizes, _ in own], everywhere=False)
+    return layers, {name: known[name] for name in layers if name in known}, seen
 
 
 @contextmanager
