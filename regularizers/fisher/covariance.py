@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ars.regularizers.checks import (
-    IGNORE_INDEX,
     checked_batch,
     checked_batches,
     checked_module,
@@ -26,15 +25,14 @@ from ars.regularizers.fisher.layers import (
     MatrixLayer,
     batched_rows,
     check_order,
-    check_rows,
     fit_layers,
     matrix_layers,
     outer_products,
+    proven_batches,
     recorded_uses,
     warn_of_others,
 )
 from ars.regularizers.fisher.processes import Group, Processes
-from ars.regularizers.fisher.row_proof import Passes
 
 __all__ = ["ActivationCovariance"]
 
@@ -149,14 +147,10 @@ class ActivationCovariance:
                 a wrong ``process_group`` of a sharded model.
             RuntimeError: Another process could not fit its samples.
         """
-        sums: dict[str, _Sum] = {}
-        add = partial(self._add_own_samples, sums, batches, n_samples)
-        layers, sizes, seen = fit_layers(self.model, self._processes, add)
+        add = partial(self._add_own_samples, batches, n_samples)
+        layers, totals, seen = fit_layers(self.model, self._processes, _Sums, add)
         moments = {}
-        for name, size in sizes.items():
-            device = next(iter(layers[name].modules.values())).weight.device
-            total = sums.pop(name, None) or _Sum.zero(device, *size)
-            self._processes.add_up_(total)
+        for name, total in totals:
             count = int(total.positions)
             if count == 0:
                 raise ValueError(f"every position of {name!r} is masked: nothing to average over")
@@ -172,17 +166,16 @@ class ActivationCovariance:
 
     def _add_own_samples(
         self,
-        sums: dict[str, "_Sum"],
         batches: Iterable[Tensor | tuple[Tensor, Tensor]],
         n_samples: int | None,
         layers: dict[str, MatrixLayer],
-    ) -> tuple[dict[str, tuple[int, torch.dtype]], int]:
-        """Add this process's samples to ``sums``; return their sizes and dtypes, and the count.
+        sums: dict[str, "_Sums"],
+    ) -> int:
+        """Add this process's samples to ``sums``, and count them.
 
         Raises:
             TypeError: The batches are one pair.
         """
-        seen, passes, orders = 0, Passes(self.model), Passes(self.model)
         if _is_one_pair(batches):
             raise TypeError(
                 "batches is a pair of inputs and targets, not a list of batches; pass it as "
@@ -190,25 +183,25 @@ class ActivationCovariance:
             )
         given = checked_batches(batches)
         pairs = (_labelled(batch, index) for index, batch in enumerate(given))
+        samples = take_samples(pairs, n_samples, needed=self._processes.count == 1)
+        seen = 0
         with recorded_uses(self.model, layers) as uses, torch.no_grad():
-            needed = self._processes.count == 1
-            for inputs, targets in take_samples(pairs, n_samples, needed=needed):
-                uses.clear()
-                ordered = bool((targets == IGNORE_INDEX).any())
-                checks = orders if ordered else passes
-                outputs = checks.run(inputs)
-                order = partial(check_order, self.model, uses, inputs) if ordered else None
-                check_rows(checks, self.model, uses, inputs, outputs, order)
+
+            def order(inputs: Tensor, *_: object) -> Tensor:
+                return check_order(self.model, uses, inputs)
+
+            proven = proven_batches(self.model, uses, samples, lambda outputs, *_: outputs, order)
+            for _, targets, _ in proven:
                 for use in uses:
                     rows, valid = batched_rows([use], targets, with_bias=True)
                     chosen = rows[valid]
                     if use.weight not in sums:
-                        sums[use.weight] = _Sum.zero(rows.device, rows.shape[-1], rows.dtype)
+                        sums[use.weight] = _Sums.zero(rows.device, rows.shape[-1], rows.dtype)
                     total = sums[use.weight]
                     total.products.add_(outer_products(chosen))
                     total.positions.add_(len(chosen))
                 seen += len(targets)
-        return {n: (len(t.products), t.products.dtype) for n, t in sums.items()}, seen
+        return seen
 
     def merge(self, other: "ActivationCovariance") -> "ActivationCovariance":
         """Return what :meth:`fit` would have found on the data of both, of the model as it was.
@@ -257,14 +250,14 @@ class ActivationCovariance:
         return self._moments
 
 
-class _Sum(NamedTuple):
+class _Sums(NamedTuple):
     """Sum of a a^T over the positions of one layer, and their number, int64."""
 
     products: Tensor
     positions: Tensor
 
     @classmethod
-    def zero(cls, device: torch.device, size: int, dtype: torch.dtype) -> "_Sum":
+    def zero(cls, device: torch.device, size: int, dtype: torch.dtype) -> "_Sums":
         """Start with nothing, of rows of ``size`` numbers."""
         products = torch.zeros(size, size, dtype=dtype, device=device)
         return cls(products, torch.zeros((), dtype=torch.int64, device=device))

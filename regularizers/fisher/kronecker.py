@@ -13,7 +13,6 @@ What A and G are depends on how the positions t share the weight:
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from ars.regularizers.checks import (
-    IGNORE_INDEX,
     check_can_differentiate,
     check_draws,
     check_generator,
@@ -39,15 +37,15 @@ from ars.regularizers.fisher.layers import (
     Use,
     batched_rows,
     check_order_by_gradients,
-    check_rows,
     fit_layers,
     outer_products,
     output_rows,
+    proven_batches,
     recorded_uses,
     warn_of_others,
 )
 from ars.regularizers.fisher.processes import Group, Processes
-from ars.regularizers.fisher.row_proof import Passes, computed_in
+from ars.regularizers.fisher.row_proof import computed_in
 
 __all__ = ["KroneckerFactors", "KroneckerFisher", "nearest_product"]
 
@@ -70,32 +68,19 @@ class KroneckerFactors(NamedTuple):
     outputs: Tensor
 
 
-@dataclass
-class FactorSums:
+class FactorSums(NamedTuple):
     """Sums of one layer's outer products, and how many rows the inputs' is of."""
 
     inputs: Tensor
     outputs: Tensor
-    count: Tensor
+    positions: Tensor
 
     @classmethod
     def zero(cls, device: torch.device, d: int, p: int, dtype: torch.dtype) -> "FactorSums":
-        """Start with nothing.
-
-        Args:
-            device: Of the rows.
-            d: How many numbers a row of the inputs has.
-            p: How many outputs the layer has.
-            dtype: Of the rows.
-        """
+        """Start with nothing, of rows of ``d`` inputs and of ``p`` outputs."""
         inputs = torch.zeros(d, d, dtype=dtype, device=device)
-        count = torch.zeros((), dtype=torch.int64, device=device)
-        return cls(inputs, inputs.new_zeros(p, p), count)
-
-    @property
-    def size(self) -> tuple[int, int, torch.dtype]:
-        """What :meth:`zero` takes behind the device."""
-        return len(self.inputs), len(self.outputs), self.inputs.dtype
+        positions = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(inputs, inputs.new_zeros(p, p), positions)
 
     def add_inputs(self, rows: Tensor, valid: Tensor, *, reduce: bool) -> None:
         """Add what the layer read.
@@ -109,17 +94,17 @@ class FactorSums:
             weights = valid.to(rows.dtype)
             rows = torch.einsum("btd,bt->bd", rows, weights / weights.sum(1, keepdim=True).clamp(1))
             valid = valid.any(1)
-        self.inputs += outer_products(rows[valid])
-        self.count += valid.sum()
+        self.inputs.add_(outer_products(rows[valid]))
+        self.positions.add_(valid.sum())
 
     def add_outputs(self, rows: Tensor, *, reduce: bool) -> None:
         """Add the gradients of what the layer returned, (B, t, p), summed over t to ``reduce``."""
         rows = rows.to(self.outputs.dtype)
-        self.outputs += outer_products(rows.sum(1) if reduce else rows.flatten(0, 1))
+        self.outputs.add_(outer_products(rows.sum(1) if reduce else rows.flatten(0, 1)))
 
     def means(self, samples: int) -> KroneckerFactors:
         """Return the factors, given how many samples there were."""
-        return KroneckerFactors(self.inputs / self.count.clamp(min=1), self.outputs / samples)
+        return KroneckerFactors(self.inputs / self.positions.clamp(min=1), self.outputs / samples)
 
 
 class KroneckerFisher:
@@ -261,14 +246,10 @@ class KroneckerFisher:
                 samples.
         """
         check_can_differentiate("fit")
-        sums: dict[str, FactorSums] = {}
-        add = partial(self._add_own_samples, sums, batches, n_samples)
-        layers, sizes, seen = fit_layers(self.model, self._processes, add)
+        add = partial(self._add_own_samples, batches, n_samples)
+        layers, totals, seen = fit_layers(self.model, self._processes, FactorSums, add)
         factors = {}
-        for name, size in sizes.items():
-            device = next(iter(layers[name].modules.values())).weight.device
-            total = sums.pop(name, None) or FactorSums.zero(device, *size)
-            self._processes.add_up_((total.inputs, total.outputs, total.count))
+        for name, total in totals:
             factors[name] = total.means(seen)
             if not all(factor.isfinite().all() for factor in factors[name]):
                 raise ValueError(
@@ -281,25 +262,22 @@ class KroneckerFisher:
 
     def _add_own_samples(
         self,
-        sums: dict[str, FactorSums],
         batches: Iterable[tuple[Tensor, Tensor]],
         n_samples: int | None,
         layers: dict[str, MatrixLayer],
-    ) -> tuple[dict[str, tuple[int, int, torch.dtype]], int]:
-        """Add this process's samples to ``sums``; return their sizes, and the count."""
+        sums: dict[str, FactorSums],
+    ) -> int:
+        """Add this process's samples to ``sums``, and count them."""
         check_trainable({n: p for n, p in self.model.named_parameters() if p.requires_grad})
-        generator = self.generator
-        seen, passes, orders = 0, Passes(self.model), Passes(self.model)
+        generator, seen = self.generator, 0
         samples = labelled_samples(batches, n_samples, needed=self._processes.count == 1)
         with recorded_uses(self.model, layers) as uses, torch.enable_grad():
-            for index, (inputs, targets) in enumerate(samples):
-                uses.clear()
-                ordered = self.sharing == "reduce" or bool((targets == IGNORE_INDEX).any())
-                checks = orders if ordered else passes
-                logits = check_logits(checks.run(inputs), targets)
-                check_targets(targets, logits.shape[-1], index)
-                order = partial(self._check_order, uses, logits, index) if ordered else None
-                check_rows(checks, self.model, uses, inputs, logits, order)
+            ordered = self.sharing == "reduce"
+            order = partial(self._check_order, uses)
+            proven = proven_batches(
+                self.model, uses, samples, _checked_logits, order, ordered=ordered
+            )
+            for inputs, targets, logits in proven:
                 if generator is None:
                     generator = self._processes.generator(targets.device)
                 chunk = drawn(
@@ -313,10 +291,10 @@ class KroneckerFisher:
                 # A copy: activation checkpointing runs layers again during the backward pass.
                 self._add(sums, layers, list(uses), logits, chunk)
                 seen += len(targets)
-        return {name: total.size for name, total in sums.items()}, seen
+        return seen
 
-    def _check_order(self, uses: list[Use], logits: Tensor, seed: int) -> Tensor:
-        generator = torch.Generator(logits.device).manual_seed(seed)
+    def _check_order(self, uses: list[Use], _: Tensor, logits: Tensor, number: int) -> Tensor:
+        generator = torch.Generator(logits.device).manual_seed(number)
         float16 = torch.float16 in {computed_in(self.model.parameters(), logits), logits.dtype}
         edges = [_edge(use) for use in uses]
         return check_order_by_gradients(list(uses), edges, logits, generator, float16=float16)
@@ -351,6 +329,12 @@ class KroneckerFisher:
                     gradients.setdefault(use.weight, []).append(rows)
             for name, parts in gradients.items():
                 sums[name].add_outputs(torch.cat(parts, 1), reduce=reduce)
+
+
+def _checked_logits(outputs: object, targets: Tensor, number: int) -> Tensor:
+    logits = check_logits(outputs, targets)
+    check_targets(targets, logits.shape[-1], number)
+    return logits
 
 
 def _edge(use: Use) -> GradientEdge:

@@ -6,11 +6,11 @@ rows a_t, and the place in the graph where its output appears are recorded while
 """
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +30,18 @@ __all__ = [
     "batched_rows",
     "check_order",
     "check_order_by_gradients",
-    "check_rows",
     "fit_layers",
     "input_rows",
     "matrix_layers",
     "outer_products",
     "output_rows",
+    "proven_batches",
     "recorded_uses",
     "warn_of_others",
 ]
 
 MatrixModule: TypeAlias = nn.Linear | Convolution
+_Sums = TypeVar("_Sums", bound=tuple[Tensor, ...])
 # Of a subclass that computes something else the inputs and outputs are not those of a product.
 _FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -112,32 +113,91 @@ def matrix_layers(model: nn.Module) -> dict[str, MatrixLayer]:
 def fit_layers(
     model: nn.Module,
     processes: Processes,
-    add: Callable[[dict[str, MatrixLayer]], tuple[dict[str, Any], int]],
-) -> tuple[dict[str, MatrixLayer], dict[str, Any], int]:
-    """Let every process add up its own samples, and learn what the others have.
+    kind: type[_Sums],
+    add: Callable[[dict[str, MatrixLayer], dict[str, _Sums]], int],
+) -> tuple[dict[str, MatrixLayer], Iterator[tuple[str, _Sums]], int]:
+    """Let every process add up its own samples, then the sums of all.
 
     Args:
         model: The model.
         processes: Whose samples are added up.
-        add: Adds this process's samples, given the layers; returns the sizes of its sums by the
-            names of the weights, and how many samples they are of.
+        kind: Of the sums of one layer: a tuple of tensors.
+        add: Adds this process's samples, given the layers and the sums by the names of their
+            weights, none at first; returns how many samples there were.
 
     Returns:
-        The layers; the sizes of those that ran in any process, in the model's order; the samples of
-        all processes.
+        The layers; name and sums of each layer that ran in any process, in the model's order, one
+        at a time; the samples of all processes.
 
     Raises:
         ValueError: No process had a sample.
     """
+    sums: dict[str, _Sums] = {}
     with gathered(model, processes):
         layers = matrix_layers(model)
-        own = processes.each(lambda: add(layers))
+
+        def add_own() -> tuple[dict[str, list[Any]], int]:
+            seen = add(layers, sums)
+            return {n: [(t.shape, t.dtype) for t in one] for n, one in sums.items()}, seen
+
+        own = processes.each(add_own)
     seen = sum(samples for _, samples in own)
     if seen == 0:
         raise ValueError("batches is empty in every process: at least one sample is needed")
     # A layer may have run in some processes alone.
-    known = processes.agreed([sizes for sizes, _ in own], everywhere=False)
-    return layers, {name: known[name] for name in layers if name in known}, seen
+    known = processes.agreed([shapes for shapes, _ in own], everywhere=False)
+
+    def totals() -> Iterator[tuple[str, _Sums]]:
+        for name in layers:
+            if name in known:
+                device = next(iter(layers[name].modules.values())).weight.device
+                zeros = (torch.zeros(s, dtype=dtype, device=device) for s, dtype in known[name])
+                total = sums.pop(name, None) or kind(*zeros)
+                processes.add_up_(total)
+                yield name, total
+
+    return layers, totals(), seen
+
+
+def proven_batches(
+    model: nn.Module,
+    uses: list[Use],
+    samples: Iterable[tuple[Tensor, ...]],
+    check_outputs: Callable[[Any, Tensor, int], Any],
+    check_order: Callable[[Tensor, Any, int], Tensor],
+    *,
+    ordered: bool = False,
+) -> Iterator[tuple[Tensor, Tensor, Any]]:
+    """Run a model on each batch, and yield it once the rows are known to be the samples'.
+
+    Args:
+        model: The model.
+        uses: The record of its layers' calls; of the batch's alone when it is yielded.
+        samples: Inputs and targets.
+        check_outputs: Refuses what the model returned for targets, or returns it; given the
+            batch's number too.
+        check_order: Refuses rows that are not in the samples' order, given the inputs, what the
+            model returned and the batch's number; returns which rows could be told.
+        ordered: Whether the order matters even where nothing is masked.
+
+    Yields:
+        Inputs, targets and what the model returned.
+
+    Raises:
+        ValueError: No layer was called, or one has other rows than as many for each sample as for
+            the first by itself; names the weight.
+    """
+    passes, orders = Passes(model), Passes(model)
+    for number, (inputs, targets) in enumerate(samples):
+        uses.clear()
+        in_order = ordered or bool((targets == IGNORE_INDEX).any())
+        checks = orders if in_order else passes
+        outputs = check_outputs(checks.run(inputs), targets, number)
+        _check_rows(model, uses, inputs, proven=not checks.needs_proof)
+        if len(inputs) > 1 and checks.needs_proof:
+            told = check_order(inputs, outputs, number) if in_order else torch.tensor(True)
+            checks.mark_proven(outputs, told)
+        yield inputs, targets, outputs
 
 
 @contextmanager
@@ -245,35 +305,18 @@ def outer_products(rows: Tensor) -> Tensor:
         return rows.T @ rows
 
 
-def check_rows(
-    passes: Passes,
-    model: nn.Module,
-    uses: list[Use],
-    inputs: Tensor,
-    outputs: Any,
-    order: Callable[[], Tensor] | None,
-) -> None:
-    """Refuse a pass whose rows cannot be divided among the samples, unless one like it was proven.
-
-    Args:
-        passes: Ran the model last; notes that the pass is proven.
-        model: The model.
-        uses: The record of ``inputs``; it is as before afterwards.
-        inputs: The samples.
-        outputs: What the model returned.
-        order: Raises unless the rows are in the samples' order, and returns which could be told;
-            None if no order matters.
+def _check_rows(model: nn.Module, uses: list[Use], inputs: Tensor, *, proven: bool) -> None:
+    """Refuse layers whose rows cannot be divided among the samples.
 
     Raises:
-        ValueError: No layer was called, or one has other rows than as many for each sample as for
-            the first by itself; names the weight.
+        ValueError: There is such a layer, or no layer was called.
     """
     if not uses:  # attention reads its projection's weight itself
         raise ValueError(
             f"{type(model).__name__} calls no trained linear or ungrouped convolution layer; "
             "protect it with EWC"
         )
-    if len(inputs) == 1 or not passes.needs_proof:
+    if len(inputs) == 1 or proven:
         return
     for one, both in zip_longest(_uses_of(model, uses, inputs[:1]), uses):
         weight = (both or one).weight
@@ -284,7 +327,6 @@ def check_rows(
                 f"{len(own)} for one: each sample must pass through it by itself; fit on "
                 "batches of one sample"
             )
-    passes.mark_proven(outputs, order() if order else torch.tensor(True))
 
 
 def check_order(model: nn.Module, uses: list[Use], inputs: Tensor) -> Tensor:

@@ -289,7 +289,9 @@ def assert_equal(first, second):
 def assert_close(first, second):
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=1e-5, atol=1e-8, msg=name)
+        # Sums that cancel round with the largest of their terms, and differently on every CPU.
+        rounding = 1e-5 * float(torch.as_tensor(second[name]).abs().max())
+        torch.testing.assert_close(value, second[name], rtol=1e-5, atol=rounding, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["plain", "fsdp"])
