@@ -35,6 +35,9 @@ PREDICTION = {
         "miniature": {"members": 11, "saving": 0.65, "largest_deficit": 0.0},
         "half": {"members": 6, "saving": 0.56, "largest_deficit": -0.02},
     },
+    "second recipe with Muon": {
+        "half": {"members": 6, "saving": 0.56, "largest_deficit": 0.0},
+    },
 }
 
 _TUNING_SEED = 100
@@ -49,6 +52,8 @@ _FIRST_BRACKETS = {
     "warmup_steps": (5, 20, 100),
     "weight_decay": (0.0, 0.05, 0.2),
 }
+# Muon's matrix products cost as much for one sequence as for four.
+_MUON_SETTINGS: dict[str, Any] = {"batch_size": 4, "muon_lr": 0.01, "muon_adamw_lr": 0.006}
 _UNIFORM_SHARES = (0.29, 0.34, 0.39)
 _UNIFORM_SCRATCH_SHARES = (0.39, 0.7, 1.0)
 _UNIFORM_SEEDS = (0, 1)
@@ -217,6 +222,8 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
     base, of, jobs = design.base, f"of-{len(design.base.depths)}", []
     if stage in ("first-twin", "uniform"):
         base = replace(base, **_FIRST_SETTINGS)
+    elif stage == "muon":
+        base = replace(base, **_MUON_SETTINGS)
     first = base.depths[: design.first_members]
 
     def add(name: str, **changes: Any) -> None:
