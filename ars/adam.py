@@ -35,7 +35,7 @@ from ars.step.batch import (
     make_operands,
     read_hyper,
 )
-from ars.step.compile import TracedOptimizer
+from ars.step.compile import OPTIMIZERS, TracedOptimizer
 from ars.step.compile import step_ as step_in_graph
 from ars.step.loading import check_state_dict, take_controller, unchanged_on_error
 from ars.step.state import (
@@ -48,7 +48,13 @@ from ars.step.state import (
     restore_dtypes,
     step_kind,
 )
-from ars.surprise import Replicas, check_watched, choose_surprise
+from ars.surprise import (
+    Replicas,
+    StepLosses,
+    check_watched,
+    choose_surprise,
+    warn_of_fallback,
+)
 
 __all__ = ["ARSAdam", "ARSAdamW"]
 
@@ -72,6 +78,7 @@ class ARSAdam(torch.optim.Adam):
     """
 
     _implementation: choose.Implementation
+    _losses: StepLosses
     _penalty: Penalty | None
     _step_supports_amp_scaling: bool
     _terms: dict[Tensor, Term]  # of the penalty
@@ -138,6 +145,8 @@ class ARSAdam(torch.optim.Adam):
         self._pool = CounterPool()
         self._traced = TracedOptimizer(self)
         self._agreement: Agreement | None = None
+        # Fabric and Lightning hold it too, in their copies of this optimizer's attributes.
+        self.__dict__.setdefault("_losses", StepLosses()).clear()
         # A hook that came and went with each state_dict() would be in the way of another thread's.
         if _add_controller not in self._optimizer_state_dict_post_hooks.values():
             self.register_state_dict_post_hook(_add_controller, prepend=True)
@@ -158,16 +167,24 @@ class ARSAdam(torch.optim.Adam):
     @property
     def controller(self) -> ARSController | None:
         """The controller, or None with ``ars=None``."""
-        return self._controller
+        return self._original()._controller
 
     @property
     def process_group(self) -> Group:
         """The processes that gate alike; may be set, as after unpickling."""
-        return self._replicas.group
+        return self._original()._replicas.group
 
     @process_group.setter
     def process_group(self, process_group: Group) -> None:
-        self._replicas = Replicas(process_group)
+        self._original()._replicas = Replicas(process_group)
+
+    def _original(self) -> "ARSAdam":
+        """Return the optimizer that steps: Fabric and Lightning hand out copies of its attributes.
+
+        What is set on such a copy would have no effect.
+        """
+        found = OPTIMIZERS.get(self._traced.name)
+        return found if isinstance(found, ARSAdam) else self
 
     @property
     def diagnostics(self) -> Mapping[str, Tensor]:
@@ -178,7 +195,55 @@ class ARSAdam(torch.optim.Adam):
         need it; ``penalty``, its value before the step. The tensors are overwritten by each step;
         reading one (``float(...)``) waits for the device, so read what you log, when you log it.
         """
-        return dict(zip(DIAGNOSTICS, self._buffer.unbind(), strict=True))
+        return dict(zip(DIAGNOSTICS, self._original()._buffer.unbind(), strict=True))
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def watch(self, loss: Tensor | float) -> None:
+        """Note the loss of the next step, for callers that cannot pass it to :meth:`step`.
+
+        Called once for each micro-batch of a step, it has the controller watch their mean. A
+        closure's loss is not watched then. Nothing waits for the device.
+
+        Args:
+            loss: The loss, 0-d, not divided by the number of micro-batches.
+
+        Raises:
+            TypeError: It is neither a tensor nor a number.
+            ValueError: It is not a scalar.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> opt = ARSAdam([weight], lr=0.1)
+            >>> for scale in (1.0, 2.0):  # two micro-batches
+            ...     loss = scale * weight.sum()
+            ...     opt.watch(loss)
+            ...     (loss / 2).backward()
+            >>> opt.step()
+            >>> float(opt.diagnostics["surprise"])
+            3.0
+        """
+        self._losses.add(loss)
+
+    def reset_controller(self) -> None:
+        """Start the controller afresh: as where a resumed run watches another quantity.
+
+        Its window is empty then, the gate is open, and it may watch the loss, the gradient norm or
+        else from the next step on.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> opt = ARSAdam([weight])
+            >>> weight.sum().backward()
+            >>> opt.step(loss=1.0)
+            >>> opt.reset_controller()
+            >>> int(opt.controller.state_dict()["counts"][0])
+            0
+        """
+        own = self._original()
+        if own._controller is not None:
+            fresh = ARSController(own._controller.config).state_dict()
+            own._controller.load_state_dict(fresh)
+        own._watches = None
 
     def step(
         self,
@@ -193,7 +258,8 @@ class ARSAdam(torch.optim.Adam):
             closure: Re-evaluates the model and returns the loss, as for every torch optimizer. If
                 it returns None once but there are gradients, the last loss counts again.
             loss: The loss, 0-d: the surprise that the controller watches. Without it (and without
-                a closure that returns one) the controller watches the gradient norm.
+                :meth:`watch` or a closure that returns one) the controller watches the gradient
+                norm, and the first step says so.
             surprise: With ``ARSConfig(surprise="entropy")``, what is watched instead, 0-d, such as
                 :func:`ars.prediction_entropy`.
 
@@ -221,7 +287,7 @@ class ARSAdam(torch.optim.Adam):
     ) -> Any:
         """Take one step, as :meth:`step` describes it."""
         self._accelerator_graph_capture_health_check()
-        given = (closure, loss, surprise)
+        given = (closure, self._losses.choose(loss, None), surprise)
         if not self.state and given == (None, None, None) and is_trial(self.param_groups):
             self._follow_parameters()  # for the state is made where the step is taken
             self._collect(proximal=False).grads = []
@@ -230,7 +296,7 @@ class ARSAdam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
-        loss = returned if loss is None else loss
+        loss = self._losses.choose(loss, returned)
         if loss is None and surprise is None and not has_gradient(self.param_groups):
             return returned
         if loss is None and closure is not None and self._watches == "loss":
@@ -239,11 +305,13 @@ class ARSAdam(torch.optim.Adam):
         watches, watched = choose_surprise(self._controller, loss, surprise)
         if self._controller is not None:
             check_watched(self._watches, watches)
+            warn_of_fallback(self._controller, self._watches, watches)
         self._follow_parameters()
         if self._controller is not None and not self._is_sharded:
             watched = self._replicas.mean(watched, self._buffer.device)
         hypers, options = self._read_settings(watched)
         batch = self._collect(proximal=options.proximal)
+        self._losses.clear()
         if not batch.tensors:
             return returned
         if self._controller is not None and self._is_sharded and not batch.is_sharded:
@@ -333,18 +401,18 @@ class ARSAdam(torch.optim.Adam):
             >>> weight.shape, opt.state[weight]["exp_avg"][:, 0]
             (torch.Size([3, 2]), tensor([0.1000, 0.1000, 0.0000]))
         """
-        names = parameter_names(self.param_groups)
+        own, names = self._original(), parameter_names(self.param_groups)
         if param not in names:
             raise ValueError(
                 f"a parameter of shape {tuple(param.shape)} is not in this optimizer: pass one of "
                 "its param_groups"
             )
-        if param in self._terms:
+        if param in own._terms:
             raise ValueError(
                 f"the penalty holds {names[param]}, with an anchor of its old rows: set "
                 "optimizer.penalty to None, change the rows, then build the penalty anew"
             )
-        self._check(param, param.grad)
+        own._check(param, param.grad)
         change_rows_(param, names[param], self.state.get(param, {}), keep, added)
 
     def _parameters(self) -> list[Tensor]:
@@ -431,13 +499,14 @@ class ARSAdam(torch.optim.Adam):
     @property
     def penalty(self) -> Penalty | None:
         """The penalty towards what an earlier model knew; may be replaced between steps."""
-        return self._penalty
+        return self._original()._penalty
 
     @penalty.setter
     def penalty(self, penalty: Penalty | None) -> None:
-        self._terms = self._read_terms(penalty)
-        self._penalty, self._version = penalty, getattr(penalty, "version", 0)
-        self._traced.penalised = penalty is not None
+        own = self._original()
+        own._terms = own._read_terms(penalty)
+        own._penalty, own._version = penalty, getattr(penalty, "version", 0)
+        own._traced.penalised = penalty is not None
 
     def _read_terms(self, penalty: Penalty | None) -> dict[Tensor, Term]:
         """Ask a penalty for its terms, and check them."""

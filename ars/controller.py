@@ -13,7 +13,7 @@ from torch import Tensor
 from ars import reference
 from ars.config import ARSConfig, ChronosJitter, EntropyGuard, SurpriseGate
 
-__all__ = ["ARSController"]
+__all__ = ["ARSController", "caller_stacklevel"]
 
 _Part = TypeVar("_Part", EntropyGuard, SurpriseGate, ChronosJitter)
 # The settings that observing takes, by the name that they have in ARSConfig.
@@ -238,14 +238,17 @@ class _NormWatch:
                 f"of the last {norms.numel()} steps, so it sees nothing. If the gradients are "
                 "clipped before the step, pass step(loss=loss), or clip in the step instead: "
                 "ARSAdamW(..., max_grad_norm=1.0)",
-                stacklevel=_caller_stacklevel(),
+                stacklevel=caller_stacklevel(),
             )
 
 
-def _caller_stacklevel() -> int:
-    """How many frames above the function that asks the first one is that is not ours or torch's."""
+def caller_stacklevel() -> int:
+    """Return how many frames above who asks the first one is that is neither ours nor torch's."""
     level, frame = 0, inspect.currentframe()
-    while frame is not None and frame.f_globals["__name__"].partition(".")[0] in ("ars", "torch"):
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "torch")  # none in what Dynamo has written
+        if name.partition(".")[0] not in ("ars", "torch"):
+            break
         level, frame = level + 1, frame.f_back
     return level
 

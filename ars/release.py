@@ -178,6 +178,11 @@ def _check(optimizer: ARSAdam, watches: str = "") -> None:
             "of a layer, without the hooks that this needs; it frees the whole ones itself, so "
             "call loss.backward() and optimizer.step()"
         )
+    if not optimizer._losses.is_empty:
+        raise ValueError(
+            "watch(loss) notes a loss for step(): with a GradientRelease leave it out, as "
+            "backward(loss) watches the loss"
+        )
     if optimizer.defaults["differentiable"]:
         raise ValueError("differentiable=True needs the gradients afterwards: do not release them")
     if optimizer.controller is not None:

@@ -3,16 +3,18 @@
 Of several processes it is the mean of theirs.
 """
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from ars.controller import ARSController
+from ars.controller import ARSController, caller_stacklevel
 from ars.sharded import Group, checked_group, exchange_device
 
 __all__ = [
-    "Replicas", "check_watched", "choose_surprise", "prediction_entropy", "read_surprise",
+    "Replicas", "StepLosses", "check_watched", "choose_surprise", "prediction_entropy",
+    "read_surprise", "warn_of_fallback",
 ]  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def check_watched(before: str | None, now: str) -> None:
         ValueError: It is not the same.
     """
     if before not in (None, now):
-        remedy = "pass loss= to every step, or to none"
+        remedy = "pass loss= to every step or to none, or begin anew by reset_controller()"
         if {before, now} - {"loss", "grad_norm"}:
             remedy = "use the ARSConfig(surprise=...) that it began with"
         raise ValueError(
@@ -135,6 +137,75 @@ def read_surprise(value: Any, name: str = "the loss") -> Tensor | None:
     if hasattr(value, "full_tensor"):  # a DTensor: a share of a sum, perhaps
         value = value.full_tensor()
     return value.detach().reshape(())
+
+
+class StepLosses:
+    """The losses that were noted since the last step; their mean is that step's loss."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._count = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether none was noted."""
+        return self._total is None
+
+    def add(self, loss: Tensor | float) -> None:
+        """Note the loss of a step, or of one of the micro-batches of a step.
+
+        Args:
+            loss: 0-d, not divided by the number of micro-batches.
+
+        Raises:
+            TypeError: It is neither a tensor nor a number.
+            ValueError: It is not a scalar.
+        """
+        value = read_surprise(loss)
+        if value is None:
+            raise TypeError("watch(loss) got None: pass the loss, a 0-d tensor or a number")
+        # A copy: the loss may be divided in place afterwards.
+        self._total = value.clone() if self._total is None else self._total.double() + value
+        self._count += 1
+
+    def choose(self, loss: Tensor | float | None, returned: Any) -> Any:
+        """Return the loss of a step: what was noted, else what was passed, else the closure's.
+
+        Args:
+            loss: What was passed as ``step(loss=...)``, or None.
+            returned: What the closure returned, or None.
+
+        Raises:
+            ValueError: A loss was noted, and one was passed too.
+        """
+        if self._total is None:
+            return returned if loss is None else loss
+        if loss is not None:
+            raise ValueError(
+                "watch(loss) noted a loss for this step, and step(loss=...) got one too: use one "
+                "of the two"
+            )
+        return self._total / self._count if self._count > 1 else self._total
+
+    def clear(self) -> None:
+        """Forget them: the step is taken."""
+        self._total, self._count = None, 0
+
+
+def warn_of_fallback(controller: ARSController, before: str | None, now: str) -> None:
+    """Say, at an optimizer's first step, that the gradient norm is watched as there is no loss.
+
+    Args:
+        controller: Whose setting ``surprise`` may be ``"auto"``.
+        before: What the controller has watched, None before the first step.
+        now: What it watches in this step.
+    """
+    if before is None and now == "grad_norm" and controller.config.surprise == "auto":
+        warnings.warn(
+            "the controller got no loss, so it watches the gradient norm: call opt.watch(loss) "
+            "before opt.step(), or choose the norm by ARSConfig(surprise='grad_norm')",
+            stacklevel=caller_stacklevel(),
+        )
 
 
 class Replicas:

@@ -18,7 +18,13 @@ from ars.sharded import Group
 from ars.step.batch import has_gradient, to_device
 from ars.step.loading import check_state_dict, unchanged_on_error
 from ars.step.state import is_trial
-from ars.surprise import Replicas, check_watched, choose_surprise
+from ars.surprise import (
+    Replicas,
+    StepLosses,
+    check_watched,
+    choose_surprise,
+    warn_of_fallback,
+)
 
 __all__ = ["ARSOptimizer"]
 
@@ -90,6 +96,7 @@ class ARSOptimizer(torch.optim.Optimizer):
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._watches: str | None = None
         self._controller = ARSController(config, self._device())
+        self._losses = StepLosses()
         self._buffer = torch.tensor(NOT_OBSERVED, dtype=torch.float64, device=self._device())
 
     @property
@@ -157,6 +164,25 @@ class ARSOptimizer(torch.optim.Optimizer):
         self.base.zero_grad(set_to_none)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
+    def watch(self, loss: Tensor | float) -> None:
+        """Note the loss of the next step, as :meth:`ars.ARSAdamW.watch` does.
+
+        Args:
+            loss: The loss, 0-d, of the step or of one of its micro-batches.
+
+        Raises:
+            TypeError: It is neither a tensor nor a number.
+            ValueError: It is not a scalar.
+        """
+        self._losses.add(loss)
+
+    def reset_controller(self) -> None:
+        """Start the controller afresh, as :meth:`ars.ARSAdamW.reset_controller` does."""
+        fresh = ARSController(self._controller.config).state_dict()
+        self._controller.load_state_dict(fresh)
+        self._watches = None
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -178,8 +204,9 @@ class ARSOptimizer(torch.optim.Optimizer):
             closure: Re-evaluates the model and returns the loss, as for every torch optimizer. If
                 no parameter has a gradient then, nothing is observed. If it returns None once but
                 there are gradients, the last loss counts again.
-            loss: The loss, 0-d: what the controller watches. Without it (and without a closure)
-                the controller watches the gradient norm.
+            loss: The loss, 0-d: what the controller watches. Without it (and without
+                :meth:`watch` or a closure) the controller watches the gradient norm, and the first
+                step says so.
             surprise: With ``ARSConfig(surprise="entropy")``, what is watched instead.
 
         Returns:
@@ -193,7 +220,7 @@ class ARSOptimizer(torch.optim.Optimizer):
         """
         base, config = self.base, self._controller.config
         groups = base.param_groups
-        given = (closure, loss, surprise)
+        given = (closure, self._losses.choose(loss, None), surprise)
         if not base.state and given == (None, None, None) and is_trial(groups):
             return base.step()
         _check_groups(base, groups, config)
@@ -206,7 +233,7 @@ class ARSOptimizer(torch.optim.Optimizer):
             if not (known and has_gradient(groups)):
                 returned = replay.evaluate()
         with torch.no_grad():
-            signals = self._observe(given, returned)
+            signals = self._observe((closure, loss, surprise), returned)
         gradients = _GatedGradients(groups, signals.phi if "grad" in config.gate else 1.0)
         with _gated_groups(groups, signals, config):
             try:
@@ -218,6 +245,7 @@ class ARSOptimizer(torch.optim.Optimizer):
                     result = base.step(replay)
             finally:
                 gradients.restore()
+                self._losses.clear()  # also of what the base has evaluated again
         if signals is not NOT_OBSERVED and self._watches == "grad_norm":
             self._controller.check_norm(groups)
         return result
@@ -235,13 +263,14 @@ class ARSOptimizer(torch.optim.Optimizer):
         params = [param for group in self.base.param_groups for param in group["params"]]
         grads = [param.grad for param in params if param.grad is not None]
         closure, loss, surprise = given
-        loss = returned if loss is None else loss
+        loss = self._losses.choose(loss, returned)
         if not grads and loss is None and surprise is None:
             return NOT_OBSERVED  # the base may still count the step
         if loss is None and closure is not None and self._watches == "loss":
             loss = self._controller.latest()
         watches, watched = choose_surprise(self._controller, loss, surprise)
         check_watched(self._watches, watches)
+        warn_of_fallback(self._controller, self._watches, watches)
         watched = self._replicas.mean(watched, self._device())
         if not grads:
             return NOT_OBSERVED
@@ -343,6 +372,11 @@ class ARSOptimizer(torch.optim.Optimizer):
         """Pickle the base optimizer and the controller; hooks stay behind, as in torch."""
         names = ("base", "defaults", "_controller", "_watches", "_replicas", "_buffer")
         return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`__getstate__` returned."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_losses", StepLosses()).clear()
 
 
 def _check_gateable(base: Any, config: Any) -> None:

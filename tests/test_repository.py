@@ -216,9 +216,8 @@ def test_constraints_pin_every_requirement_exactly() -> None:
     pinned = {pin.split("==")[0].lower() for pin in pins}
     # ... of pyproject.toml: the quoted strings of its requirement lists.
     text = (ROOT / "pyproject.toml").read_text()
-    lists = re.findall(
-        r"^(?:dependencies|examples|bench|safetensors|test) = \[(.*?)\]$", text, re.S | re.M
-    )
+    extras = "bench|dependencies|examples|integrations|peers|safetensors|test"
+    lists = re.findall(rf"^(?:{extras}) = \[(.*?)\]$", text, re.S | re.M)
     names = {name for body in lists for name in re.findall(r'"([A-Za-z0-9-]+)(?=[">=])', body)}
     assert {"torch", "triton", "numpy", "pytest", "ruff"} <= names
     assert {name.lower() for name in names} <= pinned

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ars.surprise import read_surprise
 
-__all__ = ["TracedOptimizer", "step_"]
+__all__ = ["OPTIMIZERS", "TracedOptimizer", "step_"]
 
 
 class Optimizer(Protocol):

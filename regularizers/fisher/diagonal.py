@@ -9,6 +9,7 @@ quantity.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from numbers import Real
@@ -404,6 +405,7 @@ class DiagonalFisher:
                     f"the importance of {name!r} is not finite; check that the model's logits and "
                     "gradients are finite (float16 overflows: use bfloat16 or float32)"
                 )
+        _warn_of_zeros([name for name, tensor in importance.items() if not _has_nonzero(tensor)])
         if self.dtype == torch.uint8:
             self._importance = {name: quantize(tensor) for name, tensor in importance.items()}
         else:
@@ -431,6 +433,23 @@ def _placed(tensor: Tensor, like: nn.Parameter | None) -> Tensor:
 def _is_finite(tensor: Tensor) -> bool:
     finite = tensor.isfinite().all()
     return bool(finite if type(finite) is Tensor else whole(finite))
+
+
+def _has_nonzero(tensor: Tensor) -> bool:
+    found = tensor.any()
+    return bool(found if type(found) is Tensor else whole(found))
+
+
+def _warn_of_zeros(names: list[str]) -> None:
+    """Say which parameters a penalty would not protect at all."""
+    if names:
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        warnings.warn(
+            f"the importance of {', '.join(map(repr, names[:8]))}{more} is 0 throughout, so a "
+            "penalty will not protect them: every sample's gradient is 0 there, as of A of a LoRA "
+            "while B is 0. Fit after training, or freeze what is not used",
+            stacklevel=4,
+        )
 
 
 def _adam_importance(

@@ -101,7 +101,9 @@ def test_a_sequence_has_its_own_signs_however_many_processes_there_are(world_siz
     assert sum(part.n_samples for part in parts) == alone.n_samples == 19
     for name, expected in alone.importance.items():
         together = sum(part.importance[name] * part.n_samples for part in parts) / 19
-        torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-12)
+        # Sums that cancel round with the largest of their terms.
+        rounding = 1e-4 * float(expected.abs().max())
+        torch.testing.assert_close(together, expected, rtol=1e-4, atol=rounding)
 
 
 def test_a_signal_ends_the_batches_and_all_leave_together() -> None:
