@@ -186,7 +186,6 @@ class TrainingState:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as tensors, numbers and strings (the tensors are not copied)."""
-        device = self.model.wte.weight.device
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -198,8 +197,6 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "inheritance": self.inheritance.to_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
 
 
@@ -314,9 +311,6 @@ def _restored(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingSta
         state.scaler.load_state_dict(content["scaler"])
     elif content["scaler"] is not None:
         raise ValueError("it has a scale of the loss, which its precision has not")
-    torch.set_rng_state(content["rng"])
-    if content["cuda_rng"] is not None and run.parallel.device.type == "cuda":
-        torch.cuda.set_rng_state(content["cuda_rng"], run.parallel.device)
     state.step, state.seconds = content["step"], content["seconds"]
     state.warnings, state.seen = list(content["warnings"]), content["seen"]
     if not isinstance(content["warnings"], list):
