@@ -130,6 +130,7 @@ class ARSAdam(torch.optim.Adam):
         self._precision.check(params, differentiable=differentiable)
         device = params[0].device if params else torch.device("cpu")
         self._controller = None if ars is None else ARSController(ars, device)
+        self._name_controller()
         self._watches: str | None = None
         self._replicas = replicas
         self._max_grad_norm = max_grad_norm
@@ -158,11 +159,20 @@ class ARSAdam(torch.optim.Adam):
         self.__dict__.setdefault("_precision", Precision(stochastic=False, master=False, seed=0))
         for index, group in enumerate(self.param_groups):  # a state of torch's does not have it
             group.setdefault("penalty_strength", own[index] if own else None)
+        self._name_controller()
         self.__dict__.setdefault("_replicas", Replicas(None))
         self._start_caches()
         if "_penalty" in state:  # a copy: of other tensors, perhaps on another machine
             self.penalty = self._penalty
             self._start_placement()
+
+    def _name_controller(self) -> None:
+        """Name the controller in the groups, where each state dict has it.
+
+        ``torch.distributed.checkpoint`` takes of a flat state what the groups name.
+        """
+        for group in self.param_groups if self._controller is not None else ():
+            group["controller"] = None
 
     @property
     def controller(self) -> ARSController | None:
@@ -487,6 +497,7 @@ class ARSAdam(torch.optim.Adam):
         _complete_group(param_group)
         super().add_param_group(param_group)
         if "_implementation" in self.__dict__:  # after the constructor
+            self._name_controller()
             self._version = None  # the penalty may have been waiting for these: ask again
             device, new = self._buffer.device, param_group["params"]
             if any(p.device != device or is_traceable_wrapper_subclass(p) for p in new):

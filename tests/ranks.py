@@ -11,26 +11,50 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 PATIENCE = timedelta(seconds=120)  # for a process that waits for another in vain
 
 
-def _begin(rank, work, world, folder):
+def _begin(rank, works, folder):
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=PATIENCE
+    results = []
+    for index, (world, work) in enumerate(works):
+        result = None
+        if rank < world:
+            distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/store {index}",
+                rank=rank,
+                world_size=world,
+                timeout=PATIENCE,
+            )
+            result = work(rank)
+            distributed.barrier()  # so that none leaves while another still waits for it
+            distributed.destroy_process_group()
+        results.append(result)
+    torch.save(results, f"{folder}/{rank}")
+
+
+def run_worlds(works, folder):
+    """Do one work after another in the same processes, each as a group of as many as it says.
+
+    They are forked from one process that has imported torch and nothing else: half the time.
+
+    Args:
+        works: Pairs of a number of processes and of ``work(rank)``, which must be picklable.
+        folder: For files.
+
+    Returns:
+        What each work returned: lists of one result for each process.
+    """
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor"])
+    most = max(world for world, _ in works)
+    torch.multiprocessing.start_processes(
+        _begin, (works, str(folder)), nprocs=most, start_method="forkserver"
     )
-    torch.save(work(rank), f"{folder}/{rank}")
-    distributed.barrier()  # so that none leaves while another still waits for it
-    distributed.destroy_process_group()
+    found = [torch.load(folder / str(rank)) for rank in range(most)]
+    return [[found[r][i] for r in range(world)] for i, (world, _) in enumerate(works)]
 
 
 def run_ranks(work, world, folder):
-    """Return what ``work(rank)`` returns in each of several processes; it must be picklable.
-
-    They are forked from one process that has imported torch and nothing else: half the time.
-    """
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor"])
-    torch.multiprocessing.start_processes(
-        _begin, (work, world, str(folder)), nprocs=world, start_method="forkserver"
-    )
-    return [torch.load(folder / str(rank)) for rank in range(world)]
+    """Return what ``work(rank)`` returns in each of several processes; see :func:`run_worlds`."""
+    return run_worlds([(world, work)], folder)[0]
 
 
 def whole(tensor):

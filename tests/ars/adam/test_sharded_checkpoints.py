@@ -1,241 +1,226 @@
-"""torch.distributed.checkpoint: saved by two processes, loaded by one, two and three."""
+"""torch.distributed.checkpoint: saved by two processes, loaded by one, two, three and four."""
 
 import functools
+import threading
 
 import pytest
 import torch
-from torch import distributed, nn
+from divided import (
+    ALARMED,
+    PAPER,
+    STEPS,
+    build,
+    divide,
+    memory,
+    network,
+    set_states,
+    states_of,
+    summary,
+    train,
+)  # fmt: skip
+from torch import distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_optimizer_state_dict,
-    set_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-from ars import ARSAdamW, ARSConfig
-from ars.regularizers import EWC
-from ranks import placed, run_ranks, whole
+from ars import ARSAdamW
+from ars.regularizers import EWC, KroneckerPenalty, SubspacePenalty
+from ranks import placed, run_worlds, whole
 
-# Saved just after an alarm: Phi is far below 1 for some steps more.
-ALARMED = ARSConfig(window=12, threshold=6.0, first_release=3, release=9)
-CONFIGS = {"alarm": ALARMED, "paper": ARSConfig.paper(window=5)}
-STEPS, MORE = 16, 6
+CONFIGS = {"alarm": ALARMED, "paper": PAPER, "flat": ALARMED}
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+MORE = 6
+PENALTIES = ("compact", "kronecker", "subspace")
 
 
-def build(config, storage="full", seed=0, **settings):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 1))
-    fully_shard(model[0], mesh=(mesh := init_device_mesh("cpu", (distributed.get_world_size(),))))
-    fully_shard(model, mesh=mesh)
-    importance = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
-    penalty = EWC(model, importance, strength=0.1, storage=storage)
-    optimizer = ARSAdamW(model.parameters(), lr=0.01, ars=config, penalty=penalty, **settings)
-    return model, optimizer, penalty
+class SlowWriter(checkpoint.FileSystemWriter):
+    """Writes nothing before it is told to."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.may_write = threading.Event()
+
+    def write_data(self, plan, planner):
+        assert self.may_write.wait(60)
+        return super().write_data(plan, planner)
 
 
-def train(model, optimizer, steps, first=0):
-    """Take steps on gradients that are the same for any number of processes."""
-    phis = []
-    for step in range(first, first + steps):
-        generator = torch.Generator().manual_seed(step)
-        for param in model.parameters():
-            gradient = torch.randn(param.shape, generator=generator)
-            how = param.placements if isinstance(param, DTensor) else None
-            mesh = None if how is None else param.device_mesh
-            (param.grad,) = placed([gradient], mesh, [how])
-        noise = 0.1 * torch.rand((), generator=generator) + 2.0 * (step == STEPS - 1)
-        given = {"loss": 3.0 + noise} if isinstance(optimizer, ARSAdamW) else {}
-        optimizer.step(**given)
-        optimizer.zero_grad()
-        if given:
-            phis.append(float(optimizer.diagnostics["phi"]))
-    return phis
+def options_of(name):
+    return FLAT if name.startswith("flat") else StateDictOptions()
 
 
-def summary(model, optimizer, phis):
-    states = [optimizer.state[p] for p in model.parameters()]
-    tensors = [whole(p) for p in model.parameters()]
-    return tensors + [whole(s[k]) for s in states for k in sorted(s)], phis
-
-
-def states_of(model, optimizer, penalty):
-    weights, state = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": state, "penalty": penalty.state_dict()}
-
-
-def save(rank, folder):
+def save(folder):
+    """Return the run that a loaded one must equal: what it was when saved, and how it went on."""
     found = {}
+    alone = distributed.new_group(backend="gloo")  # messages of the writer's, between the steps'
     for name, config in CONFIGS.items():
         model, optimizer, penalty = build(config)
         phis = train(model, optimizer, STEPS)
-        checkpoint.save(states_of(model, optimizer, penalty), checkpoint_id=f"{folder}/{name}")
+        states = states_of(model, optimizer, penalty, options_of(name))
+        if name == "paper":
+            writer = SlowWriter(f"{folder}/{name}")
+            future = checkpoint.async_save(states, storage_writer=writer, process_group=alone)
+        else:
+            checkpoint.save(states, checkpoint_id=f"{folder}/{name}")
+        remembered = memory(optimizer)
         phis += train(model, optimizer, MORE, STEPS)
-        found[name] = summary(model, optimizer, phis)
-    model, _, penalty = build(None)
-    theirs = torch.optim.AdamW(model.parameters(), lr=0.01)
-    train(model, theirs, 3)
-    checkpoint.save(states_of(model, theirs, penalty), checkpoint_id=f"{folder}/adamw")
-    plain = ARSAdamW(model.parameters(), lr=0.01, ars=None)
-    plain.load_state_dict(theirs.state_dict())
-    checkpoint.save(states_of(model, plain, penalty), checkpoint_id=f"{folder}/plain")
+        if name == "paper":
+            penalty.consolidate({n: torch.ones(p.shape) for n, p in model.named_parameters()})
+            writer.may_write.set()
+            future.result()
+        found[name] = summary(model, optimizer), phis, remembered
     return found
 
 
-def load(rank, folder):
+def save_others(folder):
+    """Save states of torch's AdamW and of ARSAdamW without a controller, nested and flat."""
+    model, _, penalty = build(None)
+    theirs = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, theirs, 3)
+    plain = ARSAdamW(model.parameters(), lr=0.01, ars=None)
+    plain.load_state_dict(theirs.state_dict())
+    for name, optimizer in {"adamw": theirs, "plain": plain, "flat adamw": theirs}.items():
+        states = states_of(model, optimizer, penalty, options_of(name))
+        checkpoint.save(states, checkpoint_id=f"{folder}/{name}")
+
+
+def load(folder):
     found = {}
     for name, config in CONFIGS.items():
         model, optimizer, penalty = build(config, seed=1)
         before = [whole(p) for p in model.parameters()]
-        states = states_of(model, optimizer, penalty)
+        states = states_of(model, optimizer, penalty, options_of(name))
         unmoved = all(map(torch.equal, map(whole, model.parameters()), before))
         checkpoint.load(states, checkpoint_id=f"{folder}/{name}")
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=states["model"],
-            optim_state_dict=states["optimizer"],
-        )
-        penalty.load_state_dict(states["penalty"])
-        window = optimizer.controller.window.tolist()
+        set_states(model, optimizer, penalty, states, options_of(name))
+        remembered = memory(optimizer)
         phis = train(model, optimizer, MORE, STEPS)
-        found[name] = (*summary(model, optimizer, phis), unmoved, window)
-    for name in ("adamw", "plain"):
-        model, optimizer, penalty = build(CONFIGS["paper"], seed=1)
+        found[name] = summary(model, optimizer), phis, remembered, unmoved
+    return found
+
+
+def load_others(folder):
+    """Load what lacks a controller, as far as it goes; and say what is refused."""
+    found = {}
+    for name in ("adamw", "plain", "flat adamw"):
+        model, optimizer, penalty = build(PAPER, seed=1)
         states = states_of(model, optimizer, penalty)
-        checkpoint.load(
-            states,
-            checkpoint_id=f"{folder}/{name}",
-            planner=DefaultLoadPlanner(allow_partial_load=True),
-        )
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=states["model"],
-            optim_state_dict=states["optimizer"],
-        )
+        partly = DefaultLoadPlanner(allow_partial_load=True)
+        checkpoint.load(states, checkpoint_id=f"{folder}/{name}", planner=partly)
+        set_states(model, optimizer, penalty, states)
         steps = [float(optimizer.state[p]["step"]) for p in model.parameters()]
         train(model, optimizer, 1)
         products = [optimizer.state[p]["beta_products"].tolist() for p in model.parameters()]
         found[name] = steps, products, optimizer.controller.counts.tolist()
+    try:
+        checkpoint.load(states_of(model, optimizer, penalty), checkpoint_id=f"{folder}/adamw")
+    except checkpoint.CheckpointException as error:
+        found["refused"] = str(error)
     return found
 
 
-def exchange(rank):
-    """States go from one optimizer to another by torch's functions alone, whole ones too."""
-    found = {}
-    for kind, options in {
-        "parts": StateDictOptions(),
-        "whole": StateDictOptions(full_state_dict=True),
-        "from one": StateDictOptions(full_state_dict=True, cpu_offload=True),
-    }.items():
-        one = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        loading = one if kind == "from one" else options
-        for name in ("adamw", "plain", "alarm"):
-            model, first, _ = build(CONFIGS.get(name))
-            if name == "adamw":
-                first = torch.optim.AdamW(model.parameters(), lr=0.01)
-            train(model, first, STEPS)
-            state = get_optimizer_state_dict(model, first, options=options)
-            other, second, _ = build(ALARMED if name == "alarm" else CONFIGS["paper"], seed=1)
-            set_optimizer_state_dict(other, second, state, options=loading)
-            pairs = zip(model.parameters(), other.parameters(), strict=True)
-            same = all(
-                torch.equal(whole(first.state[a][key]), whole(second.state[b][key]))
-                for a, b in pairs
-                for key in ("exp_avg", "exp_avg_sq", "step")
-            )
-            parts = all(isinstance(second.state[p]["exp_avg"], DTensor) for p in other.parameters())
-            phi = float(second.controller.gate_state[0])
-            train(other, second, 1)
-            found[kind, name] = same, parts, phi
-    flat = StateDictOptions(flatten_optimizer_state_dict=True)
-    model, first, _ = build(ALARMED)
-    train(model, first, STEPS)
-    state = get_optimizer_state_dict(model, first, options=flat)
-    other, second, _ = build(CONFIGS["paper"], seed=1)
-    set_optimizer_state_dict(other, second, state, options=flat)
-    train(other, second, 1)
-    found["flat"] = [float(second.state[p]["step"]) for p in other.parameters()]
-    # The whole state of one process, and parts into one process without DTensors.
-    alone = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 1))
-    single = ARSAdamW(alone.parameters(), ars=ALARMED, process_group=False)
-    train(alone, single, 2)
-    model, divided, _ = build(ALARMED)
-    divided.load_state_dict(single.state_dict())
-    back = ARSAdamW(alone.parameters(), ars=ALARMED, process_group=False)
-    back.load_state_dict(divided.state_dict())
-    followed = all(isinstance(divided.state[p]["exp_avg"], DTensor) for p in model.parameters())
-    moments = [
-        torch.equal(single.state[p]["exp_avg"], back.state[p]["exp_avg"])
-        for p in alone.parameters()
-    ]
-    found["one process"] = all(moments), followed
-    return found
+def load_into_torchs(folder):
+    """Return the step counts of torch's AdamW that has loaded a state of ARSAdamW."""
+    counts = []
+    for name in ("alarm", "flat"):
+        model, _, penalty = build(None, seed=1)
+        theirs = torch.optim.AdamW(model.parameters())
+        states = states_of(model, theirs, penalty, options_of(name))
+        checkpoint.load(states, checkpoint_id=f"{folder}/{name}")
+        set_state_dict(
+            model,
+            theirs,
+            model_state_dict=states["model"],
+            optim_state_dict=states["optimizer"],
+            options=options_of(name),
+        )
+        train(model, theirs, 1)
+        counts += [float(theirs.state[p]["step"]) for p in model.parameters()]
+    return counts
 
 
-def compact(rank, folder):
-    """The importances of a compact penalty are those that were saved, however it is divided."""
-    model, _, penalty = build(None, "compact")
-    states = {"penalty": penalty.state_dict()}
-    if distributed.get_world_size() == 2:
-        importance = {n: torch.full(p.shape, 0.25) for n, p in model.named_parameters()}
-        penalty.consolidate(importance)
-        checkpoint.save({"penalty": penalty.state_dict()}, checkpoint_id=f"{folder}/compact")
-    else:
-        checkpoint.load(states, checkpoint_id=f"{folder}/compact")
-        penalty.load_state_dict(states["penalty"])
-    return [whole(omega) for omega in penalty.importance.values()]
+def penalty_of(kind, model, *, other):
+    """Return a penalty; the other one has other numbers everywhere."""
+    scale = 3.0 if other else 1.25
+    if kind == "compact":
+        importance = {n: torch.full(p.shape, scale) for n, p in model.named_parameters()}
+        return EWC(model, importance, scale, storage="compact")
+    if kind == "kronecker":
+        return KroneckerPenalty(model, {"0.weight": (scale * torch.eye(5), torch.eye(7))}, scale)
+    basis = torch.eye(4)[:, 2:] if other else torch.eye(4)[:, :2]
+    return SubspacePenalty(model, {"0.weight": basis}, scale)
 
 
-def save_all(rank, folder):
-    return save(rank, folder), exchange(rank), compact(rank, folder)
+def penalties(folder, *, saves):
+    """Return the values of penalties away from their anchors, as they were saved or loaded."""
+    values = []
+    for kind in PENALTIES:
+        model = divide(network(seed=0 if saves else 1))
+        penalty = penalty_of(kind, model, other=not saves)
+        states = {"penalty": penalty.state_dict()}
+        if saves:
+            checkpoint.save(states, checkpoint_id=f"{folder}/{kind}")
+        else:
+            checkpoint.load(states, checkpoint_id=f"{folder}/{kind}")
+            penalty.load_state_dict(states["penalty"])
+        with torch.no_grad():
+            for param, target in zip(model.parameters(), network(seed=2).parameters(), strict=True):
+                param.copy_(*placed([target], param.device_mesh, [param.placements]))
+        values.append(float(penalty.value().detach()))
+    return values
 
 
 def load_all(rank, folder):
-    return load(rank, folder), compact(rank, folder)
+    return (
+        load(folder),
+        load_others(folder),
+        load_into_torchs(folder),
+        penalties(folder, saves=False),
+    )
+
+
+def save_all(rank, folder):
+    saved = save(folder), penalties(folder, saves=True)
+    save_others(folder)
+    return saved, load_all(rank, folder)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
+def runs(tmp_path_factory):
+    """The saved runs, and what each number of processes has loaded."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    works = {2: save_all, 1: load_all, 3: load_all, 4: load_all}
+    calls = [(n, functools.partial(work, folder=str(folder))) for n, work in works.items()]
+    loaded = dict(zip(works, run_worlds(calls, folder), strict=True))
+    saved = [first for first, _ in loaded[2]]
+    loaded[2] = [second for _, second in loaded[2]]
+    return saved, loaded
 
 
-@pytest.fixture(scope="module")
-def saved(folder):
-    (folder / "2").mkdir()
-    return run_ranks(functools.partial(save_all, folder=str(folder)), 2, folder / "2")
+worlds = pytest.mark.parametrize("world", [1, 2, 3, 4])
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
-def loaded(request, folder, saved):
-    where = folder / f"loaded by {request.param}"
-    where.mkdir()
-    return run_ranks(functools.partial(load_all, folder=str(folder)), request.param, where)
-
-
+@worlds
 @pytest.mark.parametrize("name", CONFIGS)
-def test_training_goes_on_with_other_processes(saved, loaded, name):
-    tensors, phis = saved[0][0][name]
-    for result, _ in loaded:
-        found, later, unmoved, window = result[name]
+def test_training_goes_on_with_other_processes(runs, name, world):
+    saved, loaded = runs
+    tensors, phis, remembered = saved[0][0][name]
+    for result in loaded[world]:
+        found, later, window, unmoved = result[0][name]
         assert unmoved
-        assert max(window) > 0
+        for key, value in remembered.items():
+            assert torch.equal(window[key], value), key
         assert later == pytest.approx(phis[STEPS:], rel=1e-6)
         for mine, theirs in zip(found, tensors, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-    if name == "alarm":
+    if CONFIGS[name] is ALARMED:
         assert phis[STEPS] < 0.5
 
 
-def test_states_without_a_controller_load(loaded):
-    for result, _ in loaded:
-        for name in ("adamw", "plain"):
+@worlds
+def test_states_without_a_controller_load(runs, world):
+    for _, result, _, _ in runs[1][world]:
+        for name in ("adamw", "plain", "flat adamw"):
             steps, products, counts = result[name]
             assert steps == [3.0] * 4
             assert counts == [1, 1]
@@ -243,21 +228,18 @@ def test_states_without_a_controller_load(loaded):
             for first, second in products:
                 assert 0.9**3 * 0.09 * 0.999 < first <= 0.9**4 + 1e-12
                 assert 0 < second < 1
+        assert "Missing key in checkpoint state_dict: optimizer." in result["refused"]
 
 
-def test_a_compact_penalty_is_divided_anew(saved, loaded):
-    for result in (*(r[2] for r in saved), *(r[1] for r in loaded)):
-        for omega in result:
-            torch.testing.assert_close(omega, torch.full(omega.shape, 1.25), rtol=0.01, atol=0.01)
+@worlds
+def test_states_of_ours_load_into_torchs(runs, world):
+    for _, _, counts, _ in runs[1][world]:
+        assert counts == [STEPS + 1.0] * 8
 
 
-def test_states_go_both_ways(saved):
-    for _, found, _ in saved:
-        for kind in ("parts", "whole", "from one"):
-            for name in ("adamw", "plain", "alarm"):
-                same, parts, phi = found[kind, name]
-                assert same
-                assert parts
-                assert (phi < 0.5) == (name == "alarm")
-        assert found["flat"] == [STEPS + 1.0] * 4
-        assert found["one process"] == (True, True)
+@worlds
+def test_penalties_are_divided_anew(runs, world):
+    saved, loaded = runs
+    for result in loaded[world]:
+        assert min(result[3]) > 0.01
+        assert result[3] == pytest.approx(saved[0][1], rel=1e-5)
