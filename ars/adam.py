@@ -38,6 +38,7 @@ from ars.step.batch import (
 from ars.step.compile import OPTIMIZERS, TracedOptimizer
 from ars.step.compile import step_ as step_in_graph
 from ars.step.loading import check_state_dict, take_controller, unchanged_on_error
+from ars.step.shares import check_share, engine_of
 from ars.step.state import (
     CounterPool,
     Precision,
@@ -77,6 +78,7 @@ class ARSAdam(torch.optim.Adam):
         tensor([0.9000, 0.9000])
     """
 
+    _engine: str | None = None  # whose share of a model these parameters are
     _implementation: choose.Implementation
     _losses: StepLosses
     _penalty: Penalty | None
@@ -133,6 +135,7 @@ class ARSAdam(torch.optim.Adam):
         self._name_controller()
         self._watches: str | None = None
         self._replicas = replicas
+        self._engine = engine_of(params)
         self._max_grad_norm = max_grad_norm
         self._buffer = torch.zeros(len(DIAGNOSTICS), dtype=torch.float64, device=device)
         self._start_caches()
@@ -315,6 +318,15 @@ class ARSAdam(torch.optim.Adam):
         watches, watched = choose_surprise(self._controller, loss, surprise)
         if self._controller is not None:
             check_watched(self._watches, watches)
+        if self._engine is not None:
+            gated = self._controller is not None
+            check_share(
+                self._engine,
+                norm=self._max_grad_norm is not None or (gated and watched is None),
+                penalty=self._penalty is not None,
+                alone=gated and self._replicas.group is False,
+            )
+        if self._controller is not None:
             warn_of_fallback(self._controller, self._watches, watches)
         self._follow_parameters()
         if self._controller is not None and not self._is_sharded:
@@ -595,7 +607,7 @@ class ARSAdam(torch.optim.Adam):
         state: dict[str, Any] = super().__getstate__()
         for name in (
             "_controller", "_watches", "_replicas", "_penalty", "_max_grad_norm", "_buffer",
-            "_precision",
+            "_precision", "_engine",
         ):  # fmt: skip
             state[name] = self.__dict__[name]
         return state

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Group", "add_over", "add_over_divided", "checked_group", "count_here", "divides",
-    "exchange_device", "indices_here",
-    "is_counted", "is_placed_like", "is_sharded", "is_true_everywhere", "local_memory", "mesh_of",
+    "exchange_device", "indices_here", "is_counted", "is_placed_like", "is_sharded",
+    "is_true_everywhere", "local_memory", "mean_over_meshes", "mesh_of", "norm_of_parts",
     "part_of", "parts_like", "place_as", "place_like", "placements_of", "reshard", "shard_number",
     "sum_of_parts", "whole", "with_part", "with_rows",
 ]  # fmt: skip
@@ -354,6 +354,43 @@ def add_over(mesh: "DeviceMesh", values: Tensor, *, largest: bool = False) -> No
         return
     for dimension in range(mesh.ndim):
         distributed.all_reduce(values, op=how, group=mesh.get_group(dimension))
+
+
+def mean_over_meshes(value: Tensor, params: Iterable[Tensor]) -> Tensor:
+    """Return the mean of a number over the processes that hold parts of the same parameters.
+
+    Args:
+        value: 0-d.
+        params: The parameters; where none is a DTensor, the number is returned as it is.
+
+    Returns:
+        The same bits in each of these processes; of several meshes, the largest of their means.
+    """
+    meshes = list(dict.fromkeys(mesh_of(param) for param in params if is_sharded(param)))
+    if not meshes:
+        return value
+    sent = value.detach().to(exchange_device(None, value.device), torch.float64, copy=True)
+    for mesh in meshes:
+        add_over(mesh, sent)
+        sent /= mesh.size()
+    for mesh in meshes if len(meshes) > 1 else ():
+        add_over(mesh, sent, largest=True)
+    return sent
+
+
+def norm_of_parts(grads: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all gradients as one vector, of which each process holds parts.
+
+    Args:
+        grads: The gradients.
+        params: Their parameters, DTensors among them.
+
+    Returns:
+        The norm, 0-d float64; the same bits in each process of one mesh.
+    """
+    parts = [part_of(place_like(g, p)) for g, p in zip(grads, params, strict=True)]
+    norms = [torch.linalg.vector_norm(part.detach(), dtype=torch.float64) for part in parts]
+    return sum_of_parts([norm.square() for norm in norms], params).sqrt()
 
 
 def sum_of_parts(values: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:

@@ -14,9 +14,9 @@ from ars import reference
 from ars.config import CONDITIONED, ARSConfig
 from ars.controller import ARSController
 from ars.reference import Scalar, Signals
-from ars.sharded import Group
+from ars.sharded import Group, is_sharded, mean_over_meshes, norm_of_parts
 from ars.step.batch import has_gradient, to_device
-from ars.step.loading import check_state_dict, unchanged_on_error
+from ars.step.loading import check_state_dict, take_controller, unchanged_on_error
 from ars.step.state import is_trial
 from ars.surprise import (
     Replicas,
@@ -56,7 +56,8 @@ class ARSOptimizer(torch.optim.Optimizer):
         config: The controller's settings.
         process_group: The processes whose controllers observe the mean of their surprises, so that
             all gate alike: a ``torch.distributed`` group. None: the default group, once there is
-            one. False: each by itself. With several processes, all of them must take the step.
+            one. False: each by itself, but for those that hold shards of the same parameters. With
+            several processes, all of them must take the step.
 
     Attributes:
         base: The base optimizer. Its groups and state are this one's, the same objects.
@@ -272,6 +273,8 @@ class ARSOptimizer(torch.optim.Optimizer):
         check_watched(self._watches, watches)
         warn_of_fallback(self._controller, self._watches, watches)
         watched = self._replicas.mean(watched, self._device())
+        if watched is not None and self._replicas.group is not None:
+            watched = mean_over_meshes(watched, params)  # halves of a matrix have one rate
         if not grads:
             return NOT_OBSERVED
         if watched is None:
@@ -279,7 +282,7 @@ class ARSOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(
                     "the norm of sparse gradients cannot be the surprise: pass step(loss=loss)"
                 )
-            watched = reference.grad_norm(grads)
+            watched = _norm(grads, [param for param in params if param.grad is not None])
         self._move_controller()
         signals = self._controller.observe(watched)
         self._watches = watches
@@ -312,6 +315,11 @@ class ARSOptimizer(torch.optim.Optimizer):
             hook(self)
         state: dict[str, Any] = dict(self.base.state_dict())
         state["controller"] = {**self._controller.state_dict(), "watches": self._watches}
+        if isinstance(state.get("param_groups"), list):  # all that is kept by a checkpoint of torch
+            groups = [
+                {**group, "controller": state["controller"]} for group in state["param_groups"]
+            ]
+            state["param_groups"] = groups
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)
             state = state if replaced is None else replaced
@@ -339,6 +347,7 @@ class ARSOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
+        take_controller(state_dict)
         saved = state_dict.pop("controller", None)
         with unchanged_on_error(self, self._controller), unchanged_on_error(self.base, None):
             self._load(state_dict, saved)
@@ -377,6 +386,12 @@ class ARSOptimizer(torch.optim.Optimizer):
         """Restore what :meth:`__getstate__` returned."""
         super().__setstate__(state)
         self.__dict__.setdefault("_losses", StepLosses()).clear()
+
+
+def _norm(grads: list[Tensor], params: list[Tensor]) -> Tensor:
+    """Return the norm of gradients, of whole ones where processes hold parts."""
+    divided = any(map(is_sharded, params))
+    return norm_of_parts(grads, params) if divided else reference.grad_norm(grads)
 
 
 def _check_gateable(base: Any, config: Any) -> None:

@@ -38,9 +38,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name):
 def test_a_state_of_the_base_alone_starts_the_controller_afresh():
     opt, params = wrapped("adamw")
     run(opt, params, 5)
-    state = opt.state_dict()
-    del state["controller"]
-    opt.load_state_dict(state)
+    opt.load_state_dict(opt.base.state_dict())
     assert opt.controller.counts.tolist() == [0, 0]
     assert float(opt.controller.gate_state[0]) == 1
     gradients(params, 5)
