@@ -20,7 +20,7 @@ GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint bench docs gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ lint: $(READY)-test ## ruff check, ruff format --check and mypy
 
 bench: $(READY)-bench ## run the benchmarks (ARGS=--save keeps the figures)
 	$(RUN) -m pytest benchmarks $(ARGS)
+
+docs: $(READY)-docs ## build the documentation's pages in out/site/ (warnings are errors)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 gpu: ## run the GPU tests and all benchmarks with PYTHON as it is: no environment, no network
 	$(call require_python)
@@ -62,5 +65,5 @@ $(READY)-%: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) setuptools
 	@$(INSTALL) --no-build-isolation --editable '.[$*]'
-	@touch $@ $(if $(filter test,$*),$(READY)-examples $(READY)-bench)
+	@touch $@ $(if $(filter test,$*),$(READY)-examples $(READY)-bench $(READY)-docs)
 	@rm $(UNFINISHED)

@@ -1,4 +1,4 @@
-"""Python blocks of the documents: alone in two of them, one after another in the third."""
+"""Python blocks of the documents: alone in two of them, one after another in the others."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 OPTIMIZER = ROOT / "docs" / "optimizer.md"
-REGULARIZERS = ROOT / "docs" / "regularizers.md"
+GUIDES = [ROOT / "docs" / "regularizers.md"]
+GUIDES += [
+    ROOT / "docs" / "tutorials" / f"{name}.md" for name in ("swap", "protect", "grow", "devices")
+]
 
 
 def blocks_of(document: Path) -> list[str]:
@@ -19,7 +22,7 @@ ALONE = [(document, block) for document in (README, OPTIMIZER) for block in bloc
 
 
 def test_there_are_blocks():
-    assert min(map(len, map(blocks_of, (README, OPTIMIZER, REGULARIZERS)))) >= 3
+    assert min(map(len, map(blocks_of, (README, OPTIMIZER, *GUIDES)))) >= 1
 
 
 # Of Dynamo, which hides it elsewhere.
@@ -33,7 +36,8 @@ def test_block_runs(document, block, capsys):
         assert "phi" in capsys.readouterr().out
 
 
-def test_guide_to_the_regularizers_runs():
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_guide_runs(guide):
     names: dict[str, object] = {}
-    for block in blocks_of(REGULARIZERS):
-        exec(compile(block, str(REGULARIZERS), "exec"), names)
+    for block in blocks_of(guide):
+        exec(compile(block, str(guide), "exec"), names)
