@@ -20,7 +20,7 @@ GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench docs gpu clean
+.PHONY: help demo test lint bench docs dist gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,10 @@ bench: $(READY)-bench ## run the benchmarks (ARGS=--save keeps the figures)
 
 docs: $(READY)-docs ## build the documentation's pages in out/site/ (warnings are errors)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+dist: $(READY)-test ## build the sdist and the wheel in dist/
+	rm -rf dist
+	$(RUN) -m build --no-isolation
 
 gpu: ## run the GPU tests and all benchmarks with PYTHON as it is: no environment, no network
 	$(call require_python)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("csrc_triton", "models", "regularizers")
@@ -253,3 +254,16 @@ def test_docstrings_have_examples(package: str) -> None:
     assert sum(
         len(test.examples) for m in MODULES if is_below(m, (package,)) for test in doctests(m)
     )
+
+
+def test_workflows_run_what_the_makefile_has_on_every_python_that_is_promised() -> None:
+    workflows = {path.stem: path.read_text() for path in (ROOT / ".github/workflows").glob("*.yml")}
+    assert set(workflows) == {"pages", "release", "tests"}
+    for text in workflows.values():
+        yaml.safe_load(text)
+        targets = re.findall(r"run: make (\w+)", text)
+        assert targets
+        assert all(re.search(rf"^{t}:", (ROOT / "Makefile").read_text(), re.M) for t in targets)
+    tested = yaml.safe_load(workflows["tests"])["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    promised = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    assert tested == promised
