@@ -21,7 +21,6 @@ from trainer.series_plan import ModelPlan
 from trainer.series_report import check_record
 from trainer.series_run import Run
 from trainer.step_log import check_log
-from trainer.training_state import TrainingState
 
 __all__ = ["Keeper"]
 
@@ -45,42 +44,40 @@ class Keeper:
         self._whole: set[int] = set()  # states of the trunk that have been read or written
         self._final = run.checkpoints / f"{plan.name}.pt"
 
-    def save(self, state: TrainingState) -> None:
+    def save(self, state: dict[str, Any]) -> None:
         """Keep a state, and drop later ones and those older than the last few.
 
         Args:
-            state: to keep; what others begin with is kept for them too.
+            state: what `TrainingState.to_dict` returned, gathered; what others begin with is kept
+                for them too.
         """
         if not self.run.parallel.is_first:
             return
         self.run.output.check()
-        content = {**state.to_dict(), "run": self._fingerprint}
-        if state.step in self._kept:
-            save_checkpoint(self._trunk(state.step), content)
-            self._whole.add(state.step)
+        content, step = {**state, "run": self._fingerprint}, state["step"]
+        if step in self._kept:
+            save_checkpoint(self._trunk(step), content)
+            self._whole.add(step)
         self._states.mkdir(exist_ok=True)
         self._drop_unfinished()
         for path in self._found():
-            if int(path.stem) > state.step:  # the trunk before it was lost, and is trained again
+            if int(path.stem) > step:  # the trunk before it was lost, and is trained again
                 path.unlink()
-        save_checkpoint(self._states / f"{state.step:08d}.pt", content)
+        save_checkpoint(self._states / f"{step:08d}.pt", content)
         for old in self._found()[: -self.run.machine.keep]:
             old.unlink()
 
-    def finish(self, state: TrainingState, record: dict[str, Any]) -> None:
-        """Keep the finished model; the moments have done their work."""
+    def finish(self, model: dict[str, Any], record: dict[str, Any]) -> None:
+        """Keep the finished model; the moments have done their work.
+
+        Args:
+            model: what `TrainingState.model_dict` returned, gathered.
+            record: what is known of it.
+        """
         if not self.run.parallel.is_first:
             return
         self.run.output.check()
-        content = {
-            "step": state.step,
-            "heads": state.model.config.n_head,
-            "model": state.model.state_dict(),
-            "log": state.log,
-            "record": record,
-            "run": self._fingerprint,
-        }
-        save_checkpoint(self._final, content)
+        save_checkpoint(self._final, {**model, "record": record, "run": self._fingerprint})
         self.clear()
 
     def clear(self) -> None:

@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node=2 examples/miniseries.py --device cuda
 
-Every process holds the whole model and steps it alike; gradients and losses are averaged, and the
-windows of an evaluation and the sequences of a Fisher pass divided. The first process alone writes
-and reads files and draws, and tells the others.
+Every process holds the whole model and steps it alike, or with ``--fsdp`` its part of every weight;
+gradients and losses are averaged, and the windows of an evaluation and the sequences of a Fisher
+pass divided. The first process alone writes and reads files and draws, and tells the others.
 """
 
 import os
@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ars.models import GPT
+from ars.sharded import is_sharded, whole
 from common.errors import RunInterruptedError, UsageError
 from common.program import StopRequest
 
@@ -32,10 +34,12 @@ class Parallel:
 
     Args:
         device: "cpu", "cuda" or "cuda:N"; with several processes each takes the one of its number.
+        fsdp: divide models among the processes where there are several.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, fsdp: bool = False) -> None:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.divides = fsdp and self.world_size > 1
         self.rank = int(os.environ.get("RANK", "0"))
         if self.world_size > 1 and device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -56,9 +60,41 @@ class Parallel:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, averaging gradients over the processes where there are several."""
-        if self.world_size == 1:
+        if self.world_size == 1 or self.divides:
             return model
         return nn.parallel.DistributedDataParallel(model)
+
+    def divide(self, model: GPT) -> GPT:
+        """Divide a model's weights among the processes if that is asked for, a block at a time.
+
+        Args:
+            model: the same in every process; changed in place.
+        """
+        if self.divides and not any(map(is_sharded, model.parameters())):
+            from torch.distributed.fsdp import fully_shard
+
+            for block in model.blocks:
+                fully_shard(block)
+            fully_shard(model)
+        return model
+
+    def gathered(self, content: Any) -> Any:
+        """Gather the divided tensors of nested dicts and lists, for the first process to save.
+
+        Args:
+            content: of all processes alike; what is no divided tensor stays as it is.
+
+        Returns:
+            The same with whole tensors on the CPU; with none in the other processes.
+        """
+        if isinstance(content, dict):
+            return {key: self.gathered(value) for key, value in content.items()}
+        if isinstance(content, list):
+            return [self.gathered(value) for value in content]
+        if not is_sharded(content):
+            return content
+        found = whole(content)
+        return found.cpu() if self.is_first else None
 
     def part(self, count: int) -> slice:
         """Which of some things are this process's: each is one's, as many as another's or one more.

@@ -22,6 +22,7 @@ from common.plain_files import read_json
 from common.program import QUIET_SECONDS, StopRequest
 from corpus import Corpus, prepare_corpus
 from corpus.tokenizer import vocabulary_of
+from trainer.arms import parse_arm
 from trainer.parallel import Parallel, use_device
 from trainer.series_plan import ModelPlan, checked_plans
 from trainer.settings import Machine, SeriesConfig
@@ -169,8 +170,9 @@ def prepare(arguments: "Arguments", stop: StopRequest, output: OutputFolder) -> 
     if threads is not None:
         torch.set_num_threads(threads)
     check_tensorboard(asked=machine.tensorboard)
+    _check_fsdp(config, machine)
     checked_plans(config, machine, vocabulary_of(arguments.tokenizer))
-    parallel = Parallel(machine.device)
+    parallel = Parallel(machine.device, fsdp=machine.fsdp)
     try:
         # By the first process, which alone writes: another could find what it has just written.
         parallel.from_first(lambda: _check_folders(arguments, output))
@@ -188,6 +190,23 @@ def prepare(arguments: "Arguments", stop: StopRequest, output: OutputFolder) -> 
         parallel=parallel,
         stop=stop,
     )
+
+
+def _check_fsdp(config: SeriesConfig, machine: Machine) -> None:
+    """See whether the models of a run can be divided.
+
+    Raises:
+        UsageError: they are to be, and cannot.
+    """
+    if not machine.fsdp:
+        return
+    muon = next((arm for arm in config.arms if parse_arm(arm).has("muon")), None)
+    if muon is not None:
+        raise UsageError(
+            f"--fsdp: {muon} has Muon, whose iterations need whole matrices: leave out one of them"
+        )
+    if machine.compile:
+        raise UsageError("--fsdp and --compile do not go together here: leave out one of them")
 
 
 def _check_folders(arguments: "Arguments", output: OutputFolder) -> None:

@@ -369,6 +369,8 @@ class Machine:
             models are narrower than 128 channels, as more hardly help there, else torch's choice.
         device_batch_size: sequences a process differentiates at a time; a step's batch is
             accumulated; ``None``: all at once.
+        fsdp: divide weights, gradients, moments and penalties among the processes of torchrun, by
+            torch's fully_shard; else each holds all of them, by DistributedDataParallel.
         compile: compile the models with torch.compile; the first step, in which it does, counts as
             no time.
         recompute: keep only the inputs of blocks and compute them twice: less memory, a third more
@@ -386,6 +388,7 @@ class Machine:
     device: str = option("cpu", text)
     threads: int | None = option(None, optional(integer(1, 1024)))
     device_batch_size: int | None = option(None, optional(integer(1, 4096)))
+    fsdp: bool = False
     compile: bool = False
     recompute: bool = False
     keep: int = option(2, integer(1, 1000))

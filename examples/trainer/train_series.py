@@ -211,7 +211,8 @@ class Series:
             run.parallel.from_first(keeper.begin_again)
         bpb = train(state, plan, run, keeper, resumed=resumed)
         record = self._record(plan, state, bpb)
-        run.parallel.from_first(partial(keeper.finish, state, record))
+        model = run.parallel.gathered(state.model_dict())
+        run.parallel.from_first(partial(keeper.finish, model, record))
         return record
 
     def _new(self, plan: ModelPlan, trunk: dict[str, Any] | None) -> TrainingState:

@@ -66,9 +66,9 @@ def train(
         def measure() -> float:
             return score(state.model, curve_windows, corpus.token_bytes)
 
-        def keep() -> None:
+        def keep(content: dict[str, Any]) -> None:
             state.log = recorder.flush()
-            keeper.save(state)
+            keeper.save({**content, "log": state.log})
 
         if not resumed:
             if plan.branch_of is None:
@@ -98,7 +98,8 @@ def train(
             due = time.monotonic() - saved_at >= run.machine.checkpoint_seconds
             due, asked = run.parallel.any(due), run.parallel.any(run.stop.requested)
             if asked or due or kept or state.step == plan.steps:
-                run.parallel.from_first(keep)
+                content = run.parallel.gathered(state.to_dict())
+                run.parallel.from_first(partial(keep, content))
                 saved_at = time.monotonic()
             if asked:
                 run.stop.leave()
@@ -177,6 +178,8 @@ def bits_per_byte(
             between()
             own = part if parallel is None else part[parallel.part(len(part))]
             if len(own) == 0:
+                if parallel is not None and parallel.divides:  # the others need its weights
+                    model(part[:1, :-1].to(device))
                 continue
             part = own.to(device)
             logits = model(part[:, :-1]).float()

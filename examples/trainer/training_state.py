@@ -27,6 +27,7 @@ from ars.regularizers import (
     SubspacePenalty,
 )
 from ars.regularizers.fisher.estimators import ESTIMATORS
+from ars.sharded import reshard
 from common.errors import DivergedError, UsageError, understanding
 from corpus import batch
 from trainer.arm_optimizer import Optimizer, build_optimizer
@@ -68,6 +69,8 @@ class Inheritance:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as tensors, numbers and strings (the tensors are not copied)."""
+        if self.distillation is not None:
+            reshard(self.distillation.teacher)
         return {
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
             "teacher": None
@@ -187,16 +190,23 @@ class TrainingState:
     def to_dict(self) -> dict[str, Any]:
         """All of it as tensors, numbers and strings (the tensors are not copied)."""
         return {
-            "step": self.step,
+            **self.model_dict(),
             "seconds": self.seconds,
             "warnings": list(self.warnings),
             "seen": self.seen,
-            "log": self.log,
-            "heads": self.model.config.n_head,
-            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "inheritance": self.inheritance.to_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+
+    def model_dict(self) -> dict[str, Any]:
+        """Of this, what is kept of a finished model."""
+        reshard(self.model)
+        return {
+            "step": self.step,
+            "log": self.log,
+            "heads": self.model.config.n_head,
+            "model": self.model.state_dict(),
         }
 
 
@@ -275,7 +285,13 @@ def inherit(plan: ModelPlan, run: Run, parent: TrainingState) -> TrainingState:
                     "name another folder with --out"
                 ) from None
             run.parallel.leave_together(run.stop)  # not all batches have been seen then
-        growth = grow(parent.model, plan.model, _weights(plan, run), blocks=run.config.blocks)
+        growth = grow(
+            parent.model,
+            plan.model,
+            _weights(plan, run),
+            blocks=run.config.blocks,
+            shard=run.parallel.divide if run.parallel.divides else None,
+        )
         kept = inherit_penalties(growth, plan.arm, run.config, importance)
     state = _assemble(growth.model, plan, run, kept)
     state.warnings += [str(warning.message) for warning in caught]
@@ -330,6 +346,7 @@ def _restored(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingSta
 
 
 def _assemble(model: GPT, plan: ModelPlan, run: Run, kept: Inheritance) -> TrainingState:
+    run.parallel.divide(model)
     optimizer = build_optimizer(model, plan.arm, plan.settings, run.config, kept.penalty)
     model.recompute = run.machine.recompute
     forward: nn.Module = model

@@ -123,7 +123,7 @@ def test_every_field_is_an_option() -> None:
         "checkpoint_seconds": ("60", 60.0),
         "peak_flops": ("H200", PEAK_FLOPS["h200"]),
     }
-    switches = ("compile", "recompute", "tensorboard")
+    switches = ("compile", "fsdp", "recompute", "tensorboard")
     line = [f"--{key.replace('_', '-')}={value}" for key, (value, _) in words.items()]
     found = parse_arguments([*line, *(f"--{name}" for name in switches)])
     given = {**dataclasses.asdict(found.config), **dataclasses.asdict(found.machine)}

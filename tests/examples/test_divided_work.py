@@ -26,7 +26,7 @@ class Processes(Parallel):
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device("cpu")
         self.sums: list[torch.Tensor] = []
-        self.others_asked = False
+        self.others_asked = self.divides = False
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         self.sums.append(value.clone())

@@ -80,8 +80,8 @@ def test_a_run_goes_on_with_the_commit_it_was_begun_with(
 class _Second(Parallel):
     """A process that is not the first; what the first says is always that all is well."""
 
-    def __init__(self, device: str) -> None:
-        super().__init__(device)
+    def __init__(self, device: str, *, fsdp: bool) -> None:
+        super().__init__(device, fsdp=fsdp)
         self.rank = 1
 
     def from_first(self, work: Any) -> Any:
