@@ -196,6 +196,8 @@ class ARSAdam(torch.optim.Adam):
 
         What is set on such a copy would have no effect.
         """
+        if torch.compiler.is_dynamo_compiling():  # it does not trace weak references
+            return self
         found = OPTIMIZERS.get(self._traced.name)
         return found if isinstance(found, ARSAdam) else self
 

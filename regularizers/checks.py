@@ -37,9 +37,24 @@ IGNORE_INDEX = -100
 MAX_BACKWARDS = 4096
 
 
+# Names, as importing the class of what torch.compile returns would import Dynamo.
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "OptimizedModule"}
+
+
 def checked_module(model: object, what: str = "model") -> nn.Module:
-    """Return ``model``, or raise TypeError if it is not a module."""  # noqa: DOC501
+    """Return the module that names the parameters: ``model``, or what a wrapper of torch's holds.
+
+    ``torch.compile``, DataParallel and DistributedDataParallel put a prefix before every name. What
+    is measured and kept goes by the names without, so that it fits the model with and without them.
+
+    Raises:
+        TypeError: It is not a module.
+    """
     if isinstance(model, nn.Module):
+        while type(model).__name__ in _WRAPPERS:
+            inside = getattr(model, "_orig_mod", None) or model.module
+            assert isinstance(inside, nn.Module)
+            model = inside
         return model
     if isinstance(model, type):
         raise TypeError(f"{what} must be a torch.nn.Module, got the class {model.__name__}")

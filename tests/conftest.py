@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import importlib.util
 import random
 import sys
 
@@ -23,6 +24,26 @@ if DEVICE == "cpu":
             "set it in the environment, or disable the pytest plugin that imports triton"
         )
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _mend_interpreter() -> None:
+    """Let the interpreter of Triton 3.6 count by tensors: NumPy 2.4 refuses its conversion."""
+    import triton
+    from triton.runtime import interpreter
+
+    if triton.__version__ >= "3.7":
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: type, scope: object) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if DEVICE == "cpu" and importlib.util.find_spec("triton"):
+    _mend_interpreter()
 
 
 @pytest.fixture(scope="session")

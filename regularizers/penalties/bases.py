@@ -263,7 +263,7 @@ def activation_bases(
         ValueError: A name that the model or the activations do not have.
     """
     check_size(energy, rank)
-    checked_module(model)
+    model = checked_module(model)
     if isinstance(activations, Mapping):
         given = dict(activations)
     elif isinstance(activations, ActivationCovariance):

@@ -36,6 +36,7 @@ from ars.regularizers.penalties.penalty_base import (
     live_parameters,
     parameters_in_state,
     sharded_since,
+    without_wrappers,
 )
 from ars.regularizers.penalties.quadratic import Pull, quadratic_value
 from ars.regularizers.penalties.strength import factor_of, layer_factors
@@ -127,10 +128,10 @@ class EWC(PenaltyBase):
         layer_strengths: Mapping[str, float] | None = None,
         storage: Storage = "full",
     ) -> None:
-        self._model = checked_module(model)
+        self._model = model = checked_module(model)
         reshard(model)
         parameters = dict(model.named_parameters())
-        importance = importance_of(fisher)
+        importance = without_wrappers(importance_of(fisher), self._model)
         check_names(importance, model, "fisher")
         self._parameters = {name: p for name, p in parameters.items() if name in importance}
         _check_importance(importance, self._parameters)
@@ -305,6 +306,7 @@ class EWC(PenaltyBase):
                 then; the message names the first difference.
         """
         self._follow_sharding()
+        state = without_wrappers(state, self._model)
         parameters = parameters_in_state(state, "anchor", self._model, self._parameters)
         if isinstance(state, Mapping) and "storage" in state:  # on it depends what else there is
             check_option("storage", state["storage"], self.storage)
@@ -344,7 +346,7 @@ class EWC(PenaltyBase):
         Raises:
             ValueError: A value does not fit, or a sum overflows. Nothing has changed then.
         """
-        importance = importance_of(fisher)
+        importance = without_wrappers(importance_of(fisher), self._model)
         self._follow_sharding()
         live = live_parameters(self._model, self._parameters)
         check_names(importance, self._model, "fisher")

@@ -31,6 +31,7 @@ from ars.regularizers.penalties.penalty_base import (
     live_parameters,
     parameters_in_state,
     sharded_since,
+    without_wrappers,
 )
 from ars.regularizers.penalties.sharded_value import total_of, with_gradients
 from ars.sharded import (
@@ -337,10 +338,10 @@ class KroneckerPenalty(PenaltyBase):
     mode: Literal["coupled"] = "coupled"
 
     def __init__(self, model: nn.Module, factors: Factors, strength: float | Tensor = 1.0) -> None:
-        self._model = checked_module(model)
+        self._model = model = checked_module(model)
         reshard(model)
         self._pulls: dict[str, MatrixPull] = {}
-        self._pulls = self._pulls_for(_factors_of(factors))
+        self._pulls = self._pulls_for(without_wrappers(_factors_of(factors), self._model))
         self.strength = strength
         self.estimator, self.sharing = _source_of(factors)
 
@@ -420,7 +421,8 @@ class KroneckerPenalty(PenaltyBase):
                 then.
         """
         decay = checked_decay(decay)
-        found = _factors_of(factors)
+        found: Mapping[str, tuple[Tensor, Tensor | None]]
+        found = without_wrappers(_factors_of(factors), self._model)
         self._follow_sharding()
         pulls = self._pulls_for(found)
         for name, pull in pulls.items():
@@ -499,6 +501,7 @@ class KroneckerPenalty(PenaltyBase):
                 then; the message names the first difference.
         """
         self._follow_sharding()
+        state = without_wrappers(state, self._model)
         options = {"strength", "estimator", "sharing"}
         parts = set(self.state_dict()) - options
         held = {name: pull.parameters[name] for name, pull in self._pulls.items()}

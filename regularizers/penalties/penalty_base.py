@@ -36,6 +36,7 @@ __all__ = [
     "live_parameters",
     "parameters_in_state",
     "sharded_since",
+    "without_wrappers",
 ]
 
 # What wrappers put before the names of parameters.
@@ -163,6 +164,29 @@ def check_names(names: Mapping[str, Any], model: nn.Module, source: str) -> None
         raise ValueError(
             f"{source} names {name!r}, which is not a parameter of {type(model).__name__}; {remedy}"
         )
+
+
+def without_wrappers(state: Any, model: nn.Module | None) -> Any:
+    """Return a state by the names of the model, where it was kept by those of a wrapper around it.
+
+    Penalties of version 0.1.0 kept ``_orig_mod.weight`` of what ``torch.compile`` returns.
+
+    Args:
+        state: A penalty's, or a mapping from names to importances or factors; anything else is
+            returned as it is.
+        model: Without wrappers; None of a penalty that was pickled by a version that had none.
+    """
+    if model is None or not isinstance(state, Mapping):
+        return state
+    known = dict(model.named_parameters(remove_duplicate=False))
+
+    def plain(key: Any) -> Any:
+        name = key if isinstance(key, str) else ""
+        while name not in known and name.startswith(WRAPPERS):
+            name = name.partition(".")[2]
+        return name if name in known else key
+
+    return {plain(key): without_wrappers(value, model) for key, value in state.items()}
 
 
 def sharded_since(

@@ -35,6 +35,7 @@ from ars.regularizers.penalties.penalty_base import (
     live_parameters,
     parameters_in_state,
     sharded_since,
+    without_wrappers,
 )
 from ars.regularizers.penalties.sharded_value import total_of, with_gradients
 from ars.sharded import (
@@ -230,7 +231,7 @@ class SubspacePenalty(PenaltyBase):
         side: Side = "input",
         protect: Protect = "inside",
     ) -> None:
-        self._model = checked_module(model)
+        self._model = model = checked_module(model)
         reshard(model)
         self._parameters = parameters_of_bases(bases, model)
         self.side: Side = checked_choice("side", side, get_args(Side))
@@ -455,7 +456,7 @@ class SubspacePenalty(PenaltyBase):
             TypeError: An entry has the wrong type.
             ValueError: Another model, side or kind, or a wrong value; names the first difference.
         """
-        self._check_parts(state)
+        self._check_parts(without_wrappers(state, self._model))
 
     def _check_parts(self, state: Mapping[str, Any]) -> dict[str, nn.Parameter]:
         """Return the parameters that a state is of, all that this penalty holds among them."""
@@ -480,6 +481,7 @@ class SubspacePenalty(PenaltyBase):
         Args:
             state: As for :meth:`check_state_dict`.
         """
+        state = without_wrappers(state, self._model)
         parameters = self._check_parts(state)
         self._set_restraints(parameters, self._restraints_of(parameters, state["bases"]))
         self.strength = state["strength"]

@@ -269,7 +269,8 @@ def make_problem(
     remainders = None
     if master:
         remainders = [
-            torch.randint_like(p, -(1 << 15), 1 << 15, dtype=torch.int16)
+            # Of an exact 0, which some versions of torch draw, a negative one would be a NaN.
+            torch.randint_like(p, -(1 << 15), 1 << 15, dtype=torch.int16).where(p != 0, 0)
             if p.dtype == torch.bfloat16
             else None
             for p in params

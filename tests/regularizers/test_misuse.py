@@ -273,8 +273,12 @@ OTHER = nn.Sequential(nn.Linear(5, 2))
         (lambda m: ones(OTHER), ValueError, r"'0\.weight' has shape \(2, 5\), .* on this model"),
         (lambda m: {n: quantize(t) for n, t in ones(m).items()}, TypeError, r"dequantize\("),
         (lambda m: {n: t.numpy() for n, t in ones(m).items()}, TypeError, "from_numpy"),
-        (lambda m: {f"module.{n}": t for n, t in ones(m).items()}, ValueError, "one and the same"),
-        (lambda m: {f"_orig_mod.{n}": t for n, t in ones(m).items()}, ValueError, "_orig_mod of"),
+        (
+            lambda m: {f"net.module.{n}": t for n, t in ones(m).items()},
+            ValueError,
+            "one and the same",
+        ),
+        (lambda m: {f"module.{n}.old": t for n, t in ones(m).items()}, ValueError, "_orig_mod of"),
     ],
 )
 def test_what_is_no_fisher_of_the_model(fisher, error, says):
