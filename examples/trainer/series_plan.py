@@ -40,7 +40,8 @@ These are nanochat's: batch and decay follow the tokens D of a model's training,
 size has equally many a parameter, so D / D_0 = N / N_0; two of the rates follow the width. 6e-4
 with 0.5 million tokens is GPT-3's rate for the width of depth 12, 0.02 and 0.008 (its head's) are
 nanochat's. They are a start for large batches and were not tuned here. Whoever names a batch gets
-the others for that batch.
+the others for that batch. A named rate is that of the first size; of a size with N' times its N it
+is divided by N'^p, p the rate exponent, which is 0 unless it is named.
 
 References:
     Karpathy, "nanochat", github.com/karpathy/nanochat, scripts/base_train.py. Bergsma et al.,
@@ -97,12 +98,14 @@ class Settings:
     weight_decay: float
 
 
-def settings_of(model: GPTConfig, config: SeriesConfig) -> Settings:
+def settings_of(model: GPTConfig, config: SeriesConfig, growth: float = 1.0) -> Settings:
     """The settings of a size: the user's where named, the rule's elsewhere.
 
     Args:
         model: of that size.
         config: of the series.
+        growth: how many times the parameters in matrix products of the series' first size it has;
+            of that the named rates are.
 
     Example:
         >>> from ars.models import miniseries_config
@@ -122,14 +125,15 @@ def settings_of(model: GPTConfig, config: SeriesConfig) -> Settings:
     share = math.sqrt(batch_size * config.sequence_len / _BATCH_TOKENS)
     narrow = math.sqrt(_WIDTH / model.n_embd)
 
-    def chosen(value: float | str, rule: float) -> float:
-        return rule if value == RULE else float(value)
+    def chosen(value: float | str, rule: float, factor: float = 1.0) -> float:
+        return rule if value == RULE else float(value) * factor
 
+    slower = growth**-config.rate_exponent
     return Settings(
         batch_size=batch_size,
-        lr=chosen(config.lr, _LR * share * narrow),
-        muon_lr=chosen(config.muon_lr, _MUON_LR * share),
-        muon_adamw_lr=chosen(config.muon_adamw_lr, _MUON_ADAMW_LR * share * narrow),
+        lr=chosen(config.lr, _LR * share * narrow, slower),
+        muon_lr=chosen(config.muon_lr, _MUON_LR * share, slower),
+        muon_adamw_lr=chosen(config.muon_adamw_lr, _MUON_ADAMW_LR * share * narrow, slower),
         weight_decay=chosen(config.weight_decay, _WEIGHT_DECAY * share / horizon),
     )
 
@@ -337,7 +341,9 @@ class _Planner:
                 f"{grown} asks for growing: give two or more, or --arms scratch"
             )
         self.plans: dict[str, ModelPlan] = {}
-        self.members = {size: self._member(size, vocab_size) for size in config.depths}
+        self.members: dict[Size, _Member] = {}
+        for size in config.depths:
+            self.members[size] = self._member(size, vocab_size)
 
     def _member(self, size: Size, vocab_size: int) -> _Member:
         config = self.config
@@ -349,7 +355,9 @@ class _Planner:
             vocab_size=vocab_size,
             sequence_len=config.sequence_len,
         )
-        shape, settings = shape_of(model), settings_of(model, config)
+        shape = shape_of(model)
+        first = next(iter(self.members.values())).shape if self.members else shape
+        settings = settings_of(model, config, shape.scaling_params / first.scaling_params)
         tokens = settings.batch_size * config.sequence_len
         if config.steps is None:
             steps = max(2, round(config.ratio * shape.scaling_params / tokens))

@@ -218,6 +218,8 @@ class SeriesConfig:
         lr: learning rate of the trunk, or rule.
         muon_lr: the same of Muon, for the matrices of the blocks, or rule.
         muon_adamw_lr: the same of the AdamW beside Muon, for the embedding and the head, or rule.
+        rate_exponent: a named rate is that of the first of depths; of a model with N times its
+            parameters in matrix products it is divided by N to this power. 0: one rate for all.
         weight_decay: decoupled, on every matrix, or rule.
         betas: of Adam.
         max_grad_norm: the norm of the gradients is clipped to it; 0 clips none.
@@ -256,6 +258,7 @@ class SeriesConfig:
     lr: float | ByRule = option(3e-3, _RATE)
     muon_lr: float | ByRule = option(0.02, _RATE)
     muon_adamw_lr: float | ByRule = option(0.012, _RATE)
+    rate_exponent: float = option(0.0, number(0, 1))
     weight_decay: float | ByRule = option(0.05, word_or(RULE, number(0, 10)))
     betas: tuple[float, float] = option((0.9, 0.95), _betas)
     max_grad_norm: float = option(1.0, _STRENGTH)

@@ -102,6 +102,7 @@ def test_every_field_is_an_option() -> None:
         "lr": ("rule", "rule"),
         "muon_lr": ("rule", "rule"),
         "muon_adamw_lr": ("0.02", 0.02),
+        "rate_exponent": ("0.5", 0.5),
         "weight_decay": ("rule", "rule"),
         "betas": ("0.8,0.9", (0.8, 0.9)),
         "max_grad_norm": ("0", 0.0),

@@ -1,5 +1,6 @@
 """Arms by their words, and what the size decides where nobody names it."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from ars.models import GPTConfig, miniseries_config
 from common.errors import UsageError
 from trainer.arms import parse_arm
-from trainer.series_plan import settings_of, shape_of
+from trainer.series_plan import plans_of, settings_of, shape_of
 from trainer.settings import SeriesConfig
 
 
@@ -56,6 +57,23 @@ def test_what_is_no_arm_is_refused(word: str, message: str) -> None:
 
 def model(depth: int) -> GPTConfig:
     return miniseries_config(depth, vocab_size=32768, sequence_len=2048)
+
+
+def test_named_rates_fall_with_the_size_by_the_exponent() -> None:
+    config = SeriesConfig(depths=("2x16", "4x16", "4x32"), lr=0.01, muon_lr="rule", head_dim=8,
+                          muon_adamw_lr=0.02, rate_exponent=0.5, arms=("scratch",))  # fmt: skip
+    found = {plan.size: plan for plan in plans_of(config, 64)}
+    first = shape_of(found["2x16"].model).scaling_params
+    for plan in found.values():
+        growth = shape_of(plan.model).scaling_params / first
+        assert plan.settings.lr == pytest.approx(0.01 / growth**0.5)
+        assert plan.settings.muon_adamw_lr == pytest.approx(0.02 / growth**0.5)
+        by_rule = settings_of(plan.model, config)
+        assert plan.settings.muon_lr == by_rule.muon_lr
+        assert plan.settings.weight_decay == config.weight_decay
+    assert found["2x16"].settings.lr == 0.01 > found["4x16"].settings.lr > found["4x32"].settings.lr
+    one_rate = dataclasses.replace(config, rate_exponent=0.0)
+    assert {plan.settings.lr for plan in plans_of(one_rate, 64)} == {0.01}
 
 
 def test_the_rule_is_nanochats_and_follows_a_named_batch() -> None:
