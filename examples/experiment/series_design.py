@@ -54,6 +54,7 @@ _FIRST_BRACKETS = {
 }
 # Muon's matrix products cost as much for one sequence as for four.
 _MUON_SETTINGS: dict[str, Any] = {"batch_size": 4, "muon_lr": 0.01, "muon_adamw_lr": 0.006}
+_LOW_MUON_RATES: dict[str, Any] = {"muon_lr": 0.005, "muon_adamw_lr": 0.003}
 _UNIFORM_SHARES = (0.29, 0.34, 0.39)
 _UNIFORM_SCRATCH_SHARES = (0.39, 0.7, 1.0)
 _UNIFORM_SEEDS = (0, 1)
@@ -93,6 +94,7 @@ class Design:
         brackets: setting -> values tried, one setting at a time, the others as in ``base``.
         subsets: name -> members of chains with larger steps.
         search: name -> settings of chains that are tried on a seed that is not reported.
+        muon_search: the same with Muon; beside them the largest member's twin, at the rates named.
         first_members: how many members these and the uniform chains have.
     """
 
@@ -104,6 +106,7 @@ class Design:
     brackets: dict[str, tuple[float, ...]]
     subsets: dict[str, tuple[Size, ...]]
     search: dict[str, dict[str, Any]]
+    muon_search: dict[str, dict[str, Any]]
     first_members: int
 
 
@@ -160,6 +163,12 @@ _WHOLE = Design(
         "batch-2": {"batch_size": 2},
         "no-decay": {"weight_decay": 0.0},
     },
+    muon_search={
+        "as-reported": {},
+        "lr-low": _LOW_MUON_RATES,
+        "exponent-0.6": {"rate_exponent": 0.6},
+        "exponent-1": {"rate_exponent": 1.0},
+    },
     first_members=6,
 )
 
@@ -188,6 +197,7 @@ DESIGNS = {
         brackets={"lr": (7.5e-4, 1.5e-3)},
         subsets={"one-jump": ("1x16", "2x24")},
         search={"inserted": {"blocks": "inserted"}},
+        muon_search={"lr-low": _LOW_MUON_RATES},
         first_members=2,
     ),
 }  # fmt: skip
@@ -268,4 +278,11 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
         for name, changes in design.search.items():
             chain = {"lineage": design.lineage, "depths": first, **changes}
             add_grown(f"chain-{name}", _SEARCH_SEED, **chain)
+        for name, changes in design.muon_search.items():
+            chain = {"lineage": design.lineage, "depths": first, **_MUON_SETTINGS, **changes}
+            add_grown(f"muon-chain-{name}", _SEARCH_SEED, arms=("grown+muon",), **chain)
+        alone = {"depths": first[-1:], "seed": _SEARCH_SEED, "scratch_shares": (1.0,)}
+        for suffix, rates in (("", {}), ("-low", _LOW_MUON_RATES)):
+            twin = {**alone, "arms": ("scratch+muon",), **_MUON_SETTINGS, **rates}
+            add(f"muon-twin-{first[-1]}{suffix}-seed-{_SEARCH_SEED}", **twin)
     return tuple(jobs)
