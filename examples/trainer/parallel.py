@@ -47,7 +47,7 @@ class Parallel:
         if self.world_size > 1 and not dist.is_initialized():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            _join("nccl" if self.device.type == "cuda" else "gloo")
         if self.world_size > 1:
             # What the first process does alone, such as reading a text, can take longer than the
             # minutes after which a collective operation of the training is given up.
@@ -161,6 +161,21 @@ class Parallel:
         """Take leave of the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Meet the other processes.
+
+    When torchrun starts them again after one has died, the store still has the addresses of those
+    that were there before, so each attempt keeps its own apart.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world_size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def is_asked(stop: StopRequest) -> bool:

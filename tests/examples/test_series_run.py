@@ -160,7 +160,8 @@ import torch.distributed as dist
 from trainer.parallel import Parallel
 
 begin = dist.init_process_group
-dist.init_process_group = lambda backend: begin(backend, timeout=timedelta(seconds=1))
+patience = timedelta(seconds=1)
+dist.init_process_group = lambda backend, **rest: begin(backend, timeout=patience, **rest)
 parallel = Parallel("cpu")
 print(parallel.from_first(lambda: time.sleep(3) or "read"))
 parallel.close()
@@ -183,3 +184,37 @@ def test_the_others_wait_longer_for_the_first_than_for_a_step() -> None:
     for process in started:
         output, errors = process.communicate(timeout=120)
         assert (process.returncode, output) == (0, "read\n"), errors
+
+
+_DYING = """
+import os
+import signal
+from trainer.parallel import Parallel
+
+parallel = Parallel("cpu")
+assert parallel.any(parallel.rank == 1)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and parallel.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+print("told", parallel.from_first(lambda: "again"), flush=True)
+parallel.close()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_again_find_each_other(tmp_path: Path) -> None:
+    """The store still has the addresses of those that were there before."""
+    script = tmp_path / "dying.py"
+    script.write_text(_DYING)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node=2", "--max-restarts=1", str(script)),
+        ],
+        env={**os.environ, "PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("told again") >= 2
