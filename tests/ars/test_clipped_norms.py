@@ -34,7 +34,9 @@ def train(optimizer, params, steps, *, clip=None, scale=1.0, first=0, **argument
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             optimizer.step(**arguments)
-        found.append([str(warning.message) for warning in caught])
+        messages = [str(warning.message) for warning in caught]
+        # Of the choice, which test_watch.py is about.
+        found.append([text for text in messages if "got no loss" not in text])
         assert all(warning.filename == __file__ for warning in caught)
     return found
 

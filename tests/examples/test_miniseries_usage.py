@@ -206,7 +206,7 @@ def test_the_command_itself_prints_one_line(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("words", "count"), [([], 50), (["plan"], 54), (["sample"], 8)])
+@pytest.mark.parametrize(("words", "count"), [([], 52), (["plan"], 56), (["sample"], 8)])
 def test_help_explains_every_option_with_its_default(words: list[str], count: int) -> None:
     done = subprocess.run(
         [sys.executable, SCRIPT, *words, "--help"], capture_output=True, text=True, check=True

@@ -45,8 +45,8 @@ def test_no_model_reads_what_the_trunks_before_it_have_read(
 ) -> None:
     sizes = {1: 4, 2: 6, 3: 5}  # no two of which divide each other
 
-    def sized(model: GPTConfig, config: SeriesConfig) -> Settings:
-        return replace(settings_of(model, config), batch_size=sizes[model.n_layer])
+    def sized(model: GPTConfig, config: SeriesConfig, growth: float) -> Settings:
+        return replace(settings_of(model, config, growth), batch_size=sizes[model.n_layer])
 
     read: dict[str, list[list[tuple[int, ...]]]] = {}  # by step, of each model
     draw, train = training_loop.batch, train_series.train
