@@ -162,6 +162,8 @@ _WHOLE = Design(
         "lr-high": {"lr": 3e-3},
         "batch-2": {"batch_size": 2},
         "no-decay": {"weight_decay": 0.0},
+        "exponent-0.3": {"rate_exponent": 0.3},
+        "exponent-0.6": {"rate_exponent": 0.6},
     },
     muon_search={
         "as-reported": {},
