@@ -77,37 +77,40 @@ def test_a_checkpoint_goes_on_bit_by_bit(tmp_path):
         assert torch.equal(second.state_dict()[name], value)
 
 
+def train_by_fabric(fabric, model, optimizer):
+    """Train for an epoch; return the loss and the surprise of each step."""
+    losses, surprises = [], []
+    for batch in batches():
+        loss = loss_of(model, batch)
+        optimizer.watch(loss)
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        surprises.append(float(optimizer.diagnostics["surprise"]))
+    return losses, surprises
+
+
 def test_what_fabric_hands_out_is_the_optimizer_itself():
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     model = build()
     optimizer = ARSAdamW(model.parameters(), lr=LR)
     wrapped_model, wrapped = fabric.setup(model, optimizer)
-    surprises = []
-
-    def train():
-        for batch in batches():
-            loss = loss_of(wrapped_model, batch)
-            wrapped.watch(loss)
-            fabric.backward(loss)
-            wrapped.step()
-            wrapped.zero_grad()
-            surprises.append(float(wrapped.diagnostics["surprise"]))
-
-    train()
+    _, surprises = train_by_fabric(fabric, wrapped_model, wrapped)
     weights, watched = plain(1)
     assert surprises == watched
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
     saved = wrapped.state_dict()
     wrapped.load_state_dict(saved)  # makes caches anew
-    train()
-    assert surprises == plain(1, epochs=2)[1]
+    _, further = train_by_fabric(fabric, wrapped_model, wrapped)
+    assert surprises + further == plain(1, epochs=2)[1]
 
     penalty = EWC(model, DiagonalFisher(model).fit(list(batches())), strength=100.0)
     wrapped.penalty = penalty
     assert optimizer.penalty is penalty
     assert wrapped.penalty is penalty
-    train()
+    train_by_fabric(fabric, wrapped_model, wrapped)
     assert float(optimizer.diagnostics["penalty"]) > 0
     wrapped.reset_controller()
     assert int(optimizer.controller.state_dict()["counts"][0]) == 0
@@ -117,11 +120,6 @@ def test_fabric_takes_the_wrapper_of_any_optimizer():
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     model = build()
     optimizer = ARSOptimizer(torch.optim.SGD(model.parameters(), lr=LR))
-    wrapped_model, wrapped = fabric.setup(model, optimizer)
-    for batch in batches():
-        loss = loss_of(wrapped_model, batch)
-        wrapped.watch(loss)
-        fabric.backward(loss)
-        wrapped.step()
-        wrapped.zero_grad()
-        assert float(optimizer.diagnostics["surprise"]) == float(loss.detach())
+    losses, surprises = train_by_fabric(fabric, *fabric.setup(model, optimizer))
+    assert losses == surprises
+    assert float(optimizer.diagnostics["surprise"]) == surprises[-1]
