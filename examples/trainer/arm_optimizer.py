@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ars import ARSAdamW, ARSConfig, ARSOptimizer
 from ars.models import GPT
 from trainer.arms import Arm
+from trainer.muon import Muon
 from trainer.series_plan import Settings
 from trainer.settings import SeriesConfig
 
@@ -140,9 +141,7 @@ def build_optimizer(
     # Muon is meant for the matrices between the embedding and the head. The two parts are clipped
     # by their common norm, and their controllers see the same loss and so agree.
     inside = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
-    matrices: Any = torch.optim.Muon(
-        inside, lr=settings.muon_lr, weight_decay=settings.weight_decay
-    )
+    matrices: Any = Muon(inside, lr=settings.muon_lr, weight_decay=settings.weight_decay)
     if controller is not None:
         matrices = ARSOptimizer(matrices, controller)
     return Optimizer([adamw, matrices], shown, config.max_grad_norm)
