@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from common.command_line import CommandLine, choice, integer, number, option, optional, path, text
 from common.errors import UsageError
 from common.jobs import run_jobs
@@ -220,5 +218,4 @@ def _train(job: Job, stop: StopRequest, out: Path, data: str | None) -> None:
         output.hold()  # against what a killed experiment may have left running
         corpus = _open_corpus(out, data, job.config, stop.check)
         parallel = Parallel(job.machine.device)
-        with sdpa_kernel(SDPBackend.MATH):  # heads of 8 channels are too narrow for the fused one
-            run_series(Run(output, job.config, job.machine, corpus, parallel, stop))
+        run_series(Run(output, job.config, job.machine, corpus, parallel, stop))

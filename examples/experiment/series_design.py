@@ -5,8 +5,8 @@ one. Twins and chains of a seed begin with the same weights and read the same te
 
 The miniature of d10 ... d20 has eleven members whose sizes have the ratios of the real series: 1 to
 8 in parameters, by 1.23 on average from one to the next, depth and width grown in turn. Everything
-is in fp32: on CPUs without matrix units bfloat16 is slower at these sizes. Models are compiled, and
-attention is the one in parts, which heads of 8 channels are faster with.
+is in fp32: on CPUs without matrix units bfloat16 is slower at these sizes. Models are compiled,
+which makes a step 1.2 to 1.5 times as fast.
 """
 
 from collections.abc import Sequence
@@ -101,6 +101,7 @@ class Design:
         search: name -> settings of chains that are tried on a seed that is not reported.
         muon_search: the same with Muon; beside them the largest member's twin, at the rates named.
         first_members: how many members these and the uniform chains have.
+        first_lineage: of these chains.
     """
 
     base: SeriesConfig
@@ -113,6 +114,7 @@ class Design:
     search: dict[str, dict[str, Any]]
     muon_search: dict[str, dict[str, Any]]
     first_members: int
+    first_lineage: tuple[float, ...]
 
 
 _MINIATURE: tuple[Size, ...] = (
@@ -177,6 +179,7 @@ _WHOLE = Design(
         "exponent-1": {"rate_exponent": 1.0},
     },
     first_members=6,
+    first_lineage=(1.4, 1.5),
 )
 
 DESIGNS = {
@@ -208,6 +211,7 @@ DESIGNS = {
         search={"inserted": {"blocks": "inserted"}},
         muon_search={"lr-low": _LOW_MUON_RATES},
         first_members=2,
+        first_lineage=(1.3, 1.5),
     ),
 }  # fmt: skip
 
@@ -287,10 +291,10 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
     else:
         add_twins(_SEARCH_SEED, first, scratch_shares=(1.0,))
         for name, changes in design.search.items():
-            chain = {"lineage": design.lineage, "depths": first, **changes}
+            chain = {"lineage": design.first_lineage, "depths": first, **changes}
             add_grown(f"chain-{name}", _SEARCH_SEED, **chain)
         for name, changes in design.muon_search.items():
-            chain = {"lineage": design.lineage, "depths": first, **_MUON_SETTINGS, **changes}
+            chain = {"lineage": design.first_lineage, "depths": first, **_MUON_SETTINGS, **changes}
             add_grown(f"muon-chain-{name}", _SEARCH_SEED, arms=("grown+muon",), **chain)
         alone = {"depths": first[-1:], "seed": _SEARCH_SEED, "scratch_shares": (1.0,)}
         for suffix, rates in (("", {}), ("-low", _LOW_MUON_RATES)):
