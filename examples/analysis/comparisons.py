@@ -265,7 +265,7 @@ def _answer(comparisons: Sequence[Comparison]) -> str:
     conclusions = {c.conclusion for c in comparisons}
     start = "" if "better" in conclusions else "No benefit shown. "
     if conclusions <= {"too few seeds", "shares differ"}:
-        start = "Nothing is shown either way. "
+        start = ""
     text = ". ".join(part[0].upper() + part[1:] for part in parts)
     return f"{start}{text}."
 

@@ -26,8 +26,8 @@ from common.statistics import Array, Estimate
 from trainer.arms import Arm
 
 __all__ = [
-    "Style", "cooled_branches", "costs", "gates", "losses_by_size", "scaling", "series_costs",
-    "styles_of",
+    "Style", "cooled_branches", "costs", "gates", "loss_curves", "losses_by_size", "scaling",
+    "series_costs", "styles_of",
 ]  # fmt: skip
 
 _COLUMNS = 4
@@ -37,6 +37,7 @@ _CURVE_POINTS = 150  # of a log that has more steps, means of groups are drawn
 _EXTRAPOLATION = 10.0  # how far beyond the largest budget a law is drawn
 _DECADES = 1e6  # of the penalty's share that are shown
 _DPI = 130
+_ABOVE: dict[str, Any] = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the baseline is black.
 _METHODS = {
@@ -103,8 +104,8 @@ def styles_of(arms: Sequence[str]) -> dict[str, Style]:
 def series_costs(accounts: Sequence[SeriesAccount]) -> bytes:
     """Loss of each member against what the series had cost up to it: twins, and what was grown.
 
-    Means over the seeds with 95 % intervals. A dotted line shows what was saved in all, where no
-    member is worse than its twin.
+    Means over the seeds with 95 % intervals. A dotted line shows what was saved in all, and the
+    legend says how much, where no member is worse than its twin.
     """
     figure = Figure(figsize=(8.6, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -123,20 +124,53 @@ def series_costs(accounts: Sequence[SeriesAccount]) -> bytes:
                               textcoords="offset points", fontsize=7, color="#555555")  # fmt: skip
         labelled.add(name)
         name = f"each grown out of the one before ({drawn_word(account.arm)})"
-        _draw_estimates(axes, grown, [m.loss for m in members], styles[account.arm], name)
         if account.at_equal_loss:
+            name += f": {account.saving.mean:.0%} saved"
             height = members[-1].loss.mean
             colour = styles[account.arm].colour
             axes.plot([grown[-1], twins[-1]], [height, height], ":", color=colour, linewidth=1.2)
-            axes.annotate(f"{account.saving.mean:.0%} saved",
-                          ((grown[-1] + twins[-1]) / 2, height), xytext=(0, -4), va="top",
-                          textcoords="offset points", ha="center", color=colour)  # fmt: skip
+        _draw_estimates(axes, grown, [m.loss for m in members], styles[account.arm], name)
     axes.set_xlim(left=0.0)
     axes.set_xlabel("training FLOPs of the whole series up to this model")
     axes.set_ylabel("validation bits per byte (lower is better)")
     _polish(axes)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(**_ABOVE, fontsize=9)
     return _png(figure)
+
+
+def loss_curves(logs: Logs, records: Sequence[Record]) -> bytes | None:
+    """Validation loss of each model against what it cost itself, a panel a size; of the first seed.
+
+    ``None`` where no log has two measurements.
+    """
+    sizes = sizes_of(records)
+    styles = styles_of(list(dict.fromkeys(r.arm for r in records)))
+    columns = min(_COLUMNS, len(sizes))
+    rows = math.ceil(len(sizes) / columns)
+    figure = Figure(figsize=(2.2 + 2.6 * columns, 0.6 + 2.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    seeds = {arm: next(r.seed for r in records if r.arm == arm) for arm in styles}
+    for axes, size in zip(panels, sizes, strict=False):
+        for record in records:
+            if record.size != size or record.seed != seeds[record.arm]:
+                continue
+            before = record.lineage_flops - record.flops
+            rows_of = logs.get((record.name, record.seed), [])
+            points = [(row["flops"] - before, row["val_bpb"]) for row in rows_of
+                      if row["val_bpb"] is not None and math.isfinite(row["val_bpb"])]  # fmt: skip
+            if len(points) > 1:
+                style = styles[record.arm]
+                flops, losses = zip(*points, strict=True)
+                axes.plot(flops, losses, style.line, label=style.label, **style.marks, markersize=3)
+        axes.set_title(size, fontsize=9)
+        axes.set_xlim(left=0.0)
+        _polish(axes)
+    for axes in panels[len(sizes) :]:
+        axes.set_visible(False)
+    figure.supxlabel("training FLOPs of this model itself", fontsize=10)
+    figure.supylabel("validation bits per byte", fontsize=10)
+    _legend_beside(figure, list(panels))
+    return _png(figure) if any(axes.get_lines() for axes in panels) else None
 
 
 def _draw_estimates(
@@ -280,7 +314,7 @@ def _draw_differences(
         words_of_seeds = "95 % intervals over the seeds"
     axes.set_xlabel(f"bits per byte (left is better; {words_of_seeds})", fontsize=9)
     _polish(axes)
-    axes.legend(frameon=False, fontsize=8, loc="best")
+    axes.legend(**_ABOVE, fontsize=8, ncols=6)
 
 
 def scaling(laws: Sequence[ArmLaws]) -> bytes:

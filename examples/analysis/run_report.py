@@ -18,11 +18,20 @@ from analysis.comparisons import QUESTIONS, Comparison, compare_arms, headlines,
 from analysis.costs import CostAnalyzer, ModelCost
 from analysis.planned_series import plan_cost, plan_depths, plan_doubling
 from analysis.power_laws import ChinchillaLaw, ComputeLaw
-from analysis.records import Logs, Record, read_logs, read_metrics, run_settings, training_log
+from analysis.records import (
+    Logs,
+    Record,
+    read_logs,
+    read_metrics,
+    run_settings,
+    sizes_of,
+    training_log,
+)
 from analysis.scaling_laws import ArmLaws, ScalingLawValidator, fit_series
 from analysis.series_account import ACCOUNT_NOTE, SeriesAccount, find_accounts, own_accounts
 from common.errors import UsageError
 from common.plain_files import write_atomically
+from common.statistics import count_seeds
 from trainer.recorder import numbers_apart
 
 __all__ = [
@@ -198,10 +207,9 @@ def render_report(analysis: Analysis) -> str:
     return environment.get_template("report.html.j2").render(
         records=analysis.records,
         seeds=sorted({record.seed for record in analysis.records}),
-        headlines=[
-            *(" ".join(account.sentences) for account in analysis.accounts),
-            *headlines(analysis.comparisons),
-        ],
+        trained=_what_was_trained(analysis.records),
+        gains=[" ".join(account.sentences) for account in _most_saving_first(analysis.accounts)],
+        answers=headlines(analysis.comparisons),
         claims=analysis.claims,
         warnings=_grouped(analysis.warnings),
         comparisons={words: rows for words, rows in compared.items() if rows},
@@ -231,11 +239,37 @@ def _figures(analysis: Analysis) -> dict[str, bytes | None]:
             "scaling": report_figures.scaling(analysis.laws),
             "cost": report_figures.costs(analysis.costs, records),
             "gates": report_figures.gates(logs, records),
+            "curves": report_figures.loss_curves(logs, records),
         }
     if records and (accounts := own_accounts(analysis.accounts)):
         drawn["series"] = report_figures.series_costs(accounts)
         drawn["cooled"] = report_figures.cooled_branches(accounts)
     return drawn
+
+
+def _what_was_trained(records: Sequence[Record]) -> str:
+    """The models in a sentence."""
+    sizes = sizes_of(records)
+    of_sizes = sizes[0] if len(sizes) == 1 else f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}"
+    of_sizes += " (layers x width)" if "x" in sizes[0] else ""
+    params = sorted({record.params for record in records})
+    many = f"{params[0]:,}" if len(params) == 1 else f"{params[0]:,} to {params[-1]:,}"
+    models = "1 model" if len(records) == 1 else f"{len(records)} models"
+    seeds = count_seeds(len({record.seed for record in records}))
+    seconds = sum(record.seconds for record in records)
+    return (
+        f"{models} of {of_sizes}, {many} parameters, {seeds}, {_duration(seconds)} of training."
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _most_saving_first(accounts: Sequence[SeriesAccount]) -> list[SeriesAccount]:
+    return sorted(accounts, key=lambda account: (not account.at_equal_loss, account.paid.mean))
 
 
 def _grouped(warnings: Sequence[tuple[str, int, str]]) -> dict[str, list[str]]:

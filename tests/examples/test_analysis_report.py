@@ -19,7 +19,7 @@ from analysis import report_figures, run_report
 from analysis.bundle import MINI_BUNDLE, load_bundle
 from analysis.core import CORE_TASKS, CoreResult, TaskResult, evaluate
 from analysis.costs import CostAnalyzer
-from analysis.records import Log, read_metrics
+from analysis.records import Log, Logs, read_metrics
 from analysis.run_report import (
     Analysis,
     analyze_runs,
@@ -119,6 +119,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Page:
 def test_the_result_stands_first_and_the_claims_follow(whole: Page) -> None:
     words = (
         "The series d2 ... d6 (grown) took 44% of its twins' operations (scratch)",
+        "What the series cost",
+        "What is shown, and what is not",
         "Is a grown model better than its twin from scratch, which takes more steps? Fewer bits",
         "Do penalties or a teacher add anything to plain growing? No benefit shown. More bits",
         "Does the controller add anything? No benefit shown. No difference beyond chance:",
@@ -127,17 +129,16 @@ def test_the_result_stands_first_and_the_claims_follow(whole: Page) -> None:
         "Monotonic improvement",
         "No divergence",
         "No warning during training",
-        "What the series cost",
-        "Arms compared",
+        "Ways to train, compared",
         "Scaling laws",
-        "Gates and penalties",
+        "What the controller and the penalties did",
     )
     places = [whole.text.index(word) for word in words]
     assert places == sorted(places)
 
 
 def test_everything_is_in_the_report_of_many_arms(whole: Page) -> None:
-    assert len(whole.images) == 5, "no controller and no penalty is in these logs"
+    assert len(whole.images) == 6, "no controller and no penalty is in these logs"
     for words in (
         "grown+ewc+subspace+ars grown+ewc+subspace d6 3",  # what the controller does
         "grown+distill+ars grown+ars d4 3",  # what the penalty adds
@@ -159,7 +160,7 @@ def test_everything_is_in_the_report_of_many_arms(whole: Page) -> None:
 
 def test_the_report_of_one_seed_concludes_nothing(tmp_path: Path) -> None:
     page = render(analyze(write_run(tmp_path, grown_series())))
-    verdict = "Nothing is shown either way. No conclusion from fewer than 3 seeds: grown at d4, d6."
+    verdict = "No conclusion from fewer than 3 seeds: grown at d4, d6."
     assert verdict in page.text
     assert page.text.count("not shown") >= 4
 
@@ -170,13 +171,33 @@ def test_metrics_without_logs_are_enough(tmp_path: Path) -> None:
     assert "What the series cost" not in page.text
 
 
-def test_a_loss_is_said_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("gain", "verdict"), [(0.1, "56% saved"), (-0.1, "no saving is claimed")])
+def test_what_was_trained_and_gained_comes_first(gain: float, verdict: str, tmp_path: Path) -> None:
+    sign = math.copysign(1.0, gain)
     paths = [
-        write(tmp_path / f"{i}.json", grown_series(i, -g)) for i, g in enumerate((0.1, 0.11, 0.12))
+        write(tmp_path / f"{i}.json", grown_series(i, gain + sign * 0.01 * i)) for i in range(3)
     ]
     page = render(analyze(*paths))
-    sentence = "No benefit shown. More bits per byte: grown at d4, d6."
-    assert page.text.index(sentence) < page.text.index("60 % cheaper")
+    words = (
+        "15 models of 3 sizes, d2 to d6, ", verdict, "twin the model of the same size",
+        "What the series cost", "What is shown, and what is not", "60 % cheaper",
+    )  # fmt: skip
+    places = [page.text.index(each) for each in words]
+    assert places == sorted(places)
+    loss = "No benefit shown. More bits per byte: grown at d4, d6."
+    assert (loss in page.text) is (gain < 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(42.4, "42 seconds"), (600.0, "10 minutes"), (9000.0, "2.5 hours")]
+)
+def test_how_long_training_took_is_said(seconds: float, words: str, tmp_path: Path) -> None:
+    records = grown_series()
+    for record in records:
+        record["seconds"] = seconds / len(records)
+    assert (
+        f"1 seed, {words} of training" in render(analyze(write(tmp_path / "m.json", records))).text
+    )
 
 
 def test_warnings_are_listed_with_their_models(tmp_path: Path) -> None:
@@ -253,6 +274,36 @@ def test_the_shares_of_the_operations_are_those_of_the_first_seed(
     }
 
 
+def _legend(axes: Axes) -> list[str]:
+    legend = axes.get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_loss_curves_are_of_the_first_seed_and_of_a_models_own_operations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [grown_series(seed) for seed in range(2)]
+    records = read_metrics([write(tmp_path / f"{i}.json", run) for i, run in enumerate(runs)])
+    logs: Logs = {}
+    for record in records:
+        before = record.lineage_flops - record.flops
+        losses = (8.0, 5.0, None, math.nan, 3.0 + record.seed)
+        logs[(record.name, record.seed)] = [
+            {"flops": before + 10 * i, "val_bpb": loss} for i, loss in enumerate(losses)
+        ]
+    figures: list[Figure] = []
+    monkeypatch.setattr(report_figures, "_png", lambda figure: figures.append(figure) or b"png")
+    assert report_figures.loss_curves(logs, records) == b"png"
+    panels = [axes for axes in figures[0].axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == ["d2", "d4", "d6"]
+    assert [len(axes.get_lines()) for axes in panels] == [1, 2, 2]
+    for axes in panels:
+        for line in axes.get_lines():
+            assert np.asarray(line.get_xydata()).tolist() == [[0, 8.0], [10, 5.0], [40, 3.0]]
+    assert report_figures.loss_curves({}, records) is None
+
+
 def test_the_figures_of_an_account_show_its_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +325,7 @@ def test_the_figures_of_an_account_show_its_numbers(
     assert np.asarray(grown) == pytest.approx(
         np.array(list(zip(own, (3.0, 2.44, 2.14), strict=True)))
     )
-    assert "56% saved" in [text.get_text() for text in axes.texts]
+    assert _legend(axes)[-1] == "each grown out of the one before (grown): 56% saved"
     panels = [axes for axes in figures[1].axes if axes.get_visible()]
     equal = [member.equal_steps for member in accounts[0].members[1:]]
     assert [axes.get_title() for axes in panels] == [
@@ -292,7 +343,7 @@ def test_no_saving_is_drawn_where_a_member_is_worse(
     monkeypatch.setattr(report_figures, "_png", lambda figure: figures.append(figure) or b"")
     report_figures.series_costs(find_accounts(records))
     report_figures.cooled_branches(find_accounts(records))
-    assert not [t for t in figures[0].axes[0].texts if "saved" in t.get_text()]
+    assert _legend(figures[0].axes[0])[-1] == "each grown out of the one before (grown)"
     assert figures[1].axes[0].get_title().endswith("equal: above 0.40")
 
 
