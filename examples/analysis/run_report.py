@@ -257,9 +257,7 @@ def _what_was_trained(records: Sequence[Record]) -> str:
     models = "1 model" if len(records) == 1 else f"{len(records)} models"
     seeds = count_seeds(len({record.seed for record in records}))
     seconds = sum(record.seconds for record in records)
-    return (
-        f"{models} of {of_sizes}, {many} parameters, {seeds}, {_duration(seconds)} of training."
-    )
+    return f"{models} of {of_sizes}, {many} parameters, {seeds}, {_duration(seconds)} of training."
 
 
 def _duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from trainer.series_plan import plans_of
 from trainer.settings import Machine, SeriesConfig, Size
 
 __all__ = [
@@ -45,6 +46,7 @@ PREDICTION = {
     },
 }
 
+_BYTES = 256
 _TUNING_SEED = 100
 _SEARCH_SEED = 200
 # The first recipe: settings by habit, and one share for all members.
@@ -59,10 +61,13 @@ _FIRST_BRACKETS = {
 }
 # Muon's matrix products cost as much for one sequence as for four.
 _MUON_SETTINGS: dict[str, Any] = {"batch_size": 4, "muon_lr": 0.01, "muon_adamw_lr": 0.006}
+# Of the exponent by which rates fall with a member's parameters, in a chain and between its twins.
+_MUON_CHAIN, _MUON_TWINS = 1.0, 0.6
 _LOW_MUON_RATES: dict[str, Any] = {"muon_lr": 0.005, "muon_adamw_lr": 0.003}
 _UNIFORM_SHARES = (0.29, 0.34, 0.39)
 _UNIFORM_SCRATCH_SHARES = (0.39, 0.7, 1.0)
 _UNIFORM_SEEDS = (0, 1)
+_FEW = 3  # seeds of what is not the main comparison
 _LONGER_SHARES = (0.3, 0.5, 0.7, 0.9)  # of chains that grow by more at a time
 
 
@@ -94,7 +99,8 @@ class Design:
         base: settings of all runs; its depths are the members.
         lineage: of the chains that are reported, as in the settings.
         seeds: of twins and chains with AdamW, which are reported.
-        muon_seeds: of the same with Muon.
+        muon_lineage: of the same chains with Muon.
+        muon_seeds: of twins and chains with Muon.
         bracket_sizes: at which the twin's settings are bracketed.
         brackets: setting -> values tried, one setting at a time, the others as in ``base``.
         subsets: name -> members of chains with larger steps.
@@ -107,6 +113,7 @@ class Design:
     base: SeriesConfig
     lineage: tuple[float, ...]
     seeds: tuple[int, ...]
+    muon_lineage: tuple[float, ...]
     muon_seeds: tuple[int, ...]
     bracket_sizes: tuple[Size, ...]
     brackets: dict[str, tuple[float, ...]]
@@ -142,7 +149,8 @@ _WHOLE = Design(
     base=_BASE,
     lineage=(1.6, 1.7),
     seeds=(3, 4, 5, 6, 7),
-    muon_seeds=(2, 3, 4),
+    muon_lineage=(1.6, 1.7),
+    muon_seeds=(4, 5, 6),
     bracket_sizes=("3x48", "5x64", "8x88"),
     brackets={
         "lr": (7.5e-4, 1.5e-3, 3e-3),
@@ -190,6 +198,7 @@ DESIGNS = {
         base=replace(_BASE, depths=_MINIATURE[:6]),
         lineage=(1.4, 1.5),
         seeds=(2, 3, 4, 5, 6),
+        muon_lineage=(1.5, 1.7),
         bracket_sizes=("3x48", "4x56", "6x64"),
         subsets={"every-second": _MINIATURE[:6:2], "one-jump": _MINIATURE[:6:5]},
     ),
@@ -204,6 +213,7 @@ DESIGNS = {
         ),
         lineage=(1.3, 1.5),
         seeds=(2,),
+        muon_lineage=(1.3, 1.5),
         muon_seeds=(2,),
         bracket_sizes=("1x16",),
         brackets={"lr": (7.5e-4, 1.5e-3)},
@@ -276,17 +286,24 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
             add_grown("chain", seed, depths=first, cooldown=_FIRST_COOLDOWN,
                       lineage=None, shares=_UNIFORM_SHARES, **shares)  # fmt: skip
             add_twins(seed, first[1:], **shares)
-    elif stage in ("miniature", "muon"):
-        suffix = "+muon" if stage == "muon" else ""
-        for seed in design.muon_seeds if suffix else design.seeds:
-            add_grown(f"chain-{of}", seed, arms=(f"grown{suffix}",), lineage=design.lineage)
-            add_twins(seed, base.depths, arms=(f"scratch{suffix}",))
-    elif stage == "factor":
+    elif stage == "miniature":
+        for seed in design.seeds:
+            add_grown(f"chain-{of}", seed, lineage=design.lineage)
+            add_twins(seed, base.depths)
+    elif stage == "muon":
+        scratch: dict[str, Any] = {"arms": ("scratch+muon",)}
+        found = _rates_of(replace(base, rate_exponent=_MUON_TWINS, **scratch))
         for seed in design.muon_seeds:
+            add_grown(f"chain-{of}", seed, arms=("grown+muon",), lineage=design.muon_lineage,
+                      rate_exponent=_MUON_CHAIN)  # fmt: skip
+            for size in reversed(base.depths):
+                add_twins(seed, (size,), **scratch, **found[size])
+    elif stage == "factor":
+        for seed in design.seeds[:_FEW]:
             for name, members in design.subsets.items():
                 add_grown(f"{name}-{of}", seed, depths=members, lineage=None, shares=_LONGER_SHARES)
     elif stage == "point":
-        for seed in design.muon_seeds:
+        for seed in design.seeds[:_FEW]:
             add_grown(f"at-half-{of}", seed, lineage=design.lineage, grow_at=0.5)
     else:
         add_twins(_SEARCH_SEED, first, scratch_shares=(1.0,))
@@ -301,3 +318,11 @@ def jobs_of(stage: Stage, design: Design) -> tuple[Job, ...]:
             twin = {**alone, "arms": ("scratch+muon",), **_MUON_SETTINGS, **rates}
             add(f"muon-twin-{first[-1]}{suffix}-seed-{_SEARCH_SEED}", **twin)
     return tuple(jobs)
+
+
+def _rates_of(config: SeriesConfig) -> dict[Size, dict[str, Any]]:
+    """What Muon and the AdamW beside it are set to at each size, by the trainer's own rule."""
+    found = [plan.settings for plan in plans_of(config, _BYTES)]
+    names = ("muon_lr", "muon_adamw_lr")
+    rates = [{name: float(f"{getattr(each, name):.3g}") for name in names} for each in found]
+    return dict(zip(config.depths, rates, strict=True))

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from experiment.series_design import DESIGNS, STAGES, Design, Job, jobs_of
-from trainer.series_plan import plans_of
+from trainer.series_plan import plans_of, shape_of
 
 
 def all_jobs(design: Design) -> list[Job]:
@@ -41,6 +41,21 @@ def test_a_chain_and_its_twins_differ_by_growing_and_the_cooldown_alone() -> Non
             cooled = {"cooldown": twin.cooldown, "scratch_shares": twin.scratch_shares}
             assert twin == replace(chain, **scratch, **cooled)
     assert {job.config.seed for job in jobs_of("miniature", design)} == set(design.seeds)
+
+
+def test_rates_with_muon_fall_with_the_size_more_in_the_chain_than_between_twins() -> None:
+    chain, *twins = (job.config for job in jobs_of("muon", DESIGNS["half"]))
+    of_chain = {plan.size: plan.settings for plan in plans_of(chain, 256)}
+    params = {p.size: shape_of(p.model).scaling_params for p in plans_of(chain, 256)}
+    twins = [twin for twin in twins if twin.seed == chain.seed and twin.arms != chain.arms]
+    assert [twin.depths for twin in twins] == [(size,) for size in reversed(chain.depths)]
+    for twin in twins:
+        (plan,) = plans_of(twin, 256)
+        growth = params[plan.size] / params[chain.depths[0]]
+        for name, rate in (("muon_lr", 0.01), ("muon_adamw_lr", 0.006)):
+            twins_rate = getattr(plan.settings, name)
+            assert twins_rate == pytest.approx(rate * growth**-0.6, rel=0.005)
+            assert getattr(of_chain[plan.size], name) == pytest.approx(rate / growth)
 
 
 def test_seeds_of_tuning_and_search_are_not_reported() -> None:
