@@ -25,9 +25,6 @@ __all__ = [
     "checked_choice",
     "checked_module",
     "evaluation_mode",
-    "labelled_samples",
-    "logits_of",
-    "take_samples",
     "trainable",
 ]
 
@@ -152,8 +149,8 @@ def check_positive_int(name: str, value: object) -> None:
     """Raise ValueError unless ``value`` is an integer >= 1."""  # noqa: DOC501
     if callable(value):
         raise ValueError(
-            f"{name} must be a positive integer, got {getattr(value, '__name__', value)}; a loss "
-            "function is not needed, as the targets of a Fisher are the model's own classes"
+            f"{name} must be a positive integer, got {getattr(value, '__name__', value)}; pass a "
+            "loss by its name, loss_fn=, and only if it is not the cross-entropy of the logits"
         )
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -186,10 +183,11 @@ def check_can_differentiate(what: str) -> None:
 
 def checked_batches(batches: Any) -> Iterable[Any]:
     """Return ``batches``, or raise TypeError if that is no iterable of batches."""  # noqa: DOC501
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(
-            "batches must be an iterable of pairs (inputs, targets), got "
-            f"{type(batches).__name__}; pass a DataLoader, or a single batch as [(inputs, targets)]"
+            "batches must be an iterable of pairs (inputs, targets), or of other batches, got "
+            f"{type(batches).__name__}; pass a DataLoader, or a single batch in a list, as "
+            "[(inputs, targets)]"
         )
     return batches
 
@@ -220,9 +218,10 @@ def checked_batch(
         and all(isinstance(part, Tensor) for part in batch)
     ):
         what = f"a triple ({', '.join(names)})" if segments else "a pair (inputs, targets)"
+        other = "" if segments else "; or pass a mapping with 'labels', or any batch with a loss_fn"
         raise TypeError(
             f"batch {index} must be {what} of tensors, got {type(batch).__name__}; pass a single "
-            f"batch as [({', '.join(names)})], and segments with unit='segment' only"
+            f"batch as [({', '.join(names)})], and segments with unit='segment' only{other}"
         )
     inputs, targets = batch[:2]
     if differentiated and inputs.is_inference():
@@ -232,7 +231,8 @@ def checked_batch(
         )
     if targets.dtype != torch.int64:
         raise TypeError(
-            f"targets of batch {index} must be int64, the numbers of classes, got {targets.dtype}"
+            f"targets of batch {index} must be int64, the numbers of classes, got {targets.dtype}; "
+            "pass another loss than the cross-entropy as loss_fn, with estimator='empirical'"
         )
     if targets.ndim not in {1, 2}:
         raise ValueError(
@@ -258,55 +258,6 @@ def checked_batch(
     return inputs, targets, numbers
 
 
-def labelled_samples(
-    batches: Any, n_samples: int | None, *, segments: bool = False, needed: bool = True
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield checked batches of inputs and targets, and maybe segments, until there are enough.
-
-    Args:
-        batches: What a user passed.
-        n_samples: As for :func:`take_samples`.
-        segments: Whether batches hold segments.
-        needed: As for :func:`take_samples`.
-    """
-    given = enumerate(checked_batches(batches))
-    checked = (checked_batch(b, i, segments=segments) for i, b in given)
-    return take_samples(checked, n_samples, needed=needed)
-
-
-def take_samples(
-    batches: Iterable[tuple[Tensor, ...]], n_samples: int | None, *, needed: bool = True
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield batches until they hold ``n_samples``, cutting the last one to fit.
-
-    Args:
-        batches: Checked tensors, whose first dimension is the samples.
-        n_samples: How many samples to take, >= 1; None for all.
-        needed: Whether there must be one, if ``n_samples`` is None.
-
-    Raises:
-        ValueError: ``n_samples`` is not a positive integer, there are fewer, or none at all. Raised
-            where the batches end.
-    """
-    if n_samples is not None:
-        check_positive_int("n_samples", n_samples)
-    seen = 0
-    for batch in batches:
-        if n_samples is not None:
-            batch = tuple(part[: n_samples - seen] for part in batch)
-        seen += len(batch[0])
-        yield batch
-        if seen == n_samples:
-            return
-    if seen == 0 and (needed or n_samples is not None):
-        raise ValueError("batches is empty: at least one sample is needed")
-    if n_samples is not None:
-        raise ValueError(
-            f"n_samples={n_samples}, but batches held only {seen} samples; "
-            f"provide more, or pass n_samples=None to use the {seen}"
-        )
-
-
 def check_cost(option: str, what: str, first: int, second: int) -> None:
     """Refuse what would take more than 4096 backward passes a sample.
 
@@ -325,19 +276,6 @@ def check_cost(option: str, what: str, first: int, second: int) -> None:
             f"a sample, more than {MAX_BACKWARDS}; use estimator='sketch' with unit='sequence', "
             "which is unbiased and takes one"
         )
-
-
-def logits_of(model: nn.Module, inputs: Tensor) -> Any:
-    """Run a model, and return its logits: what it returns, or that object's ``logits``.
-
-    The latter is how Hugging Face's models return them.
-
-    Args:
-        model: The model.
-        inputs: Samples.
-    """
-    outputs = model(inputs)
-    return outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
 
 
 def check_logits(logits: object, targets: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ so A weighs each input direction by how much the data use it. It is not centred:
 matters too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ from ars.regularizers.checks import (
     checked_batch,
     checked_batches,
     checked_module,
-    take_samples,
 )
+from ars.regularizers.fisher.batches import Batch, Labels, take_samples, unlabelled_samples
 from ars.regularizers.fisher.layers import (
     MatrixLayer,
     batched_rows,
@@ -33,6 +33,7 @@ from ars.regularizers.fisher.layers import (
     warn_of_others,
 )
 from ars.regularizers.fisher.processes import Group, Processes
+from ars.regularizers.fisher.samples import Samples
 
 __all__ = ["ActivationCovariance"]
 
@@ -122,7 +123,7 @@ class ActivationCovariance:
     @torch.inference_mode(False)  # whose tensors could not be changed afterwards
     def fit(
         self,
-        batches: Iterable[Tensor | tuple[Tensor, Tensor]],
+        batches: Iterable[Tensor | Batch],
         n_samples: int | None = None,
     ) -> "ActivationCovariance":
         """Average over ``batches``; every call starts afresh.
@@ -132,7 +133,9 @@ class ActivationCovariance:
         Args:
             batches: Inputs on the model's device, or pairs (inputs, targets) as for
                 :meth:`ars.regularizers.DiagonalFisher.fit`, whose targets only say with -100 which
-                positions do not count.
+                positions do not count. Or mappings, of which the model is called with all but
+                ``labels`` by name: positions count by their labels, as there; without labels by an
+                ``attention_mask`` (B, T), if there is one.
             n_samples: Stop after exactly that many samples of this process, within a batch if need
                 be, >= 1; by default all are used.
 
@@ -140,8 +143,8 @@ class ActivationCovariance:
             This object.
 
         Raises:
-            TypeError: A batch is neither a tensor nor a pair of tensors, or the model is one of
-                FullyShardedDataParallel.
+            TypeError: A batch is neither a tensor, a pair of tensors nor a mapping, or the model is
+                one of FullyShardedDataParallel.
             ValueError: No samples, or fewer than ``n_samples``; no layer to look at, or samples
                 that are mixed in one; no position that counts, or activations that are not finite;
                 a wrong ``process_group`` of a sharded model.
@@ -166,7 +169,7 @@ class ActivationCovariance:
 
     def _add_own_samples(
         self,
-        batches: Iterable[Tensor | tuple[Tensor, Tensor]],
+        batches: Iterable[Tensor | Batch],
         n_samples: int | None,
         layers: dict[str, MatrixLayer],
         sums: dict[str, "_Sums"],
@@ -182,12 +185,13 @@ class ActivationCovariance:
                 "[(inputs, targets)]"
             )
         given = checked_batches(batches)
-        pairs = (_labelled(batch, index) for index, batch in enumerate(given))
+        labels = Labels(self.model)
+        pairs = (_labelled(labels, batch, index) for index, batch in enumerate(given))
         samples = take_samples(pairs, n_samples, needed=self._processes.count == 1)
         seen = 0
         with recorded_uses(self.model, layers) as uses, torch.no_grad():
 
-            def order(inputs: Tensor, *_: object) -> Tensor:
+            def order(inputs: Samples, *_: object) -> Tensor:
                 return check_order(self.model, uses, inputs)
 
             proven = proven_batches(self.model, uses, samples, lambda outputs, *_: outputs, order)
@@ -280,14 +284,21 @@ def _is_one_pair(batches: object) -> bool:
     )
 
 
-def _labelled(batch: object, index: int) -> tuple[Tensor, ...]:
-    """Return inputs and targets; for inputs alone, targets that mask nothing.
+def _labelled(labels: Labels, batch: object, index: int) -> tuple[Samples, Tensor]:
+    """Return samples and targets; for inputs alone, targets that mask nothing.
 
     Raises:
         ValueError: There are no inputs.
     """
+    if isinstance(batch, Mapping):
+        given = batch.get("labels")
+        if not isinstance(given, Tensor) or given.dtype != torch.int64:
+            return unlabelled_samples(batch, index)
+        return labels.samples_and_targets(batch, index, differentiated=False)
     if not isinstance(batch, Tensor):
-        return checked_batch(batch, index, segments=False, differentiated=False)
+        inputs, targets = checked_batch(batch, index, segments=False, differentiated=False)
+        return Samples.of_inputs(inputs), targets
     if batch.ndim == 0 or len(batch) == 0:
         raise ValueError(f"batch {index} is empty: inputs have shape {tuple(batch.shape)}")
-    return batch, torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
+    targets = torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
+    return Samples.of_inputs(batch), targets

@@ -8,12 +8,10 @@ positions and over every use of a tied weight, never after a sum over samples: t
 quantity.
 """
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
-from numbers import Real
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -28,17 +26,23 @@ from ars.regularizers.checks import (
     checked_choice,
     checked_module,
     evaluation_mode,
-    labelled_samples,
-    logits_of,
     trainable,
+)
+from ars.regularizers.fisher.adam_moment import adam_importance
+from ars.regularizers.fisher.batches import (
+    Batch,
+    LossFunction,
+    check_loss_fn,
+    labelled_samples,
+    samples_with_losses,
 )
 from ars.regularizers.fisher.estimators import (
     ESTIMATORS,
     UNITS,
     Unit,
-    accumulation_dtype,
     count_units,
     drawn,
+    of_losses,
 )
 from ars.regularizers.fisher.gathered import gathered
 from ars.regularizers.fisher.per_sample import (
@@ -233,7 +237,11 @@ class DiagonalFisher:
         return self._n_samples
 
     def fit(
-        self, batches: Iterable[tuple[Tensor, ...]], n_samples: int | None = None
+        self,
+        batches: Iterable[Batch] | Iterable[Any],
+        n_samples: int | None = None,
+        *,
+        loss_fn: LossFunction | None = None,
     ) -> "DiagonalFisher":
         """Estimate the Fisher over ``batches``; every call starts afresh.
 
@@ -245,39 +253,64 @@ class DiagonalFisher:
                 of shape (B,) for logits (B, C) and (B, T) for logits (B, T, C); -100 masks a
                 position, for every estimator. A fully masked sequence counts, with gradient 0.
                 With ``unit="segment"`` triples (inputs, targets, segments): int64 of the shape of
-                ``targets``, equal at the positions of one document.
+                ``targets``, equal at the positions of one document. Or mappings, as Hugging Face's
+                collators make them: the model is called with all but ``labels`` by name, and
+                ``labels`` are the targets, shifted by one if the model's own loss shifts them (its
+                gradient by the logits tells, on one sample). An encoder-decoder gets the
+                ``decoder_input_ids`` that it makes of labels.
             n_samples: Stop after exactly that many sequences of this process, within a batch if
                 need be, >= 1; by default all are used.
+            loss_fn: Another loss than the cross-entropy of the logits, with
+                ``estimator="empirical"``: called with the model (out of a wrapper of torch's) and a
+                batch, it returns the loss of every sample, (B,), of which each gradient is squared.
+                Batches are then tensors, or tuples, lists and mappings of tensors, which all hold
+                the samples in their first dimension. It must not let samples influence one another.
 
         Returns:
             This object.
 
         Raises:
-            TypeError: A batch is not a pair of tensors, targets are not int64, the model does not
-                return a floating-point tensor, or a parameter is complex or one of
-                FullyShardedDataParallel.
+            TypeError: A batch is none of these, targets are not int64, the model does not return a
+                floating-point tensor, or a parameter is complex or one of FullyShardedDataParallel.
             ValueError: No samples, or fewer than ``n_samples``; an empty batch; shapes or devices
-                that do not fit; a target out of range; nothing to differentiate; more than 4096
-                backward passes a sample; an importance that is not finite; ``dtype=torch.uint8`` or
-                a wrong ``process_group`` of a sharded model.
+                that do not fit; a target out of range; a model whose own loss is no cross-entropy
+                of its labels; a ``loss_fn`` with another estimator, of another shape, or that gives
+                a sample another loss by itself than in its batch; nothing to differentiate; more
+                than 4096 backward passes a sample; an importance that is not finite;
+                ``dtype=torch.uint8`` or a wrong ``process_group`` of a sharded model.
             RuntimeError: The ``method`` asked for cannot differentiate the model, or another
                 process could not fit its samples.
+
+        Example:
+            >>> import torch
+            >>> from ars.regularizers import DiagonalFisher
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> _ = torch.nn.init.zeros_(model.weight)
+            >>> def squared_error(model, batch):
+            ...     return (model(batch["x"]) - batch["y"]).square().sum(1)
+            >>> batch = {"x": torch.tensor([[1.0], [2.0]]), "y": torch.tensor([[3.0], [1.0]])}
+            >>> fisher = DiagonalFisher(model, "empirical").fit([batch], loss_fn=squared_error)
+            >>> fisher.importance["weight"]  # mean of (2 x y)^2
+            tensor([[26.]])
         """
         if self.estimator == "adam":
             raise ValueError(
                 "estimator='adam' needs no data; use DiagonalFisher.from_optimizer(model, opt)"
             )
+        check_loss_fn(loss_fn, self.estimator, self.unit)
         check_can_differentiate("fit")
         self._check_can_store()
         processes, sharded = self._processes, dict[str, nn.Parameter]()
         several = distributed.is_available() and distributed.is_initialized()
         if not (several or processes.is_lost):
             total = zero_sums(trainable(self.model))
-            own = [self._add_own_samples(total, batches, n_samples, alone=True)]
+            own = [self._add_own_samples(total, batches, n_samples, loss_fn, alone=True)]
         else:
             with gathered(self.model, processes) as sharded:
                 total, alone = zero_sums(trainable(self.model)), processes.count == 1
-                add = partial(self._add_own_samples, total, batches, n_samples, alone=alone)
+                add = partial(
+                    self._add_own_samples, total, batches, n_samples, loss_fn, alone=alone
+                )
                 own = processes.each(add)
             processes.agreed([part.sums for part in own], everywhere=True)
         seen, units = sum(part.samples for part in own), sum(part.units for part in own)
@@ -294,43 +327,48 @@ class DiagonalFisher:
     def _add_own_samples(
         self,
         total: dict[str, Tensor],
-        batches: Iterable[tuple[Tensor, ...]],
+        batches: Iterable[Any],
         n_samples: int | None,
+        loss_fn: LossFunction | None,
         *,
         alone: bool,
     ) -> "_Part":
         """Add this process's samples to ``total``, and count them."""
         parameters = trainable(self.model)
         way = Differentiator(self.model, parameters, self.method, self.chunk_size)
-        samples = labelled_samples(
-            batches,
-            n_samples,
-            segments=self.unit == "segment",
-            needed=alone,
-        )
+        if loss_fn is None:
+            segments = self.unit == "segment"
+            samples = labelled_samples(
+                self.model, batches, n_samples, segments=segments, needed=alone
+            )
+        else:
+            samples = samples_with_losses(self.model, batches, loss_fn, n_samples, needed=alone)
         generator = self.generator
         seen = units = classes = 0
         with evaluation_mode(self.model), torch.enable_grad():
-            for index, (inputs, targets, *segments) in enumerate(samples):
+            for index, (inputs, targets, *numbers) in enumerate(samples):
                 if seen == 0:
-                    classes = check_logits(logits_of(self.model, inputs[:1]), targets[:1]).shape[-1]
+                    classes = check_logits(inputs[:1].run(self.model), targets[:1]).shape[-1]
                     if generator is None and not alone:
                         generator = self._processes.generator(targets.device)
                 check_targets(targets, classes, index)
-                batch = drawn(
-                    inputs,
-                    targets,
-                    self.estimator,
-                    draws=self.draws,
-                    classes=classes,
-                    generator=generator,
-                    unit=self.unit,
-                    segments=segments[0] if segments else None,
-                )
+                if loss_fn is None:
+                    batch = drawn(
+                        inputs,
+                        targets,
+                        self.estimator,
+                        draws=self.draws,
+                        classes=classes,
+                        generator=generator,
+                        unit=self.unit,
+                        segments=numbers[0] if numbers else None,
+                    )
+                else:
+                    batch = of_losses(inputs, targets)
                 if self.estimator == "batched":
                     add_squared_batch_gradient(total, self.model, parameters, batch)
                 else:
-                    way.add_squares(total, self.estimator, batch)
+                    way.add_squares(total, "given" if loss_fn else self.estimator, batch)
                 seen += len(targets)
                 units += len(targets) if batch.units is None else count_units(batch.units)
         return _Part({n: (t.shape, t.dtype) for n, t in total.items()}, seen, units)
@@ -385,7 +423,7 @@ class DiagonalFisher:
         fisher = cls(model, "adam", dtype=dtype)
         fisher._check_can_store()
         reshard(model)
-        return fisher._store(*_adam_importance(trainable(model), optimizer, scale), {})
+        return fisher._store(*adam_importance(trainable(model), optimizer, scale), {})
 
     def _check_can_store(self) -> None:
         for name, p in self.model.named_parameters():
@@ -450,51 +488,3 @@ def _warn_of_zeros(names: list[str]) -> None:
             "while B is 0. Fit after training, or freeze what is not used",
             stacklevel=4,
         )
-
-
-def _adam_importance(
-    parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, scale: float
-) -> tuple[dict[str, Tensor], int]:
-    """Return the optimizer's bias-corrected second moments times ``scale``.
-
-    Args:
-        parameters: By name.
-        optimizer: Holds ``exp_avg_sq`` and ``step`` of each; with ``beta_products`` its correction
-            is theirs, else the power of its group's second beta.
-        scale: Finite, > 0.
-
-    Returns:
-        The importance by name, float32 (float64 for a float64 parameter), and the steps taken.
-
-    Raises:
-        TypeError: ``optimizer`` is not an optimizer or ``scale`` not a number.
-        ValueError: A parameter has no second moment in it, or ``scale`` is not positive.
-    """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be finite and > 0, got {scale}")
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    importance, steps = {}, 0
-    for name, p in parameters.items():
-        state = optimizer.state.get(p, {})
-        if p not in groups or "exp_avg_sq" not in state:
-            raise ValueError(
-                f"{type(optimizer).__name__} holds no 'exp_avg_sq' of {name!r}; pass the Adam "
-                "that trained this model, after at least one step of every parameter, or set "
-                "requires_grad=False on what it does not train"
-            )
-        step = int(state["step"])
-        # Another optimizer may have carried our products along without advancing them.
-        if "beta_products" in state and state.get("beta_products_step", step) == step:
-            remaining = float(state["beta_products"][1])
-        else:
-            remaining = float(groups[p]["betas"][1]) ** step
-        moment = state["exp_avg_sq"].detach().to(accumulation_dtype(p.dtype))
-        importance[name] = moment * (scale / (1 - remaining))
-        steps = max(steps, step)
-    return importance, steps

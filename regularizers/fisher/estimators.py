@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from ars.regularizers.checks import IGNORE_INDEX, check_cost
+from ars.regularizers.fisher.samples import Samples
 
 __all__ = [
     "ESTIMATORS",
@@ -57,6 +58,7 @@ __all__ = [
     "count_units",
     "draw_nothing",
     "drawn",
+    "of_losses",
     "sampled_labels",
     "units_of",
     "with_lookahead",
@@ -178,14 +180,14 @@ class Chunk(NamedTuple):
     """Samples that are differentiated together, and everything random about them.
 
     Args:
-        inputs: (B, ...).
+        inputs: B samples.
         targets: int64 in [0, C) or -100, shape (B,) or (B, T).
         noise: The estimator's random numbers, (B, draws, ...).
         units: Unit of each position, -1 for none, shape (B, T or 1); None: the sequence.
         n_units: Largest number of units in a sample.
     """
 
-    inputs: Tensor
+    inputs: Samples
     targets: Tensor
     noise: Tensor
     units: Tensor | None
@@ -230,7 +232,7 @@ def count_units(units: Tensor) -> int:
 
 
 def drawn(
-    inputs: Tensor,
+    inputs: Samples,
     targets: Tensor,
     estimator: str,
     *,
@@ -245,7 +247,7 @@ def drawn(
     So they are the same whatever batch a sample comes in.
 
     Args:
-        inputs: (B, ...).
+        inputs: B samples.
         targets: (B,) or (B, T).
         estimator: A name in ``ESTIMATORS``.
         draws: How many a sample.
@@ -271,6 +273,16 @@ def drawn(
     else:
         noise = torch.stack([draw(shape, generator, device) for _ in targets])
     return Chunk(inputs, targets, noise.to(targets.device), units, n_units)
+
+
+def of_losses(inputs: Samples, targets: Tensor) -> Chunk:
+    """Return a batch whose "logits" are losses: with the estimator "given" its cotangent is 1.
+
+    Args:
+        inputs: B samples.
+        targets: Zeros, (B,).
+    """
+    return Chunk(inputs, targets, torch.ones(len(targets), 1, 1, 1, device=targets.device), None, 1)
 
 
 def cotangents(estimator: str, logits: Tensor, chunk: Chunk) -> Iterator[Tensor]:

@@ -34,9 +34,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.checks import logits_of
 from ars.regularizers.fisher.estimators import Chunk, cotangents, with_lookahead
-from ars.regularizers.fisher.row_proof import Passes, RowProof, computed_in
+from ars.regularizers.fisher.row_proof import Passes, RowProof, computed_in, outputs_tolerance
 from ars.regularizers.fisher.rules import (
     Contribution,
     Pieces,
@@ -48,12 +47,9 @@ from ars.regularizers.fisher.rules import (
     rule_of,
     to_samples,
 )
+from ars.regularizers.fisher.samples import Samples
 
 __all__ = ["Taps", "UnsupportedModelError"]
-
-# Largest deviation of a sample's logits in a batch from its logits alone that is rounding.
-LOGIT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
-HALF_LOGIT_TOLERANCE = 0.1
 
 # What a tap's backward pass is given: (the layer's input, its output's gradient).
 _Record: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -134,7 +130,7 @@ class Taps:
     """
 
     def __init__(
-        self, model: nn.Module, parameters: dict[str, nn.Parameter], inputs: Tensor
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], inputs: Samples
     ) -> None:
         self._model = model
         self._names = {p: name for name, p in parameters.items()}
@@ -178,7 +174,7 @@ class Taps:
                 )
         return layers
 
-    def _shapes(self, inputs: Tensor) -> list[tuple[nn.Module, torch.Size]]:
+    def _shapes(self, inputs: Samples) -> list[tuple[nn.Module, torch.Size]]:
         found = []
 
         def record_shape(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -191,7 +187,7 @@ class Taps:
         handles = [m.register_forward_hook(record_shape, with_kwargs=True) for m in self._layers]
         try:
             with torch.no_grad():
-                self._model(inputs)
+                inputs.run(self._model)
         finally:
             for handle in handles:
                 handle.remove()
@@ -408,14 +404,14 @@ class Taps:
             for module, name, p in self._broadcast:
                 module._parameters[name] = p
             with torch.no_grad():
-                alone = logits_of(self._model, chunk.inputs[n : n + 1])
+                alone = chunk.inputs[n : n + 1].run(self._model)
         finally:
             self._without_taps = False
             for (module, name, _), copy in zip(self._broadcast, copies, strict=True):
                 module._parameters[name] = copy
         together = logits.detach()[n : n + 1]
         largest = together[together.isfinite()].abs().amax() if together.isfinite().any() else 0.0
-        allowed = LOGIT_TOLERANCE.get(computed_in(self._names, chunk.inputs), HALF_LOGIT_TOLERANCE)
+        allowed = outputs_tolerance(computed_in(self._names, chunk.inputs))
         if not torch.isclose(alone, together, rtol=0, atol=float(allowed * largest)).all():
             raise UnsupportedModelError(
                 f"sample {n} of {len(logits)} has other logits by itself: samples influence one "

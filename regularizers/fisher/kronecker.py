@@ -14,7 +14,7 @@ What A and G are depends on how the positions t share the weight:
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,15 @@ from ars.regularizers.checks import (
     check_trainable,
     checked_choice,
     checked_module,
-    labelled_samples,
 )
-from ars.regularizers.fisher.estimators import ESTIMATORS, Chunk, cotangents, drawn
+from ars.regularizers.fisher.batches import (
+    Batch,
+    LossFunction,
+    check_loss_fn,
+    labelled_samples,
+    samples_with_losses,
+)
+from ars.regularizers.fisher.estimators import ESTIMATORS, Chunk, cotangents, drawn, of_losses
 from ars.regularizers.fisher.layers import (
     MatrixLayer,
     Use,
@@ -46,6 +52,7 @@ from ars.regularizers.fisher.layers import (
 )
 from ars.regularizers.fisher.processes import Group, Processes
 from ars.regularizers.fisher.row_proof import computed_in
+from ars.regularizers.fisher.samples import Samples
 
 __all__ = ["KroneckerFactors", "KroneckerFisher", "nearest_product"]
 
@@ -218,7 +225,11 @@ class KroneckerFisher:
         return self._n_samples
 
     def fit(
-        self, batches: Iterable[tuple[Tensor, Tensor]], n_samples: int | None = None
+        self,
+        batches: Iterable[Batch] | Iterable[Any],
+        n_samples: int | None = None,
+        *,
+        loss_fn: LossFunction | None = None,
     ) -> "KroneckerFisher":
         """Estimate the factors over ``batches``; every call starts afresh.
 
@@ -226,17 +237,21 @@ class KroneckerFisher:
         they are: their size changes the memory and the speed, not the result.
 
         Args:
-            batches: Pairs (inputs, targets) as for :meth:`ars.regularizers.DiagonalFisher.fit`. A
-                target of -100 masks its position: it sends no gradient, and does not count in A
-                of a layer with as many positions as targets (nor does a fully masked sample).
+            batches: Pairs (inputs, targets), or mappings with ``labels``, as for
+                :meth:`ars.regularizers.DiagonalFisher.fit`. A target of -100 masks its position: it
+                sends no gradient, and does not count in A of a layer with as many positions as
+                targets (nor does a fully masked sample).
             n_samples: Stop after exactly that many samples of this process, within a batch if need
                 be, >= 1; by default all are used.
+            loss_fn: Another loss than the cross-entropy of the logits, with
+                ``estimator="empirical"``, as for :meth:`ars.regularizers.DiagonalFisher.fit`. All
+                positions count in A then.
 
         Returns:
             This object.
 
         Raises:
-            TypeError: A batch is not a pair of tensors, targets are not int64, the model does not
+            TypeError: A batch is none of these, targets are not int64, the model does not
                 return a floating-point tensor, or is one of FullyShardedDataParallel.
             ValueError: No samples, or fewer than ``n_samples``; shapes or devices that do not fit;
                 a target out of range; more than 4096 backward passes a sample; no layer to factor,
@@ -245,8 +260,9 @@ class KroneckerFisher:
             RuntimeError: A layer ran outside autograd, or another process could not fit its
                 samples.
         """
+        check_loss_fn(loss_fn, self.estimator, "sequence")
         check_can_differentiate("fit")
-        add = partial(self._add_own_samples, batches, n_samples)
+        add = partial(self._add_own_samples, batches, n_samples, loss_fn)
         layers, totals, seen = fit_layers(self.model, self._processes, FactorSums, add)
         factors = {}
         for name, total in totals:
@@ -262,15 +278,21 @@ class KroneckerFisher:
 
     def _add_own_samples(
         self,
-        batches: Iterable[tuple[Tensor, Tensor]],
+        batches: Iterable[Any],
         n_samples: int | None,
+        loss_fn: LossFunction | None,
         layers: dict[str, MatrixLayer],
         sums: dict[str, FactorSums],
     ) -> int:
         """Add this process's samples to ``sums``, and count them."""
         check_trainable({n: p for n, p in self.model.named_parameters() if p.requires_grad})
         generator, seen = self.generator, 0
-        samples = labelled_samples(batches, n_samples, needed=self._processes.count == 1)
+        alone = self._processes.count == 1
+        if loss_fn is None:
+            samples = labelled_samples(self.model, batches, n_samples, needed=alone)
+        else:
+            samples = samples_with_losses(self.model, batches, loss_fn, n_samples, needed=alone)
+        estimator = "given" if loss_fn else self.estimator
         with recorded_uses(self.model, layers) as uses, torch.enable_grad():
             ordered = self.sharing == "reduce"
             order = partial(self._check_order, uses)
@@ -280,20 +302,23 @@ class KroneckerFisher:
             for inputs, targets, logits in proven:
                 if generator is None:
                     generator = self._processes.generator(targets.device)
-                chunk = drawn(
-                    inputs,
-                    targets,
-                    self.estimator,
-                    draws=self.draws,
-                    classes=logits.shape[-1],
-                    generator=generator,
-                )
+                if loss_fn is None:
+                    chunk = drawn(
+                        inputs,
+                        targets,
+                        self.estimator,
+                        draws=self.draws,
+                        classes=logits.shape[-1],
+                        generator=generator,
+                    )
+                else:
+                    chunk = of_losses(inputs, targets)
                 # A copy: activation checkpointing runs layers again during the backward pass.
-                self._add(sums, layers, list(uses), logits, chunk)
+                self._add(sums, layers, list(uses), logits, chunk, estimator)
                 seen += len(targets)
         return seen
 
-    def _check_order(self, uses: list[Use], _: Tensor, logits: Tensor, number: int) -> Tensor:
+    def _check_order(self, uses: list[Use], _: Samples, logits: Tensor, number: int) -> Tensor:
         generator = torch.Generator(logits.device).manual_seed(number)
         float16 = torch.float16 in {computed_in(self.model.parameters(), logits), logits.dtype}
         edges = [_edge(use) for use in uses]
@@ -306,6 +331,7 @@ class KroneckerFisher:
         uses: list[Use],
         logits: Tensor,
         chunk: Chunk,
+        estimator: str,
     ) -> None:
         """Add one batch: the inputs of every layer once, its output gradients a cotangent."""
         reduce = self.sharing == "reduce"
@@ -318,7 +344,7 @@ class KroneckerFisher:
                 p = len(mine[0].module.weight)
                 sums[name] = FactorSums.zero(rows.device, rows.shape[-1], p, rows.dtype)
             sums[name].add_inputs(rows, valid, reduce=reduce)
-        for cotangent in cotangents(self.estimator, logits.detach(), chunk):
+        for cotangent in cotangents(estimator, logits.detach(), chunk):
             found = torch.autograd.grad(
                 logits, edges, cotangent, retain_graph=True, allow_unused=True
             )

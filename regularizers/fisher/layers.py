@@ -23,6 +23,7 @@ from ars.regularizers.fisher.gathered import gathered
 from ars.regularizers.fisher.processes import Processes
 from ars.regularizers.fisher.row_proof import Passes, RowProof
 from ars.regularizers.fisher.rules import Convolution, patches_of
+from ars.regularizers.fisher.samples import Samples
 
 __all__ = [
     "MatrixLayer",
@@ -162,12 +163,12 @@ def fit_layers(
 def proven_batches(
     model: nn.Module,
     uses: list[Use],
-    samples: Iterable[tuple[Tensor, ...]],
+    samples: Iterable[tuple[Any, ...]],
     check_outputs: Callable[[Any, Tensor, int], Any],
-    check_order: Callable[[Tensor, Any, int], Tensor],
+    check_order: Callable[[Samples, Any, int], Tensor],
     *,
     ordered: bool = False,
-) -> Iterator[tuple[Tensor, Tensor, Any]]:
+) -> Iterator[tuple[Samples, Tensor, Any]]:
     """Run a model on each batch, and yield it once the rows are known to be the samples'.
 
     Args:
@@ -305,7 +306,7 @@ def outer_products(rows: Tensor) -> Tensor:
         return rows.T @ rows
 
 
-def _check_rows(model: nn.Module, uses: list[Use], inputs: Tensor, *, proven: bool) -> None:
+def _check_rows(model: nn.Module, uses: list[Use], inputs: Samples, *, proven: bool) -> None:
     """Refuse layers whose rows cannot be divided among the samples.
 
     Raises:
@@ -329,7 +330,7 @@ def _check_rows(model: nn.Module, uses: list[Use], inputs: Tensor, *, proven: bo
             )
 
 
-def check_order(model: nn.Module, uses: list[Use], inputs: Tensor) -> Tensor:
+def check_order(model: nn.Module, uses: list[Use], inputs: Samples) -> Tensor:
     """Refuse layers that do not hold the samples one after another, by what they read.
 
     They must begin with the rows of the first sample; and with every sample in the place of the one
@@ -348,7 +349,7 @@ def check_order(model: nn.Module, uses: list[Use], inputs: Tensor) -> Tensor:
         ValueError: There is such a layer; names the weight.
     """
     alone = _uses_of(model, uses, inputs[:1])
-    moved = _uses_of(model, uses, inputs.roll(1, 0))
+    moved = _uses_of(model, uses, inputs.rolled())
     told = [torch.ones(0, dtype=torch.bool)]
     for one, both, other in zip_longest(alone, uses, moved):
         weight = (both or other).weight
@@ -412,13 +413,13 @@ def _not_in_order(weight: str) -> str:
     )
 
 
-def _uses_of(model: nn.Module, uses: list[Use], inputs: Tensor) -> list[Use]:
+def _uses_of(model: nn.Module, uses: list[Use], inputs: Samples) -> list[Use]:
     """Return the record of other inputs, and put the present one back."""
     kept = list(uses)
     uses.clear()
     try:
         with torch.no_grad():
-            model(inputs)
+            inputs.run(model)
         return list(uses)
     finally:
         uses[:] = kept

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ars.regularizers.checks import logits_of
 from ars.regularizers.fisher.estimators import (
     Chunk,
     accumulation_dtype,
@@ -29,6 +28,7 @@ from ars.regularizers.fisher.estimators import (
 )
 from ars.regularizers.fisher.hooks import Taps, UnsupportedModelError
 from ars.regularizers.fisher.row_proof import computed_in
+from ars.regularizers.fisher.samples import Samples
 
 __all__ = ["METHODS", "Differentiator", "Method", "add_squared_batch_gradient", "zero_sums"]
 
@@ -119,7 +119,7 @@ class Differentiator:
     def _compared_taps(self, total: dict[str, Tensor], chunk: Chunk) -> Taps:
         self._compared = min(2, len(chunk.targets))
         try:
-            taps = Taps(self._model, self._parameters, _two_samples(chunk.inputs))
+            taps = Taps(self._model, self._parameters, chunk.inputs[_two_of(chunk.inputs)])
             self._verify(partial(taps.add_squares, prove=False), total, chunk)
         except UnsupportedModelError:
             raise
@@ -169,16 +169,15 @@ class Differentiator:
         """
         # While nothing has been added, the sums lend their memory.
         free = zero_sums(self._parameters) if self._begun else total
-        inputs = _two_samples(chunk.inputs)
-        wide = inputs.to(accumulation_dtype(inputs.dtype)) if inputs.is_floating_point() else inputs
+        inputs = chunk.inputs[_two_of(chunk.inputs)]
         # Of class 0, so that none is masked.
-        targets = torch.zeros_like(_two_samples(chunk.targets))
+        targets = torch.zeros_like(chunk.targets[_two_of(chunk.targets)])
         with torch.no_grad():
-            logits = logits_of(self._model, inputs[:1])
+            logits = inputs[:1].run(self._model)
         generator = torch.Generator(logits.device).manual_seed(0)
         size = (2, 1, targets[0].numel(), logits.shape[-1])
         noise = torch.randn(size, generator=generator, device=logits.device)
-        two = Chunk(wide, targets, noise, None, 1)
+        two = Chunk(inputs.widened(), targets, noise, None, 1)
         try:
             with in_float32(self._model):
                 wrong = self._compare(add, free, two)
@@ -226,9 +225,9 @@ class Differentiator:
         return found[0] if found else None
 
 
-def _two_samples(samples: Tensor) -> Tensor:
-    """Return the first two samples, or the only one twice."""
-    return samples[:2] if len(samples) > 1 else samples[[0, 0]]
+def _two_of(samples: Tensor | Samples) -> slice | list[int]:
+    """Return the places of the first two samples, or of the only one twice."""
+    return slice(2) if len(samples) > 1 else [0, 0]
 
 
 @contextmanager
@@ -277,7 +276,7 @@ def add_squares_one_by_one(
     """
     leaves = list(parameters.values())
     for one in chunk.split(1):
-        logits = logits_of(model, one.inputs)
+        logits = one.inputs.run(model)
         for cotangent, more in with_lookahead(cotangents(estimator, logits.detach(), one)):
             gradients = torch.autograd.grad(
                 logits, leaves, cotangent, retain_graph=more, materialize_grads=True
@@ -327,14 +326,20 @@ def _add_by_vmap(
     chunk: Chunk,
 ) -> None:
     def squares_of_one(
-        leaves: dict[str, Tensor], x: Tensor, y: Tensor, noise: Tensor, units: Tensor | None
+        leaves: dict[str, Tensor],
+        x: tuple[Tensor, ...],
+        y: Tensor,
+        noise: Tensor,
+        units: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
+        inputs = chunk.inputs.holding([tensor[None] for tensor in x])
+
         def forward(leaves: dict[str, Tensor]) -> Any:
             with _replaced_parameters(parameters, model, leaves):
-                return logits_of(model, x[None])
+                return inputs.run(model)
 
         one = Chunk(
-            x[None], y[None], noise[None], None if units is None else units[None], chunk.n_units
+            inputs, y[None], noise[None], None if units is None else units[None], chunk.n_units
         )
         logits, pull_back, *_ = vjp(forward, leaves)
         squares = {name: torch.zeros_like(tensor) for name, tensor in total.items()}
@@ -345,7 +350,8 @@ def _add_by_vmap(
 
     leaves = {name: p.detach() for name, p in parameters.items()}
     in_dims = (None, 0, 0, 0, None if chunk.units is None else 0)
-    per_sample, logits = vmap(squares_of_one, in_dims=in_dims)(leaves, *chunk[:4])
+    each = leaves, chunk.inputs.tensors, *chunk[1:4]
+    per_sample, logits = vmap(squares_of_one, in_dims=in_dims)(*each)
     if logits.requires_grad:  # though all leaves are detached
         raise ValueError("it uses a parameter that is not found at its place in the module")
     for name, squares in per_sample.items():
@@ -384,7 +390,7 @@ def add_squared_batch_gradient(
 ) -> None:
     """Add B (mean_n g_n)^2, the square of one gradient of the whole batch; arguments as above."""
     batch = len(chunk.targets)
-    logits = logits_of(model, chunk.inputs)
+    logits = chunk.inputs.run(model)
     for cotangent in cotangents("batched", logits.detach(), chunk):
         gradients = torch.autograd.grad(
             logits, list(parameters.values()), cotangent, materialize_grads=True

@@ -26,10 +26,21 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ars.regularizers.checks import logits_of
 from ars.regularizers.fisher.estimators import accumulation_dtype
+from ars.regularizers.fisher.samples import Samples
 
-__all__ = ["Operators", "Passes", "RowProof", "computed_in", "values_decide"]
+__all__ = [
+    "Operators",
+    "Passes",
+    "RowProof",
+    "computed_in",
+    "outputs_tolerance",
+    "values_decide",
+]
+
+# Largest deviation of a sample's logits in a batch from its logits alone that is rounding.
+_OUTPUTS_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
+_HALF_OUTPUTS_TOLERANCE = 0.1
 
 # The two weights of a sample differ by up to 2^30 either way; by 2^6 where float16 would overflow.
 RANGE, FLOAT16_RANGE = 30, 6
@@ -141,7 +152,16 @@ class RowProof:
         return Evidence(misplaced, finite=bool(flags[-1]), seen=torch.cat(seen).cpu())
 
 
-def computed_in(parameters: Iterable[nn.Parameter], inputs: Tensor) -> torch.dtype:
+def outputs_tolerance(dtype: torch.dtype) -> float:
+    """Return the largest deviation between two batches that is rounding, relative to the outputs.
+
+    Args:
+        dtype: What the model computes in.
+    """
+    return _OUTPUTS_TOLERANCE.get(dtype, _HALF_OUTPUTS_TOLERANCE)
+
+
+def computed_in(parameters: Iterable[nn.Parameter], inputs: Tensor | Samples) -> torch.dtype:
     """Return the coarsest dtype that a model computes in: its parameters', or autocast's."""
     device = inputs.device.type
     dtypes = [p.dtype for p in parameters]
@@ -273,12 +293,12 @@ class Passes:
         self._key: object = None
         self._by_value = False
 
-    def run(self, inputs: Tensor) -> Any:
+    def run(self, inputs: Samples) -> Any:
         """Return what the model makes of ``inputs``, and look at how it does so."""
         with Operators(self._constants) as operators, HostReads(operators):
-            outputs = logits_of(self._model, inputs)
+            outputs = inputs.run(self._model)
         record = operators.record
-        self._key = inputs.shape, inputs.dtype, record
+        self._key = inputs.shapes, record
         self._by_value = self._key not in self._seen and values_decide(record)
         return outputs
 

@@ -11,7 +11,11 @@ BLOCKS = dict(
 )
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*LeafSpec")
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning:lightning",
+    "ignore:.*LeafSpec",
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning",  # which PEFT reads
+)
 @pytest.mark.parametrize("title", BLOCKS)
 def test_block_runs(title, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -95,7 +95,7 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match=re.escape(says)):
             fitted.fit(batches, n)
     with pytest.raises(TypeError, match="must be a pair"):
-        fitted.fit([{"x": x}])
+        fitted.fit([[x, x, x]])
     assert all(torch.equal(before[n], m) for n, m in fitted.augmented.items())
 
     with pytest.raises(TypeError, match="model must be a"):

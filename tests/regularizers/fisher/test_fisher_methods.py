@@ -13,6 +13,7 @@ from ars.regularizers.fisher import estimators
 from ars.regularizers.fisher.estimators import Chunk
 from ars.regularizers.fisher.hooks import Taps
 from ars.regularizers.fisher.per_sample import zero_sums
+from ars.regularizers.fisher.samples import Samples
 
 TOLERANCE = 1e-11
 
@@ -87,8 +88,8 @@ def test_checkpoints_keep_nothing_that_they_recompute():
         return tensor
 
     parameters = dict(model.named_parameters())
-    taps, total = Taps(model, parameters, x), zero_sums(parameters)
-    chunk = Chunk(x, torch.zeros(5, 6).long(), torch.empty(5, 1, 0), None, 1)
+    taps, total = Taps(model, parameters, Samples.of_inputs(x)), zero_sums(parameters)
+    chunk = Chunk(Samples.of_inputs(x), torch.zeros(5, 6).long(), torch.empty(5, 1, 0), None, 1)
     counts = []
     for run in (lambda: model(x), lambda: taps.add_squares(total, "empirical", chunk)):
         packed.clear()
