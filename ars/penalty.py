@@ -212,8 +212,8 @@ def what_to_pass(penalty: Any) -> str:
     if isinstance(penalty, (list, tuple, set)):
         return (
             "an optimizer takes one penalty. Pass one of them, and add the others to the loss by "
-            "ars.regularizers.CombinedLoss(...); an EWC and a SubspacePenalty together are a "
-            "ProgressiveInheritance"
+            "ars.regularizers.CombinedLoss(...); an EWC together with a SubspacePenalty or a "
+            "KroneckerPenalty is a ProgressiveInheritance"
         )
     if hasattr(cls, "factors") or hasattr(cls, "covariance"):
         return f"pass KroneckerPenalty(model, ...) of this {kind}"

@@ -25,7 +25,8 @@ QUIET_SECONDS = 1.0  # what takes less, and is no training, is not worth a progr
 _TERMINAL_SECONDS = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OURS = (
-    "analysis", "ars", "common", "continual", "corpus", "experiment", "stress", "trainer",
+    "analysis", "ars", "common", "continual", "corpus", "experiment", "protection", "stress",
+    "trainer",
 )  # fmt: skip
 
 _DIVERGED = 3

@@ -40,6 +40,10 @@ PREDICTION = {
     "second recipe with Muon": {
         "half": {"members": 6, "saving": 0.56, "largest_deficit": 0.0},
     },
+    # After one rate for all members had failed on seeds 2 and 3.
+    "second recipe with Muon, falling rates": {
+        "half": {"members": 6, "saving": 0.54, "largest_deficit": 0.0},
+    },
     # After a look ahead, seed 2, had the eleventh member at its edge with a lineage of 1.5.
     "second recipe, longer lineage": {
         "miniature": {"members": 11, "saving": 0.62, "largest_deficit": 0.0},

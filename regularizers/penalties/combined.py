@@ -14,6 +14,7 @@ from ars.penalty import check_strength, what_to_pass
 from ars.regularizers.checks import checked_module, trainable
 from ars.regularizers.penalties.distillation import Distillation
 from ars.regularizers.penalties.ewc import EWC
+from ars.regularizers.penalties.kronecker_penalty import KroneckerPenalty
 from ars.regularizers.penalties.penalty_base import check_state
 from ars.regularizers.penalties.subspace import SubspacePenalty
 
@@ -33,18 +34,21 @@ class Valued(Protocol):
 
 
 class ProgressiveInheritance:
-    r"""An :class:`EWC` and a :class:`SubspacePenalty` as one penalty of an optimizer.
+    r"""An :class:`EWC` and a penalty of matrices as one penalty of an optimizer.
 
     .. math:: \Phi = \tfrac12 \lambda \sum_i \Omega_i (\theta_i - \theta^*_i)^2
               + \gamma \sum_W \|Q\,(W - W^*)\|_F^2
 
-    EWC holds every entry by itself, biases included; the subspace holds directions, which entries
-    one by one cannot. :attr:`strength` and :attr:`mode` are those of the EWC; the subspace's gamma
-    is ``subspace.strength``, and its gradient joins the task's in either mode.
+    EWC holds every entry by itself, biases included; a :class:`SubspacePenalty` holds directions,
+    which entries one by one cannot. With a :class:`KroneckerPenalty`, its own value takes the place
+    of the second sum: give the EWC what its factors leave out, such as norms and embeddings.
+    :attr:`strength` and :attr:`mode` are those of the EWC; the other's strength is
+    ``subspace.strength``, and its gradient joins the task's in either mode.
 
     Args:
         ewc: The elementwise part.
-        subspace: The other part; of the same model, which is not checked.
+        subspace: The other part, a :class:`SubspacePenalty` or a :class:`KroneckerPenalty`; of the
+            same model, which is not checked.
 
     Raises:
         TypeError: One of them is something else.
@@ -63,12 +67,12 @@ class ProgressiveInheritance:
         4.0
     """
 
-    def __init__(self, ewc: EWC, subspace: SubspacePenalty) -> None:
-        for what, part, kind in (("ewc", ewc, EWC), ("subspace", subspace, SubspacePenalty)):
-            if not isinstance(part, kind):
-                raise TypeError(
-                    f"{what} must be of class {kind.__name__}, got {type(part).__name__}"
-                )
+    def __init__(self, ewc: EWC, subspace: SubspacePenalty | KroneckerPenalty) -> None:
+        of_matrices = (SubspacePenalty, KroneckerPenalty)
+        for what, part, kinds in (("ewc", ewc, (EWC,)), ("subspace", subspace, of_matrices)):
+            if not isinstance(part, kinds):
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"{what} must be of class {names}, got {type(part).__name__}")
         self.ewc = ewc
         self.subspace = subspace
 
@@ -100,24 +104,35 @@ class ProgressiveInheritance:
         return self.ewc.terms()
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """Parameters and buffers of the subspace penalty."""
+        """Parameters and buffers of the other part."""
         return self.subspace.gradients()
 
     def refresh(self) -> Tensor:
-        """Fill the subspace's buffers; return its value alone, as the step adds that of the EWC."""
+        """Fill the other part's buffers; return its value alone: the step adds that of the EWC."""
         return self.subspace.refresh()
 
     def parts(self) -> dict[str, Tensor]:
-        """Value of each part, 0-d and differentiable: ``"ewc"`` and ``"subspace"``."""
-        return {"ewc": self.ewc.value(), "subspace": self.subspace.value()}
+        """Value of each part, 0-d and differentiable: ``"ewc"`` and the other's.
+
+        That is ``"subspace"``, or ``"KroneckerPenalty"``.
+        """
+        other = self.subspace
+        name = "subspace" if isinstance(other, SubspacePenalty) else type(other).__name__
+        return {"ewc": self.ewc.value(), name: other.value()}
 
     def value(self) -> Tensor:
         """Return the sum of the parts, 0-d and differentiable, on the EWC's first device."""
-        ewc, subspace = self.parts().values()
-        return ewc + subspace.to(ewc.device)
+        ewc, other = self.parts().values()
+        return ewc + other.to(ewc.device)
 
     def project_(self) -> None:
-        """Remove the change that the subspace penalty penalises; see :class:`SubspacePenalty`."""
+        """Remove the change that the subspace penalty penalises; see :class:`SubspacePenalty`.
+
+        Raises:
+            TypeError: The other part is a :class:`KroneckerPenalty`, which has no subspace.
+        """
+        if not isinstance(self.subspace, SubspacePenalty):
+            raise TypeError("a KroneckerPenalty has no subspace to project on")
         self.subspace.project_()
 
     def state_dict(self) -> dict[str, Any]:

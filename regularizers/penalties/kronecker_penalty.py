@@ -500,6 +500,33 @@ class KroneckerPenalty(PenaltyBase):
             ValueError: The state is of another model or holds an invalid value. Nothing has changed
                 then; the message names the first difference.
         """
+        state, pulls = self._checked_state(state)
+        self._set_pulls(pulls)
+        self.strength = checked_strength(state["strength"])
+        self.estimator, self.sharing = state["estimator"], state["sharing"]
+        for name, pull in self._pulls.items():
+            anchor = place_like(state["anchor"][name], pull.anchor)
+            part_of(pull.anchor).copy_(part_of(anchor))
+            pull.inputs.copy_(state["inputs"][name])
+            if pull.outputs is not None:
+                pull.outputs.copy_(state["outputs"][name])
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See that a state can be loaded; nothing changes.
+
+        Args:
+            state: What :meth:`load_state_dict` would take.
+
+        Raises:
+            TypeError: An entry has the wrong type.
+            ValueError: The state is of another model or holds an invalid value.
+        """
+        self._checked_state(state)
+
+    def _checked_state(
+        self, state: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], dict[str, MatrixPull]]:
+        """The state by this model's own names, and the pulls that it is for."""
         self._follow_sharding()
         state = without_wrappers(state, self._model)
         options = {"strength", "estimator", "sharing"}
@@ -507,7 +534,7 @@ class KroneckerPenalty(PenaltyBase):
         held = {name: pull.parameters[name] for name, pull in self._pulls.items()}
         named = parameters_in_state(state, "inputs", self._model, held)
         check_state("a KroneckerPenalty", state, options | parts, parts, named)
-        strength = checked_strength(state["strength"])
+        checked_strength(state["strength"])
         check_label("estimator", state["estimator"])
         check_label("sharing", state["sharing"])
         outputs = state.get("outputs", {})
@@ -519,15 +546,7 @@ class KroneckerPenalty(PenaltyBase):
         pulls = self._pulls | self._pulls_for(further)
         for name, pull in pulls.items():
             check_tensor(f"the state's anchor of {name!r}", state["anchor"][name], pull.anchor)
-        self._set_pulls(pulls)
-        self.strength = strength
-        self.estimator, self.sharing = state["estimator"], state["sharing"]
-        for name, pull in self._pulls.items():
-            anchor = place_like(state["anchor"][name], pull.anchor)
-            part_of(pull.anchor).copy_(part_of(anchor))
-            pull.inputs.copy_(state["inputs"][name])
-            if pull.outputs is not None:
-                pull.outputs.copy_(outputs[name])
+        return state, pulls
 
 
 def _source_of(factors: Factors) -> tuple[str | None, str | None]:

@@ -1,15 +1,18 @@
 """ProgressiveInheritance; CombinedLoss, warnings of its monitor and of a collapsed importance."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 from ewc_models import move, random_importance, small_model
 
+from ars import ARSAdamW
 from ars.regularizers import (
     EWC,
     CombinedLoss,
     Distillation,
+    KroneckerPenalty,
     PenaltyMonitor,
     ProgressiveInheritance,
     SubspacePenalty,
@@ -219,5 +222,68 @@ def test_progressive_refuses_other_parts():
     penalty = progressive(model)
     with pytest.raises(TypeError, match="ewc must be of class EWC, got SubspacePenalty"):
         ProgressiveInheritance(penalty.subspace, penalty.ewc)
-    with pytest.raises(TypeError, match="subspace must be of class SubspacePenalty, got NoneType"):
+    kinds = "SubspacePenalty or KroneckerPenalty"
+    with pytest.raises(TypeError, match=f"subspace must be of class {kinds}, got NoneType"):
         ProgressiveInheritance(penalty.ewc, None)
+
+
+def _with_kronecker(model, mode="coupled"):
+    """What the factors leave out, the biases, is held by the EWC."""
+    generator = torch.Generator().manual_seed(3)
+
+    def factor(size):
+        half = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        return half @ half.T
+
+    weights = {n: p for n, p in model.named_parameters() if p.ndim == 2}
+    factors = {n: (factor(w.shape[1]), factor(w.shape[0])) for n, w in weights.items()}
+    biases = {n: f for n, f in random_importance(model).items() if n not in weights}
+    ewc = EWC(model, biases, 3.0, mode)
+    return ProgressiveInheritance(ewc, KroneckerPenalty(model, factors, 5.0))
+
+
+@pytest.mark.parametrize("mode", ["coupled", "proximal"])
+def test_ewc_and_kronecker_in_one_step_are_each_of_them(mode):
+    stepped = []
+    for parts in (("ewc",), ("subspace",), ()):
+        model = small_model(torch.float64)
+        whole = _with_kronecker(model, mode)
+        move(model)
+        penalty = getattr(whole, parts[0]) if parts else whole
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = ARSAdamW(model.parameters(), lr=1e-2, ars=None, penalty=penalty)
+        task_loss(model).backward()
+        expected = whole.ewc.value() if parts == ("ewc",) else penalty.value()
+        optimizer.step()
+        if parts != ("ewc",) or mode == "coupled":
+            assert optimizer.diagnostics["penalty"].item() == pytest.approx(expected.item())
+        stepped.append({n: p.detach() - before[n] for n, p in model.named_parameters()})
+    ewc, kronecker, both = stepped
+    for name, change in both.items():  # biases by the one, weights by the other
+        alone = ewc if name.endswith("bias") else kronecker
+        torch.testing.assert_close(change, alone[name], rtol=1e-12, atol=0)
+        assert not torch.equal(change, (kronecker if name.endswith("bias") else ewc)[name])
+
+
+def test_ewc_and_kronecker_have_names_a_state_and_no_projection():
+    model = small_model()
+    saved = _with_kronecker(model)
+    state = copy.deepcopy(saved.state_dict())
+    move(model)
+    assert list(saved.parts()) == ["ewc", "KroneckerPenalty"]
+    assert saved.value().item() == pytest.approx(sum(v.item() for v in saved.parts().values()))
+    loss_of = CombinedLoss(saved)
+    loss_of(100 * task_loss(model))
+    assert list(loss_of.parts) == ["task", "ewc", "KroneckerPenalty", "total"]
+    loaded = _with_kronecker(model)
+    loaded.subspace.strength = 7.0
+    broken = dict(state, subspace=dict(state["subspace"], estimator=3))
+    with pytest.raises(TypeError, match="estimator"):
+        loaded.load_state_dict(broken)
+    assert loaded.value().item() == 0.0
+    assert loaded.subspace.strength == 7.0
+    loaded.load_state_dict(state)
+    assert loaded.value().item() == pytest.approx(saved.value().item())
+    assert loaded.subspace.strength == 5.0
+    with pytest.raises(TypeError, match="no subspace to project on"):
+        loaded.project_()

@@ -1,0 +1,1 @@
+"""Training on a second text: what each method keeps of the first one."""

@@ -1,0 +1,160 @@
+"""The methods that are compared: how each trains on the second text without losing the first.
+
+Each has one number, its strength, and a grid of it that draws its curve: what is kept against what
+is learned.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ars.regularizers import (
+    EWC,
+    ActivationCovariance,
+    DiagonalFisher,
+    KroneckerFisher,
+    KroneckerPenalty,
+    ProgressiveInheritance,
+    SubspacePenalty,
+)
+
+__all__ = ["METHODS", "PLAIN", "Method", "fisher_of", "merged"]
+
+PLAIN = "plain"
+
+Batches: TypeAlias = list[tuple[Tensor, Tensor]]
+Weights: TypeAlias = dict[str, Tensor]
+Kind: TypeAlias = Literal["train", "replay", "own samples", "merge"]
+
+_ENERGY = 0.99  # of the activations' second moment, inside the subspace
+_ESTIMATOR: Any = "sketch"  # the expectation over the model's own predictions, unbiased
+_FISHER_SEED = 0
+_EMBEDDING = "wte.weight"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train on the second text.
+
+    Args:
+        label: what figures call it.
+        needs: what it needs of the first text, in words.
+        grid: of its strength, a point of its curve each; ``(0,)`` where there is none.
+        kind: what the strength is. train: of the penalty, or a factor of the learning rate; replay:
+            the share of the first text's sequences in each batch; own samples: the same, of samples
+            that the model drew before; merge: the weight of the second model, both being trained.
+        penalty: builds the penalty from the model, sequences of the first text and the strength.
+        scales_rate: whether the strength is a factor of the learning rate.
+        replay: the share of the first text's sequences beside a penalty.
+    """
+
+    label: str
+    needs: str
+    grid: tuple[float, ...]
+    kind: Kind = "train"
+    penalty: Callable[[nn.Module, Batches, float], Any] | None = None
+    scales_rate: bool = False
+    replay: float = 0.0
+
+
+def fisher_of(model: nn.Module, batches: Batches) -> DiagonalFisher:
+    """The diagonal Fisher information of whole sequences.
+
+    Args:
+        model: in evaluation mode or not.
+        batches: of the text that it is taken on.
+    """
+    generator = torch.Generator().manual_seed(_FISHER_SEED)
+    return DiagonalFisher(model, _ESTIMATOR, generator=generator).fit(batches)
+
+
+def _distance(model: nn.Module, _: Batches, strength: float) -> EWC:
+    ones = {name: torch.ones_like(weight) for name, weight in model.named_parameters()}
+    return EWC(model, ones, strength)
+
+
+def _ewc(model: nn.Module, batches: Batches, strength: float) -> EWC:
+    return EWC(model, fisher_of(model, batches), strength)
+
+
+def _proximal(model: nn.Module, batches: Batches, strength: float) -> EWC:
+    return EWC(model, fisher_of(model, batches), strength, "proximal")
+
+
+def _kronecker(model: nn.Module, batches: Batches, strength: float) -> ProgressiveInheritance:
+    generator = torch.Generator().manual_seed(_FISHER_SEED)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*nothing is known of wte")
+        factors = KroneckerFisher(model, _ESTIMATOR, generator=generator).fit(batches)
+    other = _of_embedding(model, batches, strength)
+    return ProgressiveInheritance(other, KroneckerPenalty(model, factors, strength))
+
+
+def _subspace(model: nn.Module, batches: Batches, strength: float) -> SubspacePenalty:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*nothing is known of wte")
+        moments = ActivationCovariance(model).fit(batches).covariance
+    return SubspacePenalty.from_activations(model, moments, strength, energy=_ENERGY)
+
+
+def _of_embedding(model: nn.Module, batches: Batches, strength: float) -> EWC:
+    """Of what has no Kronecker factors."""
+    importance = fisher_of(model, batches).importance
+    return EWC(model, {_EMBEDDING: importance[_EMBEDDING]}, strength)
+
+
+def merged(
+    first: Weights, second: Weights, share: float, fishers: tuple[Weights, Weights] | None
+) -> Weights:
+    r"""Weights between two models, without training.
+
+        theta = ((1 - s) F_1 theta_1 + s F_2 theta_2) / ((1 - s) F_1 + s F_2)
+
+    Args:
+        first: theta_1, by name.
+        second: theta_2.
+        share: s, in [0, 1].
+        fishers: F_1 and F_2; ``None`` for 1, which interpolates.
+
+    References:
+        Matena and Raffel, "Merging models with Fisher-weighted averaging", arXiv:2111.09832.
+    """
+    if fishers is None:
+        return {name: torch.lerp(value, second[name], share) for name, value in first.items()}
+    found = {}
+    for name, value in first.items():
+        one, two = ((1 - share) * fishers[0][name], share * fishers[1][name])
+        whole = one + two
+        # Where neither matters, both are as good: their mean.
+        mean = torch.lerp(value, second[name], share)
+        found[name] = torch.where(whole > 0, (one * value + two * second[name]) / whole, mean)
+    return found
+
+
+_NOTHING, _ITSELF, _SAMPLES = "nothing", "the model itself", "sequences of it, once"
+_STEPS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+
+METHODS = {
+    PLAIN: Method("plain", _NOTHING, (0.0,)),
+    "rate": Method("lower rate", _NOTHING, (0.3, 0.1, 0.03), scales_rate=True),
+    "l2": Method("L2 to the start", _ITSELF, (0.01, 0.1, 1.0, 10.0), penalty=_distance),
+    "ewc": Method("EWC", _SAMPLES, _STEPS, penalty=_ewc),
+    "ewc-proximal": Method("EWC, proximal", _SAMPLES, _STEPS, penalty=_proximal),
+    "kronecker": Method("Kronecker", _SAMPLES, _STEPS, penalty=_kronecker),
+    "subspace": Method("subspace", _SAMPLES, (0.01, 0.1, 1.0, 10.0), penalty=_subspace),
+    "replay": Method("replay", "sequences of it, always", (0.01, 0.05, 0.25), "replay"),
+    "own-samples": Method("replay of own samples", _ITSELF, (0.05, 0.25), "own samples"),
+    "ewc-replay": Method(
+        "EWC and 1 % replay", "sequences of it, always", _STEPS, penalty=_ewc, replay=0.01
+    ),
+    "interpolation": Method(
+        "interpolation", _ITSELF, (0.1, 0.3, 0.5, 0.7, 0.9), "merge"
+    ),
+    "fisher-merge": Method(
+        "Fisher-weighted merge", _SAMPLES, (0.1, 0.3, 0.5, 0.7, 0.9), "merge"
+    ),
+}  # fmt: skip

@@ -1,0 +1,203 @@
+"""What the runs say: a table, and figures of what is kept against what is learned.
+
+What was *learned* is a share of what plain training gains on the second text, and what was *lost*
+is the rise of the loss on the first, in bits per byte:
+
+    learned = (before_2 - after_2) / (before_2 - plain_2)        lost = after_1 - before_1
+
+Methods are held against each other at equal learning: each curve, of one seed, is interpolated
+linearly between its points, and its start and plain training are points of every curve.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ars.atomic import replacing
+from common.plain_files import write_atomically
+from common.statistics import Estimate, count_seeds
+from common.tables import markdown
+from protection.methods import METHODS, PLAIN
+from protection.second_training import BASE
+
+__all__ = ["Curve", "curves_of", "lost_at", "markdown_table", "write_report"]
+
+Record = dict[str, Any]
+Curve = list[tuple[float, float]]  # learned and lost, of each strength
+
+_LEVELS = (0.5, 0.9)
+_MARKERS = "osD^vP<>Xhp*"
+_HEADER = (
+    "method", "needs of the first text", "lost at half learned", "lost at 0.9 learned",
+    "CPU s", "before training", "MiB kept",
+)  # fmt: skip
+
+
+def write_report(folder: Path, records: Sequence[Record]) -> str:
+    """Write ``table.md`` and the figures ``kept.png`` and ``cost.png``.
+
+    Args:
+        folder: output folder.
+        records: of the runs, those that all methods begin with among them.
+
+    Returns:
+        The text of ``table.md``.
+    """
+    text = markdown_table(records)
+    write_atomically(folder / "table.md", text)
+    for name, figure in (("kept.png", _kept(records)), ("cost.png", _cost(records))):
+        with replacing(folder / name) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=120, metadata={"Software": None})
+    return text
+
+
+def curves_of(records: Sequence[Record]) -> dict[str, dict[int, Curve]]:
+    """Method -> seed -> its curve, in the order of the strengths.
+
+    Args:
+        records: of the runs. A seed counts whose first run is among them.
+    """
+    bases = {record["seed"]: record for record in records if record["method"] == BASE}
+    found: dict[str, dict[int, Curve]] = {}
+    for record in records:
+        name = PLAIN if record["method"] == BASE else record["method"]
+        base = bases.get(record["seed"])
+        if base is None:
+            continue
+        curve = found.setdefault(name, {}).setdefault(record["seed"], [])
+        curve += [_place(point, base) for point in record["points"]]
+    return found
+
+
+def _place(point: Mapping[str, float], base: Record) -> tuple[float, float]:
+    before, plain = base["before"], base["points"][0]
+    gained = before["second"] - plain["second"]
+    return (before["second"] - point["second"]) / gained, point["first"] - before["first"]
+
+
+def lost_at(curve: Curve, plain: float, level: float) -> float:
+    """What a method loses on the first text where it has learned a share of the second.
+
+    The least of all crossings of the level by the straight lines between neighbouring points of
+    the curve, from the untouched model (0, 0) to plain training (1, plain).
+
+    Args:
+        curve: of one seed.
+        plain: what plain training loses.
+        level: the share, in (0, 1).
+
+    Example:
+        >>> round(lost_at([(0.6, 0.1)], 1.0, 0.3), 3), round(lost_at([(0.6, 0.1)], 1.0, 0.8), 3)
+        (0.05, 0.55)
+    """
+    points = sorted([(0.0, 0.0), *curve, (1.0, plain)])
+    crossings = [
+        a[1] + (level - a[0]) / (b[0] - a[0]) * (b[1] - a[1])
+        for a, b in pairwise(points)
+        if a[0] <= level <= b[0] and a[0] < b[0]
+    ]
+    return min(crossings)
+
+
+def _lost(curves: Mapping[str, Mapping[int, Curve]], name: str, level: float) -> Estimate:
+    plain = curves[PLAIN]
+    own = curves[name]
+    return Estimate.of([lost_at(own[seed], plain[seed][0][1], level) for seed in own])
+
+
+def markdown_table(records: Sequence[Record]) -> str:
+    """The table in GitHub's markdown, and what has to be known to read it.
+
+    Args:
+        records: of the runs.
+    """
+    curves = curves_of(records)
+    rows: list[tuple[str, ...]] = [_HEADER]
+    for name, method in METHODS.items():
+        if name not in curves:
+            continue
+        of_method = [r for r in records if (PLAIN if r["method"] == BASE else r["method"]) == name]
+        trained = [r for r in of_method if "preparing_seconds" in r]
+        rows.append((
+            method.label,
+            method.needs,
+            *(_lost(curves, name, level).plus_minus("+.3f") for level in _LEVELS),
+            _mean(trained, "cpu_seconds", ".1f"),
+            _mean(trained, "preparing_seconds", ".1f"),
+            _mean(trained, "state_bytes", ".1f", 2**-20),
+        ))  # fmt: skip
+    bases = [record for record in records if record["method"] == BASE]
+    before, after = (
+        {text: Estimate.of([get(r)[text] for r in bases]) for text in ("first", "second")}
+        for get in (lambda r: r["before"], lambda r: r["points"][0])
+    )
+    notes = [
+        f"- Lost: bits per byte on the first text above the {before['first']:.3f} before, where "
+        "a method has learned half, or 0.9, of what plain training learns of the second text: "
+        f"from {before['second']:.3f} to {after['second']:.3f}, by which the first rises to "
+        f"{after['first']:.3f}. Lower is better. Interpolated between strengths; plain training "
+        "and the untouched model are points of every curve.",
+        f"- {count_seeds(len(bases))}; ± is the 95 % interval of the mean.",
+        "- CPU s: of a whole run; before training: of these, for Fisher passes and samples; MiB "
+        "kept: the penalty's state.",
+    ]
+    return "\n".join([markdown(rows, "ll", padded=True), "", *notes]) + "\n"
+
+
+def _mean(records: Sequence[Record], key: str, form: str, factor: float = 1.0) -> str:
+    if not records:
+        return ""
+    return f"{factor * sum(record[key] for record in records) / len(records):{form}}"
+
+
+def _kept(records: Sequence[Record]) -> Figure:
+    """What is lost of the first text against what is learned of the second; means over seeds."""
+    curves = curves_of(records)
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, by_seed) in enumerate(curves.items()):
+        points = list(zip(*by_seed.values(), strict=True))  # a strength each
+        learned = [Estimate.of([learned for learned, _ in seeds]).mean for seeds in points]
+        lost = [Estimate.of([lost for _, lost in seeds]) for seeds in points]
+        margins = [estimate.margin or 0.0 for estimate in lost]
+        axes.errorbar(
+            learned, [estimate.mean for estimate in lost], yerr=margins if any(margins) else None,
+            marker=_MARKERS[index % len(_MARKERS)], color=f"C{index % 10}", markersize=5,
+            linestyle="none" if name == PLAIN else "-", linewidth=1.2, capsize=2,
+            label=METHODS[name].label,
+        )  # fmt: skip
+    axes.axhline(0.0, color="#000000", linewidth=0.8)
+    axes.set_xlabel("learned of the second text, as a share of plain training's gain")
+    axes.set_ylabel("lost on the first text (bits per byte, lower is better)")
+    _polish(axes)
+    figure.legend(frameon=False, fontsize=9, loc="outside right center")
+    return figure
+
+
+def _cost(records: Sequence[Record]) -> Figure:
+    """CPU seconds of a run of each method, those before training apart."""
+    trained = [record for record in records if "preparing_seconds" in record]
+    names = list(dict.fromkeys(record["method"] for record in trained))
+    figure = Figure(figsize=(7.5, 1.0 + 0.35 * max(1, len(names))), layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        own = [record for record in trained if record["method"] == name]
+        before = sum(r["preparing_seconds"] for r in own) / len(own)
+        whole = sum(r["cpu_seconds"] for r in own) / len(own)
+        axes.barh(METHODS[name].label, before, color="#E69F00")
+        axes.barh(METHODS[name].label, whole - before, left=before, color="#0072B2")
+    axes.invert_yaxis()
+    axes.set_xlabel("CPU seconds of a run; orange: before training (Fisher passes, samples)")
+    _polish(axes)
+    return figure
+
+
+def _polish(axes: Axes) -> None:
+    axes.grid(visible=True, linewidth=0.4, color="#dddddd")
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
