@@ -135,11 +135,12 @@ def markdown_table(records: Sequence[Record]) -> str:
         {text: Estimate.of([get(r)[text] for r in bases]) for text in ("first", "second")}
         for get in (lambda r: r["before"], lambda r: r["points"][0])
     )
+    old, new, worse = before["first"].mean, before["second"].mean, after["first"].mean
     notes = [
-        f"- Lost: bits per byte on the first text above the {before['first']:.3f} before, where "
+        f"- Lost: bits per byte on the first text above the {old:.3f} before, where "
         "a method has learned half, or 0.9, of what plain training learns of the second text: "
-        f"from {before['second']:.3f} to {after['second']:.3f}, by which the first rises to "
-        f"{after['first']:.3f}. Lower is better. Interpolated between strengths; plain training "
+        f"from {new:.3f} to {after['second'].mean:.3f}, by which the first rises to "
+        f"{worse:.3f}. Lower is better. Interpolated between strengths; plain training "
         "and the untouched model are points of every curve.",
         f"- {count_seeds(len(bases))}; ± is the 95 % interval of the mean.",
         "- CPU s: of a whole run; before training: of these, for Fisher passes and samples; MiB "

@@ -18,7 +18,14 @@ from common.program import StopRequest
 from corpus import Corpus, prepare_corpus
 from protection.protect_options import Options
 from protection.protect_results import write_report
-from protection.second_training import BASE, Run, Texts, run_method, train_first
+from protection.second_training import (
+    BASE,
+    Run,
+    Texts,
+    has_models,
+    run_method,
+    train_first,
+)
 
 __all__ = ["check_folder", "run_all"]
 
@@ -55,20 +62,24 @@ def run_all(options: Options) -> str:
         models.mkdir(exist_ok=True)
 
         def keep(run: Run, record: Record) -> None:
-            records[run] = record
+            before = records.setdefault(run, record)
+            if before["points"] != record["points"]:
+                raise UsageError(
+                    f"{models} lacked models, and trained again they are others than those of "
+                    f"{_RESULTS}: name another folder with --out"
+                )
             output.check()
             write_atomically(out / _RESULTS, _to_json(facts, records))
 
-        groups = (
-            (train_first, options.first_runs),
-            (run_method, options.runs),
-        )  # fmt: skip
-        for work, runs in groups:
-            todo = [run for run in runs if run not in records]
+        wanted: list[Run] = []
+        for work, runs in ((train_first, options.first_runs), (run_method, options.runs)):
+            wanted += runs
+            todo = [run for run in runs if run not in records or not has_models(run, models)]
             do = partial(work, settings=options.settings, texts=texts, models=models)
-            run_jobs(todo, do, keep, stop, workers=options.workers, done=len(runs) - len(todo))
-        wanted = [records[run] for _, runs in groups for run in runs]
-        table = write_report(out, wanted)
+            if todo:
+                done = len(runs) - len(todo)
+                run_jobs(todo, do, keep, stop, workers=options.workers, done=done)
+        table = write_report(out, [records[run] for run in wanted])
         output.check()
     return f"{table}\nResults are in {out}: {_RESULTS}, table.md, kept.png and cost.png.\n"
 

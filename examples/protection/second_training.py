@@ -28,7 +28,7 @@ from trainer.sample import continue_tokens
 from trainer.series_plan import learning_rate
 from trainer.training_loop import bits_per_byte
 
-__all__ = ["BASE", "Run", "Settings", "Texts", "run_method", "train_first"]
+__all__ = ["BASE", "Run", "Settings", "Texts", "has_models", "run_method", "train_first"]
 
 BASE = "base"
 Texts = tuple[Corpus, Corpus]
@@ -37,7 +37,7 @@ _WARMUP, _COOLDOWN = 0.05, 0.2  # shares of the steps
 _FISHER_BATCH = 32
 _CLIP = 1.0
 _LARGEST_PART = 256  # sequences that are sampled at a time
-_REMEDY = "delete the output folder's models to train them again"
+_REMEDY = "delete it, then the same command trains it again"
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,17 @@ class Run:
         """What the progress bar calls it."""
         strength = f" {self.strength:g}" if self.strength else ""
         return f"{self.method}{strength}, seed {self.seed}"
+
+
+def has_models(run: Run, models: Path) -> bool:
+    """Whether all models are there that a run has to leave.
+
+    Args:
+        run: of a method, which leaves none, or of a seed.
+        models: folder that the models are kept in.
+    """
+    names = (BASE, PLAIN) if run.method == BASE else ()
+    return all(_file(models, name, run.seed).exists() for name in names)
 
 
 def train_first(run: Run, stop: StopRequest, settings: Settings, texts: Texts, models: Path) -> Any:

@@ -1,0 +1,275 @@
+"""Continued training: its methods, its measures and its command line."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import protect
+from common.program import StopRequest
+from corpus import prepare_corpus
+from protection import second_training
+from protection.methods import METHODS, PLAIN, merged
+from protection.protect_options import parse_options
+from protection.protect_results import curves_of, lost_at, markdown_table
+from protection.second_training import BASE, Run, Settings, Texts, run_method, train_first
+
+SETTINGS = Settings(
+    layers=1, width=16, sequence_len=16, batch_size=4, first_tokens=3.0, second_tokens=1.0,
+    fisher_samples=40, windows=16,
+)  # fmt: skip
+TINY = ["--quick", "--width", "16", "--first-tokens", "0.5", "--second-tokens", "0.3"]
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two texts of words of their own letters."""
+    folder, found = tmp_path_factory.mktemp("texts"), []
+    for name, first in (("first", 97), ("second", 110)):
+        generator = torch.Generator().manual_seed(first)
+        words = [
+            bytes(torch.randint(first, first + 12, (4,), generator=generator).tolist())
+            for _ in range(12)
+        ]
+        picks = torch.randint(0, 12, (3000,), generator=generator).tolist()
+        path = folder / f"{name}.txt"
+        path.write_bytes(b" ".join(words[i] for i in picks))
+        found.append(path)
+    return found[0], found[1]
+
+
+@pytest.fixture(scope="module")
+def texts(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    cache = tmp_path_factory.mktemp("tokens")
+    first, second = (
+        prepare_corpus(str(path), cache=cache / path.stem, sequence_len=16) for path in sources
+    )
+    return first, second
+
+
+@pytest.fixture(scope="module")
+def base(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    models = tmp_path_factory.mktemp("models")
+    return models, train_first(Run(BASE, 0.0, 0), StopRequest(), SETTINGS, texts, models)
+
+
+def point(name: str, strength: float, texts: Texts, models: Path) -> dict[str, float]:
+    record = run_method(Run(name, strength, 0), StopRequest(), SETTINGS, texts, models)
+    (found,) = record["points"]
+    assert found["strength"] == strength
+    return {text: found[text] for text in ("first", "second")}
+
+
+def test_plain_training_learns_the_second_text_and_forgets_the_first(
+    base: tuple[Path, dict[str, Any]],
+) -> None:
+    before, (after,) = base[1]["before"], base[1]["points"]
+    assert after["second"] < before["second"] - 0.5
+    assert after["first"] > before["first"] + 0.1
+
+
+def test_no_strength_is_plain_training_bit_for_bit(
+    base: tuple[Path, dict[str, Any]], texts: Texts
+) -> None:
+    models, record = base
+    for name in ("l2", "ewc", "ewc-proximal", "kronecker", "subspace", "replay", "own-samples"):
+        assert point(name, 0.0, texts, models) == record["points"][0], name
+    assert point("rate", 1.0, texts, models) == record["points"][0]
+    assert point("rate", 0.0, texts, models) == record["before"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].kind != "merge"])
+def test_every_method_keeps_more_of_the_first_text(
+    name: str, base: tuple[Path, dict[str, Any]], texts: Texts
+) -> None:
+    if name == PLAIN:
+        return
+    models, record = base
+    # Own samples of so small a model are another text, which still has the first one's letters.
+    strength = {"rate": 0.1, "replay": 0.5, "own-samples": 0.5}.get(name, METHODS[name].grid[-1])
+    found = point(name, strength, texts, models)
+    assert found["first"] < record["points"][0]["first"] - 0.02
+    assert found == point(name, strength, texts, models)
+
+
+def test_merging_goes_from_the_one_model_to_the_other(
+    base: tuple[Path, dict[str, Any]], texts: Texts
+) -> None:
+    models, record = base
+    for name in ("interpolation", "fisher-merge"):
+        found = run_method(Run(name, 0.0, 0), StopRequest(), SETTINGS, texts, models)["points"]
+        assert [each["strength"] for each in found] == list(METHODS[name].grid)
+        assert abs(found[0]["first"] - record["before"]["first"]) < 0.2
+        assert found[-1]["second"] < found[0]["second"]
+
+
+def test_the_formula_of_merging() -> None:
+    one = {"w": torch.tensor([1.0, 2.0, 3.0])}
+    two = {"w": torch.tensor([3.0, 6.0, 5.0])}
+    assert merged(one, two, 0.25, None)["w"].tolist() == [1.5, 3.0, 3.5]
+    fishers = ({"w": torch.tensor([1.0, 0.0, 0.0])}, {"w": torch.tensor([3.0, 2.0, 0.0])})
+    # (0.5 * 1 * 1 + 0.5 * 3 * 3) / (0.5 * 1 + 0.5 * 3); the second alone; neither: the mean.
+    assert merged(one, two, 0.5, fishers)["w"].tolist() == [2.5, 6.0, 4.0]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.3, 1.0])
+def test_shares_of_a_batch_are_spread_evenly(share: float) -> None:
+    batches = [(torch.zeros(4, 2), torch.zeros(4, 2)) for _ in range(50)]
+    rows = ((torch.ones(2), torch.full((2,), 2.0)) for _ in range(1000))
+    taken = []
+    for inputs, targets in second_training._mixed(iter(batches), rows, share):
+        assert torch.equal(targets, 2 * inputs)
+        taken.append(int(inputs[:, 0].sum()))
+    assert sum(taken) == int(200 * share)
+    assert max(taken) - min(taken) <= 1
+
+
+def _record(method: str, points: list[tuple[float, float]], seed: int = 0) -> dict[str, Any]:
+    made = [{"first": first, "second": second} for first, second in points]
+    timed = {"preparing_seconds": 1.0, "state_bytes": 2**20, "cpu_seconds": 3.0}
+    return {"method": method, "strength": 1.0, "seed": seed, "points": made, **timed}
+
+
+def _base(seed: int = 0) -> dict[str, Any]:
+    record = _record(BASE, [(3.0, 2.0)], seed)
+    del record["preparing_seconds"]
+    return record | {"before": {"first": 2.0, "second": 4.0}}
+
+
+def test_curves_are_shares_of_what_plain_training_learns() -> None:
+    records = [_base(), _record("ewc", [(2.1, 3.0)]), _record("ewc", [(2.4, 2.4)])]
+    curves = curves_of([*records, _record("ewc", [(9.0, 9.0)], seed=7)])
+    assert curves[PLAIN] == {0: [(1.0, 1.0)]}
+    (curve,) = curves["ewc"].values()
+    assert curve == [pytest.approx((0.5, 0.1)), pytest.approx((0.8, 0.4))]
+    assert lost_at(curve, 1.0, 0.5) == pytest.approx(0.1)
+    assert lost_at(curve, 1.0, 0.9) == pytest.approx(0.7)  # between the last point and (1, 1)
+    assert lost_at(curve, 1.0, 0.25) == pytest.approx(0.05)
+    assert lost_at([(0.5, 0.8), (0.5, 0.2)], 1.0, 0.5) == pytest.approx(0.2)
+
+
+def test_the_table_says_what_is_lost_at_equal_learning() -> None:
+    records = [
+        each
+        for seed in range(3)
+        for each in (_base(seed), _record("ewc", [(2.1 + 0.01 * seed, 3.0)], seed))
+    ]
+    text = markdown_table(records)
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()[:4]]
+    assert rows[2][0] == "plain"
+    assert rows[2][2:4] == ["+0.500 ± 0.000", "+0.900 ± 0.000"]
+    assert rows[3][:3] == ["EWC", "sequences of it, once", "+0.110 ± 0.025"]
+    assert rows[3][4:] == ["3.0", "1.0", "1.0"]
+    assert "above the 2.000 before" in text
+    assert "3 seeds" in text
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    try:
+        status: object = protect.main(words)
+    except SystemExit as exit_:
+        status = exit_.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--colour"], "--colour"),
+        (["--methods", "ewx"], "'ewx' is not a method: choose among plain, rate"),
+        (["--width", "40"], "multiple of 16"),
+        (["--width", "8"], "whole number from 16"),
+        (["--layers", "0"], "whole number from 1"),
+        (["--seeds", "0"], "whole number from 1"),
+        (["--first-tokens", "0"], "first-tokens"),
+        (["--second-tokens", "nan"], "second-tokens"),
+        (["--workers", "0"], "whole number from 1"),
+        (["--out", "file.txt"], "is a file"),
+        (["--out", "."], "is not a run of this program"),
+        (["--quick", "--first", "absent.txt"], "absent.txt"),
+    ],
+)
+def test_bad_input(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file.txt").write_text("mine")
+    assert says in refused(words, capsys)
+    assert not list(Path.cwd().rglob("results.json"))
+
+
+def test_every_method_is_run_with_every_strength_once() -> None:
+    options = parse_options(["--seeds", "2"])
+    runs = [(run.method, run.strength) for run in options.runs if run.seed == 1]
+    expected = [
+        (name, strength)
+        for name, method in METHODS.items()
+        if name != PLAIN
+        for strength in ((0.0,) if method.kind == "merge" else method.grid)
+    ]
+    assert runs == expected
+    assert [run.seed for run in options.first_runs] == [0, 1]
+    assert len(options.runs) == 2 * len(runs)
+
+
+def test_the_whole_path_and_what_it_leaves(
+    sources: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*TINY, "--first", str(sources[0]), "--second", str(sources[1]), "--out", "run"]
+    assert protect.main([*words, "--methods", "plain,ewc,interpolation"]) == 0
+    printed = capsys.readouterr().out
+    table = Path("run/table.md").read_text()
+    assert printed.startswith(table)
+    assert all(Path("run", name).stat().st_size > 5000 for name in ("kept.png", "cost.png"))
+    kept = json.loads(Path("run/results.json").read_text())["runs"]
+    assert [run["method"] for run in kept] == [BASE, "ewc", "interpolation"]
+
+    # What is done is kept, what is added begins with the same models.
+    assert protect.main([*words, "--methods", "ewc,replay", "--workers", "2"]) == 0
+    assert "interpolation" not in capsys.readouterr().out
+    assert protect.main([*words, "--methods", "ewc,replay"]) == 0
+    assert "%" not in capsys.readouterr().err  # there is nothing to do
+    again = json.loads(Path("run/results.json").read_text())["runs"]
+    assert again[:3] == kept
+    assert [run["method"] for run in again[3:]] == ["replay"]
+
+    assert "other settings: layers 1 (now 2)" in refused([*words, "--layers", "2"], capsys)
+    other = [str(sources[1]) if word == str(sources[0]) else word for word in words]
+    assert "other settings: texts" in refused(other, capsys)
+    model = Path("run/models/base-seed-0.pt")
+    content = model.read_bytes()
+    model.write_bytes(b"damaged")
+    assert protect.main([*words, "--methods", "rate"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "base-seed-0.pt is damaged" in line
+    assert "delete it, then the same command trains it again" in line
+    model.unlink()
+    assert protect.main([*words, "--methods", "rate"]) == 0
+    assert model.read_bytes() == content
+    changed = json.loads(Path("run/results.json").read_text())
+    changed["runs"][0]["points"][0]["first"] += 1e-3
+    whole = Path("run/results.json").read_text()
+    Path("run/results.json").write_text(json.dumps(changed))
+    model.unlink()
+    assert protect.main([*words, "--methods", "rate"]) == 2
+    assert "trained again they are others" in capsys.readouterr().err.splitlines()[-1]
+    for damaged in ("{", "{}", whole.replace('"points"', '"point"')):
+        Path("run/results.json").write_text(damaged)
+        assert "results.json" in refused(words, capsys)
