@@ -25,7 +25,7 @@ _TENSOR_KEY = "tensor"  # the key that tells the record of a tensor from a part 
 
 
 class Stateful(Protocol):
-    """What can be saved: every penalty but :class:`Distillation`, whose model has a file itself."""
+    """What can be saved: a :class:`DiagonalFisher`, and every penalty but :class:`Distillation`."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers, strings and None, in mappings."""
@@ -43,12 +43,14 @@ def save_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
     renamed. A symbolic link is followed; a file that was there hands on its mode.
 
     Args:
-        penalty: An :class:`EWC`, a :class:`SubspacePenalty` or any other with ``state_dict``.
+        penalty: An :class:`EWC`, a :class:`SubspacePenalty`, a fitted :class:`DiagonalFisher` or
+            any other with ``state_dict``.
         path: The file, replaced if there is one; only a regular file is.
 
     Raises:
         ImportError: safetensors is not installed.
         OSError: The file cannot be written; one that was there is as it was.
+        RuntimeError: ``penalty`` is a Fisher that is not fitted.
         TypeError: ``penalty`` has no state, or one with something neither a tensor nor JSON.
 
     Example:
@@ -84,7 +86,8 @@ def load_penalty(penalty: Stateful, path: str | os.PathLike[str]) -> None:
     """Load a file of :func:`save_penalty` into a penalty of the same kind and model.
 
     Args:
-        penalty: Built for the model as for a ``load_state_dict``.
+        penalty: Built for the model as for a ``load_state_dict``; a :class:`DiagonalFisher` need
+            not be fitted.
         path: The file.
 
     Raises:

@@ -8,7 +8,6 @@ positions and over every use of a tied weight, never after a sum over samples: t
 quantity.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -45,6 +44,16 @@ from ars.regularizers.fisher.estimators import (
     of_losses,
 )
 from ars.regularizers.fisher.gathered import gathered
+from ars.regularizers.fisher.kept import (
+    STORED,
+    Kept,
+    check_can_keep,
+    checked_finite,
+    kept,
+    measured_in,
+    state_of,
+    warn_of_zeros,
+)
 from ars.regularizers.fisher.per_sample import (
     METHODS,
     Differentiator,
@@ -53,13 +62,10 @@ from ars.regularizers.fisher.per_sample import (
     zero_sums,
 )
 from ars.regularizers.fisher.processes import Group, Processes
-from ars.regularizers.storage import Quantized, dequantize, quantize
-from ars.sharded import is_sharded, place_as, reshard, whole
+from ars.regularizers.storage import Quantized, dequantize
+from ars.sharded import reshard
 
 __all__ = ["DiagonalFisher"]
-
-# What an importance may be stored in, beside the dtype it was summed in.
-STORED = (torch.float32, torch.bfloat16, torch.uint8)
 
 
 class DiagonalFisher:
@@ -194,7 +200,7 @@ class DiagonalFisher:
         if chunk_size is not None:
             check_positive_int("chunk_size", chunk_size)
         check_draws(draws, estimator)
-        self._importance: dict[str, Tensor] | dict[str, Quantized] | None = None
+        self._importance: Kept | None = None
         self._n_samples = 0
 
     @property
@@ -226,7 +232,7 @@ class DiagonalFisher:
             )
         return cast(dict[str, Quantized], stored)
 
-    def _fitted(self) -> dict[str, Tensor] | dict[str, Quantized]:
+    def _fitted(self) -> Kept:
         if self._importance is None:
             raise RuntimeError("this DiagonalFisher is not fitted; call fit(batches) first")
         return self._importance
@@ -299,7 +305,7 @@ class DiagonalFisher:
             )
         check_loss_fn(loss_fn, self.estimator, self.unit)
         check_can_differentiate("fit")
-        self._check_can_store()
+        check_can_keep(self.model, self.dtype)
         processes, sharded = self._processes, dict[str, nn.Parameter]()
         several = distributed.is_available() and distributed.is_initialized()
         if not (several or processes.is_lost):
@@ -421,39 +427,68 @@ class DiagonalFisher:
             Gradient Accumulator", arXiv:2507.18807.
         """
         fisher = cls(model, "adam", dtype=dtype)
-        fisher._check_can_store()
+        check_can_keep(model, dtype)
         reshard(model)
         return fisher._store(*adam_importance(trainable(model), optimizer, scale), {})
-
-    def _check_can_store(self) -> None:
-        for name, p in self.model.named_parameters():
-            if self.dtype == torch.uint8 and is_sharded(p):
-                raise ValueError(
-                    f"parameter {name!r} is sharded, and the scales of dtype=torch.uint8 are of "
-                    "blocks of the whole: leave dtype None or take torch.bfloat16, and let "
-                    "EWC(storage='compact') compress each process's part"
-                )
 
     def _store(
         self, importance: dict[str, Tensor], samples: int, sharded: Mapping[str, nn.Parameter]
     ) -> "DiagonalFisher":
-        for name, tensor in importance.items():
-            if not _is_finite(tensor):
-                raise ValueError(
-                    f"the importance of {name!r} is not finite; check that the model's logits and "
-                    "gradients are finite (float16 overflows: use bfloat16 or float32)"
-                )
-        _warn_of_zeros([name for name, tensor in importance.items() if not _has_nonzero(tensor)])
-        if self.dtype == torch.uint8:
-            self._importance = {name: quantize(tensor) for name, tensor in importance.items()}
-        else:
-            self._importance = {
-                # Popped, so that no more than one is there in both ways.
-                name: _placed(tensor.to(self.dtype or tensor.dtype), sharded.get(name))
-                for name, tensor in ((n, importance.pop(n)) for n in list(importance))
-            }
+        checked_finite(importance)
+        warn_of_zeros(importance, stacklevel=3)
+        self._importance = kept(importance, self.dtype, sharded)
         self._n_samples = samples
         return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured, and how: tensors by parameter name, numbers and strings.
+
+        :func:`~ars.regularizers.save_penalty` writes it to a file. A sharded importance is whole in
+        it, which is a collective operation.
+
+        Returns:
+            The state; without a copy of an importance that is not sharded.
+
+        Raises:
+            RuntimeError: :meth:`fit` has not succeeded yet.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from ars.regularizers import DiagonalFisher, load_penalty, save_penalty
+            >>> model = torch.nn.Linear(2, 2)
+            >>> batch = torch.ones(3, 2), torch.zeros(3, dtype=torch.int64)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     save_penalty(DiagonalFisher(model).fit([batch]), f"{folder}/fisher.safetensors")
+            ...     fisher = DiagonalFisher(model)
+            ...     load_penalty(fisher, f"{folder}/fisher.safetensors")
+            >>> fisher.n_samples
+            3
+        """
+        return {
+            "estimator": self.estimator,
+            "unit": self.unit,
+            "draws": self.draws,
+            "n_samples": self.n_samples,
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            **state_of(self._fitted()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what another DiagonalFisher of this model has measured, and how it did.
+
+        Args:
+            state: What :meth:`state_dict` returned, on any device.
+
+        Raises:
+            TypeError: An entry has the wrong type. Nothing has changed then.
+            ValueError: The state is of another model or holds an invalid value. Nothing has changed
+                then; the message names the first difference.
+        """
+        reshard(self.model)
+        found = measured_in(state, self.model)
+        self._importance, self._n_samples = found.importance, found.n_samples
+        self.estimator, self.unit, self.draws = found.estimator, found.unit, found.draws
+        self.dtype = found.dtype
 
 
 class _Part(NamedTuple):
@@ -462,29 +497,3 @@ class _Part(NamedTuple):
     sums: dict[str, tuple[torch.Size, torch.dtype]]
     samples: int
     units: int
-
-
-def _placed(tensor: Tensor, like: nn.Parameter | None) -> Tensor:
-    return tensor if like is None else place_as(tensor, like)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    finite = tensor.isfinite().all()
-    return bool(finite if type(finite) is Tensor else whole(finite))
-
-
-def _has_nonzero(tensor: Tensor) -> bool:
-    found = tensor.any()
-    return bool(found if type(found) is Tensor else whole(found))
-
-
-def _warn_of_zeros(names: list[str]) -> None:
-    """Say which parameters a penalty would not protect at all."""
-    if names:
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        warnings.warn(
-            f"the importance of {', '.join(map(repr, names[:8]))}{more} is 0 throughout, so a "
-            "penalty will not protect them: every sample's gradient is 0 there, as of A of a LoRA "
-            "while B is 0. Fit after training, or freeze what is not used",
-            stacklevel=4,
-        )

@@ -166,12 +166,19 @@ def under_fsdp(rank, world):
             model(mine[0][0] if mine else torch.zeros(2, 4, dtype=torch.int64))
         hooks = [(dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in model.modules()]
         estimate = fitted(name, model, mine)
+        if isinstance(estimate, DiagonalFisher):
+            state, again = estimate.state_dict(), DiagonalFisher(model)
+            again.load_state_dict(state)
         for module, before in zip(model.modules(), hooks, strict=True):
             assert (module._forward_pre_hooks, module._forward_hooks) == before
         for key, p in model.named_parameters():
             assert hasattr(p, "full_tensor")
             if isinstance(estimate, DiagonalFisher):
-                importance = estimate.importance[key]
+                assert not hasattr(state["importance"][key], "full_tensor")
+                assert torch.equal(
+                    again.importance[key].to_local(), estimate.importance[key].to_local()
+                )
+                importance = again.importance[key]
                 assert importance.placements == p.placements
                 assert importance.to_local().shape == p.to_local().shape
         results[name] = found(estimate)
