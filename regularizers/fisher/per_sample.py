@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ars.regularizers.fisher.costs import cost_of, loop_is_cheap
 from ars.regularizers.fisher.estimators import (
     Chunk,
     accumulation_dtype,
@@ -66,8 +67,9 @@ class Differentiator:
     Args:
         model: In evaluation mode.
         parameters: The parameters to differentiate by, by name.
-        method: ``auto`` tries hooks, vmap and the loop in this order and warns if it is not the
-            first; the others are taken or refused.
+        method: ``auto`` takes the loop on a CPU if its samples are large enough
+            (:mod:`ars.regularizers.fisher.costs`); or else hooks, vmap and the loop in this order,
+            and warns if it is not the first. The others are taken or refused.
         chunk_size: Samples to differentiate together; None for a batch with hooks, 8 with vmap.
     """
 
@@ -96,6 +98,8 @@ class Differentiator:
         Raises:
             RuntimeError: The method that was asked for cannot do this model.
         """
+        if not self._begun and self._method == "auto" and self._loop_is_fastest(whole):
+            self._current_method = "loop"
         for chunk in whole.split(self._chunk_size or len(whole.targets)):
             if self._current_method == "hooks":
                 try:
@@ -110,6 +114,17 @@ class Differentiator:
             for part in parts:
                 self._by_vmap_or_loop(total, estimator, part)
             self._begun = True
+
+    def _loop_is_fastest(self, whole: Chunk) -> bool:
+        """Whether no other way can be faster, by counts of one sample's operations and bytes."""
+        device = whole.targets.device
+        if device.type != "cpu":  # where a loop holds all gradients, and launches are dear
+            return False
+        try:
+            cost = cost_of(self._model, whole.inputs[:1])
+        except Exception:  # it cannot be counted, such as what is compiled
+            return False
+        return loop_is_cheap(cost, self._parameters.values(), device)
 
     def _by_taps(self, total: dict[str, Tensor], estimator: str, chunk: Chunk) -> None:
         if self._taps is None or self._compared < min(2, len(chunk.targets)):

@@ -45,13 +45,13 @@ def test_patches_may_be_unfolded_some_samples_at_a_time(name, monkeypatch, relat
     model = randomised(model)
     whole = DiagonalFisher(model, "empirical", method="hooks").fit([batch]).importance
     sizes = []
-    patches_of = rules.patches_of
+    padded = rules._padded
 
     def counted(module, images):
-        sizes.append(len(images))
-        return patches_of(module, images)
+        sizes.append(len(images) * images.shape[1] // module.in_channels)
+        return padded(module, images)
 
-    monkeypatch.setattr(rules, "patches_of", counted)
+    monkeypatch.setattr(rules, "_padded", counted)
     monkeypatch.setattr(rules, "PATCHES", 1)
     parts = DiagonalFisher(model, "empirical", method="hooks").fit([batch]).importance
     assert max(sizes) == (3 if name == "frames" else 1)  # images of a sample
