@@ -36,7 +36,8 @@ lint: $(READY)-test ## ruff check, ruff format --check and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(READY)-bench ## run the benchmarks (ARGS=--save keeps the figures)
+bench: $(READY)-bench ## run the benchmarks (ARGS=--benchmark-json=out/mine.json keeps the figures)
+	@mkdir -p out
 	$(RUN) -m pytest benchmarks $(ARGS)
 
 docs: $(READY)-docs ## build the documentation's pages in out/site/ (warnings are errors)

@@ -2,13 +2,12 @@
 
 Each function takes a model, a list of batches (inputs, targets) and returns the mean over samples
 of the squared gradient of a sample's summed loss, by parameter name. Libraries that are not
-installed (extra ``peers``) are left out. Not here: curvlinops 3.0, whose diagonals are estimated
-with random vectors, and, on sequences, nngeometry 0.4, whose linear layers take one position.
+installed (extra ``peers``) are left out, by name. Not here: curvlinops 3.0, whose diagonals are
+estimated with random vectors, and, on sequences, nngeometry 0.4, whose linear layers take one
+position.
 """
 
 import copy
-import importlib.util
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -148,16 +147,3 @@ PEERS: dict[str, Callable[[nn.Module, Batches], Result]] = {
     "backpack": backpack,
     "nngeometry": nngeometry,
 }
-
-
-def installed() -> dict[str, Callable[[nn.Module, Batches], Result]]:
-    """Return every candidate that can be imported here."""
-    there = {name: run for name, run in PEERS.items() if importlib.util.find_spec(name)}
-    return PLAIN | there
-
-
-def quiet(run: Callable[[], object]) -> object:
-    """Run without the warnings that other libraries give."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return run()

@@ -4,16 +4,20 @@ import copy
 
 import pytest
 import torch
-from fisher_peers import forward_backward, installed, quiet
-from interleaved import time_all
+from contest import PLAYED_BACK, Candidate, Contest
+from fisher_peers import PEERS, PLAIN, forward_backward
+from step_peers import missing, quiet
 from torch import nn
 from torch.nn import functional
-from torch.profiler import ProfilerActivity, profile
 
+pytestmark = PLAYED_BACK
+
+BASELINE = "forward + backward"
 VOCABULARY = 512
 # Deviation from plain autograd, relative to each tensor's largest entry, beyond which a candidate
 # has computed something else, and its time says nothing.
 TOLERANCE = 1e-3
+OURS = 1e-5
 ROUNDS = 5
 
 
@@ -90,62 +94,46 @@ def largest_error(result: dict, expected: dict) -> float:
     )
 
 
-def peak_memory(run, device: str) -> float:
-    """Return the most bytes held at once beyond those held at the start."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-@pytest.mark.parametrize("build", CASES.values(), ids=CASES)
-def test_fisher(build, device, report, request):
+@pytest.fixture(scope="module", params=CASES)
+def fisher(request, device, contest) -> Contest:
     """The empirical Fisher; the baseline is one forward and backward pass of the same batches."""
+    made: Contest = contest(f"fisher {request.param}", BASELINE, rounds=ROUNDS)
     torch.manual_seed(0)
-    model, batches = build()
+    model, batches = CASES[request.param]()
     model = model.to(device).eval()
     batches = [(x.to(device), y.to(device)) for x, y in batches]
-    candidates = installed()
-    expected = candidates["one by one"](model, batches)
-    models = {name: copy.deepcopy(model) for name in candidates}  # some leave their hooks
-    failures, errors = {}, {}
-    for name, run in candidates.items():
-        try:
-            result = quiet(lambda name=name, run=run: run(models[name], batches))
-            errors[name] = largest_error(result, expected)
-        except Exception as error:  # of any library, and its own business
-            failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    assert errors["DiagonalFisher"] < 1e-5
-    assert errors["vmap(grad)"] < 1e-5
-    right = [name for name, error in errors.items() if error < TOLERANCE]
-    timed = {"forward + backward": lambda: forward_backward(model, batches)} | {
-        name: (lambda name=name: candidates[name](models[name], batches)) for name in right
-    }
-    seconds = quiet(lambda: time_all(timed, device, rounds=ROUNDS))
-    rows = []
-    for name in ["forward + backward", *candidates]:
-        row = {"candidate": name}
-        if name in timed:
-            row["ms"] = round(seconds[name] * 1e3, 2)
-            row["time / baseline"] = round(seconds[name] / seconds["forward + backward"], 2)
-            memory = quiet(lambda name=name: peak_memory(timed[name], device))
-            row["peak MiB"] = round(memory / 2**20, 1)
-        if name in errors:
-            row["largest error"] = f"{errors[name]:.1e}"
-        if name in failures:
-            row["fails"] = failures[name]
-        elif name in errors and name not in right:
-            row["fails"] = "another quantity"
-        rows.append(row)
-    report(f"fisher {request.node.callspec.id}".replace(" ", "-"), rows)
+    made.candidates[BASELINE] = Candidate(lambda: forward_backward(model, batches))
+    expected = PLAIN["one by one"](model, batches)
+    for name, run in (PLAIN | PEERS).items():
+        own = copy.deepcopy(model)  # some leave their hooks
+
+        def once(run=run, own=own) -> dict[str, torch.Tensor]:
+            return quiet(lambda: run(own, batches))
+
+        def check(once=once) -> dict[str, float]:
+            error = largest_error(once(), expected)
+            assert error < OURS, f"the largest error is {error:.1e}, the bound {OURS:.0e}"
+            return {"largest error": error, "bound": OURS}
+
+        if name in PLAIN:
+            made.candidates[name] = Candidate(once, check=check)
+        elif reason := missing(name) or objection(once, expected):
+            made.left_out[name] = reason
+        else:
+            made.candidates[name] = Candidate(once)
+            made.notes[name] = {"bound": TOLERANCE}
+    return made
+
+
+def objection(once, expected: dict[str, torch.Tensor]) -> str | None:
+    """Return why a library's result cannot be held against ours; that is its own business."""
+    try:
+        error = largest_error(once(), expected)
+    except Exception as raised:
+        return f"it raises {type(raised).__name__}: {str(raised).splitlines()[0][:80]}"
+    return None if error < TOLERANCE else f"another quantity: the largest error is {error:.1e}"
+
+
+@pytest.mark.parametrize("name", [BASELINE, *PLAIN, *PEERS])
+def test_fisher(name, fisher, benchmark):
+    fisher.play(name, benchmark)

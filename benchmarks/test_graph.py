@@ -4,40 +4,40 @@ import math
 
 import pytest
 import torch
-from problem import SETTINGS, SHAPES, Weights, check_equal, measure
+from contest import PLAYED_BACK, Candidate, Contest
+from problem import SETTINGS, SHAPES, Weights, check_equal
 
 from ars import ARSAdamW
 
+pytestmark = PLAYED_BACK
 
-@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-def test_graph(shapes, device, copy_bandwidth, report, request):
+BASELINE = "AdamW(fused=True, capturable=True)"
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def graph(request, device, contest) -> Contest:
     """The step replayed from a CUDA graph; the baseline is AdamW(fused=True, capturable=True)."""
-    baseline = "AdamW(fused=True, capturable=True)"
+    shapes = SHAPES[request.param]
+    made: Contest = contest(f"graph {request.param}", BASELINE, numel=sum(map(math.prod, shapes)))
     options = {"capturable": True, **SETTINGS}
-    optimizers = {
-        baseline: torch.optim.AdamW(Weights(shapes, device).parameters(), fused=True, **options),
-        "ARSAdamW": ARSAdamW(Weights(shapes, device).parameters(), **options),
-    }
+    theirs = torch.optim.AdamW(Weights(shapes, device).parameters(), fused=True, **options)
+    ours = ARSAdamW(Weights(shapes, device).parameters(), **options)
     loss = torch.tensor(1.0, device=device)
-    steps = {
-        baseline: optimizers[baseline].step,
-        "ARSAdamW": lambda: optimizers["ARSAdamW"].step(loss=loss),
-    }
-    candidates = {}
-    for name, step in steps.items():
+    for name, step in {BASELINE: theirs.step, "ARSAdamW": lambda: ours.step(loss=loss)}.items():
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             for _ in range(3):
                 step()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
             step()
-        candidates[name] = graph.replay
-        graph.replay()
-    check_equal(optimizers["ARSAdamW"], optimizers[baseline])
-    rows = measure(
-        candidates, baseline, dict.fromkeys(candidates, 28.0),
-        numel=sum(map(math.prod, shapes)), device=device, copy_bandwidth=copy_bandwidth,
-    )  # fmt: skip
-    report(f"graph {request.node.callspec.id}".replace(" ", "-"), rows)
+        captured.replay()
+        made.candidates[name] = Candidate(captured.replay, bytes_moved=28.0)
+    made.candidates["ARSAdamW"].check = lambda: check_equal(ours, theirs)
+    return made
+
+
+@pytest.mark.parametrize("name", [BASELINE, "ARSAdamW"])
+def test_graph(name, graph, benchmark):
+    graph.play(name, benchmark)

@@ -5,72 +5,80 @@ kernels (the launch is replaced by nothing), which is all of the step that a fas
 hide; torch's figure there includes its kernels, on tensors of four elements.
 """
 
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from contest import PLAYED_BACK, Candidate, Contest
 
-from ars import ARSAdamW
+from ars import ARSAdamW, ARSConfig
 from ars.csrc_triton import launches
 
+pytestmark = PLAYED_BACK
+
 COUNTS = (10, 1000, 10_000)
-ROUNDS = 15
+ROUNDS = 15  # of which the shortest counts: the others waited for something else
+BASELINE = "AdamW(fused=True)"
 
 
-def host_seconds(optimizer: torch.optim.Optimizer, *, moved: bool, device: str) -> float:
-    """Return the shortest time until a step returns: the others waited for something else."""
-    params = optimizer.param_groups[0]["params"]
-    seconds = []
-    for index in range(ROUNDS + 3):
-        if moved or index == 0:
-            fresh = [torch.zeros_like(param) for param in params]  # while the old ones are there
-            for param, gradient in zip(params, fresh, strict=True):
-                param.grad = gradient
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        optimizer.step()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[3:])
+def make_ours(params: list[torch.Tensor], device: str) -> ARSAdamW:
+    """Make our optimizer on the Triton path, the gradient norm watched."""
+    optimizer = ARSAdamW(params, ars=ARSConfig(surprise="grad_norm"))
+    if device == "cpu":
+        optimizer._implementation = "triton"
+    return optimizer
 
 
-@pytest.fixture
-def ours(device: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[torch.Tensor]], ARSAdamW]:
-    """Return a function that makes our optimizer on the Triton path."""
-
-    def make(params: list[torch.Tensor]) -> ARSAdamW:
-        optimizer = ARSAdamW(params)
-        if device == "cpu":
-            monkeypatch.setattr(launches, "DEVICE_TYPE", "cpu")
-            monkeypatch.setattr(launches, "launch", lambda *args, **options: None)
-            optimizer._implementation = "triton"
-        return optimizer
-
-    return make
-
-
-def test_host_time(ours, device, report):
-    """Ours with the gradient norm watched, and AdamW(fused=True)."""
-    rows = []
-    for count in COUNTS:
-        for name, make in (("ARSAdamW", ours), ("AdamW(fused=True)", torch_fused)):
-            params = [torch.zeros(4, device=device, requires_grad=True) for _ in range(count)]
-            optimizer = make(params)
-            for moved in (False, True):
-                seconds = host_seconds(optimizer, moved=moved, device=device)
-                rows.append(
-                    {
-                        "candidate": name,
-                        "tensors": count,
-                        "gradients": "moved" if moved else "stable",
-                        "us": round(seconds * 1e6, 1),
-                        "us a tensor": round(seconds * 1e6 / count, 3),
-                    }
-                )
-    report("host", rows)
-
-
-def torch_fused(params: list[torch.Tensor]) -> torch.optim.Optimizer:
+def make_torch(params: list[torch.Tensor], device: str) -> torch.optim.Optimizer:
     """Make torch's optimizer."""
+    del device
     return torch.optim.AdamW(params, fused=True)
+
+
+def give_gradients(params: list[torch.Tensor]) -> None:
+    """Set gradients at new addresses."""
+    fresh = [torch.zeros_like(param) for param in params]  # while the old ones are there
+    for param, gradient in zip(params, fresh, strict=True):
+        param.grad = gradient
+
+
+@pytest.fixture(scope="module")
+def without_launches(device: str):
+    """Launch nothing where there is no GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if device == "cpu":
+            patch.setattr(launches, "DEVICE_TYPE", "cpu")
+            patch.setattr(launches, "launch", lambda *args, **options: None)
+        yield
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["stable", "moved"])
+def moved(request) -> bool:
+    """Say whether the gradients are at new addresses in each step."""
+    return request.param
+
+
+@pytest.fixture(scope="module", params=COUNTS)
+def host(request, moved, device, contest, without_launches) -> Contest:
+    """A step around its kernels; the two are not compared, as ours computes nothing on a CPU."""
+    which = "moved" if moved else "stable"
+    made: Contest = contest(f"host {request.param} tensors, gradients {which}", BASELINE)
+    made.rounds = max(made.rounds, ROUNDS)
+    made.count_costs = made.wait = False
+    makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        BASELINE: make_torch,
+        "ARSAdamW": make_ours,
+    }
+    for name, make in makers.items():
+        params = [torch.zeros(4, device=device, requires_grad=True) for _ in range(request.param)]
+        give_gradients(params)
+        made.candidates[name] = Candidate(
+            make(params, device).step,
+            prepare=(lambda params=params: give_gradients(params)) if moved else None,
+        )
+    return made
+
+
+@pytest.mark.parametrize("name", [BASELINE, "ARSAdamW"])
+def test_host_time(name, host, benchmark):
+    host.play(name, benchmark)

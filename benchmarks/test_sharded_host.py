@@ -6,13 +6,13 @@ The tensors are so small that their arithmetic is nothing. The plain ones are th
 import gc
 import os
 import random
-import statistics
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
+from contest import PLAYED_BACK, Candidate, Contest
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -20,10 +20,17 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from ars import ARSAdamW
 from ars.regularizers import EWC
 
+pytestmark = PLAYED_BACK
+
 RANKS = 2
 TENSORS = 200
 ROUNDS = 51
 STEPS = (1000, 10_000)  # when the memory is read
+NAMES = [
+    f"{optimizer}, {where}"
+    for where in ("shards", "plain")
+    for optimizer in ("AdamW(fused=True)", "ARSAdamW(ars=None)", "ARSAdamW()")
+]
 
 
 def weights(*, divided: bool, count: int = TENSORS) -> torch.nn.ParameterList:
@@ -120,30 +127,39 @@ def memory(rank: int, folder: str) -> None:
     end(rank, folder, rows)
 
 
-def test_sharded_host_time(report, tmp_path: Path) -> None:
-    """Microseconds for each tensor of a step that computes next to nothing."""
-    torch.multiprocessing.spawn(times, (str(tmp_path),), nprocs=RANKS)
-    seconds = torch.load(tmp_path / "found")
-    rows = [
-        {
-            "candidate": key,
-            "us / tensor": round(statistics.median(values) / TENSORS * 1e6, 3),
-            "shortest us / tensor": round(min(values) / TENSORS * 1e6, 3),
-            "ms": round(statistics.median(values) * 1e3, 3),
+@pytest.fixture(scope="module")
+def host(request, contest, tmp_path_factory) -> Contest:
+    """A step that computes next to nothing; divide by the number of tensors."""
+    made: Contest = contest(f"sharded host, {TENSORS} tensors", NAMES[0])
+    made.candidates = {key: Candidate(None) for key in NAMES}
+    if request.config.getoption("benchmark_disable"):
+        return made
+    folder = tmp_path_factory.mktemp("host")
+    torch.multiprocessing.spawn(times, (str(folder),), nprocs=RANKS)
+    made.seconds = torch.load(folder / "found")
+    load = round(os.getloadavg()[0], 1)
+    made.notes = {
+        key: {
             "processes": RANKS,
-            "load of the machine": round(os.getloadavg()[0], 1),
+            "load of the machine": load,
+            "shortest us / tensor": round(min(values) / TENSORS * 1e6, 3),
         }
-        for key, values in seconds.items()
-    ]
-    report("sharded-host", rows)
+        for key, values in made.seconds.items()
+    }
+    return made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sharded_host_time(name, host, benchmark):
+    host.play(name, benchmark)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read memory from")
-def test_sharded_memory(report, tmp_path: Path) -> None:
+def test_sharded_memory(table, tmp_path: Path) -> None:
     """Memory of a clipped step with EWC on shards after 1,000 and 10,000 steps."""
     torch.multiprocessing.spawn(memory, (str(tmp_path),), nprocs=RANKS)
     rows = torch.load(tmp_path / "found")
-    report("sharded-memory", rows)
+    table("sharded memory", rows)
     early, late = rows
     assert late["tensors"] <= early["tensors"]
     assert late["objects"] <= early["objects"] + 10  # the row of numbers that was made before
