@@ -75,10 +75,19 @@ class _Tap(torch.autograd.Function):
 
 
 class _Call(NamedTuple):
-    """One call of a layer: the samples' dimension of its input, if any, and the input's shape."""
+    """One call of a layer, as it was of one sample.
+
+    Args:
+        dim: The samples' dimension of its input, if any.
+        shape: Of the input.
+        others: Other arguments, by number or name, whose first dimension is the samples'.
+        shares_output: Whether the output is the same for all samples, though the input is not.
+    """
 
     dim: int | None
     shape: torch.Size
+    others: tuple[int | str, ...] = ()
+    shares_output: bool = False
 
     def is_expanded(self, x: Tensor) -> bool:
         """Whether ``x``, which was the same for all samples, has been expanded to them since."""
@@ -94,26 +103,40 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-def _has_other_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call reads another tensor than its input."""
-    return any(isinstance(value, Tensor) for value in (*args, *kwargs.values())[1:])
+def _other_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Tensor]:
+    """The tensors that a call reads beside its input, by number or name."""
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return {key: value for key, value in given[1:] if isinstance(value, Tensor)}
 
 
 def _call_of(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[Tensor], Tensor]:
-    """A module's ``forward`` by its input; the other arguments are those of a call."""
-    name = None if args else next(iter(kwargs))
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    others: tuple[int | str, ...],
+) -> Callable[..., Tensor]:
+    """A module's ``forward`` by its input and ``others``; further arguments are those of a call."""
+    given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+    first = next(iter(given))
 
-    def call(x: Tensor) -> Tensor:
-        output: Tensor = (
-            module.forward(x, *args[1:], **kwargs)
-            if name is None
-            else module.forward(**{**kwargs, name: x})
+    def call(*read: Tensor) -> Tensor:
+        now = given | dict(zip((first, *others), read, strict=True))
+        places = [value for key, value in now.items() if isinstance(key, int)]
+        output: Tensor = module.forward(
+            *places, **{key: value for key, value in now.items() if isinstance(key, str)}
         )
         return output
 
     return call
+
+
+class _Seen(NamedTuple):
+    """The shapes of a call; of a layer with a rule, that of its input alone."""
+
+    module: nn.Module
+    shape: torch.Size
+    others: dict[int | str, torch.Size]
+    output: torch.Size
 
 
 class Taps:
@@ -138,12 +161,13 @@ class Taps:
         self._own: dict[nn.Module, dict[str, nn.Parameter]] = {}
         self._layers = self._tapped_layers()
         one, two = self._shapes(inputs[:1]), self._shapes(inputs[:2])
-        if [m for m, _ in one] != [m for m, _ in two]:
+        if [seen.module for seen in one] != [seen.module for seen in two]:
             raise UnsupportedModelError("one sample takes another path than two")
         self._calls: dict[nn.Module, list[_Call]] = {m: [] for m in self._layers}
         uses: Counter[nn.Parameter] = Counter()
-        for (module, alone), (_, both) in zip(one, two, strict=True):
-            self._calls[module].append(_Call(self._sample_dim(module, alone, both), alone))
+        for alone, both in zip(one, two, strict=True):
+            module = alone.module
+            self._calls[module].append(self._call(alone, both))
             uses.update(set(module.parameters(recurse=False)))
         uses.update(p for _, _, p in self._broadcast)
         self._shared = {p for p, n in uses.items() if n > 1}
@@ -174,15 +198,16 @@ class Taps:
                 )
         return layers
 
-    def _shapes(self, inputs: Samples) -> list[tuple[nn.Module, torch.Size]]:
+    def _shapes(self, inputs: Samples) -> list[_Seen]:
         found = []
 
         def record_shape(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x = _input(args, kwargs)
-            maps_one = isinstance(x, Tensor) and isinstance(output, Tensor)
-            if not maps_one or (rule_of(module) is None and _has_other_tensors(args, kwargs)):
-                raise UnsupportedModelError(f"{self._layers[module]} does not map one tensor")
-            found.append((module, x.shape))
+            if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
+                raise UnsupportedModelError(f"{self._layers[module]} does not map tensors to one")
+            others = _other_tensors(args, kwargs) if rule_of(module) is None else {}
+            shapes = {key: other.shape for key, other in others.items()}
+            found.append(_Seen(module, x.shape, shapes, output.shape))
 
         handles = [m.register_forward_hook(record_shape, with_kwargs=True) for m in self._layers]
         try:
@@ -192,6 +217,29 @@ class Taps:
             for handle in handles:
                 handle.remove()
         return found
+
+    def _call(self, alone: _Seen, both: _Seen) -> _Call:
+        """Compare one sample's call of a layer with two samples'."""  # noqa: DOC501
+        name = self._layers[alone.module]
+        dim = self._sample_dim(alone.module, alone.shape, both.shape)
+        if rule_of(alone.module) is not None:
+            return _Call(dim, alone.shape)
+        if alone.others.keys() != both.others.keys():
+            raise UnsupportedModelError(f"{name} is called otherwise for two samples")
+        others: list[int | str] = []
+        for key, shape in alone.others.items():
+            if both.others[key] == shape:
+                continue  # the same for all samples
+            if dim is None or both.others[key] != (2 * shape[0], *shape[1:]):
+                raise UnsupportedModelError(
+                    f"{name} sees one sample's {key!r} as {tuple(shape)}, two as "
+                    f"{tuple(both.others[key])}"
+                )
+            others.append(key)
+        shared = dim is not None and alone.output == both.output
+        if shared and alone.output[:1] != (1,):
+            raise UnsupportedModelError(f"{name} returns {tuple(alone.output)} for all samples")
+        return _Call(dim, alone.shape, tuple(others), shared)
 
     def _sample_dim(self, module: nn.Module, alone: torch.Size, both: torch.Size) -> int | None:
         name, rule = self._layers[module], rule_of(module)
@@ -288,6 +336,8 @@ class Taps:
             if call.dim is None and not call.is_expanded(x):
                 skip = int(call.has_sample_dim)
                 x, output = (t.expand(samples, *t.shape[skip:]) for t in (x, output))
+            elif call.shares_output and len(output) == 1:
+                output = output.expand(samples, *output.shape[1:])
             dim = call.dim or 0
             if any(t.ndim <= dim or t.shape[dim] % samples for t in (x, output)):
                 raise UnsupportedModelError(
@@ -296,7 +346,7 @@ class Taps:
                 )
             float16 |= output.dtype == torch.float16
             me = number(name)
-            rule, alone = self._rule(module, args, kwargs), rule_of(module) is None
+            rule, alone = self._rule(module, args, kwargs, call, samples), rule_of(module) is None
 
             def record(x: Tensor, gradient: Tensor) -> None:
                 with torch.autocast(gradient.device.type, enabled=False):
@@ -418,12 +468,21 @@ class Taps:
                 "another"
             )
 
-    def _rule(self, module: nn.Module, args: Any, kwargs: Any) -> Rule:
-        """The rule of a layer, for one call of it."""
+    def _rule(self, module: nn.Module, args: Any, kwargs: Any, call: _Call, samples: int) -> Rule:
+        """The rule of a layer, for one call of it."""  # noqa: DOC501
         known = rule_of(module)
         if known is not None:
             return known[0]
-        return differentiated(module, self._own[module], _call_of(module, args, kwargs))
+        given = _other_tensors(args, kwargs)
+        others = [given[key].detach() for key in call.others]
+        if any(len(other) % samples for other in others):
+            raise UnsupportedModelError(
+                f"{self._layers[module]} reads another tensor with not as many rows for each of "
+                f"{samples} samples"
+            )
+        read = [to_samples(other, 0, samples) for other in others]
+        called = _call_of(module, args, kwargs, call.others)
+        return differentiated(module, self._own[module], called, read)
 
     def _record(
         self, total: dict[str, Tensor], module: nn.Module, uses: dict[str, Contribution]

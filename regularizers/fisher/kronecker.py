@@ -120,7 +120,8 @@ class KroneckerFisher:
     .. math:: F_{[W\,b]} \approx G \otimes A, \quad
               A = \mathbb{E}[a a^T], \quad G = \mathbb{E}[g g^T]
 
-    for every :class:`torch.nn.Linear` and every convolution with one group, with the layer's inputs
+    for every :class:`torch.nn.Linear`, GPT-2's ``Conv1D`` (whose weight is stored transposed, W^T)
+    and every convolution with one group, with the layer's inputs
     :math:`a` (patches of a convolution; a 1 is appended for a trained bias) and the gradients
     :math:`g` of its outputs. Where the diagonal Fisher holds one number a weight, this keeps which
     directions of the inputs and of the outputs matter.
@@ -341,7 +342,7 @@ class KroneckerFisher:
             with_bias = layers[name].bias is not None
             rows, valid = batched_rows(mine, chunk.targets, with_bias=with_bias)
             if name not in sums:
-                p = len(mine[0].module.weight)
+                p = mine[0].module.weight.shape[int(layers[name].transposed)]
                 sums[name] = FactorSums.zero(rows.device, rows.shape[-1], p, rows.dtype)
             sums[name].add_inputs(rows, valid, reduce=reduce)
         for cotangent in cotangents(estimator, logits.detach(), chunk):

@@ -22,7 +22,7 @@ from ars.regularizers.fisher.estimators import accumulation_dtype
 from ars.regularizers.fisher.gathered import gathered
 from ars.regularizers.fisher.processes import Processes
 from ars.regularizers.fisher.row_proof import Passes, RowProof
-from ars.regularizers.fisher.rules import Convolution, patches_of
+from ars.regularizers.fisher.rules import Convolution, is_transposed, patches_of
 from ars.regularizers.fisher.samples import Samples
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
     "warn_of_others",
 ]
 
-MatrixModule: TypeAlias = nn.Linear | Convolution
+MatrixModule: TypeAlias = Any  # nn.Linear, a convolution, or GPT-2's Conv1D
 _Sums = TypeVar("_Sums", bound=tuple[Tensor, ...])
 # Of a subclass that computes something else the inputs and outputs are not those of a product.
 _FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -54,10 +54,12 @@ class MatrixLayer:
     Args:
         modules: Them, by their names in the model; several if the weight is tied.
         bias: Name of the bias that is trained with the weight, or None.
+        transposed: Whether the weight is (d, p), as GPT-2's Conv1D has it.
     """
 
-    modules: dict[str, MatrixModule]
+    modules: dict[str, Any]
     bias: str | None
+    transposed: bool = False
 
 
 class Use(NamedTuple):
@@ -78,7 +80,7 @@ class Use(NamedTuple):
 
 
 def matrix_layers(model: nn.Module) -> dict[str, MatrixLayer]:
-    """Find the linear and ungrouped convolution layers whose weight is trained.
+    """Find the linear and ungrouped convolution layers, and GPT-2's, whose weight is trained.
 
     Args:
         model: The model.
@@ -87,20 +89,26 @@ def matrix_layers(model: nn.Module) -> dict[str, MatrixLayer]:
         Name of the weight, as in ``named_parameters()``, -> its layers, in the model's order.
 
     Raises:
-        ValueError: Two layers share a weight, but not their bias.
+        ValueError: Two layers share a weight, but not their bias, or one of them has it transposed.
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
     layers: dict[str, MatrixLayer] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, MatrixModule) or type(module).forward not in _FORWARDS:
+        transposed = is_transposed(module)
+        if not transposed and type(module).forward not in _FORWARDS:
             continue
-        if module.weight not in names:
+        own: Any = module
+        if own.weight not in names or getattr(own, "groups", 1) > 1:
             continue
-        if not isinstance(module, nn.Linear) and module.groups > 1:
-            continue
-        weight = names[module.weight]
-        bias = None if module.bias is None else names.get(module.bias)
-        layer = layers.setdefault(weight, MatrixLayer({}, bias))
+        weight = names[own.weight]
+        bias = None if own.bias is None else names.get(own.bias)
+        layer = layers.setdefault(weight, MatrixLayer({}, bias, transposed))
+        if layer.transposed != transposed:
+            first = next(iter(layer.modules))
+            raise ValueError(
+                f"{first!r} and {path!r} share the weight {weight!r}, but one of them has it "
+                "transposed, so the two have no common matrix; freeze it, or protect it with EWC"
+            )
         if layer.bias != bias:
             first = next(iter(layer.modules))
             raise ValueError(
@@ -218,7 +226,7 @@ def recorded_uses(model: nn.Module, layers: dict[str, MatrixLayer]) -> Iterator[
 
     def hook(weight: str) -> Any:
         def record(module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-            inputs = args[0] if args else kwargs["input"]
+            inputs = args[0] if args else next(iter(kwargs.values()))
             edge = get_gradient_edge(output) if output.requires_grad else None
             uses.append(Use(weight, module, inputs.detach(), edge))
 
@@ -241,15 +249,15 @@ def input_rows(module: MatrixModule, inputs: Tensor) -> Tensor:
     """Return what a layer multiplies its weight matrix with, one row a position.
 
     Args:
-        module: A linear layer, or a convolution with one group.
+        module: A linear layer, GPT-2's too, or a convolution with one group.
         inputs: What it read: (..., d), or (B, C, pixels...).
 
     Returns:
         Shape (positions, d); d = C * kernel elements for a convolution.
     """
-    if isinstance(module, nn.Linear):
-        return inputs.reshape(-1, inputs.shape[-1])
-    return patches_of(module, inputs).mT.flatten(0, 1)
+    if isinstance(module, Convolution):
+        return patches_of(module, inputs).mT.flatten(0, 1)
+    return inputs.reshape(-1, inputs.shape[-1])
 
 
 def output_rows(module: MatrixModule, outputs: Tensor) -> Tensor:
@@ -262,7 +270,7 @@ def output_rows(module: MatrixModule, outputs: Tensor) -> Tensor:
     Returns:
         Shape (positions, p), positions in the order of :func:`input_rows`.
     """
-    if not isinstance(module, nn.Linear):
+    if isinstance(module, Convolution):
         outputs = outputs.movedim(1, -1)
     return outputs.reshape(-1, outputs.shape[-1])
 

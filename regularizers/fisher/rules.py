@@ -39,6 +39,7 @@ __all__ = [
     "add_squares_of_uses_",
     "can_be_differentiated",
     "differentiated",
+    "is_transposed",
     "patches_of",
     "rule_of",
     "to_samples",
@@ -360,10 +361,20 @@ def rule_of(module: nn.Module) -> tuple[Rule, bool] | None:
         return None
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
         return None  # mixes the samples
-    forward = type(module).forward
-    if f"{forward.__module__}.{forward.__qualname__}" == _GPT2_LINEAR:  # without importing it
+    if is_transposed(module):
         return _transposed_linear, True
-    return _RULES.get(forward)
+    return _RULES.get(type(module).forward)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's linear layer, Conv1D, whose weight is (d, p): y = x W + b.
+
+    Args:
+        module: Any module.
+    """
+    forward = type(module).forward
+    name = f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
+    return "forward" not in vars(module) and name == _GPT2_LINEAR  # without importing it
 
 
 # They mix samples, write to their weights, or do not map one tensor to one.
@@ -388,23 +399,27 @@ def can_be_differentiated(module: nn.Module, trained: Collection[Tensor]) -> boo
 
 
 def differentiated(
-    module: nn.Module, own: dict[str, nn.Parameter], call: Callable[[Tensor], Tensor]
+    module: nn.Module,
+    own: dict[str, nn.Parameter],
+    call: Callable[..., Tensor],
+    others: Sequence[Tensor] = (),
 ) -> Rule:
     """Return the rule of a module that is differentiated by itself, in full precision.
 
     Args:
-        module: Maps one tensor, (rows, ...), to one.
+        module: Maps tensors, (rows, ...), to one.
         own: Its trained parameters by their names in it.
         call: Its ``forward`` by what it reads.
+        others: What it reads beside its input, (N, rows, ...) each.
     """
 
-    def gradients(name: str, x: Tensor, g: Tensor) -> Tensor:
+    def gradients(name: str, g: Tensor, *read: Tensor) -> Tensor:
         full = accumulation_dtype(own[name].dtype)
 
-        def of_one(x: Tensor, g: Tensor) -> Tensor:
+        def of_one(g: Tensor, *read: Tensor) -> Tensor:
             def forward(leaf: Tensor) -> Tensor:
                 module._parameters[name] = leaf  # type: ignore[assignment]
-                return call(x)
+                return call(*read)
 
             output, pull_back, *_ = vjp(forward, own[name].detach().to(full))
             found: Tensor = pull_back(g.to(output.dtype))[0]
@@ -414,13 +429,15 @@ def differentiated(
         for other, p in before.items():
             module._parameters[other] = None if p is None else p.detach().to(full)  # type: ignore[assignment]
         try:
-            found: Tensor = vmap(of_one)(_full(x) if x.is_floating_point() else x, _full(g))
+            wide = [_full(t) if t.is_floating_point() else t for t in read]
+            found: Tensor = vmap(of_one)(_full(g), *wide)
             return found
         finally:
             module._parameters.update(before)
 
     def pieces_of(name: str, x: Tensor, g: Tensor) -> Pieces:
         size = max(1, PATCHES // max(1, own[name].numel()))
-        return Pieces(len(x), size, lambda part: gradients(name, x[part], g[part]))
+        read = (x, *others)
+        return Pieces(len(x), size, lambda part: gradients(name, g[part], *(t[part] for t in read)))
 
     return lambda _, x, g: {name: pieces_of(name, x, g) for name in own}

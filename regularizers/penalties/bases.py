@@ -5,6 +5,7 @@ vectors: the smallest k whose squared singular values reach a fraction of their 
 a given k.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ars.regularizers.checks import checked_module
 from ars.regularizers.fisher.covariance import ActivationCovariance
 from ars.regularizers.fisher.estimators import accumulation_dtype
+from ars.regularizers.fisher.layers import matrix_layers
 from ars.regularizers.penalties.penalty_base import check_names
 from ars.sharded import whole
 
@@ -238,6 +240,10 @@ def covariance_basis(
     return _leading(what, values.flip(0), vectors.flip(1), error, energy, rank)
 
 
+def _transposed_weights(model: nn.Module) -> list[str]:
+    return [name for name, layer in matrix_layers(model).items() if layer.transposed]
+
+
 def activation_bases(
     model: nn.Module,
     activations: ActivationCovariance | Mapping[str, Tensor] | Iterable[Any],
@@ -260,7 +266,8 @@ def activation_bases(
         U by parameter name, (d, k).
 
     Raises:
-        ValueError: A name that the model or the activations do not have.
+        ValueError: A name that the model or the activations do not have, or whose weight is stored
+            transposed.
     """
     check_size(energy, rank)
     model = checked_module(model)
@@ -276,8 +283,21 @@ def activation_bases(
         name if name in known else f"{name}.weight": covariance
         for name, covariance in given.items()
     }
-    wanted = list(covariances) if names is None else list(names)
+    transposed = [n for n in _transposed_weights(model) if n in covariances]
+    if names is None and transposed:
+        warnings.warn(
+            f"the weight of {', '.join(map(repr, transposed[:8]))} is stored transposed (Conv1D), "
+            "so its rows are the inputs: left out; protect it by KroneckerPenalty of the same "
+            "activations",
+            stacklevel=3,
+        )
+    wanted = [n for n in covariances if n not in transposed] if names is None else list(names)
     for name in wanted:
+        if name in transposed:
+            raise ValueError(
+                f"{name!r} is stored transposed (Conv1D), so that a basis of its inputs would act "
+                "on its outputs; protect it by KroneckerPenalty of the same activations"
+            )
         if name not in covariances:
             raise ValueError(
                 f"activations lack {name!r}, which names asks for; they have {list(covariances)}"

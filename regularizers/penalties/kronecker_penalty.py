@@ -6,26 +6,23 @@ The value and gradient are defined by :func:`ars.reference.kronecker_value` and
 :func:`ars.reference.kronecker_gradient`.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ars.reference import kronecker_gradient, kronecker_value
-from ars.regularizers.checks import check_can_differentiate, checked_module
+from ars.regularizers.checks import checked_module
 from ars.regularizers.fisher.covariance import ActivationCovariance
-from ars.regularizers.fisher.estimators import accumulation_dtype
-from ars.regularizers.fisher.kronecker import KroneckerFactors, KroneckerFisher, nearest_product
-from ars.regularizers.fisher.layers import matrix_layers
+from ars.regularizers.fisher.kronecker import KroneckerFisher
+from ars.regularizers.fisher.layers import MatrixLayer, matrix_layers
+from ars.regularizers.penalties.matrix_pull import MatrixPull
 from ars.regularizers.penalties.penalty_base import (
     PenaltyBase,
     check_label,
     check_names,
     check_state,
     check_tensor,
-    check_unmoved,
     checked_decay,
     checked_strength,
     live_parameters,
@@ -33,244 +30,18 @@ from ars.regularizers.penalties.penalty_base import (
     sharded_since,
     without_wrappers,
 )
-from ars.regularizers.penalties.sharded_value import total_of, with_gradients
+from ars.regularizers.penalties.sharded_value import total_of
 from ars.sharded import (
-    divides,
-    indices_here,
-    is_placed_like,
-    is_sharded,
     part_of,
     place_like,
     reshard,
-    whole,
-    with_part,
-    with_rows,
 )
 
 __all__ = ["KroneckerPenalty"]
 
-# How far a factor may be from its transpose, relative to its largest entry. Sums of outer products
-# in float32 are off by about 1e-7; a factor stored in bfloat16 is symmetric as well.
-ASYMMETRY = 1e-4
-
 Factors: TypeAlias = (
     KroneckerFisher | ActivationCovariance | Mapping[str, tuple[Tensor, Tensor | None]]
 )
-
-
-class MatrixPull:
-    """Anchor, factors and buffers of one weight and its bias.
-
-    Args:
-        name: Of the weight.
-        bias: Name of the bias that belongs to it, or None.
-        parameters: Both, by name.
-        inputs: A, (d, d), or (d + 1, d + 1) with the bias.
-        outputs: G, (p, p), or None for the identity.
-
-    Raises:
-        TypeError: A factor is not a floating-point tensor.
-        ValueError: The weight is no matrix, A asks for a bias that there is not, or a factor has
-            the wrong shape, or is not finite or not symmetric or has a negative diagonal.
-    """
-
-    _rows: Tensor | None = None  # what pickles of earlier versions do not hold
-
-    def __init__(
-        self,
-        name: str,
-        bias: str | None,
-        parameters: Mapping[str, nn.Parameter],
-        inputs: Tensor,
-        outputs: Tensor | None,
-    ) -> None:
-        check_can_differentiate("building a penalty")
-        weight = parameters[name]
-        if weight.ndim < 2:
-            raise ValueError(
-                f"{name!r} has shape {tuple(weight.shape)} and is no matrix; leave it out, and "
-                "restrain it with an EWC"
-            )
-        self.name = name
-        rows, columns = len(weight), math.prod(weight.shape[1:])
-        self._parts: dict[str, nn.Parameter] = {name: weight}
-        if isinstance(inputs, Tensor) and inputs.shape == (columns + 1, columns + 1):
-            if bias is None:
-                raise ValueError(
-                    f"A of {name!r} has {columns + 1} rows for {columns} columns and a bias, but "
-                    "the weight's layer trains no bias; freeze a layer after its penalty is built, "
-                    "or leave out the last row and column"
-                )
-            self._parts[bias] = parameters[bias]
-        dtype = accumulation_dtype(weight.dtype)
-        self._size = rows, columns + (len(self._parts) == 2)
-        self._has_outputs = outputs is not None
-        self.check("", inputs, outputs)
-        _check_placement(self._parts)
-        # Which rows of G belong to the rows that are here; None for all.
-        self._rows = indices_here(weight, rows=True) if is_sharded(weight) else None
-        self.anchor = with_rows(self._matrix().detach(), weight)
-        self.inputs = inputs.detach().to(weight.device, dtype, copy=True)
-        self.outputs = (
-            None if outputs is None else outputs.detach().to(weight.device, dtype, copy=True)
-        )
-        self._buffers = {n: torch.zeros_like(p, dtype=dtype) for n, p in self._parts.items()}
-
-    def check(self, source: str, inputs: Tensor, outputs: Tensor | None) -> None:
-        """Refuse factors that are not those of this layer.
-
-        Args:
-            source: Begins the messages, such as ``"the state's "``.
-            inputs: A.
-            outputs: G or None.
-
-        Raises:
-            ValueError: G is missing, or there is one too many; or see the constructor.
-        """
-        if (outputs is not None) != self._has_outputs:
-            raise ValueError(
-                f"{source}G of {self.name!r} is {'missing' if self._has_outputs else 'too much'}: "
-                "this penalty was built "
-                f"{'with' if self._has_outputs else 'from activations, without'} output factors"
-            )
-        rows, columns = self._size
-        _check_factor(f"{source}A of {self.name!r}", inputs, columns)
-        if outputs is not None:
-            _check_factor(f"{source}G of {self.name!r}", outputs, rows)
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The weight, and the bias if it has a part, by name."""
-        return self._parts
-
-    def named_anchor(self) -> dict[str, Tensor]:
-        """Return the anchor of the weight, and of the bias, by parameter name."""
-        anchor = part_of(self.anchor)
-        return {n: with_part(self._cut(anchor, n), part) for n, part in self._parts.items()}
-
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return each parameter with its buffer."""
-        return [(p, self._buffers[name]) for name, p in self._parts.items()]
-
-    def value(self, strength: float | Tensor) -> Tensor:
-        """Return the penalty of this layer, differentiable in its parameters: of its rows here."""
-        self._check_unmoved()
-        if self._rows is not None:
-            with torch.no_grad():
-                value = self.pull_(strength)
-                gradients = [part_of(buffer).clone() for buffer in self._buffers.values()]
-            return with_gradients(value, list(self._parts.values()), gradients)
-        with torch.autocast(device_type=self.anchor.device.type, enabled=False):
-            delta = self._matrix() - self.anchor
-            return kronecker_value(delta, self.inputs, self.outputs, strength)
-
-    def pull_(self, strength: float | Tensor) -> Tensor:
-        """Write the gradient to the buffers; return the penalty of the rows that are here, 0-d."""
-        self._check_unmoved()
-        with torch.autocast(device_type=self.anchor.device.type, enabled=False):
-            delta = self._matrix() - part_of(self.anchor)
-            if self._rows is None or self.outputs is None:
-                gradient = kronecker_gradient(delta, self.inputs, self.outputs, strength)
-            else:  # G mixes the rows of all processes
-                weight = next(iter(self._parts.values()))
-                rows = whole(with_rows(delta @ self.inputs, weight)).to(delta)
-                gradient = strength * (self.outputs[self._rows.to(delta.device)] @ rows)
-            for name, buffer in self._buffers.items():
-                part_of(buffer).copy_(self._cut(gradient, name))
-            return 0.5 * torch.dot(delta.flatten(), gradient.flatten())
-
-    def consolidate(self, inputs: Tensor, outputs: Tensor | None, decay: float) -> None:
-        """Add checked factors to ``decay`` times the old ones, and anchor at the parameters."""
-        inputs = inputs.detach().to(self.inputs)
-        if self.outputs is None or outputs is None:
-            self.inputs.mul_(decay).add_(inputs)
-        else:
-            old = KroneckerFactors(self.inputs, decay * self.outputs)
-            new = KroneckerFactors(inputs, outputs.detach().to(self.outputs))
-            nearest = nearest_product(old, new)
-            self.inputs.copy_(nearest.inputs)
-            self.outputs.copy_(nearest.outputs)
-        part_of(self.anchor).copy_(self._matrix())
-
-    def decay_(self, decay: float) -> None:
-        """Multiply the importance with ``decay``, and anchor at the parameters."""
-        (self.inputs if self.outputs is None else self.outputs).mul_(decay)
-        part_of(self.anchor).copy_(self._matrix())
-
-    def moved(self, parameters: Mapping[str, nn.Parameter]) -> "MatrixPull":
-        """Return this pull for the same parameters that are placed in another way.
-
-        Args:
-            parameters: The parameters as they are placed now, by name.
-        """
-        name, *bias = self._parts
-        first = bias[0] if bias else None
-        pull = MatrixPull(name, first, parameters, self.inputs, self.outputs)
-        part_of(pull.anchor).copy_(part_of(place_like(self.anchor, pull.anchor)))
-        return pull
-
-    def _check_unmoved(self) -> None:
-        for name, buffer in self._buffers.items():
-            check_unmoved(name, self._parts[name], buffer, same_dtype=True)
-
-    def _matrix(self) -> Tensor:
-        """Return a copy of the rows of [W b] that are here, in the dtype of the computation."""
-        weight, *bias = map(part_of, self._parts.values())
-        columns = [weight.flatten(1), *(b[:, None] for b in bias)]
-        return torch.cat(columns, 1).to(accumulation_dtype(weight.dtype))
-
-    def _cut(self, matrix: Tensor, name: str) -> Tensor:
-        """Return the part of rows like those of [W b] that belongs to one of the two."""
-        part = part_of(self._parts[name])
-        if part.ndim == 1:
-            return matrix[:, -1]
-        return matrix[:, : math.prod(part.shape[1:])].view_as(part)
-
-
-def _check_placement(parts: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a weight that is not divided by rows, and its bias with it.
-
-    Raises:
-        ValueError: That is so; names it.
-    """
-    weight_name, *others = parts
-    weight: Any = parts[weight_name]
-    if is_sharded(weight) and any(divides(p, rows=False) for p in weight.placements):
-        raise ValueError(
-            f"{weight_name!r} is sharded by columns, {tuple(weight.placements)}, and a Kronecker "
-            "factor mixes these; shard it by rows, as fully_shard does, or restrain it with an EWC"
-        )
-    for name in others:
-        if not is_placed_like(parts[name], weight):
-            raise ValueError(
-                f"{name!r} is not distributed as its {weight_name!r} is; shard both by rows, or "
-                "leave the last row and column of A out"
-            )
-
-
-def _check_factor(what: str, factor: object, size: int) -> None:
-    """Refuse what cannot be a second moment of ``size`` numbers.
-
-    Raises:
-        TypeError: Not a floating-point tensor.
-        ValueError: A wrong shape, a value that is not finite, or no second moment.
-    """
-    if not isinstance(factor, Tensor):
-        raise TypeError(f"{what} must be a tensor, got {type(factor).__name__}")
-    if not factor.is_floating_point():
-        raise TypeError(f"{what} must be floating point, got {factor.dtype}")
-    if factor.shape != (size, size):
-        raise ValueError(
-            f"{what} has shape {tuple(factor.shape)}, expected ({size}, {size}); "
-            "fit it on the model as it is now"
-        )
-    if not factor.isfinite().all():
-        raise ValueError(f"{what} is not finite; look for an overflow where it was computed")
-    largest = factor.abs().max()
-    if (factor - factor.T).abs().max() > ASYMMETRY * largest:
-        raise ValueError(f"{what} is not symmetric; it must be a second moment")
-    if (factor.diagonal() < 0).any():
-        raise ValueError(f"{what} has a negative diagonal; mean squares are >= 0")
 
 
 class KroneckerPenalty(PenaltyBase):
@@ -303,8 +74,9 @@ class KroneckerPenalty(PenaltyBase):
         factors: A fitted :class:`~ars.regularizers.KroneckerFisher` or
             :class:`~ars.regularizers.ActivationCovariance`, or a mapping from the name of a weight
             to (A, G): A is (d, d), or (d + 1, d + 1) to include the layer's bias as its last
-            column, with d the columns of the weight flattened from dimension 1 on; G is (p, p), or
-            None everywhere for the identity.
+            column, with d the columns of the weight flattened from dimension 1 on (the rows of
+            GPT-2's ``Conv1D``, which is stored transposed); G is (p, p), or None everywhere for
+            the identity.
         strength: lambda, in [0, 1e38]; a number or a 0-d tensor. A plain attribute, which may be
             changed at any time.
 
@@ -460,8 +232,8 @@ class KroneckerPenalty(PenaltyBase):
             if pull is not None and name in found:
                 pull.check("", *found[name])
             elif pull is None and name in found:
-                bias = layers[name].bias if name in layers else None
-                pull = MatrixPull(name, bias, live, *found[name])
+                layer = layers.get(name, MatrixLayer({}, None))
+                pull = MatrixPull(name, layer.bias, live, *found[name], transposed=layer.transposed)
             if pull is not None:
                 pulls[name] = pull
         without = [name for name, pull in pulls.items() if pull.outputs is None]

@@ -41,7 +41,29 @@ T5 = {
     "num_heads": 2,
     "decoder_start_token_id": 0,
 }
+OPT = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "ffn_dim": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "word_embed_proj_dim": 16,
+}
+BART = {
+    "vocab_size": 20,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 16,
+}
 FAMILIES = {
+    "opt": ("OPTForCausalLM", "OPTConfig", OPT),
+    "bart": ("BartForConditionalGeneration", "BartConfig", BART),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES),
     "masked": ("BertForMaskedLM", "BertConfig", SIZES),
@@ -49,8 +71,8 @@ FAMILIES = {
     "classified": ("BertForSequenceClassification", "BertConfig", {**SIZES, "num_labels": 5}),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5),
 }
-CAUSAL = {"gpt2", "llama"}
-ONE_PASS = {"gpt2", "llama", "tagged", "classified"}
+CAUSAL = {"gpt2", "llama", "opt"}
+ONE_PASS = {"gpt2", "opt", "bart", "llama", "tagged", "classified"}
 
 
 def build(family):
@@ -165,3 +187,13 @@ def test_factors_count_the_positions_that_predict():
     expected = rows.T @ rows / len(rows)
     torch.testing.assert_close(factors["lm_head.weight"].inputs, expected)
     torch.testing.assert_close(covariance["lm_head.weight"], expected)
+
+
+def test_factors_of_gpt2_are_of_every_matrix():
+    model, batch = build("gpt2"), batch_of("gpt2")
+    with pytest.warns(UserWarning, match=r"is known of transformer\.wte\.weight as used by"):
+        factors = KroneckerFisher(model, "empirical").fit([batch]).factors
+    matrices = {n for n, p in model.named_parameters() if p.ndim > 1 and "wpe" not in n}
+    assert factors.keys() == matrices
+    assert factors["transformer.h.0.mlp.c_fc.weight"].inputs.shape == (9, 9)
+    assert factors["transformer.h.0.mlp.c_fc.weight"].outputs.shape == (32, 32)

@@ -173,12 +173,55 @@ class Pair(RMSNorm):
 
 
 class PairModel(Model):
-    def __init__(self):
+    """The second tensor is made of the ids, or is something else of theirs."""
+
+    def __init__(self, second=lambda x: 2 * x):
         super().__init__(norm=Pair)
+        self.second = second
 
     def forward(self, ids):
         x = self.embedding(ids)
-        return self.head(self.norm(x, residual=x.roll(1, 0) * 0 + x))
+        return self.head(self.norm(x, residual=self.second(x)))
+
+
+class Table(nn.Embedding):
+    """As OPT and BART have it: of positions, each sample's own or one row for all of them."""
+
+    def forward(self, ids, start=0, position_ids=None):
+        return super().forward(position_ids if position_ids.ndim > 1 else position_ids[None])
+
+
+class TableModel(Model):
+    def __init__(self, shared):
+        super().__init__()
+        self.positions, self.shared = Table(LENGTH + 1, WIDTH), shared
+
+    def forward(self, ids):
+        kept = (ids > 0).to(ids.dtype)
+        places = torch.arange(ids.shape[1]) if self.shared else kept.cumsum(1) * kept
+        return self.head(self.embedding(ids) + self.positions(kept, 0, position_ids=places))
+
+
+SECOND = {
+    "each sample's own": lambda: PairModel(),
+    "the same for all": lambda: PairModel(lambda x: torch.arange(WIDTH, dtype=x.dtype)),
+    "of every position": lambda: PairModel(lambda x: x.detach().sum(-1, keepdim=True)),
+    "places": lambda: TableModel(shared=False),
+    "places of all samples": lambda: TableModel(shared=True),
+}
+
+
+@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+def test_a_module_may_read_a_second_tensor(second, estimator, relative_error):
+    model, batches = randomised(SECOND[second]()), [batch(), batch(3)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is 0 throughout")  # layers that are not used
+        loop = fitted(model, batches, "loop", estimator)
+        found = fitted(model, batches, "hooks", estimator)
+    used = {name: value for name, value in loop.items() if value.any()}
+    assert len(used) >= 3
+    assert relative_error({name: found[name] for name in used}, used) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -187,7 +230,9 @@ class PairModel(Model):
         (Model(norm=Centred), "gives '.*' another gradient|influence one another"),
         (Model(norm=Outer), "Outer 'norm' has no rule"),
         (Model(norm=Conditional), "vmap"),
-        (PairModel(), "Pair 'norm' does not map one tensor"),
+        (PairModel(lambda x: x.roll(1, 0)), "influence one another|another gradient|other samples"),
+        (PairModel(lambda x: x.mean((0, 1)).expand(2 * len(x) - 1, 1, WIDTH)[:1]),
+         "influence one another|another gradient|other samples"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_taken_alone_is_refused_by_name(model, match, relative_error):
