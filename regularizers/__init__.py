@@ -10,9 +10,10 @@ What to measure on the old task, and which penalty takes it:
 * :class:`Distillation`: what the old model says instead of its weights; a second forward pass.
 
 A penalty goes to ``ars.ARSAdamW(..., penalty=...)`` or, by :class:`CombinedLoss` or ``value()``,
-into the loss of any optimizer. :class:`AdaptiveStrength` and :func:`trace_strengths` choose
-strengths; :func:`save_penalty` and :func:`load_penalty` keep files; :func:`quantize` packs an
-importance into a byte a parameter. ``docs/regularizers.md`` has formulas, costs and traps.
+into the loss of any optimizer. :class:`LossBudget` chooses its strength from what may be lost,
+:class:`AdaptiveStrength` and :func:`trace_strengths` by other rules; :func:`save_penalty` and
+:func:`load_penalty` keep files; :func:`quantize` packs an importance into a byte a parameter.
+``docs/regularizers.md`` has formulas, costs and traps.
 """
 
 import sys
@@ -30,6 +31,7 @@ from ars.regularizers.penalties import (
     CombinedLoss,
     Distillation,
     KroneckerPenalty,
+    LossBudget,
     PenaltyMonitor,
     ProgressiveInheritance,
     SubspacePenalty,
@@ -48,6 +50,7 @@ __all__ = [
     "KroneckerFactors",
     "KroneckerFisher",
     "KroneckerPenalty",
+    "LossBudget",
     "PenaltyMonitor",
     "ProgressiveInheritance",
     "Quantized",

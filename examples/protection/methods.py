@@ -30,6 +30,7 @@ Batches: TypeAlias = list[tuple[Tensor, Tensor]]
 Weights: TypeAlias = dict[str, Tensor]
 Kind: TypeAlias = Literal["train", "replay", "own samples", "merge"]
 
+_DAMPING = 0.3  # of the mean importance, added to each
 _ENERGY = 0.99  # of the activations' second moment, inside the subspace
 _ESTIMATOR: Any = "sketch"  # the expectation over the model's own predictions, unbiased
 _FISHER_SEED = 0
@@ -50,6 +51,8 @@ class Method:
         penalty: builds the penalty from the model, sequences of the first text and the strength.
         scales_rate: whether the strength is a factor of the learning rate.
         replay: the share of the first text's sequences beside a penalty.
+        is_budget: whether the strength is what the first text's loss may rise by, in bits per byte,
+            and the penalty's own strength is chosen by `ars.regularizers.LossBudget`.
     """
 
     label: str
@@ -59,6 +62,7 @@ class Method:
     penalty: Callable[[nn.Module, Batches, float], Any] | None = None
     scales_rate: bool = False
     replay: float = 0.0
+    is_budget: bool = False
 
 
 def fisher_of(model: nn.Module, batches: Batches) -> DiagonalFisher:
@@ -72,13 +76,26 @@ def fisher_of(model: nn.Module, batches: Batches) -> DiagonalFisher:
     return DiagonalFisher(model, _ESTIMATOR, generator=generator).fit(batches)
 
 
-def _distance(model: nn.Module, _: Batches, strength: float) -> EWC:
-    ones = {name: torch.ones_like(weight) for name, weight in model.named_parameters()}
-    return EWC(model, ones, strength)
+def _distance(model: nn.Module, batches: Batches, strength: float) -> EWC:
+    """Of all weights alike, by the mean importance: strengths then mean the same as EWC's."""
+    importance = fisher_of(model, batches).importance
+    mean = _mean_of(importance)
+    return EWC(model, {n: torch.full_like(each, mean) for n, each in importance.items()}, strength)
 
 
 def _ewc(model: nn.Module, batches: Batches, strength: float) -> EWC:
     return EWC(model, fisher_of(model, batches), strength)
+
+
+def _damped(model: nn.Module, batches: Batches, strength: float) -> EWC:
+    importance = fisher_of(model, batches).importance
+    mean = _mean_of(importance)
+    return EWC(model, {n: each + _DAMPING * mean for n, each in importance.items()}, strength)
+
+
+def _mean_of(importance: Weights) -> float:
+    total = sum(float(each.sum(dtype=torch.float64)) for each in importance.values())
+    return total / sum(each.numel() for each in importance.values())
 
 
 def _proximal(model: nn.Module, batches: Batches, strength: float) -> EWC:
@@ -136,20 +153,29 @@ def merged(
 
 
 _NOTHING, _ITSELF, _SAMPLES = "nothing", "the model itself", "sequences of it, once"
-_STEPS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+_KEPT = "sequences of it, 32 of them always"
+_BUDGETS = (0.05, 0.1, 0.2)
+_STRENGTHS = (0.03, 0.3, 3.0, 30.0)
 
 METHODS = {
     PLAIN: Method("plain", _NOTHING, (0.0,)),
     "rate": Method("lower rate", _NOTHING, (0.3, 0.1, 0.03), scales_rate=True),
-    "l2": Method("L2 to the start", _ITSELF, (0.01, 0.1, 1.0, 10.0), penalty=_distance),
-    "ewc": Method("EWC", _SAMPLES, _STEPS, penalty=_ewc),
-    "ewc-proximal": Method("EWC, proximal", _SAMPLES, _STEPS, penalty=_proximal),
-    "kronecker": Method("Kronecker", _SAMPLES, _STEPS, penalty=_kronecker),
+    "l2": Method("L2 to the start", _ITSELF, _STRENGTHS, penalty=_distance),
+    "ewc": Method("EWC", _SAMPLES, _STRENGTHS, penalty=_ewc),
+    "ewc-damped": Method("EWC, damped", _SAMPLES, _STRENGTHS, penalty=_damped),
+    "ewc-proximal": Method("EWC, proximal", _SAMPLES, _STRENGTHS, penalty=_proximal),
+    "kronecker": Method("Kronecker", _SAMPLES, _STRENGTHS, penalty=_kronecker),
     "subspace": Method("subspace", _SAMPLES, (0.01, 0.1, 1.0, 10.0), penalty=_subspace),
     "replay": Method("replay", "sequences of it, always", (0.01, 0.05, 0.25), "replay"),
     "own-samples": Method("replay of own samples", _ITSELF, (0.05, 0.25), "own samples"),
     "ewc-replay": Method(
-        "EWC and 1 % replay", "sequences of it, always", _STEPS, penalty=_ewc, replay=0.01
+        "EWC and 1 % replay", "sequences of it, always", _STRENGTHS, penalty=_ewc, replay=0.01
+    ),
+    "ewc-budget": Method(
+        "EWC, by budget", _KEPT, _BUDGETS, penalty=_ewc, is_budget=True
+    ),
+    "kronecker-budget": Method(
+        "Kronecker, by budget", _KEPT, _BUDGETS, penalty=_kronecker, is_budget=True
     ),
     "interpolation": Method(
         "interpolation", _ITSELF, (0.1, 0.3, 0.5, 0.7, 0.9), "merge"

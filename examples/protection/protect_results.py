@@ -59,7 +59,8 @@ def curves_of(records: Sequence[Record]) -> dict[str, dict[int, Curve]]:
     """Method -> seed -> its curve, in the order of the strengths.
 
     Args:
-        records: of the runs. A seed counts whose first run is among them.
+        records: of the runs. A seed counts whose first run is among them. Points that are no
+            numbers are left out.
     """
     bases = {record["seed"]: record for record in records if record["method"] == BASE}
     found: dict[str, dict[int, Curve]] = {}
@@ -69,8 +70,12 @@ def curves_of(records: Sequence[Record]) -> dict[str, dict[int, Curve]]:
         if base is None:
             continue
         curve = found.setdefault(name, {}).setdefault(record["seed"], [])
-        curve += [_place(point, base) for point in record["points"]]
+        curve += [_place(point, base) for point in record["points"] if not _is_lost(point)]
     return found
+
+
+def _is_lost(point: Mapping[str, float | None]) -> bool:
+    return point["first"] is None or point["second"] is None
 
 
 def _place(point: Mapping[str, float], base: Record) -> tuple[float, float]:
@@ -136,6 +141,7 @@ def markdown_table(records: Sequence[Record]) -> str:
         for get in (lambda r: r["before"], lambda r: r["points"][0])
     )
     old, new, worse = before["first"].mean, before["second"].mean, after["first"].mean
+    lost = sum(_is_lost(point) for record in records for point in record["points"])
     notes = [
         f"- Lost: bits per byte on the first text above the {old:.3f} before, where "
         "a method has learned half, or 0.9, of what plain training learns of the second text: "
@@ -143,6 +149,7 @@ def markdown_table(records: Sequence[Record]) -> str:
         f"{worse:.3f}. Lower is better. Interpolated between strengths; plain training "
         "and the untouched model are points of every curve.",
         f"- {count_seeds(len(bases))}; ± is the 95 % interval of the mean.",
+        *([f"- {lost} trainings ended in no number and are left out."] if lost else []),
         "- CPU s: of a whole run; before training: of these, for Fisher passes and samples; MiB "
         "kept: the penalty's state.",
     ]

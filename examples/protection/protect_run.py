@@ -110,7 +110,7 @@ def check_folder(folder: Path, facts: Mapping[str, Any] | None) -> dict[Run, Rec
         records = {_run_of(record): dict(record) for record in content["runs"]}
         for run, record in records.items():
             points = [*record["points"], *([record["before"]] if run.method == BASE else [])]
-            _ = [(point["first"] + 0.0, point["second"] + 0.0) for point in points]
+            _ = [0.0 + (point[text] or 0.0) for point in points for text in ("first", "second")]
     if facts is not None and (different := changed_settings(found, dict(facts))):
         raise UsageError(
             f"{path} is of other settings: {', '.join(different)}; name another folder with --out"
@@ -138,6 +138,10 @@ def _run_of(record: Record) -> Run:
 
 def _to_json(facts: Mapping[str, Any], records: Mapping[Run, Record]) -> str:
     """One line a run, so that the file can be read and compared."""
-    runs: Sequence[str] = [f"    {json.dumps(record)}" for record in records.values()]
+    runs: Sequence[str] = [
+        f"    {json.dumps(record, allow_nan=False)}" for record in records.values()
+    ]
     lines = ",\n".join(runs)
-    return f'{{\n  "settings": {json.dumps(facts)},\n  "runs": [\n{lines}\n  ]\n}}\n'
+    return (
+        f'{{\n  "settings": {json.dumps(facts, allow_nan=False)},\n  "runs": [\n{lines}\n  ]\n}}\n'
+    )

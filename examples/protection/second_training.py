@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from ars import ARSAdamW
 from ars.models import GPT, miniseries_config
+from ars.regularizers import LossBudget
 from common.checkpoint_file import load_checkpoint, save_checkpoint
 from common.program import StopRequest
 from corpus import Corpus
@@ -35,6 +36,7 @@ Texts = tuple[Corpus, Corpus]
 
 _WARMUP, _COOLDOWN = 0.05, 0.2  # shares of the steps
 _FISHER_BATCH = 32
+_KEPT = 32  # sequences of the first text that a budget is measured on
 _CLIP = 1.0
 _LARGEST_PART = 256  # sequences that are sampled at a time
 _REMEDY = "delete it, then the same command trains it again"
@@ -154,8 +156,9 @@ def run_method(run: Run, stop: StopRequest, settings: Settings, texts: Texts, mo
 
     Returns:
         A record for JSON: the run, ``points``, each with the ``first`` and the ``second`` text's
-        bits per byte and the ``strength``, ``cpu_seconds`` of the whole, ``preparing_seconds`` of
-        these before the first step, and the penalty's ``state_bytes``.
+        bits per byte (``None`` where they are no number) and the ``strength``, ``cpu_seconds`` of
+        the whole, ``preparing_seconds`` of these before the first step, and the penalty's
+        ``state_bytes``.
     """
     started = time.process_time()
     method = METHODS[run.method]
@@ -163,10 +166,13 @@ def run_method(run: Run, stop: StopRequest, settings: Settings, texts: Texts, mo
     model.load_state_dict(load_checkpoint(_file(models, BASE, run.seed), remedy=_REMEDY))
     if method.kind == "merge":
         return _record(run, started, _merge(run, method, model, settings, texts, models, stop))
-    penalty, state_bytes = None, 0
+    penalty, state_bytes, chosen = None, 0, None
     if method.penalty is not None:
-        penalty = method.penalty(model, _fisher_batches(texts[0], settings, run.seed), run.strength)
+        strength = 1.0 if method.is_budget else run.strength
+        penalty = method.penalty(model, _fisher_batches(texts[0], settings, run.seed), strength)
         state_bytes = _bytes_of(penalty.state_dict())
+        if method.is_budget:
+            chosen = _budget(model, penalty, run, settings, texts[0])
     steps = settings.steps(model, settings.second_tokens)
     batches = _batches(texts[1], settings, f"second {run.seed}", steps)
     share = method.replay if method.kind == "train" else run.strength
@@ -179,7 +185,7 @@ def run_method(run: Run, stop: StopRequest, settings: Settings, texts: Texts, mo
         )
     prepared = time.process_time() - started
     rate = run.strength if method.scales_rate else 1.0
-    _train(model, settings, batches, steps, stop, penalty, rate)
+    _train(model, settings, batches, steps, stop, penalty, rate, chosen)
     point = _measured(model, settings, texts) | {"strength": run.strength}
     return _record(run, started, [point]) | {
         "preparing_seconds": round(prepared, 2),
@@ -195,6 +201,7 @@ def _train(
     stop: StopRequest,
     penalty: Any = None,
     rate: float = 1.0,
+    chosen: LossBudget | None = None,
 ) -> None:
     optimizer = ARSAdamW(
         model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, ars=None,
@@ -208,8 +215,23 @@ def _train(
         )
         optimizer.zero_grad()
         cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        if chosen is not None:
+            chosen.step()
         optimizer.step()
         stop.check()
+
+
+def _budget(model: GPT, penalty: Any, run: Run, settings: Settings, first: Corpus) -> LossBudget:
+    """What the loss on kept sequences of the first text may rise by: bytes are the tokens."""
+    inputs, targets = batch(
+        first.train, stream=f"kept {run.seed}", step=0, batch_size=_KEPT,
+        sequence_len=settings.sequence_len,
+    )  # fmt: skip
+
+    def bits() -> Tensor:
+        return cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) / math.log(2)
+
+    return LossBudget(penalty, bits, run.strength)
 
 
 def _batches(
@@ -259,7 +281,7 @@ def _merge(
     texts: Texts,
     models: Path,
     stop: StopRequest,
-) -> list[dict[str, float]]:
+) -> list[dict[str, float | None]]:
     first = {name: value.clone() for name, value in model.state_dict().items()}
     second = load_checkpoint(_file(models, PLAIN, run.seed), remedy=_REMEDY)
     fishers = None
@@ -290,15 +312,16 @@ def _fisher_batches(corpus: Corpus, settings: Settings, seed: int) -> list[tuple
     return list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
 
 
-def _measured(model: GPT, settings: Settings, texts: Texts) -> dict[str, float]:
-    found = {}
+def _measured(model: GPT, settings: Settings, texts: Texts) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
     for name, corpus in zip(("first", "second"), texts, strict=True):
         windows = validation_windows(corpus.validation, settings.sequence_len, settings.windows)
-        found[name] = bits_per_byte(model, windows, corpus.token_bytes)
+        bits = bits_per_byte(model, windows, corpus.token_bytes)
+        found[name] = bits if math.isfinite(bits) else None  # JSON knows no other number
     return found
 
 
-def _record(run: Run, started: float, points: list[dict[str, float]]) -> dict[str, Any]:
+def _record(run: Run, started: float, points: list[dict[str, float | None]]) -> dict[str, Any]:
     return {
         **asdict(run),
         "points": points,

@@ -1,5 +1,6 @@
 """Penalties that keep a model near what it has learned."""
 
+from ars.regularizers.penalties.budget import LossBudget
 from ars.regularizers.penalties.combined import (
     CombinedLoss,
     PenaltyMonitor,
@@ -17,6 +18,7 @@ __all__ = [
     "CombinedLoss",
     "Distillation",
     "KroneckerPenalty",
+    "LossBudget",
     "PenaltyMonitor",
     "ProgressiveInheritance",
     "SubspacePenalty",

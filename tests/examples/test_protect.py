@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,23 @@ def test_every_method_keeps_more_of_the_first_text(
         return
     models, record = base
     # Own samples of so small a model are another text, which still has the first one's letters.
-    strength = {"rate": 0.1, "replay": 0.5, "own-samples": 0.5}.get(name, METHODS[name].grid[-1])
+    chosen = {"rate": 0.1, "replay": 0.5, "own-samples": 0.5}
+    strength = 0.05 if METHODS[name].is_budget else chosen.get(name, METHODS[name].grid[-1])
     found = point(name, strength, texts, models)
     assert found["first"] < record["points"][0]["first"] - 0.02
     assert found == point(name, strength, texts, models)
+
+
+def test_a_budget_bounds_what_is_lost(base: tuple[Path, dict[str, Any]], texts: Texts) -> None:
+    models, record = base
+    longer = replace(SETTINGS, second_tokens=6.0)
+    lost = []
+    for budget in (0.05, 0.2):
+        run = Run("ewc-budget", budget, 0)
+        found = run_method(run, StopRequest(), longer, texts, models)["points"][0]
+        lost.append(found["first"] - record["before"]["first"])
+    assert lost[0] < lost[1] < 0.35
+    assert abs(lost[0] - 0.05) < 0.05
 
 
 def test_merging_goes_from_the_one_model_to_the_other(
@@ -177,6 +191,9 @@ def test_the_table_says_what_is_lost_at_equal_learning() -> None:
     assert rows[3][4:] == ["3.0", "1.0", "1.0"]
     assert "above the 2.000 before" in text
     assert "3 seeds" in text
+    assert "no number" not in text
+    records[1]["points"].append({"first": None, "second": 3.0})
+    assert "- 1 trainings ended in no number" in markdown_table(records)
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
