@@ -20,7 +20,7 @@ GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench docs dist gpu clean
+.PHONY: help demo test matrix lint bench docs dist gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ demo: $(READY)-examples ## grow and train the miniseries (ARGS="--help" lists it
 
 test: lint ## lint, then run every test that needs no GPU (ARGS="-k fisher" selects)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+
+matrix: $(READY)-test ## run the tests on every Python and torch supported (ARGS="-s 'tests-3.12(2.11)'" runs one)
+	$(RUN) -m nox $(ARGS)
 
 lint: $(READY)-test ## ruff check, ruff format --check and mypy
 	$(RUN) -m ruff check .
@@ -54,7 +57,7 @@ gpu: ## run the GPU tests and all benchmarks with PYTHON as it is: no environmen
 	$(PYTHON) -m pytest benchmarks $(ARGS)
 
 clean: ## remove the environment, the caches and the builds (results in out/ stay)
-	rm -rf $(VENV) $(UNFINISHED) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(UNFINISHED) .nox build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # UNFINISHED exists while an environment is being changed: one found unfinished, or of another

@@ -217,7 +217,7 @@ def test_constraints_pin_every_requirement_exactly() -> None:
     pinned = {pin.split("==")[0].lower() for pin in pins}
     # ... of pyproject.toml: the quoted strings of its requirement lists.
     text = (ROOT / "pyproject.toml").read_text()
-    extras = "bench|dependencies|docs|examples|integrations|peers|safetensors|test"
+    extras = "bench|dependencies|docs|examples|integrations|matrix|peers|safetensors|test"
     lists = re.findall(rf"^(?:{extras}) = \[(.*?)\]$", text, re.S | re.M)
     names = {name for body in lists for name in re.findall(r'"([A-Za-z0-9-]+)(?=[\[">=])', body)}
     assert {"torch", "triton", "numpy", "pytest", "ruff"} <= names
