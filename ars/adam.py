@@ -113,6 +113,7 @@ class ARSAdam(torch.optim.Adam):
             raise TypeError(f"ars must be an ARSConfig or None, got {ars!r}")
         replicas = Replicas(process_group)
         _check_max_grad_norm(max_grad_norm)
+        _check_not_text_or_model(params, lr=lr, eps=eps, weight_decay=weight_decay)
         super().__init__(
             params,
             lr,
@@ -797,6 +798,28 @@ def _add_controller(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
         state_dict["controller"] = {**memory, "watches": optimizer._watches}
         for group in state_dict["param_groups"]:
             group["controller"] = dict(state_dict["controller"])
+
+
+def _check_not_text_or_model(params: Any, **numbers: Any) -> None:
+    """Raise where torch would complain of an iteration or of a comparison.
+
+    Args:
+        params: What is to be optimized.
+        numbers: Arguments by name.
+
+    Raises:
+        TypeError: A model was given for its parameters, or a text for a number.
+    """
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"params is a model, {type(params).__name__}: pass its parameters, model.parameters()"
+        )
+    for name, value in numbers.items():
+        if isinstance(value, str):
+            raise TypeError(
+                f"{name} must be a number, got the text {value!r} (YAML reads 1e-3 as one, and "
+                f"1.0e-3 as a number): use float({name})"
+            )
 
 
 def _check_max_grad_norm(norm: Any) -> None:

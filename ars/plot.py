@@ -177,7 +177,5 @@ def _figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "ars.plot needs matplotlib: pip install 'ars-triton[examples]'"
-        ) from error
+        raise ImportError("ars.plot needs matplotlib: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained", dpi=120)

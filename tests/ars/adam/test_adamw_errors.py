@@ -13,6 +13,8 @@ from ars import ARSAdamW, ARSConfig
     ("settings", "error", "match"),
     [
         ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+        ({"lr": "1e-3"}, TypeError, "lr must be a number, got the text '1e-3'"),
+        ({"weight_decay": "0"}, TypeError, "weight_decay must be a number, got the text '0'"),
         ({"betas": (1.0, 0.9)}, ValueError, "Invalid beta parameter at index 0: 1.0"),
         ({"eps": -1.0}, ValueError, "Invalid epsilon"),
         ({"weight_decay": -1.0}, ValueError, "Invalid weight_decay value: -1"),
@@ -30,6 +32,11 @@ from ars import ARSAdamW, ARSConfig
 def test_constructor_refuses(settings, error, match):
     with pytest.raises(error, match=match):
         ARSAdamW(parameters(), **settings)
+
+
+def test_a_model_is_no_list_of_parameters():
+    with pytest.raises(TypeError, match=r"params is a model, Linear: .* model.parameters\(\)"):
+        ARSAdamW(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
