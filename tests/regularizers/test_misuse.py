@@ -342,7 +342,7 @@ def test_what_is_no_penalty_of_a_file(tmp_path):
     for wrong, says in (
         (model, r"Sequential is no penalty: torch\.save its state_dict"),
         (optimizer, "Adam is no penalty"),
-        (DiagonalFisher(model), "DiagonalFisher has no .*; save the penalty that is made of it"),
+        (KroneckerFisher(model), "KroneckerFisher has no .*; save the penalty that is made of it"),
         (EWC, "EWC is the class: build a penalty of it first"),
         (str(path), "the penalty comes first, then the path"),
     ):
