@@ -14,6 +14,7 @@ from corpus import Corpus, Tokens
 from corpus.pieces import SPLITS, split_of
 from corpus.sources import library_source, text_source
 from corpus.tokenizer import ByteTokenizer
+from stress.faults import FAULTS
 
 __all__ = [
     "EDGE_FACTOR", "SCENARIOS", "SIZES", "Scenario", "Size", "Stream", "load_file",
@@ -116,7 +117,7 @@ class Stream:
     """The batches, the learning rate and the measured text of one run.
 
     Args:
-        scenario: a name of `SCENARIOS`.
+        scenario: a name of `SCENARIOS` or of `FAULTS`.
         seed: of batches, permutation and samples.
         size: of the run.
         text: bytes to train on.
@@ -125,6 +126,7 @@ class Stream:
     def __init__(self, scenario: str, seed: int, size: Size, text: Tokens) -> None:
         self.scenario, self.seed, self.size, self._text = scenario, seed, size, text
         self.half = size.steps // 2
+        self._fault = FAULTS.get(scenario)
         self._permutation = torch.randperm(256, generator=_generator(seed, "permutation", "cpu"))
         self._samples = _generator(seed, "samples", size.device)
         self._pool = torch.empty(0)
@@ -133,6 +135,11 @@ class Stream:
         """Factor of the base learning rate: a warm-up, then constant, then the stress if any."""
         if self.scenario == "edge" and step >= self.half:
             return EDGE_FACTOR
+        if self._fault is not None:
+            if step >= self.half and self._fault.rate != 1.0:
+                return self._fault.rate
+            if not self._fault.warmup:
+                return 1.0
         return min(1.0, (step + 1) / max(1, round(_WARMUP * self.size.steps)))
 
     def training(self, step: int, model: GPT) -> tuple[Tensor, Tensor]:
@@ -150,7 +157,11 @@ class Stream:
             windows = self._own_samples(step, model, windows)
         else:
             windows = self.shifted(windows, step)
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        if self._fault is None:
+            return inputs, targets
+        generator = _generator(self.seed, f"fault {step}", "cpu")
+        return self._fault.spoil(inputs, targets, step - self.half, generator)
 
     def shifted(self, windows: Tensor, step: int) -> Tensor:
         """The text as a model sees it in this step: to train on, and to be measured on."""

@@ -19,6 +19,7 @@ from common.plain_files import read_json, write_atomically
 from common.program import StopRequest
 from corpus import Corpus, validation_windows
 from stress.compared_optimizers import Step, arm_settings
+from stress.faults import FAULTS, fault_settings
 from stress.scenarios import Size, Stream, scenario_settings
 from trainer.training_loop import bits_per_byte
 
@@ -37,12 +38,12 @@ class Job:
     """One run.
 
     Args:
-        scenario: a name of `SCENARIOS`.
-        arm: a name of `ARMS`.
+        scenario: a name of `SCENARIOS` or of `FAULTS`.
+        arm: a name of `ARMS` or of `PEER_ARMS`.
         rate: learning rate, as a multiple of the one that is best for the arm's optimizer.
         seed: of weights, batches and samples.
         size: of the model and the run.
-        changes: settings of the controller that differ from the arm's.
+        changes: settings that differ from the arm's, see `compared_optimizers.arm_named`.
     """
 
     scenario: str
@@ -85,6 +86,8 @@ def identity_of(job: Job, corpus: Corpus) -> dict[str, Any]:
         },
         "torch": str(torch.__version__),
     }  # fmt: skip
+    if job.scenario in FAULTS:
+        content["fault"] = fault_settings(job.scenario)
     settings: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
     return settings
 
@@ -155,9 +158,13 @@ def run_job(job: Job, stop: StopRequest, corpus: Corpus) -> Record:
         The record, JSON values only: ``identity``, ``metrics`` and ``curves``.
     """
     size = job.size
-    model = GPT(size.model(), torch.Generator().manual_seed(job.seed)).to(size.device)
+    fault = FAULTS.get(job.scenario)
+    weights = torch.Generator().manual_seed(job.seed)
+    made = GPT(size.model(), weights) if fault is None else fault.model(size.model(), weights)
+    model = made.to(size.device)
     stream = Stream(job.scenario, job.seed, size, corpus.train)
-    step = Step(job.arm, model, job.rate, dict(job.changes))
+    eps = None if fault is None else fault.eps
+    step = Step(job.arm, model, job.rate, dict(job.changes), eps)
     windows = validation_windows(corpus.validation, size.sequence_len, _WINDOWS)
     few = validation_windows(corpus.validation, size.sequence_len, _CURVE_WINDOWS)
     bits = partial(bits_per_byte, model, token_bytes=corpus.token_bytes)
@@ -171,6 +178,8 @@ def run_job(job: Job, stop: StopRequest, corpus: Corpus) -> Record:
         stop.check()
         if index == stream.half:
             half, few_half = bits(windows), bits(few)
+            if fault is not None and fault.forgets:
+                step = Step(job.arm, model, job.rate, dict(job.changes), eps)
         inputs, targets = stream.training(index, model)
         loss = nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         shown = step(loss, stream.rate(index))

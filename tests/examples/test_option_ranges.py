@@ -14,7 +14,7 @@ from common.command_line import CommandLine, OptionError, integer, number
 from common.errors import UsageError
 from continual import digits_options
 from experiment import experiment_run
-from stress import stress_options
+from stress import steady_options, stress_options
 from trainer import arguments
 from trainer.arms import parse_arm
 
@@ -29,6 +29,7 @@ PROGRAMS: dict[str, Callable[[list[str]], Any]] = {
     "continual_digits.py": digits_options.parse_options,
     "inheritance.py": experiment_run.parse_options,
     "narcissus.py": stress_options.parse_options,
+    "steady.py": steady_options.parse_options,
     "stability.py": stability.main,
 }
 

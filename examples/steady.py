@@ -1,0 +1,72 @@
+"""Train through faults that happen, by the package's default and by what others use.
+
+    python examples/steady.py --quick                      # the same path in under a minute
+    python examples/steady.py --tune --workers 2           # each peer's settings, on other seeds
+    python examples/steady.py --tuned out/steady-tune/tuning.json --workers 2
+    python examples/steady.py --help
+
+Exit status: 0 done; 2 the command line, a file or the output folder is wrong; 130 or 143
+interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# The checkout this file lies in, so that it runs without installing the package.
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do the runs and return the exit status.
+
+    Args:
+        argv: the words after the program's name; ``None`` for those of this process.
+    """
+    from common.program import command, exit_status, missing_module, quit_on_signals
+
+    quit_on_signals()
+    try:
+        import torch
+
+        from common.errors import UsageError
+        from common.output_folder import OutputFolder
+        from common.program import StopRequest
+        from stress.scenarios import SIZES, load_file, load_standard_library
+        from stress.steady_options import parse_options, read_tuned
+        from stress.steady_report import write_comparison, write_tuning
+        from stress.step_times import kept_times
+        from stress.stress_run import run_all
+    except ModuleNotFoundError as error:
+        return missing_module(error)
+    options = parse_options(argv)
+    out, size = options.folder, SIZES[options.size_name]
+
+    def work() -> None:
+        if size.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--size gpu needs a CUDA device and torch finds none: name another")
+        tuned = {} if options.tuned is None else read_tuned(options.tuned)
+        with OutputFolder(out) as output:
+            output.hold()
+            data = options.data
+            corpus = load_standard_library() if data is None else load_file(data, size.sequence_len)
+            with StopRequest() as stop:
+                jobs = options.tuning_jobs if options.tune else options.jobs(tuned)
+                records = run_all(output, jobs, corpus, options.workers, stop)
+                if options.tune:
+                    text = write_tuning(out, jobs, records, corpus, command())
+                else:
+                    arms = {arm: tuned.get(arm, ()) for arm in options.arm_names}
+                    rounds = 20 if options.quick else 200
+                    times = kept_times(out / "times.json", arms, size, corpus, rounds, stop)
+                    text = write_comparison(out, jobs, records, corpus, command(), times)
+            output.check()
+        print(text)
+        files = "tuning.json" if options.tune else "tables.md, steady.png, steady.json, runs.csv"
+        print(f"Results are in {out}: {files}, runs/.")
+
+    return exit_status(out, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
