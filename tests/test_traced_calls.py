@@ -38,7 +38,7 @@ def test_a_fit_of_the_diagonal_fisher() -> None:
     fisher = DiagonalFisher(model)
     files = files_entered(lambda: fisher.fit(batches, 12))
     assert "regularizers/fisher/hooks.py" in files
-    assert len(files) <= 12, files  # docs/decisions.md has why it is not 8
+    assert len(files) <= 8, files
 
 
 def test_a_step_of_adamw_on_a_cpu() -> None:

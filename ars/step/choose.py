@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ars import reference
+from ars.csrc_triton import has_triton
 from ars.reference import Scalar
-from ars.squares import has_triton
 from ars.step import eager
 from ars.step.batch import DIAGNOSTICS, Batch, Hyper, Options, hyper_rows
 from ars.step.cpu import CpuStep, grad_norm

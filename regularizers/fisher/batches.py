@@ -28,9 +28,8 @@ from ars.regularizers.checks import (
     checked_batch,
     checked_batches,
 )
-from ars.regularizers.fisher.estimators import accumulation_dtype
+from ars.regularizers.fisher.estimators import Samples, accumulation_dtype, logits_of
 from ars.regularizers.fisher.row_proof import computed_in, outputs_tolerance
-from ars.regularizers.fisher.samples import Samples, logits_of
 
 __all__ = [
     "Batch",

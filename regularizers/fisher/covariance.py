@@ -21,6 +21,7 @@ from ars.regularizers.checks import (
     checked_module,
 )
 from ars.regularizers.fisher.batches import Batch, Labels, take_samples, unlabelled_samples
+from ars.regularizers.fisher.estimators import Samples
 from ars.regularizers.fisher.layers import (
     MatrixLayer,
     batched_rows,
@@ -33,7 +34,6 @@ from ars.regularizers.fisher.layers import (
     warn_of_others,
 )
 from ars.regularizers.fisher.processes import Group, Processes
-from ars.regularizers.fisher.samples import Samples
 
 __all__ = ["ActivationCovariance"]
 

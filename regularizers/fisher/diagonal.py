@@ -8,6 +8,7 @@ positions and over every use of a tied weight, never after a sum over samples: t
 quantity.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -35,6 +36,7 @@ from ars.regularizers.fisher.batches import (
     labelled_samples,
     samples_with_losses,
 )
+from ars.regularizers.fisher.diagonal_state import STORED, Kept, measured_in, state_of
 from ars.regularizers.fisher.estimators import (
     ESTIMATORS,
     UNITS,
@@ -44,16 +46,6 @@ from ars.regularizers.fisher.estimators import (
     of_losses,
 )
 from ars.regularizers.fisher.gathered import gathered
-from ars.regularizers.fisher.kept import (
-    STORED,
-    Kept,
-    check_can_keep,
-    checked_finite,
-    kept,
-    measured_in,
-    state_of,
-    warn_of_zeros,
-)
 from ars.regularizers.fisher.per_sample import (
     METHODS,
     Differentiator,
@@ -62,8 +54,8 @@ from ars.regularizers.fisher.per_sample import (
     zero_sums,
 )
 from ars.regularizers.fisher.processes import Group, Processes
-from ars.regularizers.storage import Quantized, dequantize
-from ars.sharded import reshard
+from ars.regularizers.storage import Quantized, dequantize, quantize
+from ars.sharded import is_sharded, place_as, reshard, whole
 
 __all__ = ["DiagonalFisher"]
 
@@ -306,7 +298,7 @@ class DiagonalFisher:
             )
         check_loss_fn(loss_fn, self.estimator, self.unit)
         check_can_differentiate("fit")
-        check_can_keep(self.model, self.dtype)
+        _check_can_keep(self.model, self.dtype)
         processes, sharded = self._processes, dict[str, nn.Parameter]()
         several = distributed.is_available() and distributed.is_initialized()
         if not (several or processes.is_lost):
@@ -428,16 +420,16 @@ class DiagonalFisher:
             Gradient Accumulator", arXiv:2507.18807.
         """
         fisher = cls(model, "adam", dtype=dtype)
-        check_can_keep(model, dtype)
+        _check_can_keep(model, dtype)
         reshard(model)
         return fisher._store(*adam_importance(trainable(model), optimizer, scale), {})
 
     def _store(
         self, importance: dict[str, Tensor], samples: int, sharded: Mapping[str, nn.Parameter]
     ) -> "DiagonalFisher":
-        checked_finite(importance)
-        warn_of_zeros(importance, stacklevel=3)
-        self._importance = kept(importance, self.dtype, sharded)
+        _check_finite(importance)
+        _warn_of_zeros(importance, stacklevel=3)
+        self._importance = _kept(importance, self.dtype, sharded)
         self._n_samples = samples
         return self
 
@@ -487,6 +479,7 @@ class DiagonalFisher:
         """
         reshard(self.model)
         found = measured_in(state, self.model)
+        _check_can_keep(self.model, found.dtype)
         self._importance, self._n_samples = found.importance, found.n_samples
         self.estimator, self.unit, self.draws = found.estimator, found.unit, found.draws
         self.dtype = found.dtype
@@ -498,3 +491,58 @@ class _Part(NamedTuple):
     sums: dict[str, tuple[torch.Size, torch.dtype]]
     samples: int
     units: int
+
+
+def _check_can_keep(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Refuse scales of a sharded importance."""  # noqa: DOC501
+    for name, p in model.named_parameters():
+        if dtype == torch.uint8 and is_sharded(p):
+            raise ValueError(
+                f"parameter {name!r} is sharded, and the scales of dtype=torch.uint8 are of "
+                "blocks of the whole: leave dtype None or take torch.bfloat16, and let "
+                "EWC(storage='compact') compress each process's part"
+            )
+
+
+def _kept(
+    importance: dict[str, Tensor], dtype: torch.dtype | None, sharded: Mapping[str, nn.Parameter]
+) -> Kept:
+    """Return what is kept of an importance, which is emptied."""
+    if dtype == torch.uint8:
+        return {name: quantize(tensor) for name, tensor in importance.items()}
+    return {
+        # Popped, so that no more than one is there in both ways.
+        name: _placed(tensor.to(dtype or tensor.dtype), sharded.get(name))
+        for name, tensor in ((n, importance.pop(n)) for n in list(importance))
+    }
+
+
+def _placed(tensor: Tensor, like: nn.Parameter | None) -> Tensor:
+    return tensor if like is None else place_as(tensor, like)
+
+
+def _check_finite(importance: Mapping[str, Tensor]) -> None:
+    """Refuse an importance that is not finite."""  # noqa: DOC501
+    for name, tensor in importance.items():
+        if not _is_true(tensor.isfinite().all()):
+            raise ValueError(
+                f"the importance of {name!r} is not finite; check that the model's logits and "
+                "gradients are finite (float16 overflows: use bfloat16 or float32)"
+            )
+
+
+def _warn_of_zeros(importance: Mapping[str, Tensor], *, stacklevel: int) -> None:
+    """Say which parameters a penalty would not protect at all."""
+    names = [name for name, tensor in importance.items() if not _is_true(tensor.any())]
+    if names:
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        warnings.warn(
+            f"the importance of {', '.join(map(repr, names[:8]))}{more} is 0 throughout, so a "
+            "penalty will not protect them: every sample's gradient is 0 there, as of A of a LoRA "
+            "while B is 0. Fit after training, or freeze what is not used",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _is_true(flag: Tensor) -> bool:
+    return bool(flag if type(flag) is Tensor else whole(flag))

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ars.regularizers.fisher.estimators import Chunk, cotangents, with_lookahead
+from ars.regularizers.fisher.estimators import Chunk, Samples, cotangents, with_lookahead
 from ars.regularizers.fisher.row_proof import Passes, RowProof, computed_in, outputs_tolerance
 from ars.regularizers.fisher.rules import (
     Contribution,
@@ -47,7 +47,6 @@ from ars.regularizers.fisher.rules import (
     rule_of,
     to_samples,
 )
-from ars.regularizers.fisher.samples import Samples
 
 __all__ = ["Taps", "UnsupportedModelError"]
 

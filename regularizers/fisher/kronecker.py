@@ -37,7 +37,14 @@ from ars.regularizers.fisher.batches import (
     labelled_samples,
     samples_with_losses,
 )
-from ars.regularizers.fisher.estimators import ESTIMATORS, Chunk, cotangents, drawn, of_losses
+from ars.regularizers.fisher.estimators import (
+    ESTIMATORS,
+    Chunk,
+    Samples,
+    cotangents,
+    drawn,
+    of_losses,
+)
 from ars.regularizers.fisher.layers import (
     MatrixLayer,
     Use,
@@ -52,7 +59,6 @@ from ars.regularizers.fisher.layers import (
 )
 from ars.regularizers.fisher.processes import Group, Processes
 from ars.regularizers.fisher.row_proof import computed_in
-from ars.regularizers.fisher.samples import Samples
 
 __all__ = ["KroneckerFactors", "KroneckerFisher", "nearest_product"]
 

@@ -18,12 +18,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from ars.regularizers.checks import IGNORE_INDEX, evaluation_mode
-from ars.regularizers.fisher.estimators import accumulation_dtype
+from ars.regularizers.fisher.estimators import Samples, accumulation_dtype
 from ars.regularizers.fisher.gathered import gathered
 from ars.regularizers.fisher.processes import Processes
 from ars.regularizers.fisher.row_proof import Passes, RowProof
 from ars.regularizers.fisher.rules import Convolution, is_transposed, patches_of
-from ars.regularizers.fisher.samples import Samples
 
 __all__ = [
     "MatrixLayer",

@@ -26,8 +26,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ars.regularizers.fisher.estimators import accumulation_dtype
-from ars.regularizers.fisher.samples import Samples
+from ars.regularizers.fisher.estimators import Samples, accumulation_dtype
 
 __all__ = [
     "Operators",

@@ -7,7 +7,7 @@ from torch import nn
 from ars.csrc_triton.fisher import add_squared_products_
 from ars.reference import squared_products
 from ars.regularizers import DiagonalFisher
-from ars.squares import add_squared_products_ as dispatched
+from ars.regularizers.fisher.rules import add_squared_products_ as dispatched
 from waiting import waiting_refused
 
 pytestmark = pytest.mark.gpu

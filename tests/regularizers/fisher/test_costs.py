@@ -11,8 +11,8 @@ from torch.nn import functional
 from ars.models import GPT, GPTConfig
 from ars.regularizers import DiagonalFisher
 from ars.regularizers.fisher import per_sample
-from ars.regularizers.fisher.costs import Cost, cost_of, loop_is_cheap
-from ars.regularizers.fisher.samples import Samples
+from ars.regularizers.fisher.estimators import Samples
+from ars.regularizers.fisher.per_sample import Cost, cost_of, loop_is_cheap
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -10,10 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ars.regularizers import DiagonalFisher
 from ars.regularizers.fisher import estimators
-from ars.regularizers.fisher.estimators import Chunk
+from ars.regularizers.fisher.estimators import Chunk, Samples
 from ars.regularizers.fisher.hooks import Taps
 from ars.regularizers.fisher.per_sample import zero_sums
-from ars.regularizers.fisher.samples import Samples
 
 TOLERANCE = 1e-11
 

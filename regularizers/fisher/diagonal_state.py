@@ -1,10 +1,9 @@
-"""What is kept of a diagonal: finite numbers in the dtype asked for, as sharded as the model.
+"""The state of a measured diagonal, as it is saved and loaded.
 
-A state holds the importance by parameter name, whole wherever it is sharded, and what it is of. It
-goes by the names of the model inside of any wrapper of torch's.
+It holds the importance by parameter name, whole wherever it is sharded, and what it is of. It goes
+by the names of the model inside of any wrapper of torch's.
 """
 
-import warnings
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any, NamedTuple, TypeAlias
@@ -19,20 +18,10 @@ from ars.regularizers.checks import (
     trainable,
 )
 from ars.regularizers.fisher.estimators import ESTIMATORS, UNITS, Unit
-from ars.regularizers.storage import Quantized, dequantize, quantize
+from ars.regularizers.storage import Quantized, dequantize
 from ars.sharded import is_sharded, place_as, whole
 
-__all__ = [
-    "STORED",
-    "Kept",
-    "Measured",
-    "check_can_keep",
-    "checked_finite",
-    "kept",
-    "measured_in",
-    "state_of",
-    "warn_of_zeros",
-]
+__all__ = ["STORED", "Kept", "Measured", "measured_in", "state_of"]
 
 Kept: TypeAlias = dict[str, Tensor] | dict[str, Quantized]
 # What an importance may be stored in, beside the dtype it was summed in.
@@ -41,92 +30,11 @@ _SUMMED = (torch.float32, torch.float64)
 _DTYPES = {None: None} | {str(dtype).removeprefix("torch."): dtype for dtype in STORED}
 
 
-def check_can_keep(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Refuse scales of a sharded importance.
-
-    Args:
-        model: The model.
-        dtype: What its importance is to be kept in.
-
-    Raises:
-        ValueError: It is uint8, and a parameter is sharded.
-    """
-    for name, p in model.named_parameters():
-        if dtype == torch.uint8 and is_sharded(p):
-            raise ValueError(
-                f"parameter {name!r} is sharded, and the scales of dtype=torch.uint8 are of "
-                "blocks of the whole: leave dtype None or take torch.bfloat16, and let "
-                "EWC(storage='compact') compress each process's part"
-            )
-
-
-def kept(
-    importance: dict[str, Tensor], dtype: torch.dtype | None, sharded: Mapping[str, nn.Parameter]
-) -> Kept:
-    """Return what is kept of an importance, which is emptied.
-
-    Args:
-        importance: By parameter name, in the dtype that it was summed in.
-        dtype: What to keep it in; None for that.
-        sharded: The DTensors among the parameters.
-    """
-    if dtype == torch.uint8:
-        return {name: quantize(tensor) for name, tensor in importance.items()}
-    return {
-        # Popped, so that no more than one is there in both ways.
-        name: _placed(tensor.to(dtype or tensor.dtype), sharded.get(name))
-        for name, tensor in ((n, importance.pop(n)) for n in list(importance))
-    }
-
-
-def _placed(tensor: Tensor, like: nn.Parameter | None) -> Tensor:
-    return tensor if like is None else place_as(tensor, like)
-
-
-def checked_finite(importance: Mapping[str, Tensor]) -> None:
-    """Refuse an importance that is not finite.
-
-    Args:
-        importance: By parameter name.
-
-    Raises:
-        ValueError: It is not; names the first such parameter.
-    """
-    for name, tensor in importance.items():
-        if not _is_true(tensor.isfinite().all()):
-            raise ValueError(
-                f"the importance of {name!r} is not finite; check that the model's logits and "
-                "gradients are finite (float16 overflows: use bfloat16 or float32)"
-            )
-
-
-def warn_of_zeros(importance: Mapping[str, Tensor], *, stacklevel: int) -> None:
-    """Say which parameters a penalty would not protect at all.
-
-    Args:
-        importance: By parameter name.
-        stacklevel: Of the warning, seen from the caller.
-    """
-    names = [name for name, tensor in importance.items() if not _is_true(tensor.any())]
-    if names:
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        warnings.warn(
-            f"the importance of {', '.join(map(repr, names[:8]))}{more} is 0 throughout, so a "
-            "penalty will not protect them: every sample's gradient is 0 there, as of A of a LoRA "
-            "while B is 0. Fit after training, or freeze what is not used",
-            stacklevel=stacklevel + 1,
-        )
-
-
-def _is_true(flag: Tensor) -> bool:
-    return bool(flag if type(flag) is Tensor else whole(flag))
-
-
 def state_of(kept: Kept) -> dict[str, Any]:
     """Return the tensors of a state: whole ones, a collective operation where they are sharded.
 
     Args:
-        kept: What :func:`kept` returned.
+        kept: The importance, as the DiagonalFisher keeps it.
     """
     state: dict[str, Any] = {"importance": {}, "scale": {}}
     for name, stored in kept.items():
@@ -182,7 +90,6 @@ def _kept_from(state: Mapping[str, Any], model: nn.Module, dtype: torch.dtype | 
             raise TypeError(f"the state's {what!r} must be a mapping of tensors")
     if set(scale) != (set(importance) if dtype == torch.uint8 else set()):
         raise ValueError("the state's 'scale' is not of the importance that it has")
-    check_can_keep(model, dtype)
     parameters, found = dict(model.named_parameters()), dict[str, Any]()
     for name in trainable(model):
         if name not in importance:

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from ars import squares
 from ars.reference import squared_products
-from ars.squares import add_squared_products_
+from ars.regularizers.fisher import rules
+from ars.regularizers.fisher.rules import add_squared_products_
 
 
 def operands(samples, positions, p, d, dtype=torch.float64):
@@ -33,8 +33,8 @@ def test_definition_is_the_square_of_autograd_gradients():
     "sizes", [(5, 1, 3, 4), (5, 6, 3, 4), (1, 6, 3, 4), (7, 2, 1, 9), (0, 6, 3, 4), (5, 0, 3, 4)]
 )
 def test_adds_to_what_is_there(sizes, scratch, shared, monkeypatch):
-    monkeypatch.setitem(squares.SHARED, "cpu", shared)
-    monkeypatch.setitem(squares.SCRATCH, "cpu", scratch)
+    monkeypatch.setitem(rules.SHARED, "cpu", shared)
+    monkeypatch.setitem(rules.SCRATCH, "cpu", scratch)
     g, a = operands(*sizes)
     total = torch.rand(sizes[2:], dtype=torch.float64)
     expected = total + squared_products(g, a)
@@ -110,4 +110,4 @@ def test_the_way_is_chosen_by_shape_dtype_and_device(expected, change):
         "device": torch.device("cuda"), "dtype": torch.bfloat16, "positions": 1024,
         "numel": 768 * 768, "aligned": True,
     }  # fmt: skip
-    assert squares.choose_squares(**usual | change) == expected
+    assert rules.choose_squares(**usual | change) == expected
