@@ -15,9 +15,6 @@ from common.command_line import CommandLine, choice, integer, number, option, pa
 from common.program import exit_status, missing_module
 from trainer.settings import PEAK_FLOPS
 
-# The checkout this file lies in, so that it runs without installing the package.
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
-
 _DESCRIPTION = """\
 Say what a grown series saved, compare the arms, decide the proposal's claims, fit scaling laws,
 count costs, and write report.html and, in metrics/, training_log.json, scaling_laws.json and

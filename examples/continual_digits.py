@@ -9,28 +9,18 @@ Exit status: 0 done; 2 the command line or the output folder is wrong; 130 or 14
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-# The checkout this file lies in, so that it runs without installing the package.
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+from common.program import Begun, program
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Do the runs and return the exit status.
+@program
+def main(argv: Sequence[str] | None) -> Begun:
+    """Do the runs."""
+    from common.output_folder import OutputFolder
+    from common.program import StopRequest
+    from continual.digits_options import parse_options
+    from continual.digits_results import check_folder, run_all, write_report
 
-    Args:
-        argv: the words after the program's name; ``None`` for those of this process.
-    """
-    from common.program import exit_status, missing_module, quit_on_signals
-
-    quit_on_signals()
-    try:
-        from common.output_folder import OutputFolder
-        from common.program import StopRequest
-        from continual.digits_options import parse_options
-        from continual.digits_results import check_folder, run_all, write_report
-    except ModuleNotFoundError as error:
-        return missing_module(error)
     options = parse_options(argv)
     out, settings = options.folder, options.settings
 
@@ -46,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table, end="")
         print(f"\nResults are in {out}: results.json, table.md and figures.")
 
-    return exit_status(out, work)
+    return out, work
 
 
 if __name__ == "__main__":

@@ -11,27 +11,17 @@ the minutes are over: the same command goes on.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-# The checkout this file lies in, so that it runs without installing the package.
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+from common.program import Begun, program
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment and return the exit status.
+@program
+def main(argv: Sequence[str] | None) -> Begun:
+    """Run the experiment."""
+    from experiment.experiment_run import parse_options, run_experiment
 
-    Args:
-        argv: the words after the program's name; ``None`` for those of this process.
-    """
-    from common.program import exit_status, missing_module, quit_on_signals
-
-    quit_on_signals()
-    try:
-        from experiment.experiment_run import parse_options, run_experiment
-    except ModuleNotFoundError as error:
-        return missing_module(error)
     options = parse_options(argv)
-    return exit_status(options.folder, lambda: print(run_experiment(options), end=""))
+    return options.folder, lambda: print(run_experiment(options), end="")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trainer.series_run import Run
 
-# The checkout this file lies in, so that it runs without installing the package.
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, plan or sample, and return the exit status.

@@ -11,34 +11,24 @@ Exit status: 0 done; 2 the command line or the output folder is wrong; 130 or 14
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-# The checkout this file lies in, so that it runs without installing the package.
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+from common.program import Begun, program
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stress tests and return the exit status.
+@program
+def main(argv: Sequence[str] | None) -> Begun:
+    """Run the stress tests."""
+    import torch
 
-    Args:
-        argv: the words after the program's name; ``None`` for those of this process.
-    """
-    from common.program import command, exit_status, missing_module, quit_on_signals
+    from common.errors import UsageError
+    from common.output_folder import OutputFolder
+    from common.program import StopRequest, command
+    from stress.oscillation import write_oscillations
+    from stress.scenarios import SIZES, load_file, load_standard_library
+    from stress.stress_options import SENSITIVITY_PAIRS, parse_options
+    from stress.stress_report import draw_scenarios, draw_sensitivity, tables, write_summary
+    from stress.stress_run import run_all
 
-    quit_on_signals()
-    try:
-        import torch
-
-        from common.errors import UsageError
-        from common.output_folder import OutputFolder
-        from common.program import StopRequest
-        from stress.oscillation import write_oscillations
-        from stress.scenarios import SIZES, load_file, load_standard_library
-        from stress.stress_options import SENSITIVITY_PAIRS, parse_options
-        from stress.stress_report import draw_scenarios, draw_sensitivity, tables, write_summary
-        from stress.stress_run import run_all
-    except ModuleNotFoundError as error:
-        return missing_module(error)
     options = parse_options(argv)
     out, jobs, size = options.folder, options.jobs, SIZES[options.size]
 
@@ -66,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(tables(rows))
         print(f"Results are in {out}: tables.md, runs.csv, summary.json, figures, runs/.")
 
-    return exit_status(out, work)
+    return out, work
 
 
 if __name__ == "__main__":

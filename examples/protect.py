@@ -10,32 +10,18 @@ interrupted.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-# The checkout this file lies in, so that it runs without installing the package.
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+from common.program import Begun, program
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Do the runs and return the exit status.
+@program
+def main(argv: Sequence[str] | None) -> Begun:
+    """Do the runs."""
+    from protection.protect_options import parse_options
+    from protection.protect_run import run_all
 
-    Args:
-        argv: the words after the program's name; ``None`` for those of this process.
-    """
-    from common.program import exit_status, missing_module, quit_on_signals
-
-    quit_on_signals()
-    try:
-        from protection.protect_options import parse_options
-        from protection.protect_run import run_all
-    except ModuleNotFoundError as error:
-        return missing_module(error)
     options = parse_options(argv)
-
-    def work() -> None:
-        print(run_all(options), end="")
-
-    return exit_status(options.folder, work)
+    return options.folder, lambda: print(run_all(options), end="")
 
 
 if __name__ == "__main__":

@@ -11,34 +11,24 @@ interrupted.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-# The checkout this file lies in, so that it runs without installing the package.
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+from common.program import Begun, program
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Do the runs and return the exit status.
+@program
+def main(argv: Sequence[str] | None) -> Begun:
+    """Do the runs."""
+    import torch
 
-    Args:
-        argv: the words after the program's name; ``None`` for those of this process.
-    """
-    from common.program import command, exit_status, missing_module, quit_on_signals
+    from common.errors import UsageError
+    from common.output_folder import OutputFolder
+    from common.program import StopRequest, command
+    from stress.scenarios import SIZES, load_file, load_standard_library
+    from stress.steady_options import parse_options, read_tuned
+    from stress.steady_report import write_comparison, write_tuning
+    from stress.step_times import kept_times
+    from stress.stress_run import run_all
 
-    quit_on_signals()
-    try:
-        import torch
-
-        from common.errors import UsageError
-        from common.output_folder import OutputFolder
-        from common.program import StopRequest
-        from stress.scenarios import SIZES, load_file, load_standard_library
-        from stress.steady_options import parse_options, read_tuned
-        from stress.steady_report import write_comparison, write_tuning
-        from stress.step_times import kept_times
-        from stress.stress_run import run_all
-    except ModuleNotFoundError as error:
-        return missing_module(error)
     options = parse_options(argv)
     out, size = options.folder, SIZES[options.size_name]
 
@@ -65,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = "tuning.json" if options.tune else "tables.md, steady.png, steady.json, runs.csv"
         print(f"Results are in {out}: {files}, runs/.")
 
-    return exit_status(out, work)
+    return out, work
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -17,9 +18,12 @@ from typing import NoReturn
 from common.errors import DivergedError, RunInterruptedError, UsageError
 
 __all__ = [
-    "QUIET_SECONDS", "StopRequest", "command", "drawing_interval", "exit_status", "missing_module",
-    "quit_on_signals",
+    "QUIET_SECONDS", "Begun", "StopRequest", "command", "drawing_interval", "exit_status",
+    "missing_module", "program", "quit_on_signals",
 ]  # fmt: skip
+
+# The output folder, `None` where the standard output is all that is written to, and the work.
+Begun = tuple[Path | None, Callable[[], None]]
 
 QUIET_SECONDS = 1.0  # what takes less, and is no training, is not worth a progress bar
 _TERMINAL_SECONDS = 0.2
@@ -38,6 +42,38 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _CLOSED),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
 }
+
+
+def program(begin: Callable[[Sequence[str] | None], Begun]) -> Callable[..., int]:
+    """Make the main function of an example: from its imports to its exit status.
+
+    Args:
+        begin: imports what the example needs, so that a signal or a missing package in the
+            meantime is one line too; reads the words after the program's name, ``None`` for those
+            of this process.
+
+    Returns:
+        A function of the words, ``None`` without any, that returns the exit status.
+
+    Example:
+        >>> @program
+        ... def main(argv):
+        ...     return None, lambda: print(*argv)
+        >>> main(["the", "work"])
+        the work
+        0
+    """
+
+    @wraps(begin)
+    def main(argv: Sequence[str] | None = None) -> int:
+        quit_on_signals()
+        try:
+            out, work = begin(argv)
+        except ModuleNotFoundError as error:
+            return missing_module(error)
+        return exit_status(out, work)
+
+    return main
 
 
 def quit_on_signals(message: str = "interrupted before training: nothing was written") -> None:

@@ -1,5 +1,6 @@
-"""The small series as fixtures: its text, a function that runs it, and uninterrupted runs."""
+"""A folder for programs, one that refuses; the small series: its text and its runs."""
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from program_helpers import Main, Refused, snapshot
 from small_series import LONG, TINY, Series, results
 
 from common.output_folder import OutputFolder
@@ -16,6 +18,38 @@ from trainer.arguments import parse_arguments
 from trainer.series_report import markdown_table
 from trainer.series_run import prepare
 from trainer.train_series import run_series
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty working directory; afterwards signals and threads are what they were."""
+    monkeypatch.chdir(tmp_path)
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def refused(own_folder: None, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """A function that gives a program wrong words and returns the one line that it says."""
+
+    def run(main: Main, words: list[str]) -> str:
+        before = snapshot(Path.cwd())
+        try:
+            status = main(words)
+        except SystemExit as exit_:
+            status = exit_.code
+        captured = capsys.readouterr()
+        assert (status, captured.out) == (2, "")
+        assert captured.err.startswith("error: ")
+        assert captured.err.find("\n") == len(captured.err) - 1
+        assert snapshot(Path.cwd()) == before
+        return captured.err
+
+    return run
 
 
 @pytest.fixture(scope="module")

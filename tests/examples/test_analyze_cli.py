@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from analysis_records import DEMO, grown_series, write, write_run
+from program_helpers import Refused
 
 import analyze
 from analysis.bundle import MINI_BUNDLE
@@ -100,28 +101,17 @@ def test_everything_is_written(
 def test_bad_input_is_one_line_and_writes_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
     words: list[str],
     message: str,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     # Its figures take the longest.
     monkeypatch.setattr("analysis.run_report.render_report", lambda *_: "")
     (tmp_path / "file").write_text("")
     names = {"DEMO": str(DEMO), "DIR": str(tmp_path), "MINI": str(MINI_BUNDLE), "FILE": "file"}
     argv = ["--bootstraps", "0"]
     argv += [names.get(w, w.replace("FILE", "file") if "FILE/" in w else w) for w in words]
-    try:
-        status = main(argv)
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-    printed = capsys.readouterr()
-    assert status == 2
-    assert printed.out == ""
-    assert printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1
-    assert message in printed.err
-    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+    assert message in refused(main, argv)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +131,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 )
 def test_other_checkpoints_are_refused(
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
     content: dict[str, object],
     message: str,
 ) -> None:
@@ -149,19 +139,15 @@ def test_other_checkpoints_are_refused(
     words = ["--metrics", str(DEMO), "--bootstraps", "0", "--out", str(tmp_path / "out")]
     words += ["--eval-bundle", str(MINI_BUNDLE), "--checkpoint", str(tmp_path / "x.pt")]
     words += ["--sequence-len", "32"]
-    assert main(words) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert message in refused(main, words)
 
 
-def test_too_few_items_for_the_examples(
-    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_few_items_for_the_examples(tmp_path: Path, checkpoint: Path, refused: Refused) -> None:
     words = ["--metrics", str(DEMO), "--bootstraps", "0", "--out", str(tmp_path / "out")]
     words += ["--eval-bundle", str(MINI_BUNDLE), "--checkpoint", str(checkpoint)]
     words += ["--sequence-len", "40"]
-    assert main([*words, "--max-per-task", "2"]) == 2
-    assert "2 items of mini_choice are too few for 2 examples each" in capsys.readouterr().err
+    line = refused(main, [*words, "--max-per-task", "2"])
+    assert "2 items of mini_choice are too few for 2 examples each" in line
 
 
 def test_models_of_several_runs_are_scored_apart(
@@ -190,14 +176,11 @@ def test_an_interrupt_is_no_traceback(
     assert capsys.readouterr().err == "interrupted: run the same command again\n"
 
 
-def test_a_missing_module_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_module_is_one_line(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
     monkeypatch.delitem(sys.modules, "analysis.run_report")
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert main(["--metrics", str(DEMO)]) == 2
     expected = "error: the module jinja2 is missing: pip install 'ars-triton[examples]'\n"
-    assert capsys.readouterr().err == expected
+    assert refused(main, ["--metrics", str(DEMO)]) == expected
 
 
 def test_it_runs_as_a_program_from_anywhere(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from program_helpers import Refused
 
 import miniseries
 from common.command_line import OptionError
@@ -19,25 +20,12 @@ EXAMPLES = Path(miniseries.__file__).parent
 DEFAULT_FILE = EXAMPLES / "config.yaml"
 
 
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def written(text: str, name: str = "file.yaml") -> str:
     Path(name).write_text(text)
     return name
-
-
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        parse_arguments(words)
-    captured = capsys.readouterr()
-    assert exit_.value.code == 2
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -192,23 +180,23 @@ def test_the_last_of_steps_and_ratio_wins() -> None:
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_file_is_one_line_with_its_name(
-    text: str, says: str, capsys: pytest.CaptureFixture[str]
+    text: str, says: str, refused: Refused
 ) -> None:
-    line = refused(["--config", written(text), "--seed", "1"], capsys)
+    line = refused(parse_arguments, ["--config", written(text), "--seed", "1"])
     assert line.startswith(("error: file.yaml: ", "error: file.yaml is not YAML ("))
     assert says in line
 
 
-def test_a_file_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_text(refused: Refused) -> None:
     Path("file.yaml").write_bytes(b"\xff\xfe\xfd")
-    assert "file.yaml is not UTF-8" in refused(["--config", "file.yaml"], capsys)
-    assert ". cannot be read" in refused(["--config", "."], capsys)
+    assert "file.yaml is not UTF-8" in refused(parse_arguments, ["--config", "file.yaml"])
+    assert ". cannot be read" in refused(parse_arguments, ["--config", "."])
 
 
-def test_a_mistake_after_a_file_is_not_laid_to_it(capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(["--config", written("seed: 3\n"), "--lr", "fast"], capsys)
+def test_a_mistake_after_a_file_is_not_laid_to_it(refused: Refused) -> None:
+    line = refused(parse_arguments, ["--config", written("seed: 3\n"), "--lr", "fast"])
     assert line.startswith("error: argument --lr: 'fast'")
-    line = refused(["--config", written("steps: [1, 2]\n")], capsys)
+    line = refused(parse_arguments, ["--config", written("steps: [1, 2]\n")])
     assert "2 numbers for 4 sizes" in line
 
 

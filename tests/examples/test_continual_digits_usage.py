@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from program_helpers import Refused, snapshot
 
 import continual_digits
 from continual.digits_options import parse_options
@@ -21,39 +20,7 @@ SCRIPT = Path(continual_digits.__file__)
 TINY = ["--methods", "none,ewc,joint", "--tasks", "2", "--epochs", "1", "--seeds", "1"]
 
 
-@pytest.fixture(autouse=True)
-def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run with bad input; return the one line."""
-    before = snapshot(Path.cwd())
-    try:
-        status: object = continual_digits.main(words)
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert captured.err.endswith("\n")
-    assert snapshot(Path.cwd()) == before
-    return captured.err
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_no_run_is_done_or_counted_twice() -> None:
@@ -97,27 +64,27 @@ def results(folder: Path) -> Any:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(words: list[str], says: str, refused: Refused) -> None:
     Path("file.txt").write_text("mine")
-    assert says in refused(words, capsys)
+    assert says in refused(continual_digits.main, words)
 
 
 def test_results_of_other_settings_or_damaged_ones_are_left_alone(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], refused: Refused
 ) -> None:
     assert continual_digits.main([*TINY, "--out", "run"]) == 0
     capsys.readouterr()
-    line = refused([*TINY, "--out", "run", "--epochs", "3"], capsys)
+    line = refused(continual_digits.main, [*TINY, "--out", "run", "--epochs", "3"])
     assert "other settings: epochs 1 (now 3)" in line
     assert "--out" in line
     whole = Path("run/results.json").read_text()
     for damaged in ("", "{", "[]", "{}", whole.replace('"accuracy"', '"acc"'), whole[:-20]):
         Path("run/results.json").write_text(damaged)
-        assert "results.json is " in refused([*TINY, "--out", "run"], capsys)
+        assert "results.json is " in refused(continual_digits.main, [*TINY, "--out", "run"])
 
 
-def test_a_folder_that_the_system_refuses_to_create(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "/proc/digits" in refused(["--quick", "--out", "/proc/digits"], capsys)
+def test_a_folder_that_the_system_refuses_to_create(refused: Refused) -> None:
+    assert "/proc/digits" in refused(continual_digits.main, ["--quick", "--out", "/proc/digits"])
 
 
 def test_the_whole_path_and_what_it_leaves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ MODULES = sorted(
 )
 
 
+@pytest.mark.usefixtures("own_folder")
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_run(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(name))

@@ -2,14 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from program_helpers import Refused
 
 import miniseries
 from common.output_folder import OutputFolder
@@ -20,13 +19,7 @@ from trainer.series_run import Run, prepare
 SCRIPT = Path(miniseries.__file__)
 
 
-@pytest.fixture(autouse=True)
-def _folder_and_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.fixture
@@ -36,34 +29,10 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
 def prepared(*words: str) -> Run:
     arguments = parse_arguments(words)
     with OutputFolder(arguments.out) as output:
         return prepare(arguments, StopRequest(), output)
-
-
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run with bad input; return the one line."""
-    before = snapshot(Path.cwd())
-    try:
-        status: object = miniseries.main(words)
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert captured.err.endswith("\n")
-    assert snapshot(Path.cwd()) == before
-    return captured.err
 
 
 @pytest.mark.parametrize(
@@ -154,16 +123,14 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input(
-    words: list[str], says: str, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input(words: list[str], says: str, text: Path, refused: Refused) -> None:
     Path("empty.txt").touch()
     Path("short.txt").write_bytes(b"x" * 300)
-    assert says in refused(words, capsys)
+    assert says in refused(miniseries.main, words)
 
 
 def test_an_output_folder_that_cannot_be_written(
-    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    text: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("locked").mkdir(mode=0o555)
     # The superuser may write anywhere, so what the system answers is given here.
@@ -171,27 +138,27 @@ def test_an_output_folder_that_cannot_be_written(
     monkeypatch.setattr(
         os, "access", lambda path, mode: "locked" not in str(path) and allowed(path, mode)
     )
-    line = refused(["--data", "text.txt", "--out", "locked/demo"], capsys)
+    line = refused(miniseries.main, ["--data", "text.txt", "--out", "locked/demo"])
     assert "not writable" in line
 
 
 def test_a_tracker_that_is_not_installed(
-    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    text: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    assert "pip install tensorboardX" in refused(["--tensorboard"], capsys)
+    assert "pip install tensorboardX" in refused(miniseries.main, ["--tensorboard"])
 
 
-def test_a_folder_that_the_system_refuses_to_create(capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(["--quick", "--out", "/proc/demo"], capsys)
+def test_a_folder_that_the_system_refuses_to_create(refused: Refused) -> None:
+    line = refused(miniseries.main, ["--quick", "--out", "/proc/demo"])
     assert "/proc/demo" in line
 
 
-def test_a_broken_config_file(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_config_file(text: Path, refused: Refused) -> None:
     Path("run").mkdir()
     for content in ("", "{", "[]", '{"settings": {}}', '{"settings": 1, "data": {"sha256": ""}}'):
         Path("run/config.json").write_text(content)
-        line = refused(["--data", "text.txt", "--out", "run"], capsys)
+        line = refused(miniseries.main, ["--data", "text.txt", "--out", "run"])
         assert "run/config.json is " in line
         assert "--out" in line
 
@@ -217,9 +184,7 @@ def test_help_explains_every_option_with_its_default(words: list[str], count: in
         assert "(default: " in " ".join(option.split()), option
 
 
-def test_a_run_with_other_settings_or_data_is_left_alone(
-    text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_with_other_settings_or_data_is_left_alone(text: Path, refused: Refused) -> None:
     words = ["--data", "text.txt", "--out", "run", "--quick"]
     run = prepared(*words)
     stored = {"settings": run.config.to_dict(), "data": {"sha256": run.corpus.sha256}}
@@ -227,12 +192,12 @@ def test_a_run_with_other_settings_or_data_is_left_alone(
     prepared(*words)
     prepared(*words, "--keep", "5", "--device-batch-size", "2")  # nothing that changes the numbers
 
-    line = refused([*words, "--batch-size", "3", "--seed", "4"], capsys)
+    line = refused(miniseries.main, [*words, "--batch-size", "3", "--seed", "4"])
     assert "batch_size 4 (now 3)" in line
     assert "seed 0 (now 4)" in line
     assert "--out" in line
     text.write_bytes(text.read_bytes() + b"x")
-    assert "other training data" in refused(words, capsys)
+    assert "other training data" in refused(miniseries.main, words)
 
 
 def test_tokens_are_all_that_preparing_writes(text: Path) -> None:
@@ -244,22 +209,20 @@ def test_tokens_are_all_that_preparing_writes(text: Path) -> None:
     assert not Path("other").exists()
 
 
-def test_what_the_user_keeps_beside_the_tokens_stays(
-    text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_user_keeps_beside_the_tokens_stays(text: Path, refused: Refused) -> None:
     Path("short.txt").write_bytes(b"x" * 300)
     Path("run/data").mkdir(parents=True)
     Path("run/data/kept").write_text("mine")
-    refused(["--data", "short.txt", "--out", "run"], capsys)  # compares the whole folder
+    refused(miniseries.main, ["--data", "short.txt", "--out", "run"])  # compares the whole folder
 
 
 def test_several_processes_share_the_batch(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "4 is not divisible by the 3 processes" in refused([], capsys)
+    assert "4 is not divisible by the 3 processes" in refused(miniseries.main, [])
     words = ["--batch-size", "12", "--device-batch-size", "6"]
-    assert "6 does not divide the 4 sequences" in refused(words, capsys)
+    assert "6 does not divide the 4 sequences" in refused(miniseries.main, words)
     assert parse_arguments(["--batch-size", "6"]).config.batch_size == 6
 
 

@@ -3,18 +3,16 @@
 import errno
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import pytest
-import torch
 from filelock import FileLock
 from small_series import TINY, Series, Stop
 
@@ -45,20 +43,13 @@ PROGRAMS: dict[str, tuple[Program, list[str]]] = {
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
+def _surroundings(own_folder: None, text: Path) -> None:
     shutil.copy(text, "text.txt")
     Path("metrics.json").write_text(
         '[{"name": "d1-scratch", "depth": 1, "arm": "scratch", "parent": null, "params": 10,'
         ' "tokens": 10, "flops": 600, "lineage_flops": 600, "seconds": 1.0, "val_bpb": 2.0,'
         ' "seed": 0}]'
     )
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def ended(program: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from program_helpers import Refused
 
 import miniseries
 from analysis.planned_series import (
@@ -28,8 +29,7 @@ CONFIGS = Path(miniseries.__file__).parent / "configs"
 
 
 @pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
+def _folder(own_folder: None, tmp_path: Path) -> Iterator[None]:
     yield
     assert not list(tmp_path.glob("out*")), "planning writes nothing"
 
@@ -160,18 +160,8 @@ def test_the_vocabulary_is_known_without_the_text(tmp_path: Path) -> None:
         (["--colour"], "there is no --colour"),
     ],
 )
-def test_a_mistake_is_one_line(
-    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    try:
-        status: object = miniseries.main(["plan", *words])
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    assert (status, captured.out) == (2, "")
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert says in captured.err
+def test_a_mistake_is_one_line(words: list[str], says: str, refused: Refused) -> None:
+    assert says in refused(miniseries.main, ["plan", *words])
 
 
 def test_the_first_nanochat_miniseries_on_paper() -> None:

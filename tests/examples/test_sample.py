@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from program_helpers import Refused
 from small_series import Series
 
 import miniseries
@@ -216,17 +217,9 @@ WRONG: dict[str, Callable[[dict[Any, Any]], object]] = {
     ],
 )
 def test_a_mistake_is_one_line(
-    damaged: Path, name: str, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    damaged: Path, name: str, words: list[str], says: str, refused: Refused
 ) -> None:
-    try:
-        status: object = miniseries.main(["sample", "--checkpoint", str(damaged / name), *words])
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    assert (status, captured.out) == (2, "")
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert says in captured.err
+    assert says in refused(miniseries.main, ["sample", "--checkpoint", str(damaged / name), *words])
 
 
 def test_any_temperature_gives_tokens(model: GPT) -> None:
@@ -243,7 +236,5 @@ def test_a_model_that_gives_no_numbers(model: GPT) -> None:
         continue_tokens(model, [1], tokens=1, temperature=1.0)
 
 
-def test_a_checkpoint_has_to_be_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        miniseries.main(["sample", "--prompt", "x"])
-    assert "--checkpoint is missing" in capsys.readouterr().err
+def test_a_checkpoint_has_to_be_named(refused: Refused) -> None:
+    assert "--checkpoint is missing" in refused(miniseries.main, ["sample", "--prompt", "x"])

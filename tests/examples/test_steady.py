@@ -2,8 +2,7 @@
 
 import csv
 import json
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from program_helpers import Refused
 
 import steady
 from common.errors import UsageError
@@ -26,13 +26,7 @@ from stress.stress_run import Job
 SIZE = Size(1, 32, 24, 2, 40)  # half-way is step 20
 
 
-@pytest.fixture(autouse=True)
-def _folder_and_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 # ------------------------------------------------------------------------------- command line
@@ -53,25 +47,13 @@ def _folder_and_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         (["--data", "missing"], "--data missing does not exist"),
     ],
 )
-def test_mistakes_are_one_line(
-    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    try:
-        status: object = steady.main(words)
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    assert (status, captured.out) == (2, "")
-    assert captured.err.count("\n") == 1
-    assert reason in captured.err
+def test_mistakes_are_one_line(words: list[str], reason: str, refused: Refused) -> None:
+    assert reason in refused(steady.main, words)
 
 
-def test_the_gpu_size_needs_a_gpu(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gpu_size_needs_a_gpu(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert steady.main(["--size", "gpu"]) == 2
-    assert "--size gpu needs a CUDA device" in capsys.readouterr().err
+    assert "--size gpu needs a CUDA device" in refused(steady.main, ["--size", "gpu"])
 
 
 def test_what_is_run() -> None:

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from program_helpers import Refused
 
 import narcissus
 from stress.stress_options import parse_options
@@ -17,13 +17,7 @@ from stress.stress_options import parse_options
 SCRIPT = Path(narcissus.__file__)
 
 
-@pytest.fixture(autouse=True)
-def _folder_and_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.mark.parametrize(
@@ -43,28 +37,14 @@ def _folder_and_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         (["--quic"], "there is no --quic; did you mean --quick?"),
     ],
 )
-def test_mistakes_are_one_line(
-    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(words: list[str], reason: str, refused: Refused) -> None:
     Path("file").write_text("")
-    try:
-        status: object = narcissus.main(words)
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    assert (status, captured.out) == (2, "")
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert reason in captured.err
-    assert os.listdir() == ["file"]
+    assert reason in refused(narcissus.main, words)
 
 
-def test_the_gpu_size_needs_a_gpu(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gpu_size_needs_a_gpu(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert narcissus.main(["--size", "gpu"]) == 2
-    assert "--size gpu needs a CUDA device" in capsys.readouterr().err
+    assert "--size gpu needs a CUDA device" in refused(narcissus.main, ["--size", "gpu"])
 
 
 def test_what_is_run() -> None:
