@@ -25,6 +25,7 @@ from ars.regularizers.fisher.estimators import Samples
 from ars.regularizers.fisher.layers import (
     MatrixLayer,
     batched_rows,
+    check_blocks,
     check_order,
     fit_layers,
     matrix_layers,
@@ -33,6 +34,7 @@ from ars.regularizers.fisher.layers import (
     recorded_uses,
     warn_of_others,
 )
+from ars.regularizers.fisher.own_products import Block
 from ars.regularizers.fisher.processes import Group, Processes
 
 __all__ = ["ActivationCovariance"]
@@ -44,9 +46,11 @@ class ActivationCovariance:
     .. math:: A = \frac{1}{n} \sum_{i=1}^{n} a_i a_i^T
 
     over all positions :math:`a_i` of all samples, streamed batch by batch; the patches of a
-    convolution are its inputs. It needs no labels and no backward pass. Its leading eigenvectors
-    are the subspace that gradient projection memory protects; :class:`KroneckerPenalty` takes it
-    whole, as a Kronecker-factored Fisher whose outputs all matter alike.
+    convolution are its inputs. A parameter that holds several matrices, such as experts', has one
+    for each, in a dimension in front. It needs no labels and no backward pass. Its leading
+    eigenvectors are the subspace that gradient projection memory protects;
+    :class:`KroneckerPenalty` takes it whole, as a Kronecker-factored Fisher whose outputs all
+    matter alike.
 
     Parameters of other layers have none; :meth:`fit` warns and names them.
 
@@ -95,7 +99,7 @@ class ActivationCovariance:
         Raises:
             RuntimeError: :meth:`fit` has not succeeded yet.
         """
-        return {name: moment[:-1, :-1] for name, moment in self.augmented.items()}
+        return {name: moment[..., :-1, :-1] for name, moment in self.augmented.items()}
 
     @property
     def mean(self) -> dict[str, Tensor]:
@@ -104,7 +108,7 @@ class ActivationCovariance:
         Raises:
             RuntimeError: :meth:`fit` has not succeeded yet.
         """
-        return {name: moment[-1, :-1] for name, moment in self.augmented.items()}
+        return {name: moment[..., -1, :-1] for name, moment in self.augmented.items()}
 
     @property
     def augmented(self) -> dict[str, Tensor]:
@@ -154,10 +158,10 @@ class ActivationCovariance:
         layers, totals, seen = fit_layers(self.model, self._processes, _Sums, add)
         moments = {}
         for name, total in totals:
-            count = int(total.positions)
-            if count == 0:
+            if not total.positions.any():
                 raise ValueError(f"every position of {name!r} is masked: nothing to average over")
-            moments[name] = _Moment(total.products / count, count)
+            counts = total.positions.clamp(min=1)[..., None, None]
+            moments[name] = _Moment(total.products / counts, total.positions)
             if not moments[name].mean.isfinite().all():
                 raise ValueError(
                     f"the inputs of {name!r} are not finite; look for an overflow in the model "
@@ -200,10 +204,11 @@ class ActivationCovariance:
                     rows, valid = batched_rows([use], targets, with_bias=True)
                     chosen = rows[valid]
                     if use.weight not in sums:
-                        sums[use.weight] = _Sums.zero(rows.device, rows.shape[-1], rows.dtype)
-                    total = sums[use.weight]
-                    total.products.add_(outer_products(chosen))
-                    total.positions.add_(len(chosen))
+                        sums[use.weight] = _Sums.zero(rows, use.block)
+                    check_blocks(use.weight, sums[use.weight].positions, use.block)
+                    products, positions = sums[use.weight].of(use.block)
+                    products.add_(outer_products(chosen))
+                    positions.add_(len(chosen))
                 seen += len(targets)
         return seen
 
@@ -243,8 +248,9 @@ class ActivationCovariance:
                     f"{len(moment.mean) - 1} here: fit both on one model"
                 )
             positions = moment.positions + another.positions
-            mean = moment.mean + (another.mean - moment.mean) * (another.positions / positions)
-            merged._moments[name] = _Moment(mean, positions)
+            share = another.positions.double() / positions.clamp(min=1)
+            difference = (another.mean - moment.mean) * share[..., None, None].to(moment.mean)
+            merged._moments[name] = _Moment(moment.mean + difference, positions)
         merged._n_samples = self.n_samples + other.n_samples
         return merged
 
@@ -261,17 +267,22 @@ class _Sums(NamedTuple):
     positions: Tensor
 
     @classmethod
-    def zero(cls, device: torch.device, size: int, dtype: torch.dtype) -> "_Sums":
-        """Start with nothing, of rows of ``size`` numbers."""
-        products = torch.zeros(size, size, dtype=dtype, device=device)
-        return cls(products, torch.zeros((), dtype=torch.int64, device=device))
+    def zero(cls, rows: Tensor, block: Block | None) -> "_Sums":
+        """Start with nothing, of rows (..., d)."""
+        size, blocks = rows.shape[-1], () if block is None else (block.of,)
+        positions = rows.new_zeros(blocks, dtype=torch.int64)
+        return cls(rows.new_zeros(*blocks, size, size), positions)
+
+    def of(self, block: Block | None) -> "_Sums":
+        """Return the sums of one matrix, which share this one's memory."""
+        return self if block is None else _Sums(*(each[block.number] for each in self))
 
 
 class _Moment(NamedTuple):
     """Mean of a a^T over the positions of one layer, a 1 appended to a, and their number."""
 
     mean: Tensor
-    positions: int
+    positions: Tensor
 
 
 def _is_one_pair(batches: object) -> bool:

@@ -1,4 +1,4 @@
-r"""Kronecker-factored Fisher information (KFAC) of linear and convolution layers.
+r"""Kronecker-factored Fisher information (KFAC) of linear layers, convolutions and their like.
 
 A layer y_t = W a_t + b adds to the Fisher of [W b], with a_t extended by a 1 for the bias and g_nkt
 the logits' cotangent v_nk (:mod:`ars.regularizers.fisher.estimators`) pulled back to y_t,
@@ -49,14 +49,16 @@ from ars.regularizers.fisher.layers import (
     MatrixLayer,
     Use,
     batched_rows,
+    check_blocks,
     check_order_by_gradients,
     fit_layers,
     outer_products,
-    output_rows,
     proven_batches,
     recorded_uses,
+    uses_by_matrix,
     warn_of_others,
 )
+from ars.regularizers.fisher.own_products import Block
 from ars.regularizers.fisher.processes import Group, Processes
 from ars.regularizers.fisher.row_proof import computed_in
 
@@ -69,7 +71,10 @@ _ESTIMATORS = tuple(name for name in ESTIMATORS if name != "batched")
 
 
 class KroneckerFactors(NamedTuple):
-    """The two factors of one layer's Fisher, F = G (x) A.
+    """The two factors of one layer's Fisher, F = G (x) A; of several matrices, those of each.
+
+    A parameter that holds several matrices, such as experts', has a block of F for each of them,
+    and its factors one dimension more, in front.
 
     Args:
         inputs: A, the second moment of the layer's inputs: (d, d), or (d + 1, d + 1) with the bias
@@ -89,11 +94,15 @@ class FactorSums(NamedTuple):
     positions: Tensor
 
     @classmethod
-    def zero(cls, device: torch.device, d: int, p: int, dtype: torch.dtype) -> "FactorSums":
-        """Start with nothing, of rows of ``d`` inputs and of ``p`` outputs."""
-        inputs = torch.zeros(d, d, dtype=dtype, device=device)
-        positions = torch.zeros((), dtype=torch.int64, device=device)
-        return cls(inputs, inputs.new_zeros(p, p), positions)
+    def zero(cls, rows: Tensor, p: int, block: Block | None) -> "FactorSums":
+        """Start with nothing, of rows (..., d) of inputs and of ``p`` outputs."""
+        d, blocks = rows.shape[-1], () if block is None else (block.of,)
+        positions = rows.new_zeros(blocks, dtype=torch.int64)
+        return cls(rows.new_zeros(*blocks, d, d), rows.new_zeros(*blocks, p, p), positions)
+
+    def of(self, block: Block | None) -> "FactorSums":
+        """Return the sums of one matrix, which share this one's memory."""
+        return self if block is None else FactorSums(*(each[block.number] for each in self))
 
     def add_inputs(self, rows: Tensor, valid: Tensor, *, reduce: bool) -> None:
         """Add what the layer read.
@@ -117,7 +126,8 @@ class FactorSums(NamedTuple):
 
     def means(self, samples: int) -> KroneckerFactors:
         """Return the factors, given how many samples there were."""
-        return KroneckerFactors(self.inputs / self.positions.clamp(min=1), self.outputs / samples)
+        positions = self.positions.clamp(min=1)[..., None, None]
+        return KroneckerFactors(self.inputs / positions, self.outputs / samples)
 
 
 class KroneckerFisher:
@@ -126,8 +136,9 @@ class KroneckerFisher:
     .. math:: F_{[W\,b]} \approx G \otimes A, \quad
               A = \mathbb{E}[a a^T], \quad G = \mathbb{E}[g g^T]
 
-    for every :class:`torch.nn.Linear`, GPT-2's ``Conv1D`` (whose weight is stored transposed, W^T)
-    and every convolution with one group, with the layer's inputs
+    for every :class:`torch.nn.Linear`, GPT-2's ``Conv1D`` (whose weight is stored transposed, W^T),
+    every convolution with one group, the projections of :class:`torch.nn.MultiheadAttention` and
+    the experts of Mixtral and its like, with the layer's inputs
     :math:`a` (patches of a convolution; a 1 is appended for a trained bias) and the gradients
     :math:`g` of its outputs. Where the diagonal Fisher holds one number a weight, this keeps which
     directions of the inputs and of the outputs matter.
@@ -139,6 +150,10 @@ class KroneckerFisher:
     and :math:`G = \frac1N \sum_n s s^T` with :math:`s = \sum_t g`: exact for a linear network that
     averages its positions, as many image models do. With one position they are equal. Several uses
     of one weight count as further positions.
+
+    Factors of a parameter that holds several matrices have a dimension in front: an expert's rows
+    are the tokens routed to it, and where attention's query, key and value are not one tensor,
+    ``in_proj_weight`` is three matrices.
 
     Parameters of other layers have no factors; :meth:`fit` warns and names them.
 
@@ -343,25 +358,24 @@ class KroneckerFisher:
         """Add one batch: the inputs of every layer once, its output gradients a cotangent."""
         reduce = self.sharing == "reduce"
         edges = [_edge(use) for use in uses]
-        for name in {use.weight: None for use in uses}:
-            mine = [use for use in uses if use.weight == name]
+        for (name, block), mine in uses_by_matrix(uses).items():
             with_bias = layers[name].bias is not None
             rows, valid = batched_rows(mine, chunk.targets, with_bias=with_bias)
             if name not in sums:
-                p = mine[0].module.weight.shape[int(layers[name].transposed)]
-                sums[name] = FactorSums.zero(rows.device, rows.shape[-1], p, rows.dtype)
-            sums[name].add_inputs(rows, valid, reduce=reduce)
+                sums[name] = FactorSums.zero(rows, mine[0].width, block)
+            check_blocks(name, sums[name].positions, block)
+            sums[name].of(block).add_inputs(rows, valid, reduce=reduce)
         for cotangent in cotangents(estimator, logits.detach(), chunk):
             found = torch.autograd.grad(
                 logits, edges, cotangent, retain_graph=True, allow_unused=True
             )
-            gradients: dict[str, list[Tensor]] = {}
+            gradients: dict[tuple[str, Block | None], list[Tensor]] = {}
             for use, gradient in zip(uses, found, strict=True):
                 if gradient is not None:
-                    rows = output_rows(use.module, gradient).unflatten(0, (len(logits), -1))
-                    gradients.setdefault(use.weight, []).append(rows)
-            for name, parts in gradients.items():
-                sums[name].add_outputs(torch.cat(parts, 1), reduce=reduce)
+                    rows = use.gradient_rows(gradient).unflatten(0, (len(logits), -1))
+                    gradients.setdefault((use.weight, use.block), []).append(rows)
+            for (name, block), parts in gradients.items():
+                sums[name].of(block).add_outputs(torch.cat(parts, 1), reduce=reduce)
 
 
 def _checked_logits(outputs: object, targets: Tensor, number: int) -> Tensor:

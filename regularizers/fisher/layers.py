@@ -1,8 +1,10 @@
 r"""Linear and convolution layers as matrices: y_t = W a_t + b at every position t.
 
 For a linear layer a_t is its input vector; for a convolution it is the patch under the kernel, in
-the order of ``weight.flatten(1)``, and t runs over the output's pixels. What the layer reads, the
-rows a_t, and the place in the graph where its output appears are recorded while the model runs.
+the order of ``weight.flatten(1)``, and t runs over the output's pixels. Attention and experts are
+taken as the products that they are made of (:mod:`ars.regularizers.fisher.own_products`). What the
+layer reads, the rows a_t, and the place in the graph where its output appears are recorded while
+the model runs.
 """
 
 import warnings
@@ -20,6 +22,12 @@ from torch.nn import functional
 from ars.regularizers.checks import IGNORE_INDEX, evaluation_mode
 from ars.regularizers.fisher.estimators import Samples, accumulation_dtype
 from ars.regularizers.fisher.gathered import gathered
+from ars.regularizers.fisher.own_products import (
+    Block,
+    Routed,
+    own_matrices,
+    replaced_by_products,
+)
 from ars.regularizers.fisher.processes import Processes
 from ars.regularizers.fisher.row_proof import Passes, RowProof
 from ars.regularizers.fisher.rules import Convolution, is_transposed, patches_of
@@ -28,6 +36,7 @@ __all__ = [
     "MatrixLayer",
     "Use",
     "batched_rows",
+    "check_blocks",
     "check_order",
     "check_order_by_gradients",
     "fit_layers",
@@ -37,10 +46,11 @@ __all__ = [
     "output_rows",
     "proven_batches",
     "recorded_uses",
+    "uses_by_matrix",
     "warn_of_others",
 ]
 
-MatrixModule: TypeAlias = Any  # nn.Linear, a convolution, or GPT-2's Conv1D
+MatrixModule: TypeAlias = Any  # nn.Linear, a convolution, GPT-2's Conv1D, attention or experts
 _Sums = TypeVar("_Sums", bound=tuple[Tensor, ...])
 # Of a subclass that computes something else the inputs and outputs are not those of a product.
 _FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -66,20 +76,36 @@ class Use(NamedTuple):
 
     Args:
         weight: Name of its weight.
-        module: The layer.
+        module: The layer; None of attention.
         inputs: What it read.
         output: Where its output appears in the graph, before anything overwrites it in place; None
             without a graph.
+        width: Numbers in a row of its output.
+        block: Which of the matrices in the weight it multiplied by; None if that is one matrix.
+        routed: Which of all tokens its rows are; None for all.
     """
 
     weight: str
-    module: MatrixModule
+    module: MatrixModule | None
     inputs: Tensor
     output: GradientEdge | None
+    width: int
+    block: Block | None = None
+    routed: Routed | None = None
+
+    def rows(self) -> Tensor:
+        """What it multiplied by, (positions, d); 0 at the tokens that went elsewhere."""
+        rows = input_rows(self.module, self.inputs)
+        return rows if self.routed is None else self.routed.spread(rows)
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """The gradient of its output, (positions, width), likewise."""
+        rows = output_rows(self.module, gradient)
+        return rows if self.routed is None else self.routed.spread(rows)
 
 
 def matrix_layers(model: nn.Module) -> dict[str, MatrixLayer]:
-    """Find the linear and ungrouped convolution layers, and GPT-2's, whose weight is trained.
+    """Find the trained matrices of linear layers, ungrouped convolutions, attention and experts.
 
     Args:
         model: The model.
@@ -94,6 +120,11 @@ def matrix_layers(model: nn.Module) -> dict[str, MatrixLayer]:
     layers: dict[str, MatrixLayer] = {}
     for path, module in model.named_modules():
         transposed = is_transposed(module)
+        for name, its_bias in own_matrices(module).items():
+            found = names.get(getattr(module, name))
+            if found is not None:
+                bias = names.get(getattr(module, its_bias)) if its_bias else None
+                layers[found] = MatrixLayer({path: module}, bias)
         if not transposed and type(module).forward not in _FORWARDS:
             continue
         own: Any = module
@@ -141,6 +172,7 @@ def fit_layers(
         ValueError: No process had a sample.
     """
     sums: dict[str, _Sums] = {}
+    parameters = dict(model.named_parameters())
     with gathered(model, processes):
         layers = matrix_layers(model)
 
@@ -158,7 +190,7 @@ def fit_layers(
     def totals() -> Iterator[tuple[str, _Sums]]:
         for name in layers:
             if name in known:
-                device = next(iter(layers[name].modules.values())).weight.device
+                device = parameters[name].device
                 zeros = (torch.zeros(s, dtype=dtype, device=device) for s, dtype in known[name])
                 total = sums.pop(name, None) or kind(*zeros)
                 processes.add_up_(total)
@@ -223,21 +255,33 @@ def recorded_uses(model: nn.Module, layers: dict[str, MatrixLayer]) -> Iterator[
     """
     uses: list[Use] = []
 
-    def hook(weight: str) -> Any:
-        def record(module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if name in layers}
+
+    def record(
+        parameter: Tensor,
+        module: MatrixModule | None,
+        inputs: Tensor,
+        output: Tensor,
+        block: Block | None = None,
+        routed: Routed | None = None,
+    ) -> None:
+        if parameter in names:
+            name = names[parameter]
             edge = get_gradient_edge(output) if output.requires_grad else None
-            uses.append(Use(weight, module, inputs.detach(), edge))
+            width = output.shape[1 if isinstance(module, Convolution) else -1]
+            uses.append(Use(name, module, inputs.detach(), edge, width, block, routed))
 
-        return record
+    def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+        record(module.weight, module, args[0] if args else next(iter(kwargs.values())), output)
 
+    modules = {module for layer in layers.values() for module in layer.modules.values()}
+    others = [module for module in modules if own_matrices(module)]
     handles = [
-        module.register_forward_hook(hook(weight), with_kwargs=True)
-        for weight, layer in layers.items()
-        for module in layer.modules.values()
+        module.register_forward_hook(hook, with_kwargs=True)
+        for module in modules.difference(others)
     ]
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), replaced_by_products(others, record):
             yield uses
     finally:
         for handle in handles:
@@ -294,7 +338,7 @@ def batched_rows(uses: list[Use], targets: Tensor, *, with_bias: bool) -> tuple[
     batch = len(targets)
     unmasked = (targets != IGNORE_INDEX).reshape(batch, -1)  # (B, T)
     for use in uses:
-        part = input_rows(use.module, use.inputs)
+        part = use.rows()
         if len(part) % batch:
             raise ValueError(
                 f"the layer of {use.weight!r} has {len(part)} positions for {batch} samples: each "
@@ -303,8 +347,39 @@ def batched_rows(uses: list[Use], targets: Tensor, *, with_bias: bool) -> tuple[
         part = part.to(accumulation_dtype(part.dtype)).unflatten(0, (batch, -1))
         rows.append(functional.pad(part, (0, 1), value=1.0) if with_bias else part)
         own = part.shape[1] == unmasked.shape[1]
-        valid.append(unmasked if own else unmasked.any(1, keepdim=True).expand(part.shape[:2]))
+        each = unmasked if own else unmasked.any(1, keepdim=True).expand(part.shape[:2])
+        if use.routed is not None:
+            here = use.routed.spread(torch.ones_like(use.routed.places, dtype=torch.bool))
+            each = each & here.view_as(each)
+        valid.append(each)
     return torch.cat(rows, 1), torch.cat(valid, 1)
+
+
+def uses_by_matrix(uses: list[Use]) -> dict[tuple[str, Block | None], list[Use]]:
+    """Group a record by the matrix that was used: the weight's name, and which one in it."""
+    found: dict[tuple[str, Block | None], list[Use]] = {}
+    for use in uses:
+        found.setdefault((use.weight, use.block), []).append(use)
+    return found
+
+
+def check_blocks(weight: str, positions: Tensor, block: Block | None) -> None:
+    """Refuse a weight that is one matrix in one use and several in another.
+
+    Args:
+        weight: Its name.
+        positions: How many rows there were so far, one number for each matrix.
+        block: Which of them is used now.
+
+    Raises:
+        ValueError: That is so.
+    """
+    if positions.shape != (() if block is None else (block.of,)):
+        raise ValueError(
+            f"attention uses {weight!r} on one tensor (query, key and value) and on several, so it "
+            "is one matrix and three; freeze it, protect it with EWC, or fit a model whose calls "
+            "are of one kind"
+        )
 
 
 def outer_products(rows: Tensor) -> Tensor:
@@ -319,7 +394,7 @@ def _check_rows(model: nn.Module, uses: list[Use], inputs: Samples, *, proven: b
     Raises:
         ValueError: There is such a layer, or no layer was called.
     """
-    if not uses:  # attention reads its projection's weight itself
+    if not uses:
         raise ValueError(
             f"{type(model).__name__} calls no trained linear or ungrouped convolution layer; "
             "protect it with EWC"
@@ -403,7 +478,7 @@ def check_order_by_gradients(
         found = torch.autograd.grad(logits, edges, cotangent, retain_graph=True, allow_unused=True)
         for number, (use, gradient) in enumerate(zip(uses, found, strict=True)):
             if gradient is not None:
-                rows = output_rows(use.module, gradient)
+                rows = use.gradient_rows(gradient)
                 proof.add(number, rows.unflatten(0, (len(logits), -1)))
     evidence = proof.evidence()
     if evidence.misplaced is not None and evidence.finite:
@@ -435,7 +510,7 @@ def _uses_of(model: nn.Module, uses: list[Use], inputs: Samples) -> list[Use]:
 def _rows_of(weight: str, use: Use | None) -> Tensor:
     if use is None or use.weight != weight:
         return torch.empty(0, 0)
-    return input_rows(use.module, use.inputs)
+    return use.rows()
 
 
 def warn_of_others(
@@ -462,7 +537,7 @@ def warn_of_others(
     if others:
         shown = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
         warnings.warn(
-            f"{what} covers linear and ungrouped convolution layers that run; nothing is known of "
-            f"{shown}: protect them with EWC, or freeze them",
+            f"{what} covers linear and ungrouped convolution layers, attention and experts that "
+            f"run; nothing is known of {shown}: protect them with EWC, or freeze them",
             stacklevel=3,
         )

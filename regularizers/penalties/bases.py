@@ -267,7 +267,7 @@ def activation_bases(
 
     Raises:
         ValueError: A name that the model or the activations do not have, or whose weight is stored
-            transposed.
+            transposed or holds several matrices.
     """
     check_size(energy, rank)
     model = checked_module(model)
@@ -284,6 +284,7 @@ def activation_bases(
         for name, covariance in given.items()
     }
     transposed = [n for n in _transposed_weights(model) if n in covariances]
+    several = [n for n, c in covariances.items() if isinstance(c, Tensor) and c.ndim == 3]
     if names is None and transposed:
         warnings.warn(
             f"the weight of {', '.join(map(repr, transposed[:8]))} is stored transposed (Conv1D), "
@@ -291,12 +292,24 @@ def activation_bases(
             "activations",
             stacklevel=3,
         )
-    wanted = [n for n in covariances if n not in transposed] if names is None else list(names)
+    if names is None and several:
+        warnings.warn(
+            f"{', '.join(map(repr, several[:8]))} holds several matrices, which have no subspace "
+            "in common: left out; protect it by KroneckerPenalty of the same activations",
+            stacklevel=3,
+        )
+    without = {*transposed, *several}
+    wanted = [n for n in covariances if n not in without] if names is None else list(names)
     for name in wanted:
         if name in transposed:
             raise ValueError(
                 f"{name!r} is stored transposed (Conv1D), so that a basis of its inputs would act "
                 "on its outputs; protect it by KroneckerPenalty of the same activations"
+            )
+        if name in several:
+            raise ValueError(
+                f"{name!r} holds several matrices, which have no subspace in common; protect it by "
+                "KroneckerPenalty of the same activations"
             )
         if name not in covariances:
             raise ValueError(

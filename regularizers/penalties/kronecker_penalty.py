@@ -50,11 +50,12 @@ class KroneckerPenalty(PenaltyBase):
     .. math:: E = \tfrac12 \lambda \sum_l \operatorname{tr}(G_l\, D_l\, A_l\, D_l^T), \quad
               D_l = [W_l\; b_l] - [W^*_l\; b^*_l]
 
-    over linear and convolution layers, with :math:`[W^*\,b^*]` (:attr:`anchor`) the model as it is
-    now and :math:`\lambda` :attr:`strength`. A weighs the directions of a layer's inputs, G those
-    of its outputs. Where :class:`~ars.regularizers.EWC` knows one number a weight, this knows that
-    a weight may change as long as the layer's outputs on old inputs do not: on permuted digits it
-    keeps 91 % where EWC keeps 66 (``examples/continual_digits.py``).
+    over linear and convolution layers, attention and experts, with :math:`[W^*\,b^*]`
+    (:attr:`anchor`) the model as it is now and :math:`\lambda` :attr:`strength`. A weighs the
+    directions of a layer's inputs, G those of its outputs. Where :class:`~ars.regularizers.EWC`
+    knows one number a weight, this knows that a weight may change as long as the layer's outputs on
+    old inputs do not: on permuted digits it keeps 91 % where EWC keeps 66
+    (``examples/continual_digits.py``).
 
     With an :class:`~ars.regularizers.ActivationCovariance` G is the identity: labels, losses and
     backward passes are not needed, and :math:`E = \tfrac12 \lambda\, \mathbb{E} \|D a\|^2`.
@@ -76,7 +77,8 @@ class KroneckerPenalty(PenaltyBase):
             to (A, G): A is (d, d), or (d + 1, d + 1) to include the layer's bias as its last
             column, with d the columns of the weight flattened from dimension 1 on (the rows of
             GPT-2's ``Conv1D``, which is stored transposed); G is (p, p), or None everywhere for
-            the identity.
+            the identity. A weight of several matrices, such as experts', has a dimension in front
+            in both, with factors for each.
         strength: lambda, in [0, 1e38]; a number or a 0-d tensor. A plain attribute, which may be
             changed at any time.
 
@@ -334,7 +336,7 @@ def _factors_of(factors: Factors) -> Mapping[str, tuple[Tensor, Tensor | None]]:
     if isinstance(factors, ActivationCovariance):
         layers = matrix_layers(factors.model)
         return {
-            name: (moment if layers[name].bias is not None else moment[:-1, :-1], None)
+            name: (moment if layers[name].bias is not None else moment[..., :-1, :-1], None)
             for name, moment in factors.augmented.items()
         }
     if not isinstance(factors, Mapping):

@@ -39,19 +39,21 @@ class MatrixPull:
         name: Of the weight.
         bias: Name of the bias that belongs to it, or None.
         parameters: Both, by name.
-        inputs: A, (d, d), or (d + 1, d + 1) with the bias.
-        outputs: G, (p, p), or None for the identity.
+        inputs: A, (d, d), or (d + 1, d + 1) with the bias. With a dimension in front, that of each
+            of as many matrices that the weight holds: (matrices, p, d), or (matrices * p, d).
+        outputs: G, (p, p), likewise, or None for the identity.
         transposed: Whether the weight is stored as W^T, (d, p).
 
     Raises:
         TypeError: A factor is not a floating-point tensor.
-        ValueError: The weight is no matrix, or transposed and sharded, A asks for a bias that there
-            is not, or a factor has the wrong shape, or is not finite or not symmetric or has a
-            negative diagonal.
+        ValueError: The weight is no matrix, does not hold as many as A has, or is sharded and
+            transposed or of several; A asks for a bias that there is not, or a factor has the wrong
+            shape, or is not finite or not symmetric or has a negative diagonal.
     """
 
     _rows: Tensor | None = None  # what pickles of earlier versions do not hold
     _transposed = False
+    _blocks: int | None = None  # how many matrices; None for one, without a dimension for them
 
     def __init__(
         self,
@@ -72,6 +74,9 @@ class MatrixPull:
             )
         self.name, self._transposed = name, transposed
         rows, columns = len(weight), math.prod(weight.shape[1:])
+        if isinstance(inputs, Tensor) and inputs.ndim == 3:
+            self._blocks = _checked_blocks(name, weight, len(inputs))
+            rows, columns = weight.shape[:-1].numel() // self._blocks, weight.shape[-1]
         if transposed:
             rows, columns = columns, rows
             if is_sharded(weight):
@@ -80,7 +85,7 @@ class MatrixPull:
                     "matrix, which a Kronecker factor mixes; restrain it with an EWC"
                 )
         self._parts: dict[str, nn.Parameter] = {name: weight}
-        if isinstance(inputs, Tensor) and inputs.shape == (columns + 1, columns + 1):
+        if isinstance(inputs, Tensor) and inputs.shape[-2:] == (columns + 1, columns + 1):
             if bias is None:
                 raise ValueError(
                     f"A of {name!r} has {columns + 1} rows for {columns} columns and a bias, but "
@@ -119,10 +124,11 @@ class MatrixPull:
                 "this penalty was built "
                 f"{'with' if self._has_outputs else 'from activations, without'} output factors"
             )
+        blocks = () if self._blocks is None else (self._blocks,)
         rows, columns = self._size
-        _check_factor(f"{source}A of {self.name!r}", inputs, columns)
+        _check_factor(f"{source}A of {self.name!r}", inputs, (*blocks, columns, columns))
         if outputs is not None:
-            _check_factor(f"{source}G of {self.name!r}", outputs, rows)
+            _check_factor(f"{source}G of {self.name!r}", outputs, (*blocks, rows, rows))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -173,9 +179,11 @@ class MatrixPull:
         else:
             old = KroneckerFactors(self.inputs, decay * self.outputs)
             new = KroneckerFactors(inputs, outputs.detach().to(self.outputs))
-            nearest = nearest_product(old, new)
-            self.inputs.copy_(nearest.inputs)
-            self.outputs.copy_(nearest.outputs)
+            for number in [...] if self._blocks is None else range(self._blocks):
+                parts = [KroneckerFactors(*(f[number] for f in each)) for each in (old, new)]
+                nearest = nearest_product(*parts)
+                self.inputs[number] = nearest.inputs
+                self.outputs[number] = nearest.outputs
         part_of(self.anchor).copy_(self._matrix())
 
     def decay_(self, decay: float) -> None:
@@ -204,18 +212,43 @@ class MatrixPull:
     def _matrix(self) -> Tensor:
         """Return a copy of the rows of [W b] that are here, in the dtype of the computation."""
         weight, *bias = map(part_of, self._parts.values())
-        matrix = weight.mT if self._transposed else weight.flatten(1)
-        columns = [matrix, *(b[:, None] for b in bias)]
-        return torch.cat(columns, 1).to(accumulation_dtype(weight.dtype))
+        if self._blocks is not None:
+            matrix = weight.reshape(self._blocks, -1, weight.shape[-1])
+        else:
+            matrix = weight.mT if self._transposed else weight.flatten(1)
+        columns = [matrix, *(b.view(*matrix.shape[:-1], 1) for b in bias)]
+        return torch.cat(columns, -1).to(accumulation_dtype(weight.dtype))
 
     def _cut(self, matrix: Tensor, name: str) -> Tensor:
         """Return the part of rows like those of [W b] that belongs to one of the two."""
         part = part_of(self._parts[name])
         if part.ndim == 1:
-            return matrix[:, -1]
+            return matrix[..., -1].reshape(part.shape)
+        if self._blocks is not None:
+            return matrix[..., : part.shape[-1]].reshape(part.shape)
         if self._transposed:
             return matrix[:, : len(part)].mT
         return matrix[:, : math.prod(part.shape[1:])].view_as(part)
+
+
+def _checked_blocks(name: str, weight: Tensor, blocks: int) -> int:
+    """Return how many matrices a weight is taken for.
+
+    Raises:
+        ValueError: It does not hold as many, or is sharded.
+    """
+    fits = len(weight) == blocks if weight.ndim == 3 else len(weight) % max(blocks, 1) == 0
+    if blocks == 0 or weight.ndim > 3 or not fits:
+        raise ValueError(
+            f"A of {name!r} is of {blocks} matrices, which a weight of shape {tuple(weight.shape)} "
+            "does not hold; give (d, d) for one, or fit it on the model as it is now"
+        )
+    if is_sharded(weight):
+        raise ValueError(
+            f"{name!r} holds several matrices and is sharded, and what of them is here has no "
+            "factors of its own; restrain it with an EWC"
+        )
+    return blocks
 
 
 def _check_placement(parts: Mapping[str, nn.Parameter]) -> None:
@@ -239,8 +272,8 @@ def _check_placement(parts: Mapping[str, nn.Parameter]) -> None:
             )
 
 
-def _check_factor(what: str, factor: object, size: int) -> None:
-    """Refuse what cannot be a second moment of ``size`` numbers.
+def _check_factor(what: str, factor: object, shape: tuple[int, ...]) -> None:
+    """Refuse what cannot be a second moment, or several, of this shape.
 
     Raises:
         TypeError: Not a floating-point tensor.
@@ -250,15 +283,15 @@ def _check_factor(what: str, factor: object, size: int) -> None:
         raise TypeError(f"{what} must be a tensor, got {type(factor).__name__}")
     if not factor.is_floating_point():
         raise TypeError(f"{what} must be floating point, got {factor.dtype}")
-    if factor.shape != (size, size):
+    if factor.shape != shape:
         raise ValueError(
-            f"{what} has shape {tuple(factor.shape)}, expected ({size}, {size}); "
+            f"{what} has shape {tuple(factor.shape)}, expected {shape}; "
             "fit it on the model as it is now"
         )
     if not factor.isfinite().all():
         raise ValueError(f"{what} is not finite; look for an overflow where it was computed")
     largest = factor.abs().max()
-    if (factor - factor.T).abs().max() > ASYMMETRY * largest:
+    if (factor - factor.mT).abs().max() > ASYMMETRY * largest:
         raise ValueError(f"{what} is not symmetric; it must be a second moment")
-    if (factor.diagonal() < 0).any():
+    if (factor.diagonal(dim1=-2, dim2=-1) < 0).any():
         raise ValueError(f"{what} has a negative diagonal; mean squares are >= 0")

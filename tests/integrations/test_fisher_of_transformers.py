@@ -69,16 +69,24 @@ FAMILIES = {
     "masked": ("BertForMaskedLM", "BertConfig", SIZES),
     "tagged": ("BertForTokenClassification", "BertConfig", {**SIZES, "num_labels": 5}),
     "classified": ("BertForSequenceClassification", "BertConfig", {**SIZES, "num_labels": 5}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**SIZES, "num_key_value_heads": 1, "num_local_experts": 4},
+    ),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5),
 }
-CAUSAL = {"gpt2", "llama", "opt"}
+CAUSAL = {"gpt2", "llama", "opt", "mixtral"}
 ONE_PASS = {"gpt2", "opt", "bart", "llama", "tagged", "classified"}
 
 
 def build(family):
     kind, config, sizes = FAMILIES[family]
     torch.manual_seed(0)
-    return getattr(transformers, kind)(getattr(transformers, config)(**sizes)).double()
+    model = getattr(transformers, kind)(getattr(transformers, config)(**sizes)).double()
+    if family == "mixtral":
+        model.set_experts_implementation("eager")  # the others have no float64 on a CPU
+    return model
 
 
 def batch_of(family, n=4, length=10):
@@ -197,3 +205,25 @@ def test_factors_of_gpt2_are_of_every_matrix():
     assert factors.keys() == matrices
     assert factors["transformer.h.0.mlp.c_fc.weight"].inputs.shape == (9, 9)
     assert factors["transformer.h.0.mlp.c_fc.weight"].outputs.shape == (32, 32)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_factors_of_mixtral_are_of_every_expert(implementation):
+    """Of one position that predicts, the factors' diagonals give the squared gradients."""
+    model = build("mixtral").float()
+    model.set_experts_implementation(implementation)
+    ids = torch.tensor([[3, 7]])
+    batch = {"input_ids": ids, "labels": ids}
+    with pytest.warns(
+        UserWarning, match=r"is known of model\.embed_tokens\.weight, model\.l.*gate"
+    ):
+        factors = KroneckerFisher(model, "empirical").fit([batch]).factors
+    squares = squares_of_own_loss(model, "mixtral", batch)
+    for name, p in model.named_parameters():
+        if p.ndim == 2 and "embed" not in name and "gate" not in name:
+            assert name in factors
+        if p.ndim < 3:
+            continue
+        a, g = (factor.diagonal(dim1=-2, dim2=-1) for factor in factors[name])
+        torch.testing.assert_close(g[:, :, None] * a[:, None, :], squares[name])
+        assert (squares[name].flatten(1).amax(1) > 0).tolist().count(True) == 2

@@ -122,20 +122,20 @@ def test_what_is_refused() -> None:
         KroneckerFisher(model, sharing="none")
 
 
-class Attention(nn.Module):
-    """Its only matrix layer is the projection that attention multiplies by without calling it."""
+class Uncalled(nn.Module):
+    """Multiplies by its only layer's weight without calling the layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.layer = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x)[0]
+        return x @ self.layer.weight
 
 
 def test_a_model_that_calls_no_matrix_layer_is_refused() -> None:
-    model, says = Attention(), "Attention calls no trained linear or ungrouped convolution layer"
-    assert list(matrix_layers(model)) == ["attention.out_proj.weight"]
+    model, says = Uncalled(), "Uncalled calls no trained linear or ungrouped convolution layer"
+    assert list(matrix_layers(model)) == ["layer.weight"]
     x, y = torch.randn(3, 5, 4), torch.randint(4, (3, 5))
     with pytest.raises(ValueError, match=says):
         KroneckerFisher(model).fit([(x, y)])
