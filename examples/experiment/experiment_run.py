@@ -48,7 +48,8 @@ class Options:
             folder of the runs. Runs whose records are there are not repeated.
         data: text, as for miniseries.py; ``None``: the standard library's source.
         design: miniature: eleven members from 0.1M to 0.8M parameters; half: the first six of
-            these, an eighth of the operations; quick: three tiny ones.
+            these, an eighth of the operations; half-at-20-tokens: the same, trained 2.5 times as
+            long; quick: three tiny ones.
         stage: what to train, one or more of twin, miniature, muon, factor, point and search; none
             only sums up.
         workers: runs at a time, each on one thread.
