@@ -1,7 +1,8 @@
-"""Learn permuted digits one permutation after another, and measure what each method forgets.
+"""Learn digits task after task, and measure what each method forgets.
 
-    python examples/continual_digits.py            # all methods, 5 and 10 tasks, 5 seeds
-    python examples/continual_digits.py --quick    # the same path in well under a minute
+    python examples/continual_digits.py             # permutations, all methods, 5 and 10 tasks
+    python examples/continual_digits.py --by-class  # two classes after the other, ten seeds
+    python examples/continual_digits.py --quick     # the same path in well under a minute
     python examples/continual_digits.py --help
 
 Exit status: 0 done; 2 the command line or the output folder is wrong; 130 or 143 interrupted.

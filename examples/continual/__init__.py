@@ -1,1 +1,1 @@
-"""The parts of continual_digits.py: permuted digits, learned one permutation after another."""
+"""The parts of continual_digits.py: permuted digits or a few classes, task after task."""

@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from common.command_line import CommandLine, OptionError, integer, items, number, option, path
-from continual.memory_methods import METHODS
-from continual.permuted_digits import Run, Settings
+from continual.digit_tasks import CLASSES, Run, Settings
+from continual.memory_methods import METHODS, REPLAY
 
 __all__ = ["Options", "parse_options"]
 
 _SWEEP_SEED = 100  # the seeds of --sweep start here, so that none is used for both
+_FACTORS = (0.01, 1.0, 100.0)  # of the chosen strengths, tried with --by-class
+_MOST_KEPT = 1000  # images of a task
 
 _DESCRIPTION = """\
 Learn the 8 x 8 digits that come with scikit-learn again and again, each time with their pixels in
-another fixed random order, and measure what is left of the earlier orders. One network of
-64-256-256-10 units with one head learns them all, by ARSAdamW under the penalty of each method; all
-methods see the same data in the same order."""
+another fixed random order, or a few classes after the other, and measure what is left of the
+earlier tasks. One network of 64-256-256-10 units with one head learns them all, by ARSAdamW under
+the penalty of each method; all methods see the same data in the same order."""
 
 _EPILOG = f"""\
 methods: {", ".join(METHODS)}
@@ -46,8 +48,9 @@ def _method(word: str) -> tuple[str, float | None]:
         return name, None
     if METHODS[name].strength == 0:
         raise OptionError(f"{name!r} has no strength: leave out ={strength}")
+    kind = integer(1, _MOST_KEPT) if name == REPLAY else number(0, 1e30)
     try:
-        return name, number(0, 1e30)(strength)
+        return name, float(kind(strength))
     except OptionError as error:
         raise OptionError(f"{name}: {error}") from None
 
@@ -60,12 +63,16 @@ class Options:
         out: output folder; ``None``: out/digits, with --quick out/digits-quick, with --sweep either
             of them and -sweep.
         methods: which of those below, each with the strength of its penalty if it is to be another
-            than the chosen one, as in ewc=1e12,kfac; ``None``: all.
-        tasks: permutations a sequence, each number from 2 to 100; ``None``: 5,10, with --quick 3,
-            with --sweep 5.
-        seeds: repetitions: seeds 0 to N - 1 give the permutations, the weights and the order of the
-            images, with --sweep 100 to 99 + N; ``None``: 5, with --quick or --sweep 2.
-        epochs: passes over the images for each permutation; ``None``: 20, with --quick 2.
+            than the chosen one, as in ewc=1e12,kfac, or with the images of each task that replay
+            keeps; ``None``: all.
+        tasks: tasks a sequence, each number from 2 to 100; ``None``: 5,10, with --quick 3, with
+            --by-class or --sweep 5.
+        by_class: divide the ten classes evenly among 2, 5 or 10 tasks, in place of permutations;
+            penalties are tried at 0.01 and 100 times the strength chosen for those, too.
+        seeds: repetitions: seeds 0 to N - 1 give the tasks, the weights and the order of the
+            images, with --sweep 100 to 99 + N; ``None``: 5, with --by-class 10, with --quick or
+            --sweep 2.
+        epochs: passes over the images of each task; ``None``: 20, with --quick 2.
         quick: the whole path in well under a minute, by smaller defaults.
         sweep: try a grid of strengths for the methods that have one, on other seeds, and measure on
             images held out of the training set, never on the test images: how they were chosen.
@@ -75,6 +82,7 @@ class Options:
     out: Path | None = option(None, path)
     methods: Chosen | None = option(None, _methods)
     tasks: tuple[int, ...] | None = option(None, _tasks)
+    by_class: bool = False
     seeds: int | None = option(None, integer(1, 100))
     epochs: int | None = option(None, integer(1, 1000))
     quick: bool = False
@@ -84,13 +92,14 @@ class Options:
     @property
     def folder(self) -> Path:
         """Where the results go."""
-        name = "out/digits" + "-quick" * self.quick + "-sweep" * self.sweep
-        return self.out or Path(name)
+        modes = "-by-class" * self.by_class + "-quick" * self.quick + "-sweep" * self.sweep
+        return self.out or Path("out/digits" + modes)
 
     @property
     def settings(self) -> Settings:
         """Those of all runs."""
-        return Settings(epochs=self.epochs or (2 if self.quick else 20), validation=self.sweep)
+        epochs = self.epochs or (2 if self.quick else 20)
+        return Settings(epochs, by_class=self.by_class, validation=self.sweep)
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -98,8 +107,11 @@ class Options:
         chosen = self.methods or tuple((name, None) for name in METHODS)
         if self.sweep:
             chosen = tuple((name, value) for name, _ in chosen for value in METHODS[name].grid)
-        tasks = self.tasks or ((3,) if self.quick else (5,) if self.sweep else (5, 10))
-        seeds = self.seeds or (2 if self.quick or self.sweep else 5)
+        elif self.by_class and not self.quick:
+            chosen = tuple(each for pair in chosen for each in _at_other_strengths(*pair))
+        tasks = self.tasks or self._usual_tasks
+        few = 10 if self.by_class else 5
+        seeds = self.seeds or (2 if self.quick or self.sweep else few)
         first = _SWEEP_SEED if self.sweep else 0
         runs = (
             Run(name, METHODS[name].strength if strength is None else strength, k, seed)
@@ -108,6 +120,19 @@ class Options:
             for seed in range(first, first + seeds)
         )
         return tuple(dict.fromkeys(runs))  # a strength may be given beside the same default
+
+    @property
+    def _usual_tasks(self) -> tuple[int, ...]:
+        if self.by_class or self.sweep:
+            return (5,)
+        return (3,) if self.quick else (5, 10)
+
+
+def _at_other_strengths(name: str, strength: float | None) -> Chosen:
+    """A method whose strength was chosen for permutations, at others too unless one is given."""
+    if strength is not None or not METHODS[name].grid:
+        return ((name, strength),)
+    return tuple((name, factor * METHODS[name].strength) for factor in _FACTORS)
 
 
 def parse_options(words: Sequence[str] | None) -> Options:
@@ -121,6 +146,8 @@ def parse_options(words: Sequence[str] | None) -> Options:
     options: Options = line.build(Options, line.parse(words))
     if options.sweep and any(strength is not None for _, strength in options.methods or ()):
         line.error("argument --sweep: leave out the strengths of --methods")
+    if options.by_class and any(CLASSES % run.tasks for run in options.runs):
+        line.error("argument --tasks: --by-class divides ten classes evenly: choose 2, 5 or 10")
     if not options.runs:
         swept = ", ".join(name for name, method in METHODS.items() if method.grid)
         line.error(f"argument --sweep: choose --methods among {swept}")

@@ -24,8 +24,8 @@ from common.plain_files import read_json, write_atomically
 from common.program import StopRequest
 from common.statistics import Estimate
 from common.tables import markdown
-from continual.memory_methods import METHODS
-from continual.permuted_digits import Run, Settings, load, run_tasks
+from continual.digit_tasks import Run, Settings, load, run_tasks
+from continual.memory_methods import JOINT, METHODS, REPLAY
 
 __all__ = [
     "average_accuracy", "check_folder", "forgetting", "markdown_table", "run_all", "seen_so_far",
@@ -64,7 +64,8 @@ def check_folder(folder: Path, settings: Settings) -> list[Record]:
     content = read_json(path, remedy=remedy)
     with understanding(str(path), remedy):
         records = [dict(record) for record in content["runs"]]
-        found = dict(content["settings"])
+        # Results that were made before a setting existed were made with its default.
+        found = {**Settings().to_dict(), **content["settings"]}
         _ = [_run_of(record) for record in records], [record["accuracy"] for record in records]
     if different := changed_settings(found, settings.to_dict()):
         raise UsageError(
@@ -168,7 +169,7 @@ def write_report(
         folder: output folder.
         settings: of the runs.
         records: one a run.
-        sweep: draw accuracy against strength in place of the course of learning.
+        sweep: draw accuracy against strength in place of the course of learning, as for classes.
 
     Returns:
         The text of ``table.md``.
@@ -176,7 +177,7 @@ def write_report(
     text = markdown_table(settings, records)
     write_atomically(folder / "table.md", text)
     for tasks, frame in _frame(records).groupby("tasks", sort=False):
-        if sweep:
+        if sweep or settings.by_class:
             _plot_strengths(folder / f"strength_{tasks}_tasks.png", frame)
         else:
             _plot_course(folder / f"course_{tasks}_tasks.png", frame)
@@ -221,6 +222,7 @@ def markdown_table(settings: Settings, records: Sequence[Record]) -> str:
             ))  # fmt: skip
     seeds = sorted({record["seed"] for record in records})
     where = "held out of the training images" if settings.validation else "of the test set"
+    where += ", each among all ten classes" * settings.by_class
     notes = [
         f"- Accuracy on 360 images {where}, over all tasks after the last; mean ± standard error "
         f"of {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), and Student's 95 % interval.",
@@ -256,7 +258,7 @@ def _plot_course(path: Path, frame: pd.DataFrame) -> None:
         )  # fmt: skip
     axes.set_xticks(range(1, int(frame["tasks"].iloc[0]) + 1))
     axes.set_ylim(0, 100)
-    axes.set_xlabel("permutations learned")
+    axes.set_xlabel("tasks learned")
     axes.set_ylabel("accuracy on all of them (%), mean ± standard error")
     axes.grid(visible=True, linewidth=0.3)
     lines = axes.get_lines()
@@ -300,8 +302,15 @@ def _plot_matrices(path: Path, frame: pd.DataFrame) -> None:
 
 
 def _plot_strengths(path: Path, frame: pd.DataFrame) -> None:
-    """Accuracy after the last task against the strength."""
+    """Accuracy after the last task against the strength; a line across for what has none."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    without = frame["method"].isin(["none", REPLAY, JOINT])
+    for number, (method, runs) in enumerate(frame[without].groupby("method", sort=False)):
+        axes.axhline(
+            runs["final"].mean(), label=METHODS[method].label, color="0.3",
+            linestyle=(":", "--", "-.")[number],
+        )  # fmt: skip
+    frame = frame[~without]
     labels = frame["method"].map(lambda method: METHODS[method].label)
     sns.lineplot(
         frame, x="strength", y="final", hue=labels, errorbar=None, ax=axes, marker="o",

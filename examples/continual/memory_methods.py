@@ -1,4 +1,4 @@
-"""The methods that are compared: what each keeps of the tasks it has learned, as a penalty.
+"""The methods that are compared: what each keeps of the tasks it has learned, mostly as a penalty.
 
 A memory is made from a strength. It is called with the model and its training batches once a task
 has been learned, and returns the penalty to learn the next one under.
@@ -21,9 +21,9 @@ from ars.regularizers import (
     SubspacePenalty,
 )
 
-__all__ = ["JOINT", "METHODS", "Memory", "Method"]
+__all__ = ["JOINT", "METHODS", "REPLAY", "Memory", "Method"]
 
-JOINT = "joint"
+JOINT, REPLAY = "joint", "replay"
 
 Batches: TypeAlias = list[tuple[Tensor, Tensor]]
 Memory: TypeAlias = Callable[[nn.Module, Batches], Any]
@@ -103,7 +103,8 @@ class Method:
     Args:
         label: what the figures call it.
         memory: makes its memory from the strength of the penalty; ``None`` for no penalty.
-        strength: of the penalty; 0 where there is none.
+        strength: of the penalty; of replay the images of each task that are kept; 0 where there is
+            neither.
         grid: strengths that ``--sweep`` tries; empty where there is no penalty, and where the
             strength is that of another method on purpose.
     """
@@ -134,5 +135,6 @@ METHODS = {
         "outside the input subspace", partial(_input_subspace, protect="outside"), 0.05
     ),
     "subspace-output": Method("inside the output subspace", _output_subspace, 0.05),
+    REPLAY: Method("replay of 50 images a task", strength=50.0),
     JOINT: Method("all tasks at once"),
 }

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from common.program import StopRequest
+from continual.digit_tasks import Run, Settings, load, run_tasks, tasks_of
 from continual.digits_results import average_accuracy, forgetting, markdown_table
 from continual.memory_methods import METHODS
-from continual.permuted_digits import Run, Settings, load, permutations, run_tasks
 
 SEEDS = itertools.count()
 
@@ -40,13 +40,51 @@ def test_images_are_split_once_and_for_all() -> None:
 
 
 def test_permutations() -> None:
-    orders = permutations(4, seed=3)
-    assert torch.equal(orders[0], torch.arange(64))
-    assert all(torch.equal(order.sort().values, torch.arange(64)) for order in orders)
-    assert len({tuple(order.tolist()) for order in orders}) == 4
-    longer = permutations(6, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(orders, longer, strict=False))
-    assert not torch.equal(permutations(2, seed=4)[1], orders[1])
+    digits = load()
+    orders = tasks_of(digits, 4, 3, by_class=False)
+    assert torch.equal(orders[0].train_images, digits.train_images)
+    for task in orders:
+        assert torch.equal(task.test_labels, digits.test_labels)
+        for images, old in (
+            (task.train_images, digits.train_images), (task.test_images, digits.test_images),
+        ):  # fmt: skip
+            assert torch.equal(images.sort(1).values, old.sort(1).values)
+    assert len({tuple(task.train_images[0].tolist()) for task in orders}) == 4
+    longer = tasks_of(digits, 6, 3, by_class=False)
+    for a, b in zip(orders, longer, strict=False):
+        assert torch.equal(a.train_images, b.train_images)
+    other = tasks_of(digits, 2, 4, by_class=False)[1]
+    assert not torch.equal(other.train_images, orders[1].train_images)
+
+
+def test_each_task_has_classes_of_its_own() -> None:
+    digits = load()
+    tasks = tasks_of(digits, 5, 0, by_class=True)
+    own = [set(task.train_labels.tolist()) for task in tasks]
+    assert [len(classes) for classes in own] == [2] * 5
+    assert set().union(*own) == set(range(10))
+    for task, classes in zip(tasks, own, strict=True):
+        assert set(task.test_labels.tolist()) == classes
+        label = task.train_labels[0]
+        assert torch.equal(
+            task.train_images[task.train_labels == label],
+            digits.train_images[digits.train_labels == label],
+        )
+    assert own != [
+        set(task.train_labels.tolist()) for task in tasks_of(digits, 5, 1, by_class=True)
+    ]
+
+
+def test_of_new_classes_replay_keeps_the_old_ones_and_nothing_else_does_without() -> None:
+    settings = Settings(epochs=8, by_class=True)
+    rows = {}
+    for name in ("none", "replay"):
+        run = Run(name, METHODS[name].strength, 2, seed=0)
+        rows[name] = run_tasks(run, StopRequest(), settings, load())["accuracy"]
+    assert rows["none"][0] == rows["replay"][0]
+    assert rows["none"][0][0] > 90
+    assert rows["none"][1][0] < 20 < 80 < rows["replay"][1][0]
+    assert min(rows["none"][1][1], rows["replay"][1][1]) > 80
 
 
 def test_a_run_repeats_and_every_method_learns_the_first_task_alike() -> None:
@@ -86,7 +124,7 @@ def final() -> dict[str, float]:
 def test_what_protects_does_and_the_wrong_side_does_not(final: dict[str, float]) -> None:
     none = final["none"]
     assert final["joint"] > 93
-    for method in ("kfac", "activations", "subspace"):
+    for method in ("kfac", "activations", "subspace", "replay"):
         assert final[method] > 85
     for method in ("ewc", "ewc-proximal", "ewc-online", "ewc-compact"):
         assert final[method] > none

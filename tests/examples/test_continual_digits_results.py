@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from continual.digit_tasks import Settings
 from continual.digits_results import average_accuracy, markdown_table
 from continual.memory_methods import METHODS
-from continual.permuted_digits import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "digits"

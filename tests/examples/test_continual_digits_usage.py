@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def results(folder: Path) -> Any:
         (["--methods", "ewc=nan"], "not a number from 0"),
         (["--methods", "ewc=-1"], "not a number from 0"),
         (["--methods", "none=3"], "'none' has no strength: leave out =3"),
+        (["--methods", "replay=2.5"], "replay: '2.5' is not a whole number from 1 to 1000"),
+        (["--by-class", "--tasks", "2,3"], "choose 2, 5 or 10"),
         (["--tasks", "1"], "whole number from 2 to 100"),
         (["--tasks", "5,ten"], "'ten' is not a whole number"),
         (["--seeds", "0"], "whole number from 1 to 100"),
@@ -165,7 +168,7 @@ def test_help_explains_every_option_with_its_default() -> None:
     )
     text, _, epilog = done.stdout.partition("\nmethods: ")
     options = text.split("\n  --")[1:]
-    assert len(options) == 8
+    assert len(options) == 9
     for option in options:
         assert "(default: " in " ".join(option.split()), option
     assert all(name in epilog for name in METHODS)
@@ -184,3 +187,10 @@ def test_defaults() -> None:
     assert sweep.folder == Path("out/digits-sweep")
     assert not {run.seed for run in sweep.runs} & {run.seed for run in full.runs}
     assert not full.settings.validation
+    classes = parse_options(["--by-class"])
+    assert classes.folder == Path("out/digits-by-class")
+    assert classes.settings == replace(full.settings, by_class=True)
+    assert {run.seed for run in classes.runs} == set(range(10))
+    assert {run.strength for run in classes.runs if run.method == "ewc"} == {1, 100, 10000}
+    given = parse_options(["--by-class", "--methods", "ewc=7,none"]).runs
+    assert {(run.method, run.strength) for run in given} == {("ewc", 7.0), ("none", 0.0)}

@@ -17,8 +17,8 @@ from common.checkpoint_file import load_checkpoint
 from common.command_line import CommandLine, option, text
 from common.errors import DamagedError, UsageError
 from common.plain_files import open_file, read_csv, read_json, read_text, read_yaml
+from continual.digit_tasks import Settings
 from continual.digits_results import check_folder as check_digits_folder
-from continual.permuted_digits import Settings
 from corpus.sources import open_source
 from corpus.tokenizer import choose_tokenizer, load_tokenizer
 from trainer.series_run import check_folder as check_series_folder
