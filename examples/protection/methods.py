@@ -22,13 +22,13 @@ from ars.regularizers import (
     SubspacePenalty,
 )
 
-__all__ = ["METHODS", "PLAIN", "Method", "fisher_of", "merged"]
+__all__ = ["METHODS", "PLAIN", "SAMPLES", "Method", "fisher_of", "merged"]
 
 PLAIN = "plain"
 
 Batches: TypeAlias = list[tuple[Tensor, Tensor]]
 Weights: TypeAlias = dict[str, Tensor]
-Kind: TypeAlias = Literal["train", "replay", "own samples", "merge"]
+Kind: TypeAlias = Literal["train", "replay", "own samples", "rank", "merge"]
 
 _DAMPING = 0.3  # of the mean importance, added to each
 _ENERGY = 0.99  # of the activations' second moment, inside the subspace
@@ -47,12 +47,16 @@ class Method:
         grid: of its strength, a point of its curve each; ``(0,)`` where there is none.
         kind: what the strength is. train: of the penalty, or a factor of the learning rate; replay:
             the share of the first text's sequences in each batch; own samples: the same, of samples
-            that the model drew before; merge: the weight of the second model, both being trained.
+            that the model drew before; rank: of low-rank additions, which alone are trained; merge:
+            the weight of the second model, both being trained.
         penalty: builds the penalty from the model, sequences of the first text and the strength.
         scales_rate: whether the strength is a factor of the learning rate.
         replay: the share of the first text's sequences beside a penalty.
         is_budget: whether the strength is what the first text's loss may rise by, in bits per byte,
             and the penalty's own strength is chosen by `ars.regularizers.LossBudget`.
+        rank: of the low-rank additions that alone are trained, under `merged_ewc`; 0 for none.
+        samples: sequences of the first text that the penalty is fitted on; ``None`` for those of
+            the settings.
     """
 
     label: str
@@ -63,6 +67,8 @@ class Method:
     scales_rate: bool = False
     replay: float = 0.0
     is_budget: bool = False
+    rank: int = 0
+    samples: int | None = None
 
 
 def fisher_of(model: nn.Module, batches: Batches) -> DiagonalFisher:
@@ -156,6 +162,9 @@ _NOTHING, _ITSELF, _SAMPLES = "nothing", "the model itself", "sequences of it, o
 _KEPT = "sequences of it, 32 of them always"
 _BUDGETS = (0.05, 0.1, 0.2)
 _STRENGTHS = (0.03, 0.3, 3.0, 30.0)
+_RANKS = (1.0, 4.0, 16.0)
+# Sequences that a penalty is fitted on: what fewer and more than the usual ones are worth.
+SAMPLES = (4, 16, 64, 1024)
 
 METHODS = {
     PLAIN: Method("plain", _NOTHING, (0.0,)),
@@ -177,10 +186,19 @@ METHODS = {
     "kronecker-budget": Method(
         "Kronecker, by budget", _KEPT, _BUDGETS, penalty=_kronecker, is_budget=True
     ),
+    "low-rank": Method("low rank", _NOTHING, _RANKS, "rank"),
+    "low-rank-ewc": Method("low rank, EWC", _SAMPLES, _STRENGTHS[1:], rank=int(_RANKS[-1])),
     "interpolation": Method(
         "interpolation", _ITSELF, (0.1, 0.3, 0.5, 0.7, 0.9), "merge"
     ),
     "fisher-merge": Method(
         "Fisher-weighted merge", _SAMPLES, (0.1, 0.3, 0.5, 0.7, 0.9), "merge"
     ),
+} | {
+    f"{name}-{count}": Method(
+        f"{label}, {count} sequences", f"{count} sequences of it, once", _STRENGTHS[1:],
+        penalty=penalty, samples=count,
+    )
+    for name, label, penalty in (("ewc", "EWC", _ewc), ("kronecker", "Kronecker", _kronecker))
+    for count in SAMPLES
 }  # fmt: skip

@@ -29,7 +29,7 @@ order of the second text."""
 _EPILOG = f"""\
 methods: {", ".join(METHODS)}
 
-Results: results.json (a record a run), table.md and two figures in the output folder. Interrupt at
+Results: results.json (a record a run), table.md and figures in the output folder. Interrupt at
 any time (Ctrl-C) and run the same command again to go on: runs that are done are kept. Exit status:
 0 done; 2 the command line, a text or the output folder is wrong; 130 or 143 interrupted."""
 
@@ -60,8 +60,8 @@ class Options:
             carries with it.
         methods: which of those below; ``None``: all.
         seeds: repetitions, seeds 0 to N - 1; ``None``: 5, with --quick 1.
-        layers: of the model; ``None``: 4, with --quick 1.
-        width: of the model, a multiple of 16; ``None``: 96, with --quick 32.
+        layers: of the model; ``None``: 3, with --quick 1.
+        width: of the model, a multiple of 16; ``None``: 48, with --quick 32.
         first_tokens: of the first training, a parameter in matrix products; ``None``: 8, with
             --quick 2.
         second_tokens: of the second training; ``None``: 2, with --quick 1.

@@ -21,7 +21,7 @@ from ars.atomic import replacing
 from common.plain_files import write_atomically
 from common.statistics import Estimate, count_seeds
 from common.tables import markdown
-from protection.methods import METHODS, PLAIN
+from protection.methods import METHODS, PLAIN, SAMPLES
 from protection.second_training import BASE
 
 __all__ = ["Curve", "curves_of", "lost_at", "markdown_table", "write_report"]
@@ -31,25 +31,38 @@ Curve = list[tuple[float, float]]  # learned and lost, of each strength
 
 _LEVELS = (0.5, 0.9)
 _MARKERS = "osD^vP<>Xhp*"
+_BY_SAMPLES = ("ewc", "kronecker")  # run on several numbers of sequences
 _HEADER = (
     "method", "needs of the first text", "lost at half learned", "lost at 0.9 learned",
     "CPU s", "before training", "MiB kept",
 )  # fmt: skip
 
 
-def write_report(folder: Path, records: Sequence[Record]) -> str:
-    """Write ``table.md`` and the figures ``kept.png`` and ``cost.png``.
+def write_report(folder: Path, records: Sequence[Record], fisher_samples: int) -> str:
+    """Write ``table.md`` and the figures ``kept.png``, ``cost.png`` and ``samples.png``.
+
+    The last is there if a method was run on several numbers of sequences.
 
     Args:
         folder: output folder.
         records: of the runs, those that all methods begin with among them.
+        fisher_samples: sequences that a penalty is fitted on unless its method says otherwise.
 
     Returns:
         The text of ``table.md``.
     """
     text = markdown_table(records)
     write_atomically(folder / "table.md", text)
-    for name, figure in (("kept.png", _kept(records)), ("cost.png", _cost(records))):
+    by_samples = {
+        family: counts
+        for family in _BY_SAMPLES
+        if len(counts := _of_family(records, family, fisher_samples)) > 1
+    }
+    usual = [r for r in records if r["method"] == BASE or METHODS[r["method"]].samples is None]
+    figures = {"kept.png": _kept(usual), "cost.png": _cost(usual)}
+    if by_samples:
+        figures["samples.png"] = _samples(records, by_samples)
+    for name, figure in figures.items():
         with replacing(folder / name) as unfinished:
             figure.savefig(unfinished, format="png", dpi=120, metadata={"Software": None})
     return text
@@ -201,6 +214,41 @@ def _cost(records: Sequence[Record]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("CPU seconds of a run; orange: before training (Fisher passes, samples)")
     _polish(axes)
+    return figure
+
+
+def _of_family(records: Sequence[Record], family: str, usual: int) -> dict[int, str]:
+    """Sequences that a penalty was fitted on -> the method, in the order of the numbers."""
+    there = {record["method"] for record in records}
+    names = [(usual, family), *((count, f"{family}-{count}") for count in SAMPLES)]
+    return dict(sorted((count, name) for count, name in names if name in there))
+
+
+def _samples(records: Sequence[Record], families: Mapping[str, Mapping[int, str]]) -> Figure:
+    """What is lost at half learned, and the time before training, by the sequences fitted on."""
+    curves = curves_of(records)
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, (family, counts) in enumerate(families.items()):
+        style = {"marker": _MARKERS[index], "color": f"C{index}", "label": METHODS[family].label}
+        lost = [_lost(curves, name, _LEVELS[0]) for name in counts.values()]
+        left.errorbar(
+            list(counts), [each.mean for each in lost], yerr=[each.margin or 0.0 for each in lost],
+            capsize=2, **style,
+        )  # fmt: skip
+        seconds = [
+            Estimate.of([r["preparing_seconds"] for r in records if r["method"] == name]).mean
+            for name in counts.values()
+        ]
+        right.plot(list(counts), seconds, **style)
+    left.set_ylabel("lost at half learned (bits per byte)")
+    right.set_ylabel("CPU seconds before training")
+    right.set_yscale("log")
+    for axes in (left, right):
+        axes.set_xscale("log", base=4)
+        axes.set_xlabel("sequences of the first text")
+        _polish(axes)
+    left.legend(frameon=False, fontsize=9)
     return figure
 
 

@@ -79,9 +79,10 @@ def run_all(options: Options) -> str:
             if todo:
                 done = len(runs) - len(todo)
                 run_jobs(todo, do, keep, stop, workers=options.workers, done=done)
-        table = write_report(out, [records[run] for run in wanted])
+        wanted_records = [records[run] for run in wanted]
+        table = write_report(out, wanted_records, options.settings.fisher_samples)
         output.check()
-    return f"{table}\nResults are in {out}: {_RESULTS}, table.md, kept.png and cost.png.\n"
+    return f"{table}\nResults are in {out}: {_RESULTS}, table.md and figures.\n"
 
 
 def check_folder(folder: Path, facts: Mapping[str, Any] | None) -> dict[Run, Record]:

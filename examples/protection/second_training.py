@@ -7,9 +7,10 @@ method begins with and is held against.
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from common.checkpoint_file import load_checkpoint, save_checkpoint
 from common.program import StopRequest
 from corpus import Corpus
 from corpus.tokens import batch, validation_windows
+from protection.low_rank import add_low_rank, merged_ewc
 from protection.methods import METHODS, PLAIN, Method, fisher_of, merged
 from trainer.sample import continue_tokens
 from trainer.series_plan import learning_rate
@@ -38,6 +40,7 @@ _WARMUP, _COOLDOWN = 0.05, 0.2  # shares of the steps
 _FISHER_BATCH = 32
 _KEPT = 32  # sequences of the first text that a budget is measured on
 _CLIP = 1.0
+_ADDITIONS_RATE = 3.0  # of the learning rate, for low-rank additions
 _LARGEST_PART = 256  # sequences that are sampled at a time
 _REMEDY = "delete it, then the same command trains it again"
 
@@ -58,8 +61,8 @@ class Settings:
         windows: of each text that the loss is measured on.
     """
 
-    layers: int = 4
-    width: int = 96
+    layers: int = 3
+    width: int = 48
     sequence_len: int = 128
     batch_size: int = 4
     first_tokens: float = 8.0
@@ -166,16 +169,26 @@ def run_method(run: Run, stop: StopRequest, settings: Settings, texts: Texts, mo
     model.load_state_dict(load_checkpoint(_file(models, BASE, run.seed), remedy=_REMEDY))
     if method.kind == "merge":
         return _record(run, started, _merge(run, method, model, settings, texts, models, stop))
-    penalty, state_bytes, chosen = None, 0, None
-    if method.penalty is not None:
+    penalty, state_bytes, chosen, pull = None, 0, None, None
+    samples = method.samples or settings.fisher_samples
+    of_first = _fisher_batches(texts[0], settings, samples, run.seed)
+    if method.kind == "rank":
+        add_low_rank(model, round(run.strength), _generator("additions", run.seed))
+    elif method.rank:
+        importance = fisher_of(model, of_first).importance
+        changes = add_low_rank(model, method.rank, _generator("additions", run.seed))
+        kept = {name: importance[name] for name in changes}
+        state_bytes = _bytes_of(kept)
+        pull = partial(merged_ewc, changes, kept, run.strength)
+    elif method.penalty is not None:
         strength = 1.0 if method.is_budget else run.strength
-        penalty = method.penalty(model, _fisher_batches(texts[0], settings, run.seed), strength)
+        penalty = method.penalty(model, of_first, strength)
         state_bytes = _bytes_of(penalty.state_dict())
         if method.is_budget:
             chosen = _budget(model, penalty, run, settings, texts[0])
     steps = settings.steps(model, settings.second_tokens)
     batches = _batches(texts[1], settings, f"second {run.seed}", steps)
-    share = method.replay if method.kind == "train" else run.strength
+    share = run.strength if method.kind in ("replay", "own samples") else method.replay
     if method.kind == "own samples":
         batches = _mixed(batches, _samples(model, settings, share, steps, run.seed, stop), share)
     elif share > 0:
@@ -184,8 +197,9 @@ def run_method(run: Run, stop: StopRequest, settings: Settings, texts: Texts, mo
             batches, (row for pair in others for row in zip(*pair, strict=True)), share
         )
     prepared = time.process_time() - started
-    rate = run.strength if method.scales_rate else 1.0
-    _train(model, settings, batches, steps, stop, penalty, rate, chosen)
+    rate = _ADDITIONS_RATE if method.kind == "rank" or method.rank else 1.0
+    rate *= run.strength if method.scales_rate else 1.0
+    _train(model, settings, batches, steps, stop, penalty, rate, chosen, pull)
     point = _measured(model, settings, texts) | {"strength": run.strength}
     return _record(run, started, [point]) | {
         "preparing_seconds": round(prepared, 2),
@@ -202,10 +216,12 @@ def _train(
     penalty: Any = None,
     rate: float = 1.0,
     chosen: LossBudget | None = None,
+    pull: Callable[[], Tensor] | None = None,
 ) -> None:
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = ARSAdamW(
-        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, ars=None,
-        penalty=penalty, max_grad_norm=_CLIP,
+        trained, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, ars=None, penalty=penalty,
+        max_grad_norm=_CLIP,
     )  # fmt: skip
     cooldown = max(1, round(_COOLDOWN * steps))
     warmup = round(_WARMUP * steps)
@@ -214,7 +230,8 @@ def _train(
             step, peak=rate * settings.lr, warmup=warmup, trunk=steps - cooldown, cooldown=cooldown
         )
         optimizer.zero_grad()
-        cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        (loss if pull is None else loss + pull()).backward()
         if chosen is not None:
             chosen.step()
         optimizer.step()
@@ -289,7 +306,8 @@ def _merge(
         found = []
         for weights, corpus in ((first, texts[0]), (second, texts[1])):
             model.load_state_dict(weights)
-            fisher = fisher_of(model, _fisher_batches(corpus, settings, run.seed))
+            batches = _fisher_batches(corpus, settings, settings.fisher_samples, run.seed)
+            fisher = fisher_of(model, batches)
             found.append({name: value.clone() for name, value in fisher.importance.items()})
             stop.check()
         fishers = (found[0], found[1])
@@ -301,15 +319,15 @@ def _merge(
     return points
 
 
-def _fisher_batches(corpus: Corpus, settings: Settings, seed: int) -> list[tuple[Tensor, Tensor]]:
-    sizes = [_FISHER_BATCH] * (settings.fisher_samples // _FISHER_BATCH)
-    if rest := settings.fisher_samples % _FISHER_BATCH:
-        sizes.append(rest)
+def _fisher_batches(
+    corpus: Corpus, settings: Settings, samples: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
     inputs, targets = batch(
-        corpus.train, stream=f"fisher {seed}", step=0, batch_size=settings.fisher_samples,
+        corpus.train, stream=f"fisher {seed}", step=0, batch_size=samples,
         sequence_len=settings.sequence_len,
     )  # fmt: skip
-    return list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
+    parts = inputs.split(_FISHER_BATCH), targets.split(_FISHER_BATCH)
+    return list(zip(*parts, strict=True))
 
 
 def _measured(model: GPT, settings: Settings, texts: Texts) -> dict[str, float | None]:

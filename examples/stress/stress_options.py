@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.command_line import CommandLine, Kind, OptionError, choice, integer, option, path
+from stress.anchored_loop import ANCHORS, ORDINARY, SHARES, LoopJob
 from stress.compared_optimizers import ARMS
+from stress.loop_report import TUNING_SEED
 from stress.scenarios import SCENARIOS, SIZES, Size
 from stress.stress_run import Job
 
 __all__ = ["SENSITIVITY_PAIRS", "Options", "parse_options"]
 
 _QUICK_ARMS = ("adamw", "adamw-clip", "paper", "default")
+_TUNING_SEEDS = 5  # of --anchor
 _QUICK_SCENARIOS = ("ordinary", "bytes", "loop", "edge")
 
 SENSITIVITY_PAIRS = (
@@ -58,6 +61,8 @@ class Options:
         sensitivity: instead of the arms, the default controller with other settings.
         oscillation: instead of a GPT, logistic regression that alternates beyond the edge; a
             minute.
+        anchor: instead of the arms, the feedback loop under penalties towards the model half-way,
+            with 0, 1 and 10 % of real text, and the signals that might notice it.
         scenarios: some of those below; ``None``: all.
         arms: some of those below; ``None``: all in the stresses, the main ones in ordinary and
             reversal.
@@ -72,6 +77,7 @@ class Options:
     quick: bool = False
     sensitivity: bool = False
     oscillation: bool = False
+    anchor: bool = False
     scenarios: tuple[str, ...] | None = option(None, _names(SCENARIOS))
     arms: tuple[str, ...] | None = option(None, _names(ARMS))
     seeds: int | None = option(None, integer(1, 1000))
@@ -82,14 +88,33 @@ class Options:
     @property
     def folder(self) -> Path:
         """Where the results go."""
-        modes = [mode for mode in ("quick", "sensitivity", "oscillation") if getattr(self, mode)]
-        return self.out or Path("-".join(["out/narcissus", *modes[:1]]))
+        modes = [
+            mode
+            for mode in ("anchor", "quick", "sensitivity", "oscillation")
+            if getattr(self, mode)
+        ]
+        return self.out or Path("-".join(["out/narcissus", *modes]))
 
     @property
     def seed_range(self) -> range:
         """The seeds themselves."""
         count = self.seeds or (2 if self.sensitivity else 1 if self.quick else 10)
         return range(self.first_seed, self.first_seed + count)
+
+    @property
+    def loop_jobs(self) -> tuple[LoopJob, ...]:
+        """The runs of --anchor: the reported seeds, then those that limits are taken from."""
+        size = SIZES[self.size]
+        tuning = range(TUNING_SEED, TUNING_SEED + (1 if self.quick else _TUNING_SEEDS))
+        return (
+            *(
+                LoopJob(anchor, share, seed, size)
+                for seed in self.seed_range
+                for anchor in ANCHORS
+                for share in (*SHARES, *([ORDINARY] if anchor == "none" else []))
+            ),
+            *(LoopJob("none", ORDINARY, seed, size) for seed in tuning),
+        )
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -133,7 +158,14 @@ def parse_options(words: Sequence[str] | None) -> Options:
     options: Options = line.build(Options, line.parse(words))
     if options.sensitivity and (options.quick or options.arms):
         line.error("argument --sensitivity: takes neither --quick nor --arms")
-    others = (options.quick, options.sensitivity, options.arms, options.scenarios, options.data)
+    others = (
+        options.quick, options.sensitivity, options.arms, options.scenarios, options.data,
+        options.anchor,
+    )  # fmt: skip
     if options.oscillation and any(others):
         line.error("argument --oscillation: takes --out, --seeds and --first-seed only")
+    if options.anchor and any((options.sensitivity, options.arms, options.scenarios)):
+        line.error("argument --anchor: takes neither --sensitivity, --arms nor --scenarios")
+    if options.anchor and options.seed_range[-1] >= TUNING_SEED:
+        line.error(f"argument --anchor: seeds from {TUNING_SEED} on are those of the limits")
     return options

@@ -2,11 +2,11 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,16 @@ from stress.faults import FAULTS, fault_settings
 from stress.scenarios import Size, Stream, scenario_settings
 from trainer.training_loop import bits_per_byte
 
-__all__ = ["DIVERGED_BY", "RECOVERED_WITHIN", "Job", "Record", "identity_of", "run_all", "run_job"]
+__all__ = [
+    "DIVERGED_BY",
+    "RECOVERED_WITHIN",
+    "Job",
+    "Record",
+    "identity_of",
+    "run_all",
+    "run_job",
+    "run_kept",
+]
 
 Record = dict[str, Any]
 
@@ -92,8 +101,36 @@ def identity_of(job: Job, corpus: Corpus) -> dict[str, Any]:
     return settings
 
 
+class _Filed(Protocol):
+    """A job with a file of its own for its record."""
+
+    @property
+    def title(self) -> str:
+        """What the progress bar calls it."""
+
+    @property
+    def file(self) -> str:
+        """Where its record lies in the folder of the runs."""
+
+
+J = TypeVar("J", bound=_Filed)
+
+
 def run_all(
     output: OutputFolder, jobs: Sequence[Job], corpus: Corpus, workers: int, stop: StopRequest
+) -> list[Record]:
+    """`run_kept` with `run_job`."""
+    return run_kept(output, jobs, corpus, workers, stop, run_job, identity_of)
+
+
+def run_kept(
+    output: OutputFolder,
+    jobs: Sequence[J],
+    corpus: Corpus,
+    workers: int,
+    stop: StopRequest,
+    run: Callable[..., Record],
+    identity: Callable[[J, Corpus], dict[str, Any]],
 ) -> list[Record]:
     """Run what has no record yet, and return all records in the order of the jobs.
 
@@ -103,6 +140,9 @@ def run_all(
         corpus: the text.
         workers: processes; 1 runs everything in this one. Each computes on one thread.
         stop: asked before every step.
+        run: does one, given the job, the stop request and ``corpus``, and makes its record, JSON
+            values only.
+        identity: every setting that decides its numbers; in the record under this name.
 
     Raises:
         RunInterruptedError: a signal arrived; finished runs are on the disk.
@@ -110,23 +150,23 @@ def run_all(
             a run failed.
     """
     folder = output.path / "runs"
-    records = {job: _read(folder / job.file, job, corpus) for job in jobs}
+    records = {job: _read(folder / job.file, identity(job, corpus)) for job in jobs}
     waiting = [job for job in jobs if records[job] is None]
 
-    def keep(job: Job, record: Record) -> None:
+    def keep(job: J, record: Record) -> None:
         path = folder / job.file
         output.check()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(record, allow_nan=False) + "\n")
         records[job] = record
 
-    work = partial(run_job, corpus=corpus)
+    work = partial(run, corpus=corpus)
     done = len(jobs) - len(waiting)
     run_jobs(waiting, work, keep, stop, workers=workers if workers > 1 else 0, done=done)
     return [record for record in records.values() if record is not None]
 
 
-def _read(path: Path, job: Job, corpus: Corpus) -> Record | None:
+def _read(path: Path, identity: dict[str, Any]) -> Record | None:
     """The record of this very run; ``None`` if it is missing or damaged."""
     if not path.exists():
         return None
@@ -137,7 +177,7 @@ def _read(path: Path, job: Job, corpus: Corpus) -> Record | None:
             found = dict(record["identity"])
     except DamagedError:
         return None
-    changes = changed_settings(found, identity_of(job, corpus))
+    changes = changed_settings(found, identity)
     if changes:
         raise UsageError(
             f"{path} is of other settings: {', '.join(changes)}; repeat them, name another folder "

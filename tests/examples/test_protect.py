@@ -13,6 +13,7 @@ import protect
 from common.program import StopRequest
 from corpus import prepare_corpus
 from protection import second_training
+from protection.low_rank import add_low_rank
 from protection.methods import METHODS, PLAIN, merged
 from protection.protect_options import parse_options
 from protection.protect_results import curves_of, lost_at, markdown_table
@@ -85,7 +86,10 @@ def test_no_strength_is_plain_training_bit_for_bit(
     assert point("rate", 0.0, texts, models) == record["before"]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].kind != "merge"])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, m in METHODS.items() if m.kind not in ("merge", "rank") and m.samples is None],
+)
 def test_every_method_keeps_more_of_the_first_text(
     name: str, base: tuple[Path, dict[str, Any]], texts: Texts
 ) -> None:
@@ -98,6 +102,49 @@ def test_every_method_keeps_more_of_the_first_text(
     found = point(name, strength, texts, models)
     assert found["first"] < record["points"][0]["first"] - 0.02
     assert found == point(name, strength, texts, models)
+
+
+def test_a_penalty_is_fitted_on_as_many_sequences_as_its_method_says(
+    base: tuple[Path, dict[str, Any]], texts: Texts
+) -> None:
+    models, strength = base[0], 3.0
+    for family in ("ewc", "kronecker"):
+        found = {count: point(f"{family}-{count}", strength, texts, models) for count in (4, 16)}
+        assert found[4] != found[16]
+        few = replace(SETTINGS, fisher_samples=4)
+        again = run_method(Run(family, strength, 0), StopRequest(), few, texts, models)
+        assert again["points"] == [found[4] | {"strength": strength}]
+
+
+def test_low_rank_additions_are_all_that_is_trained(
+    base: tuple[Path, dict[str, Any]], texts: Texts
+) -> None:
+    models, record = base
+    model = SETTINGS.model(torch.Generator())
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    tokens = torch.arange(12).view(1, 12)
+    before = model(tokens)
+    changes = add_low_rank(model, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(model(tokens), before)
+    assert weights.keys() - changes.keys() == {"wte.weight"}
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    shapes = [weights[name].shape for name in changes]
+    assert [w.shape for w in trained[::2]] == [(2, width) for _, width in shapes]
+    assert [w.shape for w in trained[1::2]] == [(out, 2) for out, _ in shapes]
+    with torch.no_grad():
+        for weight in trained:
+            weight.normal_()
+    live = dict(model.named_modules())
+    for name, change in changes.items():
+        torch.testing.assert_close(
+            live[name.removesuffix(".weight")].weight, weights[name] + change()
+        )
+        assert torch.linalg.matrix_rank(change()) == 2
+
+    # Without strength the penalty is nothing, and a rank of 16 is what that method has.
+    free = point("low-rank", 16.0, texts, models)
+    assert free == point("low-rank-ewc", 0.0, texts, models)
+    assert free["second"] < record["before"]["second"] - 0.1
 
 
 def test_a_budget_bounds_what_is_lost(base: tuple[Path, dict[str, Any]], texts: Texts) -> None:
@@ -233,17 +280,19 @@ def test_the_whole_path_and_what_it_leaves(
     table = Path("run/table.md").read_text()
     assert printed.startswith(table)
     assert all(Path("run", name).stat().st_size > 5000 for name in ("kept.png", "cost.png"))
+    assert not Path("run/samples.png").exists()
     kept = json.loads(Path("run/results.json").read_text())["runs"]
     assert [run["method"] for run in kept] == [BASE, "ewc", "interpolation"]
 
     # What is done is kept, what is added begins with the same models.
-    assert protect.main([*words, "--methods", "ewc,replay", "--workers", "2"]) == 0
+    assert protect.main([*words, "--methods", "ewc,ewc-4,replay", "--workers", "2"]) == 0
+    assert Path("run/samples.png").stat().st_size > 5000
     assert "interpolation" not in capsys.readouterr().out
     assert protect.main([*words, "--methods", "ewc,replay"]) == 0
     assert "%" not in capsys.readouterr().err  # there is nothing to do
     again = json.loads(Path("run/results.json").read_text())["runs"]
     assert again[:3] == kept
-    assert [run["method"] for run in again[3:]] == ["replay"]
+    assert {run["method"] for run in again[3:]} == {"ewc-4", "replay"}
 
     assert "other settings: layers 1 (now 2)" in refused(protect.main, [*words, "--layers", "2"])
     other = [str(sources[1]) if word == str(sources[0]) else word for word in words]
