@@ -173,9 +173,9 @@ class _Watched:
         self._model, self._reference = model, reference
         self._start = deepcopy(model).requires_grad_(False)
         draw = partial(_sequences, corpus, job)
-        fitted = draw("fisher", _SETTINGS["fisher_samples"])
+        self._fitted = draw("fisher", _SETTINGS["fisher_samples"])
         # Of one strength, over T: the quadratic model of a byte's loss, whatever holds the run.
-        self._distance = EWC(model, fisher_of(model, [fitted]), 1.0)
+        self._distance = EWC(model, fisher_of(model, [self._fitted]), 1.0)
         self._kept = draw("kept", _SETTINGS["kept"])
         self._start_kept = self._kept_loss().item()
         self._rise = 0.0
@@ -183,7 +183,7 @@ class _Watched:
         if job.anchor != "none":
             make = METHODS[job.anchor].penalty
             assert make is not None, f"{job.anchor} is a penalty"
-            self.penalty = make(model, [fitted], 1.0)
+            self.penalty = make(model, [self._fitted], 1.0)
             self.budget = LossBudget(
                 self.penalty, self._kept_loss, _SETTINGS["budget"], every=_SETTINGS["budget_every"]
             )
