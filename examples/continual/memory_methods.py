@@ -80,8 +80,10 @@ def _input_subspace(strength: float, *, protect: Literal["inside", "outside"]) -
     def learned(model: nn.Module, batches: Batches) -> SubspacePenalty:
         for name, moment in ActivationCovariance(model).fit(batches).covariance.items():
             total[name] = total.get(name, torch.zeros_like(moment)) + moment
+        # A layer whose inputs a too strong penalty has silenced spans no subspace.
+        alive = {name: moment for name, moment in total.items() if float(moment.trace()) > 0}
         return SubspacePenalty.from_activations(
-            model, total, strength, energy=_ENERGY, protect=protect
+            model, alive, strength, energy=_ENERGY, protect=protect
         )
 
     return learned
