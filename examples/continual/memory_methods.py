@@ -4,6 +4,7 @@ A memory is made from a strength. It is called with the model and its training b
 has been learned, and returns the penalty to learn the next one under.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -80,13 +81,19 @@ def _input_subspace(strength: float, *, protect: Literal["inside", "outside"]) -
     def learned(model: nn.Module, batches: Batches) -> SubspacePenalty:
         for name, moment in ActivationCovariance(model).fit(batches).covariance.items():
             total[name] = total.get(name, torch.zeros_like(moment)) + moment
-        # A layer whose inputs a too strong penalty has silenced spans no subspace.
-        alive = {name: moment for name, moment in total.items() if float(moment.trace()) > 0}
+        alive = {name: moment for name, moment in total.items() if _spans_a_subspace(moment)}
         return SubspacePenalty.from_activations(
             model, alive, strength, energy=_ENERGY, protect=protect
         )
 
     return learned
+
+
+def _spans_a_subspace(moment: Tensor) -> bool:
+    """Whether a too strong penalty has neither silenced nor exploded what the moment is of."""
+    if not moment.isfinite().all():
+        return False
+    return 0 < float(torch.linalg.eigvalsh(moment).clamp(min=0).sum()) < math.inf
 
 
 def _output_subspace(strength: float) -> Memory:

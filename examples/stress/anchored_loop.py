@@ -85,7 +85,7 @@ def identity_of(job: LoopJob, corpus: Corpus) -> dict[str, Any]:
     """
     facts = {"corpus": corpus.sha256, "settings": _SETTINGS, "lr": BASE_RATES["adamw"]}
     found: dict[str, Any] = json.loads(
-        json.dumps(asdict(job) | facts | {"torch": str(torch.__version__)})
+        json.dumps(asdict(job) | facts | {"torch": str(torch.__version__)}, allow_nan=False)
     )
     return found
 

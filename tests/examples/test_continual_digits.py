@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common.program import StopRequest
+from continual import memory_methods
 from continual.digit_tasks import Run, Settings, load, run_tasks, tasks_of
 from continual.digits_results import average_accuracy, forgetting, markdown_table
 from continual.memory_methods import METHODS
@@ -168,3 +169,12 @@ def test_table() -> None:
     assert len({len(line) for line in lines[:5]}) == 1
     assert "of 2 seeds (0 to 1)" in lines[6]
     assert "test set" in lines[6]
+
+
+def test_a_penalty_that_breaks_the_network_does_not_end_the_run() -> None:
+    for broken in (torch.zeros(3, 3), torch.full((3, 3), torch.inf), torch.full((3, 3), 3e38)):
+        assert not memory_methods._spans_a_subspace(broken)
+    assert memory_methods._spans_a_subspace(torch.ones(3, 3))
+    settings = Settings(epochs=4, by_class=True)
+    record = run_tasks(Run("subspace", 5e6, 5, 0), StopRequest(), settings, load())
+    assert len(record["accuracy"]) == 5
