@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None) -> Begun:
     def work() -> None:
         if size.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--size gpu needs a CUDA device and torch finds none: name another")
-        tuned = {} if options.tuned is None else read_tuned(options.tuned)
+        tuned = {} if options.tuned is None else read_tuned(options.tuned, options.networks)
         with OutputFolder(out) as output:
             output.hold()
             data = options.data
@@ -46,9 +46,11 @@ def main(argv: Sequence[str] | None) -> Begun:
                 if options.tune:
                     text = write_tuning(out, jobs, records, corpus, command())
                 else:
-                    arms = {arm: tuned.get(arm, ()) for arm in options.arm_names}
-                    rounds = 20 if options.quick else 200
-                    times = kept_times(out / "times.json", arms, size, corpus, rounds, stop)
+                    rounds, times = 10 if options.quick else 200, {}
+                    for network in dict.fromkeys(job.network for job in jobs):
+                        arms = {a: tuned.get(network, {}).get(a, ()) for a in options.arm_names}
+                        file = out / f"times-{network}.json"
+                        times[network] = kept_times(file, arms, network, size, corpus, rounds, stop)
                     text = write_comparison(out, jobs, records, corpus, command(), times)
             output.check()
         print(text)

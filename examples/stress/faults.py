@@ -120,15 +120,19 @@ class Fault:
         spoiled = _DATA[self.data](inputs, targets, generator)
         return spoiled[0].to(inputs.device), spoiled[1].to(targets.device)
 
-    def model(self, config: GPTConfig, generator: torch.Generator) -> GPT:
-        """The model that the fault happens to, its weights those of the undisturbed one.
+    def changed(self, model: nn.Module) -> nn.Module:
+        """The model that the fault happens to, changed in place; its weights stay.
 
         Args:
-            config: its sizes.
-            generator: of its weights.
+            model: the undisturbed one.
+
+        Raises:
+            TypeError: the fault is one of the attention, and the model is no `GPT`.
         """
-        model = GPT(config, generator)
         if not self.qk_norm:
+            if not isinstance(model, GPT):
+                name = type(model).__name__
+                raise TypeError(f"{self.title!r} is a fault of a GPT's attention; {name} has none")
             for block in model.blocks:
                 block.attn = PlainAttention(block.attn)
         return model.to(torch.bfloat16) if self.bf16 else model

@@ -1,12 +1,13 @@
 """What the runs with faults say: one table, one picture, and who is beaten by whom.
 
-Every run is held against two undisturbed runs of its seed: that of its own arm, and AdamW's. A loss
-above 8 bits per byte, or one that is not finite, counts as 8: guessing costs no more.
+Every run is held against two undisturbed runs of its network and seed: its own arm's, and AdamW's.
+A loss above 8 bits per byte, or one that is not finite, counts as 8: guessing costs no more.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from common.tables import markdown
 from corpus import Corpus
 from stress.compared_optimizers import arm_named
 from stress.faults import FAULTS
+from stress.networks import NETWORKS, network_settings
 from stress.steady_options import COLUMNS, GRIDS, OURS, ROWS, control_of
 from stress.stress_run import Job, Record
 
 __all__ = ["choose", "draw", "measures", "summarize", "tables", "write_comparison", "write_tuning"]
 
-Times = Mapping[str, Mapping[str, float]]
+Times = Mapping[str, Mapping[str, Mapping[str, float]]]  # network -> arm -> of a step
 
 _GUESSING = 8.0  # bits per byte
 _LOST_BY = 1.0  # bits per byte above AdamW's undisturbed run
@@ -43,7 +45,7 @@ _SHORT_TITLES = {
 }  # fmt: skip
 _AVERAGED = ("final", "above_own", "above_adamw", "peak_loss", "peak_norm", "recovered")
 _LONG = (
-    "fault", "arm", "lost [95 %]", "above own", "above AdamW", "peak loss", "peak norm",
+    "network", "fault", "arm", "lost [95 %]", "above own", "above AdamW", "peak loss", "peak norm",
     "recovered after",
 )  # fmt: skip
 
@@ -63,25 +65,26 @@ def _bits(value: float | None) -> float:
 def measures(jobs: Sequence[Job], records: Sequence[Record]) -> pd.DataFrame:
     """A row a run.
 
-    Columns: ``scenario``, ``arm``, ``seed``; ``final``, the validation at the end; ``above_own``
-    and ``above_adamw``, how far it is above the undisturbed runs; ``lost``, whether that is more
-    than 1 bit per byte above AdamW's; ``peak_loss``, the highest validation, and ``peak_norm``, the
-    highest norm of the weights relative to the start, both from the begin of the fault on;
-    ``recovered``, the steps after which the validation stays within 0.1 bits of the own undisturbed
-    run, all that are left if it never does.
+    Columns: ``network``, ``scenario``, ``arm``, ``seed``; ``final``, the validation at the end;
+    ``above_own`` and ``above_adamw``, how far it is above the undisturbed runs; ``lost``, whether
+    that is more than 1 bit per byte above AdamW's; ``peak_loss``, the highest validation, and
+    ``peak_norm``, the highest norm of the weights relative to the start, both from the begin of the
+    fault on; ``recovered``, the steps after which the validation stays within 0.1 bits of the own
+    undisturbed run, all that are left if it never does.
 
     Args:
         jobs: what was run, with the undisturbed runs.
         records: one a job.
     """
     found = {
-        (job.scenario, job.arm, job.seed): record for job, record in zip(jobs, records, strict=True)
+        (job.network, job.scenario, job.arm, job.seed): record
+        for job, record in zip(jobs, records, strict=True)
     }
     rows = []
-    for (scenario, arm, seed), record in found.items():
+    for (network, scenario, arm, seed), record in found.items():
         control = control_of(scenario)
-        own = found[control, arm, seed]
-        adamw = found[control, "adamw", seed]
+        own = found[network, control, arm, seed]
+        adamw = found[network, control, "adamw", seed]
         half = record["identity"]["size"]["steps"] // 2
         begins = half if _begins_half_way(scenario) else 0
         final = _bits(record["metrics"]["final"])
@@ -90,7 +93,7 @@ def measures(jobs: Sequence[Job], records: Sequence[Record]) -> pd.DataFrame:
         late = [v for t, v in zip(curves["times"], curves["validation"], strict=True) if t > begins]
         norms = [math.inf if norm is None else norm for norm in curves["norm"][begins:]]
         rows.append({
-            "scenario": scenario, "arm": arm, "seed": seed, "final": final,
+            "network": network, "scenario": scenario, "arm": arm, "seed": seed, "final": final,
             "above_own": final - _bits(own["metrics"]["final"]), "above_adamw": above,
             "lost": above > _LOST_BY, "peak_loss": max(map(_bits, late)), "peak_norm": max(norms),
             "recovered": _recovered(curves, own["curves"], begins),
@@ -117,104 +120,125 @@ def _recovered(curves: Mapping[str, Any], own: Mapping[str, Any], begins: int) -
 
 
 def summarize(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """One row for each fault and arm: means over the seeds with half of their 95 % intervals.
+    """One row for each network, fault and arm: means over the seeds, half of their 95 % intervals.
 
     Args:
         frame: of `measures`.
     """
     rows = []
-    for scenario in ROWS:
-        for arm in COLUMNS:
-            runs = frame[(frame["scenario"] == scenario) & (frame["arm"] == arm)]
-            if runs.empty:
-                continue
-            lost = int(runs["lost"].sum())
-            row: dict[str, Any] = {
-                "scenario": scenario, "arm": arm, "runs": len(runs), "lost": lost,
-                "lost_interval": share_interval(lost, len(runs)),
-            }  # fmt: skip
-            for name in _AVERAGED:
-                finite = [value for value in runs[name].tolist() if math.isfinite(value)]
-                estimate = Estimate.of(finite) if finite else None
-                row[name] = None if estimate is None else (estimate.mean, estimate.margin)
-            rows.append(row)
+    groups = dict(iter(frame.groupby(["network", "scenario", "arm"], sort=False)))
+    for key in product(NETWORKS, ROWS, COLUMNS):
+        if (runs := groups.get(key)) is None:
+            continue
+        lost = int(runs["lost"].sum())
+        row: dict[str, Any] = dict(zip(("network", "scenario", "arm"), key, strict=True))
+        row |= {
+            "runs": len(runs), "lost": lost, "lost_interval": share_interval(lost, len(runs)),
+        }  # fmt: skip
+        for name in _AVERAGED:
+            finite = [value for value in runs[name].tolist() if math.isfinite(value)]
+            estimate = Estimate.of(finite) if finite else None
+            row[name] = None if estimate is None else (estimate.mean, estimate.margin)
+        rows.append(row)
     return rows
 
 
-def beaten(frame: pd.DataFrame) -> list[tuple[str, str, str, Estimate]]:
+def beaten(frame: pd.DataFrame) -> list[tuple[str, str, str, str, Estimate]]:
     """Where a peer is better than one of ours by more than its interval: the best such peer.
 
     Args:
         frame: of `measures`.
 
     Returns:
-        Our arm, fault, peer, and how much lower the peer's final loss is, paired by seed.
+        Network, our arm, fault, peer, and how much lower the peer's final loss is, paired by seed.
     """
     finals = {
-        (str(scenario), str(arm)): runs.set_index("seed")["final"]
-        for (scenario, arm), runs in frame.groupby(["scenario", "arm"], sort=False)
+        (str(network), str(scenario), str(arm)): runs.set_index("seed")["final"]
+        for (network, scenario, arm), runs in frame.groupby(["network", "scenario", "arm"])
     }
     found = []
-    for ours in OURS:
-        for row in ROWS:
-            if (row, ours) not in finals:
+    for network, ours, row in product(NETWORKS, OURS, ROWS):
+        if (network, row, ours) not in finals:
+            continue
+        better = []
+        for peer in COLUMNS:
+            if peer in OURS or (network, row, peer) not in finals:
                 continue
-            better = []
-            for peer in COLUMNS:
-                if peer in OURS or (row, peer) not in finals:
-                    continue
-                gap = (finals[row, ours] - finals[row, peer]).dropna()
-                estimate = Estimate.of(gap.tolist())
-                if estimate.known is not None and estimate.known[0] > 0:
-                    better.append((estimate.mean, peer, estimate))
-            if better:
-                _, peer, estimate = max(better, key=lambda each: each[0])
-                found.append((ours, row, peer, estimate))
+            gap = (finals[network, row, ours] - finals[network, row, peer]).dropna()
+            estimate = Estimate.of(gap.tolist())
+            if estimate.known is not None and estimate.known[0] > 0:
+                better.append((estimate.mean, peer, estimate))
+        if better:
+            _, peer, estimate = max(better, key=lambda each: each[0])
+            found.append((network, ours, row, peer, estimate))
     return found
 
 
 def tables(frame: pd.DataFrame, times: Times) -> str:
-    """All that is said in words: the table, what is given up, who is beaten, and every measure.
+    """All that is said in words: the tables, what is given up, who is beaten, and every measure.
 
     Args:
         frame: of `measures`.
-        times: arm -> "milliseconds" and "ratio" of a step.
+        times: network -> arm -> "milliseconds" and "ratio" of a step.
     """
-    rows = {(row["scenario"], row["arm"]): row for row in summarize(frame)}
-    scenarios = [name for name in ROWS if any(key[0] == name for key in rows)]
-    arms = [name for name in COLUMNS if any(key[1] == name for key in rows)]
+    rows = summarize(frame)
     seeds = frame["seed"].nunique()
-    grid = [["fault", *map(_short, arms)]]
-    grid += [[_title(s), *(_cell(rows[s, arm]) for arm in arms)] for s in scenarios]
-    free: list[Sequence[str]] = [("arm", "final bits", "given up, %", "ms a step", "ratio")]
-    free += [_free(rows, frame, arm, times[arm]) for arm in arms]
-    lost = [("ours", "fault", "better peer", "by, bits per byte")]
+    free: list[Sequence[str]] = [
+        ("network", "arm", "final bits", "given up, %", "ms a step", "ratio")
+    ]
+    free += [
+        _free(row, frame, times[row["network"]][row["arm"]])
+        for row in rows
+        if row["scenario"] == "ordinary"
+    ]
+    lost = [("network", "ours", "fault", "better peer", "by, bits per byte")]
     lost += [
-        (_short(ours), _title(row), _short(peer), estimate.plus_minus(".3f"))
-        for ours, row, peer, estimate in beaten(frame)
+        (NETWORKS[network].title, _short(ours), _title(row), _short(peer), by.plus_minus(".3f"))
+        for network, ours, row, peer, by in beaten(frame)
     ]
     enough = "None." if seeds >= 3 else "Too few seeds to say: three are needed."
-    course = [_LONG, *(_course(rows[s, arm]) for s in scenarios for arm in arms)]
+    grids = "\n\n".join(f"**{title}**\n\n{grid}" for title, grid in _grids(rows))
     return f"""\
 ### What each fault costs
 
 Final validation, bits per byte above undisturbed AdamW: mean of {count_seeds(seeds)}. Behind a
 slash stands how many runs are lost: more than {_LOST_BY:g} bit above it.
 
-{markdown(grid, "lr")}
+{grids}
 
 ### When nothing happens
 
-{markdown(free, "lr")}
+{markdown(free, "llr")}
 
 ### Where a peer is better by more than its interval
 
-{markdown(lost, "lllr") if len(lost) > 1 else enough}
+{markdown(lost, "llllr") if len(lost) > 1 else enough}
 
 ### Every measure
 
-{markdown(course, "llr")}
+{markdown([_LONG, *map(_course, rows)], "lllr")}
 """
+
+
+def _by_network(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple[str, str], Any]]:
+    """Network -> (scenario, arm) -> row, all in the order of the tables."""
+    found: dict[str, dict[tuple[str, str], Any]] = {}
+    for row in rows:
+        found.setdefault(row["network"], {})[row["scenario"], row["arm"]] = row
+    return found
+
+
+def _axes_of(cells: Mapping[tuple[str, str], Any]) -> tuple[list[str], list[str]]:
+    scenarios, arms = zip(*cells, strict=True)
+    return [*dict.fromkeys(scenarios)], [*dict.fromkeys(arms)]
+
+
+def _grids(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for network, cells in _by_network(rows).items():
+        scenarios, arms = _axes_of(cells)
+        grid = [["fault", *map(_short, arms)]]
+        grid += [[_title(s), *(_cell(cells[s, arm]) for arm in arms)] for s in scenarios]
+        yield NETWORKS[network].title, markdown(grid, "lr")
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -223,23 +247,23 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def _free(
-    rows: Mapping[tuple[str, str], Mapping[str, Any]],
-    frame: pd.DataFrame,
-    arm: str,
-    times: Mapping[str, float],
+    row: Mapping[str, Any], frame: pd.DataFrame, times: Mapping[str, float]
 ) -> tuple[str, ...]:
-    plain = frame[frame["scenario"] == "ordinary"].pivot(
+    network, arm = row["network"], row["arm"]
+    plain = frame[(frame["network"] == network) & (frame["scenario"] == "ordinary")].pivot(
         index="seed", columns="arm", values="final"
     )
     share = Estimate.of((100 * (plain[arm] / plain["adamw"] - 1)).tolist())
-    final = _plus_minus(rows["ordinary", arm]["final"], ".3f")
+    final = _plus_minus(row["final"], ".3f")
     milliseconds, ratio = f"{times['milliseconds']:.1f}", f"{times['ratio']:.2f}"
-    return arm_named(arm).title, final, share.plus_minus("+.2f"), milliseconds, ratio
+    given_up = share.plus_minus("+.2f")
+    return NETWORKS[network].title, arm_named(arm).title, final, given_up, milliseconds, ratio
 
 
 def _course(row: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = row["lost_interval"]
     return (
+        NETWORKS[row["network"]].title,
         _title(row["scenario"]),
         _short(row["arm"]),
         f"{row['lost']} [{low:.0%}, {high:.0%}]",
@@ -259,31 +283,53 @@ def _plus_minus(value: tuple[float, float | None] | None, form: str) -> str:
 
 
 def draw(path: Path, frame: pd.DataFrame) -> None:
-    """Draw the table: faults down, arms across, brighter the more is lost.
+    """Draw the tables, one below the other: faults down, arms across, brighter the more is lost.
 
     Args:
         path: of the picture.
         frame: of `measures`.
     """
-    rows = {(row["scenario"], row["arm"]): row for row in summarize(frame)}
-    scenarios = [name for name in ROWS if any(key[0] == name for key in rows)]
-    arms = [name for name in COLUMNS if any(key[1] == name for key in rows)]
-    values = np.array([[rows[s, arm]["above_adamw"][0] for arm in arms] for s in scenarios])
-    figure, axes = plt.subplots(
-        figsize=(2.6 + 0.85 * len(arms), 1.9 + 0.34 * len(scenarios)), layout="constrained"
+    networks = _by_network(summarize(frame))
+    heights = [len(_axes_of(cells)[0]) for cells in networks.values()]
+    arms = len(_axes_of(next(iter(networks.values())))[1])
+    figure, grid = plt.subplots(
+        len(networks),
+        figsize=(2.9 + 0.85 * arms, 1.9 + 0.34 * sum(heights) + 0.2 * len(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
     )
     # Cividis is read alike by all kinds of colour vision. Below 0.03 bits all look alike.
     norm = LogNorm(0.03, 5.0, clip=True)
+    for number, (network, cells) in enumerate(networks.items()):
+        image = _draw_cells(grid[number, 0], cells, norm, named=number == 0)
+        grid[number, 0].set_ylabel(NETWORKS[network].title, fontsize=9, fontweight="bold")
+    bar = figure.colorbar(
+        image, ax=grid, ticks=[0.03, 0.1, 0.3, 1, 3], pad=0.02, aspect=30, shrink=0.8
+    )
+    bar.ax.set_yticklabels(["0.03 or less", "0.1", "0.3", "1", "3"])
+    bar.set_label("bits per byte above undisturbed AdamW / runs lost")
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _draw_cells(
+    axes: Any, cells: Mapping[tuple[str, str], Any], norm: LogNorm, *, named: bool
+) -> Any:
+    scenarios, arms = _axes_of(cells)
+    values = np.array([[cells[s, arm]["above_adamw"][0] for arm in arms] for s in scenarios])
     image = axes.imshow(np.maximum(values, 0.03), norm=norm, cmap="cividis", aspect="auto")
     for at, scenario in enumerate(scenarios):
         for across, arm in enumerate(arms):
-            text = _cell(rows[scenario, arm])
+            text = _cell(cells[scenario, arm])
             bright = norm(max(values[at, across], 0.03)) > 0.55
             axes.text(
                 across, at, text, ha="center", va="center", fontsize=8,
                 color="black" if bright else "white",
             )  # fmt: skip
-    axes.set_xticks(range(len(arms)), [arm_named(arm).title for arm in arms], rotation=35)
+    titles = [arm_named(arm).title for arm in arms] if named else []
+    axes.set_xticks(range(len(titles)), titles, rotation=35)
     for label in axes.get_xticklabels():
         label.set(horizontalalignment="left", rotation_mode="anchor")
     axes.xaxis.tick_top()
@@ -292,12 +338,7 @@ def draw(path: Path, frame: pd.DataFrame) -> None:
     ours = [at for at, arm in enumerate(arms) if arm in OURS]
     if ours and ours[0]:
         axes.axvline(ours[0] - 0.5, color="white", linewidth=2)
-    bar = figure.colorbar(image, ax=axes, ticks=[0.03, 0.1, 0.3, 1, 3], pad=0.02)
-    bar.ax.set_yticklabels(["0.03 or less", "0.1", "0.3", "1", "3"])
-    bar.set_label("bits per byte above undisturbed AdamW / runs lost")
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    return image
 
 
 def write_comparison(
@@ -316,7 +357,7 @@ def write_comparison(
         records: one a job.
         corpus: the text.
         command: that was given, to be recorded.
-        times: arm -> "milliseconds" and "ratio" of a step.
+        times: network -> arm -> "milliseconds" and "ratio" of a step.
 
     Returns:
         The text of ``tables.md``.
@@ -334,11 +375,18 @@ def write_comparison(
             for r in records
             if "fault" in r["identity"]
         },
-        "times": {arm: dict(found) for arm, found in times.items()},
+        "networks": {network: network_settings(network) for network in times},
+        "times": times,
         "rows": summarize(frame),
         "beaten": [
-            {"ours": ours, "scenario": row, "peer": peer, "by": [found.mean, found.margin]}
-            for ours, row, peer, found in beaten(frame)
+            {
+                "network": network,
+                "ours": ours,
+                "scenario": row,
+                "peer": peer,
+                "by": [found.mean, found.margin],
+            }
+            for network, ours, row, peer, found in beaten(frame)
         ],
     }
     write_atomically(folder / "steady.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -358,7 +406,7 @@ def _origin(
 
 
 def choose(jobs: Sequence[Job], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The settings of each arm and their scores, the best of each arm marked ``chosen``.
+    """The settings of each arm and their scores, the best of a network's arm marked ``chosen``.
 
     A score is the mean over the scenarios of the mean final validation over the seeds. Of equal
     scores the first of the grid is chosen.
@@ -367,18 +415,20 @@ def choose(jobs: Sequence[Job], records: Sequence[Record]) -> list[dict[str, Any
         jobs: of `Options.tuning_jobs`.
         records: one a job.
     """
-    finals: dict[tuple[str, Any], dict[str, list[float]]] = {}
+    finals: dict[tuple[str, str, Any], dict[str, list[float]]] = {}
     for job, record in zip(jobs, records, strict=True):
-        of_setting = finals.setdefault((job.arm, job.changes), {})
+        of_setting = finals.setdefault((job.network, job.arm, job.changes), {})
         of_setting.setdefault(job.scenario, []).append(_bits(record["metrics"]["final"]))
     rows: list[dict[str, Any]] = []
-    for (arm, changes), by_scenario in finals.items():
+    for (network, arm, changes), by_scenario in finals.items():
         score = float(np.mean([np.mean(values) for values in by_scenario.values()]))
-        settings = dict(changes)
-        rows.append({"arm": arm, "settings": settings, "score": score, "finals": by_scenario})
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        best = min((row for row in rows if row["arm"] == arm), key=lambda row: row["score"])
-        best["chosen"] = True
+        rows.append({
+            "network": network, "arm": arm, "settings": dict(changes), "score": score,
+            "finals": by_scenario,
+        })  # fmt: skip
+    for key in dict.fromkeys((row["network"], row["arm"]) for row in rows):
+        tried = [row for row in rows if (row["network"], row["arm"]) == key]
+        min(tried, key=lambda row: row["score"])["chosen"] = True
     return [{"chosen": False, **row} for row in rows]
 
 
@@ -398,14 +448,20 @@ def write_tuning(
         A table of the scores.
     """
     rows = choose(jobs, records)
-    chosen = {row["arm"]: row["settings"] for row in rows if row["chosen"]}
+    chosen: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["chosen"]:
+            chosen.setdefault(row["network"], {})[row["arm"]] = row["settings"]
     content = _origin(jobs, records, corpus, command) | {"chosen": chosen, "rows": rows}
     write_atomically(folder / "tuning.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     scenarios = [*dict.fromkeys(job.scenario for job in jobs)]
-    table: list[Sequence[str]] = [("arm", "settings", *map(_title, scenarios), "score", "")]
+    table: list[Sequence[str]] = [
+        ("network", "arm", "settings", *map(_title, scenarios), "score", "")
+    ]
     for row in rows:
         named = ", ".join(f"{name} {row['settings'][name]:g}" for name in GRIDS[row["arm"]])
         means = [f"{np.mean(row['finals'][name]):.3f}" for name in scenarios]
         mark = "chosen" if row["chosen"] else ""
-        table.append((arm_named(row["arm"]).title, named, *means, f"{row['score']:.3f}", mark))
-    return markdown(table, "llr") + "\n"
+        titles = NETWORKS[row["network"]].title, arm_named(row["arm"]).title
+        table.append((*titles, named, *means, f"{row['score']:.3f}", mark))
+    return markdown(table, "lllr") + "\n"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ars.models import GPT
 from common.plain_files import read_json, write_atomically
 from common.program import StopRequest
 from corpus import Corpus
 from stress.compared_optimizers import Step, arm_settings
+from stress.networks import NETWORKS, network_settings
 from stress.scenarios import Size, Stream
 
 __all__ = ["kept_times", "step_times"]
@@ -24,7 +24,12 @@ _FIRST = 5  # rounds that are not counted: states are made in them
 
 
 def step_times(
-    arms: Mapping[str, Any], size: Size, corpus: Corpus, rounds: int, stop: StopRequest
+    arms: Mapping[str, Any],
+    network: str,
+    size: Size,
+    corpus: Corpus,
+    rounds: int,
+    stop: StopRequest,
 ) -> dict[str, dict[str, float]]:
     """Time whole steps: forward, backward, rule and update.
 
@@ -34,6 +39,7 @@ def step_times(
 
     Args:
         arms: name -> settings that differ from the arm's own; "adamw" among them.
+        network: of `NETWORKS`.
         size: of model and batch.
         corpus: the text.
         rounds: that are counted.
@@ -42,9 +48,11 @@ def step_times(
     Returns:
         Arm -> "milliseconds", the median, and "ratio", the median of those to AdamW.
     """
-    models = {name: GPT(size.model(), torch.Generator().manual_seed(0)) for name in arms}
-    models = {name: model.to(size.device) for name, model in models.items()}
-    steps = {name: Step(name, models[name], 1.0, dict(arms[name])) for name in arms}
+    kind = NETWORKS[network]
+    models: dict[str, Any] = {
+        name: kind.make(size, torch.Generator().manual_seed(0)).to(size.device) for name in arms
+    }
+    steps = {name: Step(name, models[name], kind.rate, dict(arms[name])) for name in arms}
     stream = Stream("ordinary", 0, size, corpus.train)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for index in range(_FIRST + rounds):
@@ -83,6 +91,7 @@ def _wait(size: Size) -> None:
 def kept_times(
     path: Path,
     arms: Mapping[str, Any],
+    network: str,
     size: Size,
     corpus: Corpus,
     rounds: int,
@@ -93,6 +102,7 @@ def kept_times(
     Args:
         path: of the file.
         arms: see `step_times`.
+        network: see `step_times`.
         size: see `step_times`.
         corpus: see `step_times`.
         rounds: see `step_times`.
@@ -102,7 +112,8 @@ def kept_times(
         UsageError: the file is there and cannot be read.
     """
     update = {name: arm_settings(name, dict(changes)) for name, changes in arms.items()}
-    content = {"update": update, "size": asdict(size), "rounds": rounds}
+    content: dict[str, Any] = {"network": network_settings(network), "update": update}
+    content |= {"size": asdict(size), "rounds": rounds}
     content |= {"corpus": corpus.sha256, "torch": str(torch.__version__)}
     identity: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
     if path.exists():
@@ -113,7 +124,7 @@ def kept_times(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the runs
     try:
-        times = step_times(arms, size, corpus, rounds, stop)
+        times = step_times(arms, network, size, corpus, rounds, stop)
     finally:
         torch.set_num_threads(threads)
     text = json.dumps({"identity": identity, "times": times}, indent=1, allow_nan=False)

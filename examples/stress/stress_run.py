@@ -11,7 +11,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ars.models import GPT
 from common.errors import DamagedError, UsageError, understanding
 from common.jobs import changed_settings, run_jobs
 from common.output_folder import OutputFolder
@@ -20,6 +19,7 @@ from common.program import StopRequest
 from corpus import Corpus, validation_windows
 from stress.compared_optimizers import Step, arm_settings
 from stress.faults import FAULTS, fault_settings
+from stress.networks import NETWORKS, network_settings
 from stress.scenarios import Size, Stream, scenario_settings
 from trainer.training_loop import bits_per_byte
 
@@ -49,10 +49,11 @@ class Job:
     Args:
         scenario: a name of `SCENARIOS` or of `FAULTS`.
         arm: a name of `ARMS` or of `PEER_ARMS`.
-        rate: learning rate, as a multiple of the one that is best for the arm's optimizer.
+        rate: learning rate, as a multiple of the best of the arm's optimizer and the network.
         seed: of weights, batches and samples.
         size: of the model and the run.
         changes: settings that differ from the arm's, see `compared_optimizers.arm_named`.
+        network: a name of `NETWORKS`.
     """
 
     scenario: str
@@ -61,17 +62,19 @@ class Job:
     seed: int
     size: Size
     changes: tuple[tuple[str, Any], ...] = ()
+    network: str = "gpt"
 
     @property
     def title(self) -> str:
         """What the progress bar calls it."""
-        return f"{self.scenario}, {self.arm}, seed {self.seed}"
+        return f"{self.network}, {self.scenario}, {self.arm}, seed {self.seed}"
 
     @property
     def file(self) -> str:
         """Where its record lies in the folder of the runs."""
         changed = "".join(f"-{name}={_plain(value)}" for name, value in self.changes)
-        return f"{self.scenario}/{self.arm}{changed}-x{self.rate:g}-{self.seed}.json"
+        folder = "" if self.network == "gpt" else f"{self.network}/"
+        return f"{folder}{self.scenario}/{self.arm}{changed}-x{self.rate:g}-{self.seed}.json"
 
 
 def _plain(value: Any) -> str:
@@ -95,6 +98,10 @@ def identity_of(job: Job, corpus: Corpus) -> dict[str, Any]:
         },
         "torch": str(torch.__version__),
     }  # fmt: skip
+    if job.network == "gpt":
+        del content["network"]  # its records are older than the other networks
+    else:
+        content["network"] = network_settings(job.network)
     if job.scenario in FAULTS:
         content["fault"] = fault_settings(job.scenario)
     settings: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
@@ -197,14 +204,14 @@ def run_job(job: Job, stop: StopRequest, corpus: Corpus) -> Record:
     Returns:
         The record, JSON values only: ``identity``, ``metrics`` and ``curves``.
     """
-    size = job.size
+    size, network = job.size, NETWORKS[job.network]
     fault = FAULTS.get(job.scenario)
-    weights = torch.Generator().manual_seed(job.seed)
-    made = GPT(size.model(), weights) if fault is None else fault.model(size.model(), weights)
-    model = made.to(size.device)
+    made = network.make(size, torch.Generator().manual_seed(job.seed))
+    model: Any = (made if fault is None else fault.changed(made)).to(size.device)
+    rate = job.rate * network.rate
     stream = Stream(job.scenario, job.seed, size, corpus.train)
     eps = None if fault is None else fault.eps
-    step = Step(job.arm, model, job.rate, dict(job.changes), eps)
+    step = Step(job.arm, model, rate, dict(job.changes), eps)
     windows = validation_windows(corpus.validation, size.sequence_len, _WINDOWS)
     few = validation_windows(corpus.validation, size.sequence_len, _CURVE_WINDOWS)
     bits = partial(bits_per_byte, model, token_bytes=corpus.token_bytes)
@@ -219,7 +226,7 @@ def run_job(job: Job, stop: StopRequest, corpus: Corpus) -> Record:
         if index == stream.half:
             half, few_half = bits(windows), bits(few)
             if fault is not None and fault.forgets:
-                step = Step(job.arm, model, job.rate, dict(job.changes), eps)
+                step = Step(job.arm, model, rate, dict(job.changes), eps)
         inputs, targets = stream.training(index, model)
         loss = nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         shown = step(loss, stream.rate(index))

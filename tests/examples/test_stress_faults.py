@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from corpus import Corpus
 from stress import faults, stress_run
 from stress.compared_optimizers import ARMS, PEER_ARMS, Step, arm_named, arm_settings
 from stress.faults import FAULTS, Fault, PlainAttention, fault_settings
+from stress.networks import NETWORKS
 from stress.scenarios import SCENARIOS, Size, Stream, load_file
 from stress.stress_run import Job, identity_of, run_job
 
@@ -150,7 +151,7 @@ def entropy(model: GPT, tokens: torch.Tensor) -> float:
 
 
 def test_plain_attention_by_hand() -> None:
-    model = FAULTS["entropy"].model(SIZE.model(), torch.Generator().manual_seed(0))
+    model: Any = FAULTS["entropy"].changed(GPT(SIZE.model(), torch.Generator().manual_seed(0)))
     attention: Any = model.blocks[0].attn
     assert isinstance(attention, PlainAttention)
     generator = torch.Generator().manual_seed(1)
@@ -173,7 +174,7 @@ def test_plain_attention_by_hand() -> None:
 def test_without_the_norm_large_weights_lose_the_entropy_of_the_attention() -> None:
     tokens = torch.arange(24)[None]
     usual, plain = (
-        fault.model(SIZE.model(), torch.Generator().manual_seed(0))
+        cast(GPT, fault.changed(GPT(SIZE.model(), torch.Generator().manual_seed(0))))
         for fault in (FAULTS["rate-10"], FAULTS["entropy"])
     )
     for a, b in zip(usual.parameters(), plain.parameters(), strict=True):
@@ -211,6 +212,70 @@ def test_in_bfloat16_weights_are_and_moments_as_each_keeps_them(
             assert moments == {torch.float32 if arm == "default" else torch.bfloat16}
 
 
+def test_a_fault_of_the_attention_needs_one() -> None:
+    network = NETWORKS["lstm"].make(SIZE, torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match="'no QK-norm' is a fault of a GPT's attention; ByteLSTM"):
+        FAULTS["plain-attention"].changed(network)
+
+
+# ------------------------------------------------------------------------------- networks
+
+NETWORK_NAMES = ("lstm", "conv")
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_other_networks_are_causal_and_depend_on_their_seed_alone(name: str) -> None:
+    def made(seed: int) -> Any:
+        return NETWORKS[name].make(SIZE, torch.Generator().manual_seed(seed))
+
+    first, again, other = made(0), made(0), made(1)
+    tokens = torch.arange(24)[None]
+    assert (first(tokens) == 0).all()  # all bytes are as likely
+    for weight, same, different in zip(
+        first.parameters(), again.parameters(), other.parameters(), strict=True
+    ):
+        assert torch.equal(weight, same)
+        assert torch.equal(weight, different) == bool((weight == 0).all())
+    with torch.no_grad():
+        first.head.weight.normal_(generator=torch.Generator().manual_seed(2))
+    changed = tokens.clone()
+    changed[0, 12] = 99
+    before, after = first(tokens), first(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    reach = (before != after).any(-1)[0, 12:].tolist()
+    # A sequence has a state; one convolution of 3 bytes sees no further.
+    assert reach == [True] * (12 if name == "lstm" else 3) + [False] * (0 if name == "lstm" else 9)
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_other_networks_learn_and_their_records_are_their_own(corpus: Corpus, name: str) -> None:
+    job = Job("lost-moments", "default", 1.0, 0, SIZE, network=name)
+    record = run_job(job, StopRequest(), corpus)
+    assert record["metrics"]["final"] < 6
+    assert run_job(job, StopRequest(), corpus) == record
+    assert record["identity"]["network"]["name"] == name
+    assert job.file == f"{name}/{replace(job, network='gpt').file}"
+
+
+def test_a_network_has_a_rate_of_its_own(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    class Kept(Step):
+        def __call__(self, loss: torch.Tensor, factor: float) -> dict[str, float]:
+            shown = super().__call__(loss, factor)
+            rates.append(self.optimizers[0].param_groups[0]["lr"])
+            return shown
+
+    monkeypatch.setattr(stress_run, "Step", Kept)
+    for name in NETWORKS:
+        run_job(
+            Job("ordinary", "adamw", 1.0, 0, replace(SIZE, steps=2), network=name),
+            StopRequest(),
+            corpus,
+        )
+    assert rates == pytest.approx([0.01, 0.01, 0.03, 0.03, 0.01, 0.01])
+
+
 # ------------------------------------------------------------------------------- state
 
 
@@ -244,6 +309,13 @@ def test_a_record_is_known_by_its_fault(corpus: Corpus, monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.setattr(faults, name, value)
             assert identity_of(job, corpus) != before
+    other = replace(job, network="conv")
+    known = identity_of(other, corpus)
+    assert known != before
+    for settings in ({"rate": 2.0}, {"title": "x"}):
+        with monkeypatch.context() as patch:
+            patch.setitem(NETWORKS, "conv", replace(NETWORKS["conv"], **settings))
+            assert (identity_of(other, corpus) != known) == ("rate" in settings)
     changed = replace(FAULTS["noisy"], steps=3)
     monkeypatch.setitem(FAULTS, "noisy", changed)
     assert identity_of(job, corpus) != before
