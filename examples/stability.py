@@ -2,6 +2,7 @@ r"""Where AdamW is stable on a quadratic, what the gate does to it, and what jit
 
     python examples/stability.py             # writes out/stability/stability.png
     python examples/stability.py --out DIR
+    python examples/stability.py --periods   # signs of resonance compared: two minutes of one core
 
 On one direction of curvature h, with a second moment that stands still, AdamW is linear in the
 error x and the first moment m (docs/stability.md derives it):
@@ -204,20 +205,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("out/stability"), help="folder (default: %(default)s)"
     )
-    out: Path = parser.parse_args(argv).out
+    parser.add_argument(
+        "--periods",
+        action="store_true",
+        help="instead, compare signs of resonance on losses that alternate, oscillate and fall",
+    )
+    options = parser.parse_args(argv)
+    out: Path = options.out
     try:
         from common.output_folder import OutputFolder
 
-        figure = _draw()
+        if options.periods:
+            from stress.periods import write_periods
+        figure = None if options.periods else _draw()
     except ModuleNotFoundError as error:
         return missing_module(error)
 
     def write() -> None:
         with OutputFolder(out) as output:
             output.hold()
-            figure.savefig(out / "stability.png", dpi=110)
+            if figure is None:
+                shown = write_periods(out) + f"Results are in {out / 'periods.csv'}."
+            else:
+                figure.savefig(out / "stability.png", dpi=110)
+                shown = str(out / "stability.png")
             output.check()
-        print(out / "stability.png")
+        print(shown)
 
     return exit_status(out, write)
 
