@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Record:
         val_bpb: validation bits per byte; not finite if it diverged.
         seed: of the run.
         warnings: what was noticed while it was trained.
+        pulls: norm of the penalties' gradient in each layer, at the steps of the column ``step``;
+            empty without a penalty.
         devices: that worked on it at once.
     """
 
@@ -99,6 +101,7 @@ class Record:
     val_bpb: float
     seed: int
     warnings: tuple[str, ...] = ()
+    pulls: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     devices: int = 1
 
     @property
@@ -237,6 +240,20 @@ class _Fields:
             raise UsageError(f"{self.where}: val_bpb is {bpb!r}, below 0")
         return bpb
 
+    def pulls(self) -> dict[str, tuple[float, ...]]:
+        """Columns of equal length, of numbers from 0; records of older trainers have none."""
+        columns = {
+            name: tuple(_Fields({name: v}, self.where).number(name, float, 0.0) for v in values)
+            for name, values in self.take("pulls", dict, {}).items()
+            if isinstance(values, list)
+        }
+        lengths = {len(values) for values in columns.values()}
+        if len(columns) != len(self.entry.get("pulls", {})) or len(lengths) > 1:
+            raise UsageError(f"{self.where}: pulls are no columns of one length: {_REMEDY}")
+        if columns and "step" not in columns:
+            raise UsageError(f"{self.where}: pulls have no steps: {_REMEDY}")
+        return columns
+
 
 def _record(entry: Any, path: Path, index: int) -> Record:
     fields = _Fields(entry, f"{path}: record {index}")
@@ -286,6 +303,7 @@ def _record(entry: Any, path: Path, index: int) -> Record:
         val_bpb=model.val_bpb,
         seed=number("seed", int, -_MOST),
         warnings=tuple(notes),
+        pulls=fields.pulls(),
         devices=number("devices", int, 1, 1),
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -26,8 +27,8 @@ from common.statistics import Array, Estimate
 from trainer.arms import Arm
 
 __all__ = [
-    "Style", "cooled_branches", "costs", "gates", "loss_curves", "losses_by_size", "scaling",
-    "series_costs", "styles_of",
+    "Style", "cooled_branches", "costs", "gates", "loss_curves", "losses_by_size", "pulls",
+    "scaling", "series_costs", "styles_of",
 ]  # fmt: skip
 
 _COLUMNS = 4
@@ -35,7 +36,7 @@ _UPRIGHT = 8  # more labels than these are turned
 _MANY_ARMS = 16  # of more, those with strengths of their own are not named one by one
 _CURVE_POINTS = 150  # of a log that has more steps, means of groups are drawn
 _EXTRAPOLATION = 10.0  # how far beyond the largest budget a law is drawn
-_DECADES = 1e6  # of the penalty's share that are shown
+_DECADES = 1e6  # of the penalty's share, and of its pulls, that are shown
 _DPI = 130
 _ABOVE: dict[str, Any] = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
 
@@ -440,6 +441,47 @@ def gates(logs: Logs, records: Sequence[Record]) -> bytes | None:
         shown[2].set_ylim(max(heights) / _DECADES, 2 * max(heights))
     _legend_beside(figure, shown)
     return _png(figure) if any(axes.get_lines() for axes in shown) else None
+
+
+def pulls(records: Sequence[Record]) -> bytes | None:
+    """How hard a penalty pulls at each layer while a model trains; ``None`` without any.
+
+    Of the largest model of each arm, of its first seed; arms with strengths of their own are left
+    out.
+    """
+    largest: dict[str, Record] = {}
+    for record in records:
+        if any(map(sum, _norms(record))) and without_strengths(record.arm) == record.arm:
+            kept = largest.setdefault(record.arm, record)
+            if record.seed == kept.seed and record.params > kept.params:
+                largest[record.arm] = record
+    if not largest:
+        return None
+    columns = min(_COLUMNS, len(largest))
+    rows = math.ceil(len(largest) / columns)
+    height = max(len(_norms(record)) for record in largest.values())
+    size = (2.2 + 2.6 * columns, rows * (1.0 + 0.22 * height))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (arm, record) in zip(panels, largest.items(), strict=False):
+        norms = np.array(_norms(record))
+        scale = LogNorm(norms.max() / _DECADES, norms.max())
+        layers = [drawn_word(name) for name in record.pulls if name != "step"]
+        edges = (0.0, *record.pulls["step"])
+        shown = np.ma.masked_equal(norms, 0.0)
+        mesh = axes.pcolormesh(edges, range(len(layers) + 1), shown, norm=scale, cmap="cividis")
+        axes.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(f"{drawn_word(arm)}, {record.size}", fontsize=9)
+        figure.colorbar(mesh, ax=axes).ax.tick_params(labelsize=7)
+    for axes in panels[len(largest) :]:
+        axes.set_visible(False)
+    figure.supxlabel("step", fontsize=10)
+    return _png(figure)
+
+
+def _norms(record: Record) -> list[tuple[float, ...]]:
+    return [values for name, values in record.pulls.items() if name != "step"]
 
 
 def _penalty_share(row: Mapping[str, Any]) -> float | None:

@@ -239,6 +239,7 @@ def _figures(analysis: Analysis) -> dict[str, bytes | None]:
             "scaling": report_figures.scaling(analysis.laws),
             "cost": report_figures.costs(analysis.costs, records),
             "gates": report_figures.gates(logs, records),
+            "pulls": report_figures.pulls(records),
             "curves": report_figures.loss_curves(logs, records),
         }
     if records and (accounts := own_accounts(analysis.accounts)):

@@ -286,6 +286,7 @@ class Series:
             "val_bpb": bpb,
             "val_bytes": self._validation_bytes(),
             "warnings": state.warnings,
+            "pulls": state.pulls,
             "seed": config.seed,
             "devices": self.run.parallel.world_size,
             "data_sha256": self.run.corpus.sha256,

@@ -92,6 +92,7 @@ def train(
             if is_point:
                 measured = measure()
                 progress.say(health.look(state, update, measured))
+                state.note_pulls()
             recorder.add(state, update, measured)
             recorder.read(state)
             pace.waited(state)

@@ -27,7 +27,7 @@ from ars.regularizers import (
     SubspacePenalty,
 )
 from ars.regularizers.fisher.estimators import ESTIMATORS
-from ars.sharded import reshard
+from ars.sharded import part_of, reshard, sum_of_parts
 from common.errors import DivergedError, UsageError, understanding
 from corpus import batch
 from trainer.arm_optimizer import Optimizer, build_optimizer
@@ -66,6 +66,23 @@ class Inheritance:
         if isinstance(self.penalty, SubspacePenalty):
             return self.penalty.value().detach()
         return 0.0
+
+    def pulls(self) -> dict[str, float]:
+        """Norm of the penalty's gradient in each layer; empty without one. Waits for the device."""
+        if self.penalty is None:
+            return {}
+        value = self.penalty.value()
+        held = dict(self.penalty.named_parameters())
+        layers: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        gradients = torch.autograd.grad(value, list(held.values()))
+        for (name, param), gradient in zip(held.items(), gradients, strict=True):
+            words = name.split(".")
+            layer = ".".join(words[: 1 + words[1].isdigit()])  # wte, blocks.0, ..., lm_head
+            squares, params = layers.setdefault(layer, ([], []))
+            squares.append(part_of(gradient).double().square().sum())
+            params.append(param)
+        norms = torch.stack([sum_of_parts(*parts).sqrt() for parts in layers.values()]).tolist()
+        return dict(zip(layers, norms, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as tensors, numbers and strings (the tensors are not copied)."""
@@ -117,9 +134,11 @@ def inherit_penalties(
     if arm.has("subspace"):
         old = {growth.names[n]: w.shape[1] for n, w in growth.parent.named_parameters()}
         new = {n: w.shape[1] for n, w in growth.model.named_parameters()}
-        columns = {name: k for name, k in old.items() if k < new[name]}
         gamma = arm.strength("subspace", config.subspace_strength)
-        subspace = _subspace(growth.model, columns, gamma)
+        if columns := {name: k for name, k in old.items() if k < new[name]}:
+            subspace = _subspace(growth.model, columns, gamma)
+        else:
+            warnings.warn("subspace restrains nothing: the parent is as wide", stacklevel=2)
     teacher = _distillation(growth.parent, arm, config) if arm.has("distill") else None
     return Inheritance(_combined(ewc, subspace), teacher)
 
@@ -144,11 +163,12 @@ def restore_penalties(
     if state is None:
         return Inheritance(None, distillation)
     both = arm.has("subspace") and "ewc" in state
+    has_bases = both or (arm.has("subspace") and "bases" in state)
     ewc = subspace = None
-    if both or not arm.has("subspace"):
+    if both or not has_bases:
         importance = (state["ewc"] if both else state)["importance"]
         ewc = EWC(model, importance, strength=arm.strength("ewc", config.ewc_strength))
-    if arm.has("subspace"):
+    if has_bases:
         bases = (state["subspace"] if both else state)["bases"]
         columns = {name: len(basis) for name, basis in bases.items()}
         gamma = arm.strength("subspace", config.subspace_strength)
@@ -173,6 +193,7 @@ class TrainingState:
         seconds: spent on growing and training so far, not on evaluating, reporting and saving.
         warnings: what the penalties warned of so far.
         seen: what the next warning depends on.
+        pulls: of the penalty by layer (`Inheritance.pulls`), at some steps, which are a column too.
         log: what tells the rows of its log so far from others.
     """
 
@@ -185,7 +206,15 @@ class TrainingState:
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     seen: dict[str, Any] | None = None
+    pulls: dict[str, list[float]] = field(default_factory=dict)
     log: dict[str, Any] | None = None
+
+    def note_pulls(self) -> None:
+        """Add a row to the pulls, where there is a penalty and they are numbers."""
+        found = self.inheritance.pulls()
+        if found and all(map(math.isfinite, found.values())):
+            for column, value in {"step": self.step, **found}.items():
+                self.pulls.setdefault(column, []).append(value)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as tensors, numbers and strings (the tensors are not copied)."""
@@ -194,6 +223,7 @@ class TrainingState:
             "seconds": self.seconds,
             "warnings": list(self.warnings),
             "seen": self.seen,
+            "pulls": {column: list(values) for column, values in self.pulls.items()},
             "optimizer": self.optimizer.state_dict(),
             "inheritance": self.inheritance.to_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
@@ -331,7 +361,9 @@ def _restored(plan: ModelPlan, run: Run, content: dict[str, Any]) -> TrainingSta
     state.warnings, state.seen = list(content["warnings"]), content["seen"]
     if not isinstance(content["warnings"], list):
         raise ValueError("its warnings are no list")
-    state.log = content.get("log")  # states of earlier versions have none
+    # States of earlier versions have neither.
+    state.log = content.get("log")
+    state.pulls = {c: [v + 0 for v in values] for c, values in content.get("pulls", {}).items()}
     if not (type(state.step) is int and 0 <= state.step <= plan.steps):
         raise ValueError(f"its step is {state.step!r}")
     if not (isinstance(state.seconds, float) and 0 <= state.seconds < math.inf):

@@ -105,6 +105,8 @@ def experiment(tmp_path: Path, seeds: int) -> list[Path]:
                 chain = grown_series(seed, 0.03 - 0.01 * i - noise, f"{method}{suffix}",
                                      f"scratch{suffix}")  # fmt: skip
                 run += [r for r in chain if method.startswith("grown") and r["parent"]]
+                if "ewc" in method:
+                    run[-1]["pulls"] = {"step": [10, 40], "wte": [1.0, 2.0], "lm_head": [0.0, 2.0]}
             run.append(trained(f"d6-other{suffix}", 2.3, seed=seed))
             paths.append(write_run(tmp_path / f"seed-{seed}{suffix}", run))
     return paths
@@ -138,7 +140,7 @@ def test_the_result_stands_first_and_the_claims_follow(whole: Page) -> None:
 
 
 def test_everything_is_in_the_report_of_many_arms(whole: Page) -> None:
-    assert len(whole.images) == 6, "no controller and no penalty is in these logs"
+    assert len(whole.images) == 7, "no controller and no penalty is in these logs"
     for words in (
         "grown+ewc+subspace+ars grown+ewc+subspace d6 3",  # what the controller does
         "grown+distill+ars grown+ars d4 3",  # what the penalty adds
@@ -150,6 +152,7 @@ def test_everything_is_in_the_report_of_many_arms(whole: Page) -> None:
         "d10 ... d20 on paper",
         "7.2B",
         "No logs of a controller or a penalty",
+        "Where the penalties pull: the norm of their gradient in each layer",
         "L(N, D) does not describe them",
     ):
         assert words in whole.text, words
@@ -366,6 +369,33 @@ def test_tasks_that_are_not_core_are_not_called_core() -> None:
     assert "CORE: gpt" in page.text
     assert "CORE 0.4000 ± 0.0107 (baselines of version 1), 0.3000 ± 0.0128" in page.text
     assert "at most 100 items a task" in page.text
+
+
+def test_where_a_penalty_pulls_is_shown_of_the_largest_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [grown_series(seed, arm="grown+ewc") for seed in range(2)]
+    paths = [write(tmp_path / f"{i}.json", run) for i, run in enumerate(runs)]
+    assert report_figures.pulls(read_metrics(paths)) is None
+    for run in runs:
+        for record in run:
+            if record["parent"] is not None:
+                seed, depth = record["seed"], record["depth"]
+                record["pulls"] = {
+                    "step": [10, 40], "wte": [0.0, 3.0], "blocks.0": [0.5 + seed, 4.0], "_$": [0, 0]
+                }  # fmt: skip
+                if depth == 4:
+                    record["pulls"]["wte"] = [9.0, 9.0]
+    paths = [write(tmp_path / f"{i}.json", run) for i, run in enumerate(runs)]
+    figures: list[Figure] = []
+    monkeypatch.setattr(report_figures, "_png", lambda figure: figures.append(figure) or b"png")
+    assert report_figures.pulls(read_metrics(paths)) == b"png"
+    axes = figures[0].axes[0]
+    assert axes.get_title() == "grown+ewc, d6"
+    (mesh,) = axes.collections
+    assert mesh.get_array().tolist() == [[None, 3.0], [0.5, 4.0], [None, None]]
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (4e-6, 4.0)
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 10, 40]
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:

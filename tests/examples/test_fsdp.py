@@ -93,6 +93,10 @@ def bits(folder: Path) -> dict[str, float]:
     return {record["name"]: record["val_bpb"] for record in records}
 
 
+def pulls(folder: Path) -> dict[str, list[float]]:
+    return json.loads((folder / "metrics.json").read_text())[-1]["pulls"]
+
+
 @pytest.mark.slow
 def test_weights_are_divided(runs: tuple[Path, list[Any]]) -> None:
     _, (in_two, in_three) = runs
@@ -108,6 +112,10 @@ def test_weights_are_divided(runs: tuple[Path, list[Any]]) -> None:
 def test_divided_models_are_those_of_one_process(runs: tuple[Path, list[Any]], name: str) -> None:
     folder, _ = runs
     assert bits(folder / name) == pytest.approx(bits(folder / "one"), abs=2e-4)
+    one, other = (pulls(folder / run) for run in ("one", name))
+    assert one.keys() == other.keys() == {"step", "wte", "blocks.0", "blocks.1", "lm_head"}
+    for column, values in one.items():
+        assert other[column] == pytest.approx(values, rel=0.01), column
     for path in (folder / "one/checkpoints").glob("*.pt"):
         expected, found = (
             torch.load(folder / run / "checkpoints" / path.name, weights_only=True)["model"]

@@ -1,6 +1,7 @@
 """Chains of models: which parents they have, and where in the data each reads on."""
 
 import copy
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,25 @@ def test_no_model_reads_what_the_trunks_before_it_have_read(
     assert read["d2-grown@0.5"] == read["d2-grown"][8:10]
 
 
+def test_a_subspace_without_new_columns_is_said_and_leaves_the_rest(
+    series: Series, tmp_path: Path
+) -> None:
+    words = ("--depths", "1x16,2x16", "--checkpoint-seconds", "0")
+    words += ("--arms", "grown+subspace,grown+ewc,grown+ewc+subspace")
+    with pytest.raises(RunInterruptedError):
+        series(tmp_path, Stop(38), *words)
+    series(tmp_path, None, *words)
+    found = {r["arm"]: r for r in json.loads((tmp_path / "metrics.json").read_text())}
+    said = ["subspace restrains nothing: the parent is as wide"]
+    assert found["grown+subspace"]["warnings"] == said
+    assert found["grown+subspace"]["pulls"] == found["scratch"]["pulls"] == {}
+    ewc, both = found["grown+ewc"], found["grown+ewc+subspace"]
+    assert (ewc["warnings"], both["warnings"]) == ([], said)
+    assert (ewc["val_bpb"], ewc["pulls"]) == (both["val_bpb"], both["pulls"])
+    assert ewc["pulls"]["step"][-1] == ewc["steps"]
+    assert all(norm > 0 for norm in ewc["pulls"]["blocks.0"][1:])
+
+
 def test_what_growing_warns_of_is_said_when_training_begins(
     series: Series,
     tmp_path: Path,
@@ -131,16 +151,25 @@ def test_penalties_hold_the_parents_part_wherever_its_blocks_are(blocks: str) ->
     growth = grow(parent, config, torch.Generator().manual_seed(0), blocks=blocks)
     importance = {name: torch.ones_like(weight) for name, weight in parent.named_parameters()}
     arm = parse_arm("grown+ewc=1+subspace=1")
-    kept = training_state.inherit_penalties(growth, arm, SeriesConfig(), importance).penalty
-    assert isinstance(kept, ProgressiveInheritance)
-    assert not any(part.detach() for part in kept.parts().values())
+    kept = training_state.inherit_penalties(growth, arm, SeriesConfig(), importance)
+    penalty = kept.penalty
+    assert isinstance(penalty, ProgressiveInheritance)
+    assert not any(part.detach() for part in penalty.parts().values())
+    assert not any(kept.pulls().values())
+    assert training_state.Inheritance().pulls() == {}
     old = set(growth.names.values())
     assert len(old) == 14
     for name, weight in growth.model.named_parameters():
         for place, part in (((0, 0), "ewc"), ((0, -1), "subspace")):
             with torch.no_grad():
                 weight[place] += 1.0
-            moved = {key for key, value in kept.parts().items() if value.detach() > 0.01}
+            moved = {key for key, value in penalty.parts().items() if value.detach() > 0.01}
             assert moved == ({part} if name in old else set()), name
+            if part == "ewc" and name in old:
+                pulls = kept.pulls()
+                layer = name.removesuffix(".weight").split(".attn")[0].split(".mlp")[0]
+                strength = penalty.strength * penalty.ewc.importance[name][place].item()
+                assert {key for key, norm in pulls.items() if norm > 0.01} == {layer}
+                assert pulls[layer] == pytest.approx(strength)
             with torch.no_grad():
                 weight[place] -= 1.0

@@ -24,7 +24,7 @@ from trainer.training_state import restore
 WORDS = ("--arms", "grown+ewc+ars", "--checkpoint-seconds", "0")
 
 # What may be anything without harm: it is not used on this device, or any value is a right one.
-FREE = ("/run", "/log", "/inheritance/penalty/estimator")
+FREE = ("/run", "/log", "/pulls", "/inheritance/penalty/estimator")
 
 
 def places(content: Any, place: str = "") -> Iterator[tuple[str, Any]]:
