@@ -172,6 +172,23 @@ def test_every_module_imports_from_the_installed_wheel(installed: Path) -> None:
     assert not any(path.is_symlink() for path in installed.rglob("*"))
 
 
+@pytest.mark.slow
+def test_the_readmes_scripts_type_check_strictly_against_the_wheel(
+    installed: Path, tmp_path: Path
+) -> None:
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    (site,) = tmp_path.glob("venv/lib/python*/site-packages")
+    (site / "found.pth").write_text("\n".join([str(installed), *site_packages()]))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    scripts = [tmp_path / f"block_{number}.py" for number in range(len(blocks))]
+    for script, block in zip(scripts, blocks, strict=True):
+        script.write_text(block)
+    # Tensor.backward has no types.
+    options = ["--strict", "--untyped-calls-exclude=torch", "--cache-dir", tmp_path / "cache"]
+    python = ["--python-executable", tmp_path / "venv/bin/python"]
+    run(sys.executable, "-m", "mypy", *options, *python, *scripts, cwd=tmp_path)
+
+
 def test_package_works_where_triton_cannot_be_imported(installed: Path) -> None:
     step = """
 from ars import ARSAdamW
