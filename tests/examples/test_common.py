@@ -1,13 +1,37 @@
-"""What all programs share: estimates, intervals and tables."""
+"""What all programs share: their beginning, estimates, intervals and tables."""
 
 import math
+import signal
+import sys
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from program_helpers import Refused
 from scipy import stats
 
+from common.program import Begun, program
 from common.statistics import Estimate, bootstrap_interval, share_interval
 from common.tables import aligned, markdown
+
+
+def test_what_a_program_imports_may_be_missing_but_nothing_of_its_own(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, default = "pandas", signal.getsignal(signal.SIGTERM)
+
+    @program
+    def main(argv: Sequence[str] | None) -> Begun:
+        assert signal.getsignal(signal.SIGTERM) != default, "a signal meanwhile is one line too"
+        monkeypatch.setitem(sys.modules, name, None)
+        __import__(name)
+        return None, lambda: None
+
+    expected = "error: the module pandas is missing: pip install 'ars-triton[examples]'\n"
+    assert refused(main, []) == expected
+    name = "analysis"
+    with pytest.raises(ModuleNotFoundError):
+        main([])
 
 
 def test_the_interval_is_students() -> None:
