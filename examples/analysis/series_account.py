@@ -258,10 +258,10 @@ class SeriesAccount:
                 f"{self.deficit:+.4f} bits per byte)"
             )
         saving = self.saving.mean
-        return (
-            f"{abs(saving):.0%} {'saved' if saving >= 0 else 'more'} at equal loss, all "
-            f"{self.compared} models compared end at or below their twins"
-        )
+        ends = f"all {self.compared} models compared end at or below their twins"
+        if self.compared == 1:
+            ends = "the one model compared ends at or below its twin"
+        return f"{abs(saving):.0%} {'saved' if saving >= 0 else 'more'} at equal loss, {ends}"
 
     @property
     def rows(self) -> list[tuple[str, ...]]:

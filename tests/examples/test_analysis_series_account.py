@@ -108,6 +108,8 @@ def test_a_saving_at_equal_loss_needs_every_member_of_every_seed(tmp_path: Path)
         "44% of their seconds: 56% saved at equal loss, all 6 models compared end at or below "
         "their twins."
     )
+    (said,) = [each for each in only(tmp_path, grown_series()[:3]).sentences if "saved" in each]
+    assert said.endswith("the one model compared ends at or below its twin.")
     (d4,) = (r for r in runs[1] if r["name"] == "d4-grown")
     d4["val_bpb"] = d4["cooled"][-1]["val_bpb"] = 2.7
     account = only(tmp_path, *runs)
