@@ -109,17 +109,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode, and every module back as it was afterwards.
 
     Recurrent layers stay in training mode with their dropout at 0, which computes the same: cuDNN
-    differentiates them in no other mode.
+    differentiates them in no other mode. Hugging Face's models keep no caches meanwhile, which
+    they would write in place.
     """
     training = {module: module.training for module in model.modules()}
     dropout = {m: m.dropout for m in model.modules() if isinstance(m, nn.RNNBase)}
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
     model.eval()
     try:
+        for config in caching:
+            config.use_cache = False
         for recurrent in dropout:
             recurrent.train()
             recurrent.dropout = 0.0
         yield
     finally:
+        for config in caching:
+            config.use_cache = True
         for recurrent, probability in dropout.items():
             recurrent.dropout = probability
         for module, flag in training.items():

@@ -9,7 +9,10 @@ Which dimension of a layer's input holds the samples is found by comparing one s
 with two samples': the dimension that doubles. Where none does (a position embedding, read once for
 all samples and broadcast) the layer's output is expanded to the samples before it is used, so that
 its gradient arrives before broadcasting adds the samples up. So is a parameter that a module adds
-or concatenates by itself, if its first dimension is 1 (a class token, a position embedding).
+or concatenates by itself, if its first dimension is 1 (a class token, a position embedding). What
+has no dimension of 1 for them is followed to where it meets the samples
+(:mod:`ars.regularizers.fisher.shared`): a bias of relative positions, a parameter of a module with
+layers below it, the weights of a layer that such a module reads without calling it.
 
 That is a guess from shapes. Two proofs make it safe, before anything is added:
 
@@ -35,8 +38,15 @@ import torch
 from torch import Tensor, nn
 
 from ars.regularizers.fisher.estimators import Chunk, Samples, cotangents, with_lookahead
-from ars.regularizers.fisher.row_proof import Passes, RowProof, computed_in, outputs_tolerance
+from ars.regularizers.fisher.row_proof import (
+    Operators,
+    Passes,
+    RowProof,
+    computed_in,
+    outputs_tolerance,
+)
 from ars.regularizers.fisher.rules import (
+    PATCHES,
     Contribution,
     Pieces,
     Rule,
@@ -44,12 +54,16 @@ from ars.regularizers.fisher.rules import (
     add_squares_of_uses_,
     can_be_differentiated,
     differentiated,
+    is_known_to_mix,
     rule_of,
     to_samples,
 )
+from ars.regularizers.fisher.shared import Shared
 
 __all__ = ["Taps", "UnsupportedModelError"]
 
+# Elements of all samples' gradients of a parameter that a module uses by itself.
+LOOSE = 8 * PATCHES
 # What a tap's backward pass is given: (the layer's input, its output's gradient).
 _Record: TypeAlias = Callable[[Tensor, Tensor], None]
 
@@ -156,19 +170,24 @@ class Taps:
     ) -> None:
         self._model = model
         self._names = {p: name for name, p in parameters.items()}
+        # Parameters that modules use themselves, with a first dimension of 1 and without one.
         self._broadcast: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._own: dict[nn.Module, dict[str, nn.Parameter]] = {}
+        self._loose: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._layers = self._tapped_layers()
         one, two = self._shapes(inputs[:1]), self._shapes(inputs[:2])
         if [seen.module for seen in one] != [seen.module for seen in two]:
             raise UnsupportedModelError("one sample takes another path than two")
+        for module in self._layers.keys() - {seen.module for seen in one}:
+            del self._layers[module]
+            self._loose += [(module, name, p) for name, p in self._own.pop(module).items()]
         self._calls: dict[nn.Module, list[_Call]] = {m: [] for m in self._layers}
         uses: Counter[nn.Parameter] = Counter()
         for alone, both in zip(one, two, strict=True):
             module = alone.module
             self._calls[module].append(self._call(alone, both))
             uses.update(set(module.parameters(recurse=False)))
-        uses.update(p for _, _, p in self._broadcast)
+        uses.update(p for _, _, p in (*self._broadcast, *self._loose))
         self._shared = {p for p, n in uses.items() if n > 1}
         self._pending: dict[nn.Parameter, list[Contribution]] = {}
         self._generator = torch.Generator(inputs.device).manual_seed(0)
@@ -181,6 +200,9 @@ class Taps:
 
     def _tapped_layers(self) -> dict[nn.Module, str]:
         layers = {}
+        known = {
+            p for m in self._model.modules() if rule_of(m) for p in m.parameters(recurse=False)
+        }
         for path, module in self._model.named_modules():
             own = {n: p for n, p in module.named_parameters(recurse=False) if p in self._names}
             if own and rule_of(module) is not None:
@@ -191,10 +213,12 @@ class Taps:
             elif can_be_differentiated(module, self._names):
                 layers[module] = f"{type(module).__name__} {path or 'itself'!r}"
                 self._own[module] = own
-            else:
+            elif is_known_to_mix(module):
                 raise UnsupportedModelError(
                     f"{type(module).__name__} {path or 'itself'!r} has no rule"
                 )
+            else:  # another name of a layer's parameter, or its own
+                self._loose += [(module, name, p) for name, p in own.items() if p not in known]
         return layers
 
     def _shapes(self, inputs: Samples) -> list[_Seen]:
@@ -285,16 +309,36 @@ class Taps:
     def _expanded(
         self, samples: int, root: Tensor, record: Callable[..., _Record]
     ) -> Iterator[None]:
-        """Put a copy for every sample in the place of each broadcast parameter."""
+        """Put a copy for every sample in the place of each parameter that modules use themselves.
+
+        Raises:
+            UnsupportedModelError: The copies of one are too large.
+        """
+        constants = self._constants()
         try:
             for module, name, p in self._broadcast:
                 copies = p.detach().expand(samples, *p.shape[1:])
                 tapped = _Tap.apply(copies, root.detach(), root, record(p))
                 module._parameters[name] = tapped
+            for module, name, p in self._loose:
+                if samples * p.numel() > LOOSE:
+                    raise UnsupportedModelError(
+                        f"{type(module).__name__} uses {self._names[p]!r} by itself, whose "
+                        f"gradients of {samples} samples are too large to be held (chunk_size "
+                        "divides a batch)"
+                    )
+                copies = p.detach().expand(samples, *p.shape)
+                tapped = _Tap.apply(copies, root.detach(), root, record(p))
+                module._parameters[name] = Shared.of(tapped, constants)  # type: ignore[assignment]
             yield
         finally:
-            for module, name, p in self._broadcast:
+            for module, name, p in (*self._broadcast, *self._loose):
                 module._parameters[name] = p
+
+    def _constants(self) -> set[int]:
+        """The addresses of what holds no samples."""
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        return {Operators.address(tensor) for tensor in tensors}
 
     def add_squares(
         self, total: dict[str, Tensor], estimator: str, chunk: Chunk, *, prove: bool = True
@@ -317,6 +361,7 @@ class Taps:
         calls: Counter[nn.Module] = Counter()
         tapped: list[str] = []
         float16 = False
+        constants = self._constants()
 
         def number(name: str) -> int:
             tapped.append(name)
@@ -331,9 +376,12 @@ class Taps:
                 raise UnsupportedModelError(f"{name} was not used at first")
             call = known[calls[module] % len(known)]
             calls[module] += 1
+            is_shared = isinstance(output, Shared)
+            x, output = (t.each if isinstance(t, Shared) else t for t in (x, output))
             x = x.detach()
             if call.dim is None and not call.is_expanded(x):
                 skip = int(call.has_sample_dim)
+                is_shared = not skip
                 x, output = (t.expand(samples, *t.shape[skip:]) for t in (x, output))
             elif call.shares_output and len(output) == 1:
                 output = output.expand(samples, *output.shape[1:])
@@ -361,16 +409,17 @@ class Taps:
                             if isinstance(use, Pieces):
                                 use.gradients(slice(1))
 
-            return _Tap.apply(output, x, root, record)
+            tapped_output: Tensor = _Tap.apply(output, x, root, record)
+            return Shared.of(tapped_output, constants) if is_shared else tapped_output
 
         def record_copies(p: nn.Parameter) -> _Record:
             me = number(f"parameter {self._names[p]!r}")
 
             def record(_: Tensor, gradient: Tensor) -> None:
                 if self._proof is not None:
-                    self._proof.add(me, gradient)
+                    self._proof.add(me, gradient.reshape(samples, 1, -1))
                 elif self._squaring:
-                    self._add(total, p, Sums(gradient.unsqueeze(1)))
+                    self._add(total, p, Sums(gradient.reshape(samples, *p.shape)))
 
             return record
 
@@ -447,16 +496,17 @@ class Taps:
     def _check_independence(self, logits: Tensor, chunk: Chunk) -> None:
         """Raise UnsupportedModelError if a random sample's logits depend on the others."""  # noqa: DOC501
         n = int(torch.randint(len(logits), (), generator=self._generator, device=logits.device))
-        copies = [module._parameters[name] for module, name, _ in self._broadcast]
+        expanded = (*self._broadcast, *self._loose)
+        copies = [module._parameters[name] for module, name, _ in expanded]
         self._without_taps = True
         try:
-            for module, name, p in self._broadcast:
+            for module, name, p in expanded:
                 module._parameters[name] = p
             with torch.no_grad():
                 alone = chunk.inputs[n : n + 1].run(self._model)
         finally:
             self._without_taps = False
-            for (module, name, _), copy in zip(self._broadcast, copies, strict=True):
+            for (module, name, _), copy in zip(expanded, copies, strict=True):
                 module._parameters[name] = copy
         together = logits.detach()[n : n + 1]
         largest = together[together.isfinite()].abs().amax() if together.isfinite().any() else 0.0

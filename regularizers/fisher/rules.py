@@ -54,6 +54,7 @@ __all__ = [
     "can_be_differentiated",
     "choose_squares",
     "differentiated",
+    "is_known_to_mix",
     "is_transposed",
     "patches_of",
     "rule_of",
@@ -538,6 +539,15 @@ def is_transposed(module: nn.Module) -> bool:
 _NEVER_ALONE = (
     nn.modules.batchnorm._NormBase, nn.MultiheadAttention, nn.RNNBase, nn.Transformer,
 )  # fmt: skip
+
+
+def is_known_to_mix(module: nn.Module) -> bool:
+    """Whether what a module does with its parameters cannot be followed sample by sample.
+
+    Args:
+        module: Any module.
+    """
+    return "forward" in vars(module) or isinstance(module, (*_NEVER_ALONE, nn.Embedding))
 
 
 def can_be_differentiated(module: nn.Module, trained: Collection[Tensor]) -> bool:

@@ -69,6 +69,7 @@ FAMILIES = {
     "masked": ("BertForMaskedLM", "BertConfig", SIZES),
     "tagged": ("BertForTokenClassification", "BertConfig", {**SIZES, "num_labels": 5}),
     "classified": ("BertForSequenceClassification", "BertConfig", {**SIZES, "num_labels": 5}),
+    "mamba": ("MambaForCausalLM", "MambaConfig", {**SIZES, "state_size": 4}),
     "mixtral": (
         "MixtralForCausalLM",
         "MixtralConfig",
@@ -76,8 +77,8 @@ FAMILIES = {
     ),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5),
 }
-CAUSAL = {"gpt2", "llama", "opt", "mixtral"}
-ONE_PASS = {"gpt2", "opt", "bart", "llama", "tagged", "classified"}
+CAUSAL = {"gpt2", "llama", "opt", "mixtral", "mamba"}
+ONE_PASS = {*FAMILIES} - {"mixtral"}
 
 
 def build(family):
@@ -227,3 +228,17 @@ def test_factors_of_mixtral_are_of_every_expert(implementation):
         a, g = (factor.diagonal(dim1=-2, dim2=-1) for factor in factors[name])
         torch.testing.assert_close(g[:, :, None] * a[:, None, :], squares[name])
         assert (squares[name].flatten(1).amax(1) > 0).tolist().count(True) == 2
+
+
+@pytest.mark.parametrize("method", ["hooks", "vmap"])
+def test_a_model_keeps_no_cache_meanwhile(method):
+    """Mamba writes to its cache in place."""
+    model, batch = build("mamba"), batch_of("mamba")
+    pairs = [(batch["input_ids"], batch["input_ids"])]
+    assert model.config.use_cache
+    found, loop = (
+        DiagonalFisher(model, "empirical", method=each).fit(pairs).importance
+        for each in (method, "loop")
+    )
+    assert relative_error(found, loop) < FLOAT32_LOSS
+    assert model.config.use_cache is True

@@ -86,14 +86,14 @@ def test_sparse_embeddings_where_vmap_cannot_go(relative_error):
 
 
 class Branching(nn.Module):
-    """Looks at a value in long sequences; has a parameter that no rule knows."""
+    """Looks at a value in long sequences; has attention, which no rule knows."""
 
     def __init__(self):
         super().__init__()
-        self.weight, self.head = nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+        self.attention, self.head = nn.MultiheadAttention(4, 1), nn.Linear(4, 3)
 
     def forward(self, x):
-        x = x * self.weight
+        x = self.attention(*3 * (x.transpose(0, 1),))[0].transpose(0, 1)
         if x.shape[1] > 4 and x.sum() > 0:
             x = 2 * x
         return self.head(x)

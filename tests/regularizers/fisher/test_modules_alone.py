@@ -147,17 +147,6 @@ class Centred(RMSNorm):
         return super().forward(hidden_states - hidden_states.mean(0, keepdim=True))
 
 
-class Outer(nn.Module):
-    """Has a parameter of its own above a layer that is trained."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.head = nn.Parameter(torch.ones(WIDTH)), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, hidden_states):
-        return self.head(self.weight * hidden_states)
-
-
 class Conditional(RMSNorm):
     """Looks at a value, which vmap cannot."""
 
@@ -228,7 +217,6 @@ def test_a_module_may_read_a_second_tensor(second, estimator, relative_error):
     ("model", "match"),
     [
         (Model(norm=Centred), "gives '.*' another gradient|influence one another"),
-        (Model(norm=Outer), "Outer 'norm' has no rule"),
         (Model(norm=Conditional), "vmap"),
         (PairModel(lambda x: x.roll(1, 0)), "influence one another|another gradient|other samples"),
         (PairModel(lambda x: x.mean((0, 1)).expand(2 * len(x) - 1, 1, WIDTH)[:1]),
