@@ -4,6 +4,7 @@
     make matrix ARGS="--list"                     # the sessions
     make matrix ARGS="-s 'tests-3.12(2.11)'"      # one of them
     make matrix ARGS="-p 3.12 -- -k fisher"       # one Python, and options for pytest
+    PYENV_VERSION=3.10.13:3.12.1 make matrix      # with pyenv, which hides what is not named
 
 A session installs the package and what its tests need by constraints.txt, with the versions of its
 pair in place of those pinned there, and is removed when its tests have passed (some GB each);
