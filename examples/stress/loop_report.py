@@ -93,8 +93,8 @@ def lost_shares(record: Record, alarm: int | None) -> float | None:
 
     Example:
         >>> curves = {"times": [0, 5, 10], "validation": [3.0, 3.5, 5.0]}
-        >>> lost_shares({"curves": curves}, 2), lost_shares({"curves": curves}, None)
-        (0.25, None)
+        >>> [lost_shares({"curves": curves}, alarm) for alarm in (2, 5, 6, None)]
+        [0.25, 0.25, 1.0, None]
     """
     if alarm is None:
         return None
