@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None) -> Begun:
                     found = run_kept(output, loops, corpus, workers, stop, run_loop, identity_of)
                     table = write_loop(out, dict(zip(loops, found, strict=True)))
                     output.check()
-                    print(f"{table}\nResults are in {out}: loop.md, loop.png, runs/.")
+                    print(f"{table}\nResults are in {out}: loop.md, loop.json, loop.png, runs/.")
                     return
                 records = run_all(output, jobs, corpus, options.workers, stop)
                 rows = write_summary(out, jobs, records, corpus, command())

@@ -4,6 +4,7 @@ A signal's limit is 1.25 times its largest value in ordinary training of the tun
 least 0.05 bits.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -154,7 +155,7 @@ def loop_tables(runs: Runs) -> str:
 
 
 def write_loop(folder: Path, runs: Runs) -> str:
-    """Write ``loop.md`` and ``loop.png``.
+    """Write ``loop.md``, ``loop.png``, and ``loop.json``, which the tables are made from.
 
     Args:
         folder: output folder.
@@ -165,9 +166,24 @@ def write_loop(folder: Path, runs: Runs) -> str:
     """
     text = loop_tables(runs)
     write_atomically(folder / "loop.md", text)
+    write_atomically(folder / "loop.json", _to_json(runs))
     with replacing(folder / "loop.png") as unfinished:
         _drawn(runs).savefig(unfinished, format="png", dpi=120, metadata={"Software": None})
     return text
+
+
+def _to_json(runs: Runs) -> str:
+    """One line a run; signals of those alone that are judged by them."""
+    lines = []
+    for job, record in runs.items():
+        judged = job.anchor == "none" and job.share in (0.0, ORDINARY)
+        kept = {n: values for n, values in record["curves"].items() if judged or n not in SIGNALS}
+        run = {"anchor": job.anchor, "share": job.share, "seed": job.seed, "curves": kept}
+        lines.append(f"    {json.dumps(run, allow_nan=False)}")
+    identity = next(iter(runs.values()))["identity"]
+    common = {n: value for n, value in identity.items() if n not in ("anchor", "share", "seed")}
+    settings, listed = json.dumps(common, allow_nan=False), ",\n".join(lines)
+    return f'{{\n  "settings": {settings},\n  "runs": [\n{listed}\n  ]\n}}\n'
 
 
 def _drawn(runs: Runs) -> Figure:

@@ -1,5 +1,6 @@
 """The feedback loop under an anchor: its batches, its signals, its alarms and its report."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from stress.loop_report import limits, loop_tables
 from stress.scenarios import Size, Stream, load_file
 from stress.stress_options import parse_options
 
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "ars"
 SIZE = Size(layers=1, width=32, sequence_len=16, batch_size=4, steps=40)
 
 
@@ -171,6 +174,20 @@ def test_the_whole_path(
     assert narcissus.main(words) == 0
     assert capsys.readouterr().out == printed
     assert files == {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+
+
+def test_the_documentation_shows_the_tables_of_the_raw_results() -> None:
+    content = json.loads((RESULTS / "loop.json").read_text())
+    size = Size(**content["settings"]["size"])
+    runs = {
+        LoopJob(run["anchor"], run["share"], run["seed"], size): {"curves": run["curves"]}
+        for run in content["runs"]
+    }
+    text = loop_tables(runs)
+    document = (ROOT / "docs" / "ars.md").read_text()
+    for part in text.split("\n\n"):
+        if part.startswith("|"):
+            assert part in document
 
 
 def test_ten_seeds_are_reported_and_five_others_give_the_limits() -> None:

@@ -29,15 +29,16 @@ def means() -> dict[tuple[int, str, float], float]:
     return {key: fmean(values) for key, values in groups.items()}
 
 
-@pytest.mark.parametrize("name", ["methods", "strengths"])
+@pytest.mark.parametrize("name", ["methods", "strengths", "classes"])
 def test_tables_are_those_of_the_raw_results(name: str) -> None:
     found = content(name)
     table = markdown_table(Settings(**found["settings"]), found["runs"])
     assert (RESULTS / name / "table.md").read_text() == table
 
 
-def test_the_documentation_shows_the_table() -> None:
-    rows = (RESULTS / "methods" / "table.md").read_text().split("\n\n")[0]
+@pytest.mark.parametrize("name", ["methods", "classes"])
+def test_the_documentation_shows_the_table(name: str) -> None:
+    rows = (RESULTS / name / "table.md").read_text().split("\n\n")[0]
     assert rows in (ROOT / "docs" / "continual.md").read_text()
 
 
