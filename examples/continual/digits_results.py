@@ -252,9 +252,9 @@ def _plot_course(path: Path, frame: pd.DataFrame) -> None:
             continue
         style["linestyle"] = "--" if method in _WRONG else "-"
         sns.lineplot(
-            seen.melt(), x="variable", y="value", errorbar="se", ax=axes, marker="o", markersize=4,
-            markeredgewidth=0, linewidth=1.4, err_kws={"alpha": 0.15, "linewidth": 0},
-            legend=False, **style,
+            seen.melt(), x="variable", y="value", errorbar="se", ax=axes, markersize=4,
+            marker="os"[number // 10 % 2], markeredgewidth=0, linewidth=1.4, legend=False,
+            err_kws={"alpha": 0.15, "linewidth": 0}, **style,
         )  # fmt: skip
     axes.set_xticks(range(1, int(frame["tasks"].iloc[0]) + 1))
     axes.set_ylim(0, 100)

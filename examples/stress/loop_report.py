@@ -125,8 +125,8 @@ def loop_tables(runs: Runs) -> str:
     gained = Estimate.of([_lost(record)[-1] for record in ordinary]).plus_minus("+.2f")
     looped = by_kind["none", 0.0]
     seen: list[tuple[str, ...]] = [
-        ("signal", "limit", "false alarms", "noticed", "before half", "lost at the alarm, median",
-         "most", "step, median")
+        ("signal", "limit", "false alarms", "noticed", "before half", "lost then", "at most",
+         "step")
     ]  # fmt: skip
     at = limits(runs)
     for name, alarm in _alarms(runs).items():
@@ -150,7 +150,7 @@ def loop_tables(runs: Runs) -> str:
         f"{len(looped)} seeds. Ordinary training for as long: {gained}.\n\n"
         f"{markdown(seen, 'lr', padded=True)}\n\n"
         "- No anchor, 0 % real. A false alarm is one in ordinary training of the same seeds. "
-        "Lost at the alarm: as a share of what is lost at the end.\n"
+        "Lost then: at the alarm, as a share of what is lost at the end. Medians.\n"
     )
 
 
@@ -204,7 +204,7 @@ def _drawn(runs: Runs) -> Figure:
                 label=label if share == 0 else None,
             )  # fmt: skip
     grid[0].plot(times, mean("none", ORDINARY, _lost), color="0.4", label="ordinary training")
-    grid[0].set_title("lost on held-out text (solid, dashed, dotted: 0, 1, 10 % real)", fontsize=9)
+    grid[0].set_title("lost (solid, dashed, dotted: 0, 1, 10 % real)", fontsize=9)
     grid[0].legend(frameon=False, fontsize=8)
     for axes, (name, limit) in zip(grid[1:], limits(runs).items(), strict=True):
         axes.plot(mean("none", 0.0, _signal(name)), color="C0")
