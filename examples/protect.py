@@ -1,7 +1,7 @@
 """Train a GPT on one text, then on another, and measure what each method keeps of the first.
 
     python examples/protect.py            # all methods, on two texts that come with Python
-    python examples/protect.py --quick    # the same path in under a minute
+    python examples/protect.py --quick    # the same path in about a minute
     python examples/protect.py --help
 
 Exit status: 0 done; 2 the command line, a text or the output folder is wrong; 130 or 143

@@ -67,7 +67,7 @@ class Options:
         second_tokens: of the second training; ``None``: 2, with --quick 1.
         fisher_samples: sequences of the first text that penalties are fitted on; ``None``: 256,
             with --quick 16.
-        quick: the whole path in under a minute, by smaller defaults and one strength a method.
+        quick: the whole path in about a minute, by smaller defaults and one strength a method.
         workers: runs at a time, each on one thread.
     """
 

@@ -243,9 +243,11 @@ def _samples(records: Sequence[Record], families: Mapping[str, Mapping[int, str]
         right.plot(list(counts), seconds, **style)
     left.set_ylabel("lost at half learned (bits per byte)")
     right.set_ylabel("CPU seconds before training")
-    right.set_yscale("log")
+    numbers = sorted({count for counts in families.values() for count in counts})
     for axes in (left, right):
-        axes.set_xscale("log", base=4)
+        axes.set_xscale("log")
+        axes.set_xticks(numbers, [str(count) for count in numbers])
+        axes.minorticks_off()
         axes.set_xlabel("sequences of the first text")
         _polish(axes)
     left.legend(frameon=False, fontsize=9)
