@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from contest import PLAYED_BACK, Candidate, Contest
+from fisher_families import TRANSFORMERS, batch_of, forward_backward, model_of
 from step_peers import quiet
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from ars.regularizers import DiagonalFisher
 from ars.regularizers.fisher import diagonal
@@ -23,73 +22,11 @@ from ars.regularizers.fisher import diagonal
 pytestmark = PLAYED_BACK
 
 BASELINE = "forward + backward"
-WIDTH, LENGTH, BATCH, BATCHES, VOCABULARY = 64, 16, 8, 2, 256
+WIDTH, LENGTH, BATCH, BATCHES = 64, 16, 8, 2
 OURS = 1e-4  # float32 rounding of squares, relative to each tensor's largest entry
 ROUNDS = 3
-LLAMA = {
-    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH,
-    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-}  # fmt: skip
-T5 = {
-    "vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 32, "d_ff": 2 * WIDTH, "num_layers": 2,
-    "num_heads": 2, "decoder_start_token_id": 0,
-}  # fmt: skip
-GPT2 = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": WIDTH, "n_layer": 2, "n_head": 2}
-MAMBA = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "state_size": 8, "num_hidden_layers": 2}
-VIT = {**LLAMA, "image_size": 16, "patch_size": 4, "num_labels": 10}
-# Model, configuration and sizes of transformers.
-TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpt-2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
-    "t5": ("T5ForConditionalGeneration", "T5Config", T5),
-    "bert": ("BertForMaskedLM", "BertConfig", LLAMA),
-    "vit": ("ViTForImageClassification", "ViTConfig", VIT),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 4}),
-    "mamba": ("MambaForCausalLM", "MambaConfig", MAMBA),
-}
 FAMILIES = [*TRANSFORMERS, "convnet", "mlp"]
 WAYS = ("auto", "hooks", "vmap", "loop")
-
-
-def model_of(family: str) -> nn.Module:
-    """Make a model at random."""
-    torch.manual_seed(0)
-    if family == "convnet":
-        return nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-            nn.Conv2d(32, WIDTH, 3, stride=2), nn.GroupNorm(4, WIDTH), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, 10),
-        )  # fmt: skip
-    if family == "mlp":
-        return nn.Sequential(nn.Linear(WIDTH, 256), nn.ReLU(), nn.Linear(256, 10))
-    import transformers
-
-    kind, config, sizes = TRANSFORMERS[family]
-    return getattr(transformers, kind)(getattr(transformers, config)(**sizes))
-
-
-def batch_of(family: str) -> Any:
-    """Make a batch as the model is trained on."""
-    classes = torch.randint(10, (BATCH,))
-    if family == "mlp":
-        return torch.randn(BATCH, WIDTH), classes
-    images = torch.randn(BATCH, 3, 16, 16)
-    if family == "convnet":
-        return images, classes
-    if family == "vit":
-        return {"pixel_values": images, "labels": classes}
-    ids = torch.randint(1, VOCABULARY, (BATCH, LENGTH))
-    return {"input_ids": ids, "labels": ids.clone()}
-
-
-def forward_backward(model: nn.Module, batches: list[Any]) -> None:
-    """One ordinary gradient a batch."""
-    for batch in batches:
-        if isinstance(batch, dict):
-            loss = model(**batch).loss
-        else:
-            loss = functional.cross_entropy(model(batch[0]), batch[1])
-        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
 
 def on(device: str, batch: Any) -> Any:
@@ -130,8 +67,8 @@ def families(request, device, contest) -> Contest:
     if family in TRANSFORMERS and importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     made: Contest = contest(f"fisher of {family}", BASELINE, rounds=ROUNDS, count_costs=False)
-    model = model_of(family).to(device).eval()
-    batches = [on(device, batch_of(family)) for _ in range(BATCHES)]
+    model = model_of(family, WIDTH, LENGTH).to(device)
+    batches = [on(device, batch_of(family, WIDTH, LENGTH, BATCH)) for _ in range(BATCHES)]
     made.candidates[BASELINE] = Candidate(lambda: forward_backward(model, batches))
     runs = {}
     for way in WAYS:

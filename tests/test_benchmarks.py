@@ -177,3 +177,37 @@ def test_a_source_that_cannot_be_drawn_is_named(content, message, tmp_path: Path
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "none.png").exists()
+
+
+def test_the_prices_of_the_fisher_are_the_fit_of_what_was_measured(monkeypatch):
+    """What `auto` predicts by is what `fisher_prices.py` makes of the committed file."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    prices = pytest.importorskip("fisher_prices")
+    rows = json.loads((BENCHMARKS / "results/fisher/prices.json").read_text())["rows"]
+    for way in prices.WAYS:
+        fitted = [float(f"{price:.2g}") for price in prices.fitted(rows, way)]
+        assert list(prices.per_sample._PRICES[way]) == fitted
+    ratios = [ratio for *_, ratio in prices.choices(rows)]
+    assert statistics.mean(ratios) < 1.05
+    assert max(ratios) < 1.7
+
+
+def test_the_prices_are_measured_once(tmp_path):
+    """A run goes on with what is missing."""
+    file, command = tmp_path / "prices.json", [sys.executable, BENCHMARKS / "fisher_prices.py"]
+    saved = json.loads((BENCHMARKS / "results/fisher/prices.json").read_text())
+    kept = [row for row in saved["rows"] if row["family"] == "mlp"]
+    file.write_text(json.dumps({**saved, "rows": kept[1:]}))
+    done = subprocess.run(
+        [*command, file, "--families", "mlp"], capture_output=True, text=True, check=True
+    )
+    *before, new = json.loads(file.read_text())["rows"]
+    assert before == kept[1:]
+    assert done.stdout.count("'family'") == 1
+    assert set(new.pop("seconds")) == {"hooks", "vmap", "loop"}
+    assert new == {name: kept[0][name] for name in new}
+    wrong = subprocess.run(
+        [*command, tmp_path / "none.json", "--fit"], capture_output=True, text=True
+    )
+    assert wrong.returncode == 1
+    assert "measure first" in wrong.stderr

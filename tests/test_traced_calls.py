@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from ars import ARSAdamW
 from ars.regularizers import DiagonalFisher
+from ars.regularizers.fisher.per_sample import Method
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,13 +34,14 @@ def files_entered(call: Callable[[], object]) -> list[str]:
     return sorted(str(path) for path in below if not path.parts[0].startswith("."))
 
 
-def test_a_fit_of_the_diagonal_fisher() -> None:
+@pytest.mark.parametrize(("method", "most"), [("auto", 6), ("hooks", 8)])
+def test_a_fit_of_the_diagonal_fisher(method: Method, most: int) -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     batches = [(torch.randn(9, 4), torch.arange(9) % 3)] * 2
-    fisher = DiagonalFisher(model)
+    fisher = DiagonalFisher(model, method=method)
     files = files_entered(lambda: fisher.fit(batches, 12))
-    assert "regularizers/fisher/hooks.py" in files
-    assert len(files) <= 8, files
+    assert ("regularizers/fisher/hooks.py" in files) is (method == "hooks")
+    assert len(files) <= most, files
 
 
 def test_a_step_of_adamw_on_a_cpu() -> None:

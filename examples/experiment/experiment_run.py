@@ -117,7 +117,7 @@ def run_experiment(options: Options) -> str:
             stop.leave()
         # All is trained, so that nothing has to be saved: a signal ends the program at once.
         quit_on_signals(f"interrupted while summing up: run `{command()}` again")
-        summary = write_results(results, design)
+        summary = write_results(results, design, options.design)
         output.check()
         return summary
 

@@ -43,13 +43,14 @@ def records_of(name: str, results: Path) -> Path:
     return results / _RUNS / name / "metrics.json"
 
 
-def write_results(results: Path, design: Design) -> str:
+def write_results(results: Path, design: Design, name: str) -> str:
     """Sum up the runs that are there.
 
     Args:
-        results: folder with their records; ``series.json``, ``series.md`` and two figures,
-            ``series.png`` and ``shares.png``, are written there.
+        results: folder with their records; for a design ``half``, ``half.json``, ``half.md`` and
+            two figures, ``half.png`` and ``half-shares.png``, are written there.
         design: of the experiment.
+        name: of the design.
 
     Returns:
         What to tell the user.
@@ -59,25 +60,27 @@ def write_results(results: Path, design: Design) -> str:
     content = {
         "prediction": PREDICTION,
         "saving": {
-            name: _saving(account) for name, account in accounts.items() if name in _REPORTED
+            series: _saving(account) for series, account in accounts.items() if series in _REPORTED
         },
-        "efficiency": [_efficiency(name, account) for name, account in accounts.items()],
+        "efficiency": [_efficiency(series, account) for series, account in accounts.items()],
         "same_budget": _same_budget(runs, design),
         "brackets": _brackets(runs, design),
-        "accounts": {name: account.to_dict() for name, account in accounts.items()},
+        "accounts": {series: account.to_dict() for series, account in accounts.items()},
     }
     results.mkdir(parents=True, exist_ok=True)
-    write_atomically(results / "series.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_atomically(
+        results / f"{name}.json", json.dumps(content, indent=1, allow_nan=False) + "\n"
+    )
     page = _page(accounts, content)
-    write_atomically(results / "series.md", page)
-    reported = [accounts[name] for name in _REPORTED if name in accounts]
+    write_atomically(results / f"{name}.md", page)
+    reported = [accounts[account] for account in _REPORTED if account in accounts]
     if reported:
         figures = {
-            "series.png": report_figures.series_costs(reported),
-            "shares.png": report_figures.cooled_branches(reported),
+            f"{name}.png": report_figures.series_costs(reported),
+            f"{name}-shares.png": report_figures.cooled_branches(reported),
         }
-        for name, figure in figures.items():
-            with replacing(results / name) as unfinished:
+        for file, figure in figures.items():
+            with replacing(results / file) as unfinished:
                 unfinished.write_bytes(figure)
     return page
 

@@ -113,11 +113,12 @@ class DiagonalFisher:
             masked. Segments and tokens take a backward pass each, as positions may mix.
         draws: Independent signs or labels a sample, >= 1, averaged; ``"sketch"`` and ``"mc"`` only.
             A backward pass each, sharing one forward pass.
-        method: ``"auto"`` is ``"loop"`` (plain autograd, one sample at a time) on a CPU where one
-            sample is so much work that no way is faster, by counts of operations and bytes. It is
-            ``"hooks"`` otherwise, or, from the batch on where that does not know a layer or is not
-            proven, ``"vmap"`` (``torch.func.vmap``), or else, from the batch on where that fails,
-            ``"loop"``, with a warning that names the layer. One of the three is taken or refused.
+        method: ``"auto"`` is on a CPU what is predicted to be the fastest, by what one sample's
+            forward pass does. Elsewhere, where that is ``"hooks"``, and where vmap cannot run the
+            model, it is ``"hooks"``, or, from the batch on where that does not know a layer or is
+            not proven, ``"vmap"`` (``torch.func.vmap``), or else, from the batch on where that
+            fails, ``"loop"`` (plain autograd, one sample at a time), with a warning that names the
+            layer. One of the three is taken or refused.
         chunk_size: Samples differentiated together, >= 1; by default a batch, with ``"vmap"`` 8.
             With hooks it bounds the activations held; with vmap each needs a gradient's memory.
         generator: Source of the random signs and labels; by default torch's own for the device. Of

@@ -7,22 +7,19 @@ is the oracle. ``vmap`` shares the overhead of the operators among the samples o
 most of the time of a small model, and needs a gradient's memory for each of them. ``hooks``
 (:mod:`ars.regularizers.fisher.hooks`) take one backward pass for all.
 
-Is the loop the fastest? It pays for every sample, beyond the work that all ways share,
+Which is the fastest? On a CPU that is predicted from what a forward pass of one sample does. Each
+way has prices of its own (``_PRICES``); a sample takes
 
-    extra = OPERATOR * (operators) + BYTE * 24 * (parameters)
+    3 * (operations of products + byte * (bytes written)) + parameter * (parameters) / shared
+    + (call * operators + fixed) / together
 
-the calls, and six passes over the parameters: weights are read forwards and backwards, a gradient
-is written and read, and its square is added to a sum. The work of a forward and backward pass is
-
-    work = 3 * (operations of products + BYTE * (bytes written))
-
-in operations. Where ``extra`` is a small part of ``work`` no way is faster, as the one pass for all
-samples has its proofs to make, and vmap every sample's gradient to write. Nothing is timed, so a
-fit is as repeatable as its sums, and processes that see samples of the same shapes go the same way.
+operations. Together is a batch for hooks, a chunk for vmap, one for the loop, and only hooks share
+what a parameter costs. Nothing is timed, so a fit is as repeatable as its sums, and processes that
+see samples of the same shapes go the same way.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from textwrap import shorten
@@ -52,7 +49,7 @@ __all__ = [
     "Method",
     "add_squared_batch_gradient",
     "cost_of",
-    "loop_is_cheap",
+    "fastest_on_cpu",
     "zero_sums",
 ]
 
@@ -68,15 +65,33 @@ HALF_TOLERANCE = 0.2
 # How many times plain autograd's own noise another way's may be: squares of a few times the size.
 NOISE = 64
 
-# In operations: a call forwards with its part backwards, and a byte of memory. For a core that does
-# 5e10 operations and moves 1e10 bytes a second, with 20 microseconds a call; for a GPU that does
-# 5e13 and moves 3e12, with as much a call.
-_OPERATOR = {"cpu": 1e6}
-_BYTE = {"cpu": 5.0}
-_GPU_OPERATOR, _GPU_BYTE = 1e9, 17.0
-# Part of the work that the loop may cost more: the one pass costs 1.1 to 1.6 times the work,
-# according to the number of batches that share its proofs.
-SHARE = 0.25
+
+class _Prices(NamedTuple):
+    """What a way takes beside the products, in operations of a core that does 5e10 a second.
+
+    Args:
+        byte: that is written forwards.
+        parameter: whose gradient is squared.
+        call: of an operator forwards, with its part backwards.
+        fixed: once for all samples that are taken together.
+    """
+
+    byte: float
+    parameter: float
+    call: float
+    fixed: float
+
+
+# What `python benchmarks/fisher_prices.py` fits to 73 models on one core of a CPU.
+_PRICES: dict[Method, _Prices] = {
+    "loop": _Prices(byte=10, parameter=74, call=2.0e6, fixed=2.1e7),
+    "vmap": _Prices(byte=7.4, parameter=140, call=3.6e6, fixed=1.1e8),
+    "hooks": _Prices(byte=31, parameter=290, call=2.1e7, fixed=1.3e8),
+}
+
+# What vmap may hold for ``auto`` to choose it: of each sample of a chunk all that its forward pass
+# has written, and for each parameter a gradient, its square and their sum, 12 bytes.
+VMAP_BYTES = 2**30
 
 LONGEST = 300  # characters of another's error in one of ours
 
@@ -100,9 +115,9 @@ class Differentiator:
     Args:
         model: In evaluation mode.
         parameters: The parameters to differentiate by, by name.
-        method: ``auto`` takes the loop on a CPU if its samples are large enough; or else hooks,
-            vmap and the loop in this order, and warns if it is not the first. The others are taken
-            or refused.
+        method: ``auto`` takes on a CPU what is predicted to be the fastest. Where that is hooks or
+            fails, and elsewhere, it takes hooks, vmap and the loop in this order, and warns if it
+            is not the first. The others are taken or refused.
         chunk_size: Samples to differentiate together; None for a batch with hooks, 8 with vmap.
     """
 
@@ -131,8 +146,8 @@ class Differentiator:
         Raises:
             RuntimeError: The method that was asked for cannot do this model.
         """
-        if not self._begun and self._method == "auto" and self._loop_is_fastest(whole):
-            self._current_method = "loop"
+        if not self._begun and self._method == "auto":
+            self._current_method = self._fastest(total, whole)
         for chunk in whole.split(self._chunk_size or len(whole.targets)):
             if self._current_method == "hooks":
                 try:
@@ -148,16 +163,25 @@ class Differentiator:
                 self._by_vmap_or_loop(total, estimator, part)
             self._begun = True
 
-    def _loop_is_fastest(self, whole: Chunk) -> bool:
-        """Whether no other way can be faster, by counts of one sample's operations and bytes."""
-        device = whole.targets.device
-        if device.type != "cpu":  # where a loop holds all gradients, and launches are dear
-            return False
+    def _fastest(self, total: dict[str, Tensor], whole: Chunk) -> Method:
+        """Return the way that is predicted to be the fastest, or hooks if that is not known."""
+        if whole.targets.device.type != "cpu":  # prices there were never measured
+            return "hooks"
         try:
-            cost = cost_of(self._model, whole.inputs[:1])
-        except Exception:  # it cannot be counted, such as what is compiled
-            return False
-        return loop_is_cheap(cost, self._parameters.values(), device)
+            way = fastest_on_cpu(
+                cost_of(self._model, whole.inputs[:1]),
+                sum(parameter.numel() for parameter in self._parameters.values()),
+                min(len(whole.targets), self._chunk_size or len(whole.targets)),
+                min(len(whole.targets), self._chunk_size or VMAP_CHUNK),
+            )
+            if way == "vmap":
+                self._verify(self._add_by_vmap, total, whole)
+        except Exception:  # no count, as of what is compiled, or vmap cannot run the model
+            return "hooks"
+        return way
+
+    def _add_by_vmap(self, total: dict[str, Tensor], estimator: str, chunk: Chunk) -> None:
+        add_squares_by_vmap(total, self._model, self._parameters, estimator, chunk)
 
     def _by_taps(self, total: dict[str, Tensor], estimator: str, chunk: Chunk) -> None:
         if self._taps is None or self._compared < min(2, len(chunk.targets)):
@@ -178,7 +202,7 @@ class Differentiator:
     def _by_vmap_or_loop(self, total: dict[str, Tensor], estimator: str, part: Chunk) -> None:
         if self._current_method == "vmap":
             try:
-                add_squares_by_vmap(total, self._model, self._parameters, estimator, part)
+                self._add_by_vmap(total, estimator, part)
             except RuntimeError as error:  # total is as it was
                 if self._method == "vmap":
                     raise
@@ -194,11 +218,8 @@ class Differentiator:
         if self._method == "hooks":
             raise RuntimeError(f"{reason}. Use method='auto', 'vmap' or 'loop'")
 
-        def by_vmap(total: dict[str, Tensor], estimator: str, chunk: Chunk) -> None:
-            add_squares_by_vmap(total, self._model, self._parameters, estimator, chunk)
-
         try:
-            self._verify(by_vmap, total, chunk)
+            self._verify(self._add_by_vmap, total, chunk)
         except Exception as error:  # the loop has no need of it
             self._warn(f"{reason}. Nor by torch.func.vmap: {error}. Samples are taken one by one")
             return "loop"
@@ -501,15 +522,26 @@ def cost_of(model: nn.Module, one: Samples) -> Cost:
     return counter.cost
 
 
-def loop_is_cheap(cost: Cost, parameters: Iterable[Tensor], device: torch.device) -> bool:
-    """Whether single samples fill the operators so well that the loop is as fast as any way.
+def fastest_on_cpu(cost: Cost, parameters: int, batch: int, chunk: int) -> Method:
+    """Return the way that is predicted to take the least time on a CPU, in bounded memory.
 
     Args:
         cost: Of one sample.
-        parameters: Those to differentiate by.
-        device: Where the model runs.
+        parameters: How many are differentiated by.
+        batch: Samples that hooks take together.
+        chunk: Samples that vmap takes together.
     """
-    operator = _OPERATOR.get(device.type, _GPU_OPERATOR)
-    byte = _BYTE.get(device.type, _GPU_BYTE)
-    extra = operator * cost.operators + 24 * byte * sum(p.numel() for p in parameters)
-    return extra <= SHARE * 3 * (cost.operations + byte * cost.written)
+    together: dict[Method, int] = {"loop": 1, "vmap": chunk, "hooks": batch}
+    if chunk * (cost.written + 12 * parameters) > VMAP_BYTES:
+        del together["vmap"]
+
+    def predicted(way: Method) -> float:
+        price, n = _PRICES[way], together[way]
+        shared = n if way == "hooks" else 1
+        return (
+            3 * (cost.operations + price.byte * cost.written)
+            + price.parameter * parameters / shared
+            + (price.call * cost.operators + price.fixed) / n
+        )
+
+    return min(together, key=predicted)

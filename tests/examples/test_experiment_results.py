@@ -42,9 +42,9 @@ def keep_seed(results: Path, seed: int, grown: float) -> None:
 
 
 def summary(results: Path, design: Design = DESIGN) -> tuple[dict[str, Any], str]:
-    page = write_results(results, design)
-    assert (results / "series.md").read_text() == page
-    found: dict[str, Any] = json.loads((results / "series.json").read_text())
+    page = write_results(results, design, "drawn")
+    assert (results / "drawn.md").read_text() == page
+    found: dict[str, Any] = json.loads((results / "drawn.json").read_text())
     return found, page
 
 

@@ -47,7 +47,7 @@ def options(out: Path, text: Path, **changes: Any) -> Options:
 
 
 def summary(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "results/series.json").read_text())
+    found: dict[str, Any] = json.loads((out / "results/quick.json").read_text())
     for account in found["accounts"].values():
         account.pop("seconds")
         for member in account["members"]:

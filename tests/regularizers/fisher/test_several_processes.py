@@ -280,6 +280,11 @@ def work(rank, folder, world):
     distributed.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def hooks_first():
+    """Here the prediction is in force, as it is in the processes."""
+
+
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
