@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -431,11 +432,16 @@ def _add_by_vmap(
 def _replaced_parameters(
     parameters: dict[str, nn.Parameter], model: nn.Module, leaves: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Run ``model`` with other tensors at all places of its parameters.
+    """Run ``model`` with other tensors at all places of its parameters, and leave it as it was.
 
     torch.func.functional_call leaves its own tensors in a module that has two names.
     """
     names = {p: name for name, p in parameters.items()}
+    kept = [
+        (attributes, dict(attributes))
+        for module in model.modules()
+        for attributes in (vars(module), module._buffers)
+    ]
     places = [
         (module._parameters, own, p)
         for module in model.modules()
@@ -449,6 +455,18 @@ def _replaced_parameters(
     finally:
         for tensors, own, p in places:
             tensors[own] = p
+        for attributes, before in kept:
+            _put_back(attributes, before)
+
+
+def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    """Replace what vmap's own tensors, which are of no use behind it, have taken the place of."""
+    for name, value in list(attributes.items()):
+        if isinstance(value, Tensor) and is_functorch_wrapped_tensor(value):
+            if name in before:
+                attributes[name] = before[name]
+            else:
+                del attributes[name]
 
 
 def add_squared_batch_gradient(

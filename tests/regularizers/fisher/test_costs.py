@@ -1,5 +1,6 @@
 """Which way "auto" takes, by counts that are the same everywhere, and what is counted."""
 
+import copy
 import warnings
 
 import pytest
@@ -197,6 +198,41 @@ def test_vmap_that_differs_from_plain_autograd_is_not_taken(monkeypatch, relativ
     monkeypatch.setattr(per_sample, "add_squares_by_vmap", wrong)
     auto = DiagonalFisher(model, "empirical").fit([batch]).importance
     assert relative_error(auto, loop) < 1e-4
+
+
+class Remembers(nn.Module):
+    """It keeps what it has computed last, in attributes and in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("peak", torch.zeros(()))
+        self.last = None
+
+    def forward(self, x):
+        self.last = self.layer(x)
+        self.first = self.last[:, 0]
+        self.peak = self.last.detach().abs().max()
+        return self.head(self.last)
+
+
+@pytest.mark.parametrize("method", ["auto", "vmap"])
+def test_nothing_of_vmap_stays_in_the_model(method):
+    model = Remembers()
+    x = torch.randn(8, 8)
+    model(x)
+    last, first, peak = model.last, model.first, model.peak
+    del model.first
+    DiagonalFisher(model, "empirical", method=method).fit([(x, torch.arange(8) % 3)])
+    for found in (model.last, model.peak):
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(found)
+    assert len(model.last) in {1, 8}  # of a single sample that was looked at, or as before
+    assert torch.equal(model.last @ torch.eye(8), model.last)
+    copy.deepcopy(model.state_dict())
+    model(x)
+    assert torch.equal(model.last, last)
+    assert torch.equal(model.first, first)
+    assert torch.equal(model.peak, peak)
 
 
 def test_vmap_gives_what_the_loop_gives_with_a_last_batch_of_another_size(relative_error):
