@@ -112,8 +112,10 @@ def _accounts(runs: Runs, design: Design) -> Iterator[tuple[str, SeriesAccount]]
         "grown at a half of the trunk": account_of("grown", "scratch", half, adamw),
         "one share for all": account_of("grown", "scratch", uniform, uniform),
     }
-    for name in design.subsets:
-        found[name] = account_of("grown", "scratch", _named(runs, f"factor/{name}-of-"), adamw)
+    later = [record for record in adamw if record.size != design.base.depths[0]]
+    for name in design.subsets:  # their first member is its own twin, trained like it
+        chain = _named(runs, f"factor/{name}-of-")
+        found[name] = account_of("grown", "scratch", chain, [*later, *chain])
     twins = [record for record in search if record.parent is None]
     for name in design.search:
         chain = _named(runs, f"search/chain-{name}-seed-")
