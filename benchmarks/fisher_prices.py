@@ -152,7 +152,7 @@ def main() -> None:
             if case not in done:
                 rows.append(measured(*case))
                 print(rows[-1], flush=True)
-                text = ",\n".join(json.dumps(row) for row in rows)
+                text = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
                 head = f'"torch": "{torch.__version__}", "threads": 1'
                 with replacing(options.file) as file:
                     file.write_text(f'{{{head}, "rows": [\n{text}\n]}}\n')
