@@ -17,11 +17,14 @@ from trainer.series_plan import plans_of
 from trainer.settings import Machine, SeriesConfig, Size
 
 __all__ = [
-    "DESIGNS", "PREDICTION", "STAGES", "Design", "Job", "Stage", "brackets_of", "jobs_of",
+    "DESIGNS", "PREDICTION", "SEEDS_TO_REPORT", "STAGES", "Design", "Job", "Stage", "brackets_of",
+    "jobs_of",
 ]  # fmt: skip
 
 Stage = Literal["first-twin", "uniform", "twin", "search", "miniature", "muon", "factor", "point"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+
+SEEDS_TO_REPORT = 3
 
 # Each made before the first run that is reported with it: of the first recipe by the formula in
 # `analysis.series_account` and the published fits of L(N, D), of the second by the search

@@ -18,7 +18,9 @@ from common.plain_files import write_atomically
 from common.statistics import Estimate
 from common.tables import markdown
 from experiment.series_design import (
+    DESIGNS,
     PREDICTION,
+    SEEDS_TO_REPORT,
     STAGES,
     Design,
     Stage,
@@ -48,7 +50,8 @@ def write_results(results: Path, design: Design, name: str) -> str:
 
     Args:
         results: folder with their records; for a design ``half``, ``half.json``, ``half.md`` and
-            two figures, ``half.png`` and ``half-shares.png``, are written there.
+            two figures, ``half.png`` and ``half-shares.png``, are written there, and
+            ``series.json``: the savings that count and the efficiencies, of all designs there.
         design: of the experiment.
         name: of the design.
 
@@ -71,6 +74,8 @@ def write_results(results: Path, design: Design, name: str) -> str:
     write_atomically(
         results / f"{name}.json", json.dumps(content, indent=1, allow_nan=False) + "\n"
     )
+    whole = json.dumps(_of_all_designs(results), indent=1, allow_nan=False)
+    write_atomically(results / "series.json", whole + "\n")
     page = _page(accounts, content)
     write_atomically(results / f"{name}.md", page)
     reported = [accounts[account] for account in _REPORTED if account in accounts]
@@ -86,6 +91,29 @@ def write_results(results: Path, design: Design, name: str) -> str:
 
 
 _REPORTED = ("adamw", "muon")  # names of the series' own accounts
+
+
+def _of_all_designs(results: Path) -> dict[str, Any]:
+    """Of each optimizer the saving of the longest series with seeds enough, and all efficiencies.
+
+    Where no series has seeds enough, the one with the most seeds counts.
+    """
+    saving: dict[str, dict[str, Any]] = {}
+    efficiency: dict[tuple[str, int], dict[str, Any]] = {}
+    for path in (results / f"{name}.json" for name in DESIGNS):
+        if not path.exists():
+            continue
+        content = json.loads(path.read_text("utf-8"))
+        for series, found in content["saving"].items():
+            this = {"design": path.stem, **found}
+            saving[series] = max(saving.get(series, this), this, key=_weight)
+        for found in content["efficiency"]:
+            efficiency.setdefault((found["series"], found["members"]), found)
+    return {"prediction": PREDICTION, "saving": saving, "efficiency": list(efficiency.values())}
+
+
+def _weight(saving: Mapping[str, Any]) -> tuple[int, int]:
+    return min(saving["seeds"], SEEDS_TO_REPORT), saving["members"]
 
 
 def _read(results: Path, design: Design) -> dict[str, list[Record]]:
@@ -137,6 +165,7 @@ def _saving(account: SeriesAccount) -> dict[str, Any]:
         "mean": saving.mean,
         "low": low,
         "high": high,
+        "members": len(account.members),
         "seeds": account.seeds,
         "at_equal_loss": account.at_equal_loss,
         "worse": account.worse,

@@ -63,6 +63,24 @@ def test_the_saving_and_its_interval_are_those_of_the_seeds(tmp_path: Path) -> N
     assert "at equal loss" in page
 
 
+@pytest.mark.parametrize(("seeds", "counts"), [(2, "half"), (3, "miniature")])
+def test_the_longest_series_with_three_seeds_is_the_one_that_counts(
+    tmp_path: Path, seeds: int, counts: str
+) -> None:
+    longer = {"members": 11, "seeds": seeds, "mean": 0.6}
+    e = {"series": "adamw", "members": 11, "growth_factor": 1.23, "e": 0.9}
+    content = {"saving": {"adamw": longer}, "efficiency": [e]}
+    (tmp_path / "miniature.json").write_text(json.dumps(content))
+    for seed in range(3):
+        keep_seed(tmp_path, seed, 2.4)
+    write_results(tmp_path, DESIGN, "half")
+    found = json.loads((tmp_path / "series.json").read_text())
+    assert list(found) == ["prediction", "saving", "efficiency"]
+    assert found["saving"]["adamw"]["design"] == counts
+    assert found["saving"]["adamw"]["members"] == {"half": 2, "miniature": 11}[counts]
+    assert [row["members"] for row in found["efficiency"]] == [11, 2]
+
+
 def test_a_member_above_its_twin_is_no_saving_at_equal_loss(tmp_path: Path) -> None:
     for seed, grown in enumerate((2.4, 2.6)):
         keep_seed(tmp_path, seed, grown)
