@@ -20,6 +20,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -241,7 +242,9 @@ class GPT(nn.Module):
         config = self.config
         x = _norm(self.wte(tokens), config.norm_eps / config.n_head)  # (B, T, D)
         cos, sin = _rotary_tables(tokens.size(1), config.head_dim, config.rope_base, x)
-        again = self.recompute and torch.is_grad_enabled()
+        # torch.func, which Dynamo does not ask about, cannot recompute.
+        able = torch.compiler.is_compiling() or not is_functorch_wrapped_tensor(x)
+        again = self.recompute and torch.is_grad_enabled() and able
         for block in self.blocks:
             x = checkpoint(block, x, cos, sin, use_reentrant=False) if again else block(x, cos, sin)
         logits: Tensor = self.lm_head(_norm(x, config.norm_eps))  # (B, T, V)

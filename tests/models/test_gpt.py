@@ -207,10 +207,28 @@ def test_vmapped_gradients_equal_a_loop(dtype, atol):
             torch.testing.assert_close(per_sample[i], gradient, rtol=0, atol=atol)
 
 
-def test_traces_without_graph_breaks():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_traces_without_graph_breaks(recompute):
     model, tokens = randomized(SMALL, torch.float32), tokens_of(SMALL)
+    model.recompute = recompute
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(tokens), model(tokens))
+
+
+def test_single_samples_are_differentiated_whether_blocks_are_recomputed_or_not():
+    model, tokens = randomized(SMALL), tokens_of(SMALL)
+    weights = dict(model.named_parameters())
+
+    def gradients():
+        def total(weights, one):
+            return functional_call(model, weights, one[None]).sum()
+
+        return vmap(grad(total), (None, 0))(weights, tokens)
+
+    expected = gradients()
+    model.recompute = True
+    found = gradients()
+    assert all(torch.equal(found[name], expected[name]) for name in weights)
 
 
 def test_runs_under_autocast():
