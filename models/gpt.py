@@ -242,7 +242,7 @@ class GPT(nn.Module):
         config = self.config
         x = _norm(self.wte(tokens), config.norm_eps / config.n_head)  # (B, T, D)
         cos, sin = _rotary_tables(tokens.size(1), config.head_dim, config.rope_base, x)
-        # torch.func, which Dynamo does not ask about, cannot recompute.
+        # torch.func cannot recompute, and Dynamo cannot trace the question.
         able = torch.compiler.is_compiling() or not is_functorch_wrapped_tensor(x)
         again = self.recompute and torch.is_grad_enabled() and able
         for block in self.blocks:
